@@ -1,0 +1,43 @@
+"""Every error and warning that fxzip raises, so that a caller can name what to catch."""
+
+from __future__ import annotations
+
+
+class FxzipError(Exception):
+    """Base of all errors of fxzip."""
+
+
+class TraceError(FxzipError):
+    """No rung of the tracing ladder reproduces the model."""
+
+
+class AlignError(FxzipError):
+    """The models have no computation in common that could be shared."""
+
+
+class DataError(FxzipError, ValueError):
+    """Calibration data is empty, of the wrong shape, or gives non-finite features."""
+
+
+class CutError(FxzipError, ValueError):
+    """`until` names nothing, or something that is not shared."""
+
+
+class BarrierError(FxzipError):
+    """Raised by `strict=True`: calls without a rule stop the sharing of features."""
+
+
+class SelfCheckError(FxzipError):
+    """The analysis failed its own check and pinning the culprits did not cure it."""
+
+
+class InputError(FxzipError, TypeError):
+    """The arguments of a public function do not fit together."""
+
+
+class FxzipWarning(UserWarning):
+    """Base of all warnings of fxzip."""
+
+
+class PinnedSpaceWarning(FxzipWarning):
+    """A feature space failed the self-check and is not merged."""
