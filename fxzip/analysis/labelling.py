@@ -1,0 +1,368 @@
+"""Push labels through the traced graph: one run on the sample, every ATen call looked up in the rule table.
+
+The result is raw: labels before union, facts per fx node. Constraints belong to the node that states them, so a later
+stage can solve for any part of the graph, a trunk for instance, by leaving out what the other nodes say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..rules import Facts, Fields, Invocation, Ledger, Operand, Rule, elementwise, is_pointwise, varying
+from ..rules.fields import along
+from ..tracing import Program, quiet_execution
+
+_VALUES_COMPARED = 1 << 22  # constants above this size count as different everywhere
+
+
+@dataclass(frozen=True, eq=False)
+class ParamLabels:
+    """Labels of one parameter or buffer: one field per labelled axis. `groups` > 1: a grouped kernel, whose second
+    field varies with the group (see `rules.contraction.convolution`)."""
+
+    fields: Fields
+    groups: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where features can be watched: argument `arg` (or the result, -1) of the `call`-th ATen call of a node."""
+
+    node: str
+    call: int
+    arg: int
+    labels: Tensor
+    shape: torch.Size
+    consumed: bool
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """A call without a rule: features stop being shared here."""
+
+    node: str
+    call: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Labelling:
+    """What one run says about labels; see the module docstring."""
+
+    program: Program
+    size: int
+    params: Mapping[str, ParamLabels]
+    facts: Mapping[str, Facts]
+    fields: Mapping[str, Fields]
+    touches: Mapping[str, frozenset[str]]  # node -> parameters and buffers its calls read
+    dynamic: frozenset[str]  # nodes whose value depends on the input
+    seen: Mapping[str, tuple[Tensor, ...]]  # node -> every distinct field inside it
+    sites: tuple[Site, ...]
+    barriers: tuple[Barrier, ...]
+
+
+@dataclass
+class _Entry:
+    tensor: Tensor
+    fields: Fields
+    static: bool
+
+
+@dataclass
+class _State:
+    program: Program
+    rules: Mapping[str, Rule]
+    ledger: Ledger = field(default_factory=Ledger)
+    entries: dict[int, _Entry] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    params: dict[str, ParamLabels] = field(default_factory=dict)
+    touches: set[str] = field(default_factory=set)
+    seen: dict[int, Tensor] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    barriers: list[Barrier] = field(default_factory=list)
+    node: str = ""
+    where: str = ""
+    calls: int = 0
+
+    def entry(self, tensor: Tensor) -> _Entry:
+        found = self.entries.get(id(tensor))
+        if found is None:
+            found = self.entries[id(tensor)] = _Entry(tensor, (), True)
+        return found
+
+    def operand(self, tensor: Tensor) -> Operand:
+        entry = self.entry(tensor)
+        covered = frozenset(a for labels in entry.fields for a in varying(labels))
+        loose = frozenset(
+            a for a, (n, s) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)) if n > 1 and s and a not in covered
+        )
+        if entry.static and not entry.fields and loose and tensor.numel() <= _VALUES_COMPARED:
+            loose = frozenset(a for a in loose if not _same_along(tensor, a))
+        return Operand(tensor, entry.fields, entry.static, loose)
+
+    def restart(self, tensor: Tensor, fields: Any, groups: int) -> None:
+        name = self.names.get(id(tensor))
+        if name is not None and self.params[name].groups != groups:
+            self.params[name] = ParamLabels(fields(), groups)
+            self.entry(tensor).fields = self.params[name].fields
+
+
+def _same_along(tensor: Tensor, axis: int) -> bool:
+    return bool((tensor == tensor.narrow(axis, 0, 1)).all())
+
+
+class _LabelMode(TorchDispatchMode):
+    """Looks at every ATen call, applies its rule, and stores the result's fields."""
+
+    def __init__(self, state: _State) -> None:
+        super().__init__()
+        self.state = state
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        state = self.state
+        name = func._schema.name.split("::")[-1]
+        written = _written(func, args, kwargs)
+        inputs = [t for t in _tensors((args, kwargs))]
+        for tensor in inputs:
+            if id(tensor) in state.names:
+                state.touches.add(state.names[id(tensor)])
+        before = {id(t): state.operand(t) for t in inputs} if written else {}
+        out = func(*args, **kwargs)
+        if written and name.endswith("_"):
+            name = name.rstrip("_")
+        call = Invocation(
+            name, func, tuple(args), kwargs, out, state.ledger,
+            lambda t: before.get(id(t)) or state.operand(t), state.restart,
+        )  # fmt: skip
+        dynamic = any(not state.entry(t).static for t in inputs)
+        labelled = any(state.entry(t).fields for t in inputs)
+        result = _apply(state, call) if labelled else None
+        if written:
+            _write(state, call, written, result, dynamic)
+        else:
+            _store(state, out, result, not dynamic)
+        if dynamic:
+            _note_sites(state, call, inputs)
+        state.calls += 1
+        return out
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Tensors that the call writes in place."""
+    result = []
+    if not func._schema.is_mutable:
+        return result
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            result += list(_tensors(value))
+    return result
+
+
+def _apply(state: _State, call: Invocation) -> Fields | list[Fields] | None:
+    """The fields of the result; a call without a rule pins all it touches."""
+    rule = state.rules.get(call.name)
+    if rule is None and is_pointwise(call.func):
+        rule = elementwise.elementwise
+    result = rule(call) if rule is not None else None
+    if result is None:
+        reason = f"`{call.name}` ({state.where}) has no rule"
+        state.barriers.append(Barrier(state.node, call.name, reason))
+        for operand in call.operands():
+            for labels in operand.fields:
+                state.ledger.pin(labels, reason, "barrier")
+    return result
+
+
+def _store(state: _State, out: Any, result: Fields | list[Fields] | None, static: bool) -> None:
+    if isinstance(out, Tensor):
+        fields = tuple(f for f in result if varying(f)) if isinstance(result, tuple) else ()
+        state.seen.update((id(f), f) for f in fields)
+        state.entries[id(out)] = _Entry(out, fields, static)
+    elif isinstance(out, (list, tuple)):
+        for place, item in enumerate(out):
+            part = result[place] if isinstance(result, list) and place < len(result) else None
+            if isinstance(item, (Tensor, list, tuple)):
+                _store(state, item, part, static)
+
+
+def _write(state: _State, call: Invocation, written: list[Tensor], result: Any, dynamic: bool) -> None:
+    """In-place calls. What other tensors see of the same memory must not be mislabelled: where that could be, pin."""
+    for tensor in written:
+        entry = state.entry(tensor)
+        new: Fields = result if isinstance(result, tuple) else ()
+        if call.name in ("copy", "fill", "zero") and call.name != "copy":
+            new = ()
+        elif call.name == "copy":
+            new = call.operand(call.args[1]).place(
+                range(tensor.ndim - call.args[1].ndim, tensor.ndim), tensor.ndim
+            ).fields  # fmt: skip
+        storage = tensor.untyped_storage()._cdata
+        aliases = [
+            e for e in state.entries.values() if e.tensor is not tensor and e.tensor.untyped_storage()._cdata == storage
+        ]
+        same = {varying(f) for f in new} == {varying(f) for f in entry.fields}
+        if aliases and not (same and call.name not in ("copy", "fill", "zero")):
+            labels = [*new, *entry.fields, *(f for alias in aliases for f in alias.fields)]
+            reason = f"`{call.name}_` ({state.where}) writes it into a part of another tensor"
+            if labels:
+                state.barriers.append(Barrier(state.node, call.name + "_", reason))
+            for f in labels:
+                state.ledger.pin(f, reason, "barrier")
+            for alias in aliases:
+                alias.fields = ()
+            new = ()
+        entry.fields = new
+        for item in (entry, *aliases):
+            item.static = item.static and not dynamic
+
+
+def _note_sites(state: _State, call: Invocation, inputs: list[Tensor]) -> None:
+    """Remember where features go into a parameter's sum, and where they come out of one."""
+    if call.name not in ("mm", "addmm", "bmm", "baddbmm", "convolution", "addmv", "mv"):
+        return
+    values = [(place, t) for place, t in enumerate(call.args) if isinstance(t, Tensor)]
+    moving = [(place, t) for place, t in values if not state.entry(t).static]
+    for place, tensor in [*moving, (-1, call.out)]:
+        for labels in state.entry(tensor).fields:
+            consumed = place >= 0 and len(moving) == 1
+            state.sites.append(Site(state.node, state.calls, place, labels, tensor.shape, consumed))
+
+
+class _Run(fx.Interpreter):
+    """Runs the graph node by node and files what each node's calls said."""
+
+    def __init__(self, state: _State) -> None:
+        super().__init__(state.program.module, garbage_collect_values=True)
+        self.state = state
+        self.facts: dict[str, Facts] = {}
+        self.fields: dict[str, Fields] = {}
+        self.touches: dict[str, frozenset[str]] = {}
+        self.seen: dict[str, tuple[Tensor, ...]] = {}
+        self.dynamic: set[str] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        state = self.state
+        state.node, state.calls, state.touches, state.ledger.facts, state.seen = n.name, 0, set(), Facts(), {}
+        state.where = place_of(n)
+        if n.op == "output":
+            for tensor in _tensors(_values(self.map_nodes_to_values(n.args, n))):
+                for labels in state.entry(tensor).fields:
+                    state.ledger.pin(labels, "it is the model's output", "output")
+        value = super().run_node(n)
+        if n.op == "placeholder":
+            for tensor in _tensors(_values(value)):
+                state.entries[id(tensor)] = _Entry(tensor, (), False)
+        self.facts[n.name] = state.ledger.facts
+        self.touches[n.name] = frozenset(state.touches)
+        self.seen[n.name] = tuple(state.seen.values())
+        if isinstance(value, Tensor):
+            self.fields[n.name] = state.entry(value).fields
+        if any(not state.entry(t).static for t in _tensors(_values(value))):
+            self.dynamic.add(n.name)
+        self._forget(value)
+        return value
+
+    def _forget(self, value: Any) -> None:
+        """Drop what only the calls inside the node needed, so that memory is that of the plain forward pass."""
+        alive = {id(t) for t in _tensors([_values(v) for v in (*self.env.values(), value)])} | set(self.state.names)
+        for key in [key for key in self.state.entries if key not in alive]:
+            del self.state.entries[key]
+
+
+def _values(value: Any) -> Any:
+    """Nested values as lists, whatever containers (dataclasses of outputs too) they come in."""
+    leaves, _ = torch.utils._pytree.tree_flatten(value)
+    return leaves
+
+
+def place_of(node: fx.Node) -> str:
+    """How messages name a node: its name, module path and source line when known."""
+    parts = [f"node `{node.name}`"]
+    if node.op == "call_module":
+        parts.append(f"module `{node.target}`")
+    trace = node.meta.get("stack_trace") or node.stack_trace
+    if trace:
+        lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+        if lines:
+            file, line = lines[-1].split(",")[:2]
+            name = file.split("/")[-1].strip('" ')
+            parts.append(f"{name}:{line.split()[-1]}")
+    return ", ".join(parts)
+
+
+@contextmanager
+def _decomposed() -> Iterator[None]:
+    """Attention as its matrix products, so that a handful of rules see it all."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def label(program: Program, rules: Mapping[str, Rule]) -> Labelling:
+    """Run `program` once on its sample and collect what every call says about labels.
+
+    Every axis of every parameter (and of every floating buffer in the state dict) starts with labels of its own.
+    """
+    state = _State(program, rules)
+    tensors = dict(program.module.named_parameters())
+    buffers = {k: v for k, v in program.module.named_buffers() if k in program.persistent and v.is_floating_point()}
+    for name, tensor in (*tensors.items(), *buffers.items()):
+        fields = tuple(along(state.ledger.fresh(n), a, tensor.ndim) for a, n in enumerate(tensor.shape) if n > 1)
+        state.names[id(tensor)] = name
+        state.params[name] = ParamLabels(fields)
+        state.entries[id(tensor)] = _Entry(tensor, fields, True)
+    run = _Run(state)
+    with quiet_execution(), _decomposed(), _LabelMode(state):
+        run.run(*placeholders(program))
+    return Labelling(
+        program, state.ledger.size, dict(state.params), run.facts, run.fields, run.touches,
+        frozenset(run.dynamic), run.seen, tuple(state.sites), tuple(state.barriers),
+    )  # fmt: skip
+
+
+def placeholders(program: Program) -> tuple[Any, ...]:
+    """The sample's values in the order of the graph's placeholders, defaults filled in."""
+    values = list(program.call.args)
+    result = []
+    for node in program.module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        name = str(node.target).lstrip("*")
+        if name in program.call.kwargs:
+            result.append(program.call.kwargs[name])
+        elif values:
+            result.append(values.pop(0))
+        else:
+            result.append(node.args[0] if node.args else None)
+    return tuple(result)
+
+
+def relative_difference(a: Any, b: Any) -> float:
+    """max |a - b| / max |a| over all floating tensors in two equal structures; inf where one is not finite."""
+    worst = 0.0
+    for x, y in zip(_values(a), _values(b), strict=True):
+        if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
+            scale = float(x.abs().max()) or 1.0
+            gap = float((x - y).abs().max()) / scale
+            worst = max(worst, gap if math.isfinite(gap) else math.inf)
+    return worst

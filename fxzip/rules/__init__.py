@@ -1,0 +1,89 @@
+"""The rule table: what each family of ATen calls does to feature labels.
+
+Rules are looked up by the name of the ATen call ("add", "convolution"), without overload and without the trailing
+underscore of in-place variants. Calls that PyTorch itself tags as pointwise need no row. A call with no row is a
+barrier. Users extend the table with `fxzip.RULES | {"my_call": rule}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from . import contraction, elementwise, movement, reduction
+from .fields import FIXED, VOID, Facts, Fields, Ledger, Operand, Pin, compress, meet, varying
+from .invocation import Invocation, Rule, is_pointwise
+
+__all__ = [
+    "FIXED", "RULES", "VOID", "Facts", "Fields", "Invocation", "Ledger", "Operand", "Pin", "Rule",
+    "compress", "elementwise", "is_pointwise", "meet", "movement", "varying",
+]  # fmt: skip
+
+
+def _rows(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        **_rows(
+            movement.move,
+            """view _unsafe_view reshape _reshape_alias permute transpose t expand slice select unbind split
+            split_with_sizes split_copy chunk squeeze unsqueeze clone contiguous detach alias as_strided unfold flip
+            roll repeat repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle diagonal
+            movedim swapaxes narrow lift_fresh lift_fresh_copy view_as_real narrow_copy unflatten rot90""",
+        ),
+        **_rows(
+            elementwise.first_operand,
+            """_to_copy to dropout native_dropout tril triu alpha_dropout feature_dropout relu6 relu hardtanh
+            hardswish hardsigmoid hardshrink silu mish gelu celu elu selu leaky_relu threshold softplus softshrink
+            log_sigmoid_forward clamp nan_to_num fill_ bernoulli""",
+        ),
+        **_rows(elementwise.elementwise, "prelu _prelu_kernel copy where masked_fill addcmul addcdiv lerp fmod"),
+        **_rows(
+            elementwise.unlabelled,
+            """zeros ones full empty arange zeros_like ones_like full_like empty_like new_zeros new_ones new_full
+            new_empty rand randn rand_like randn_like scalar_tensor linspace eye fill new_empty_strided empty_strided
+            sym_size sym_numel sym_stride empty_permuted""",
+        ),
+        "glu": elementwise.gated,
+        **_rows(movement.index, "index index_select gather _unsafe_index"),
+        "embedding": movement.embedding,
+        "constant_pad_nd": movement.pad,
+        "cat": movement.cat,
+        "stack": movement.stack,
+        "_weight_norm_interface": movement.weight_norm,
+        **_rows(
+            reduction.reduce,
+            "sum mean amax amin prod logsumexp norm linalg_vector_norm var std var_mean std_mean max min any all aminmax",
+        ),
+        **_rows(reduction.positional_reduce, "argmax argmin"),
+        **_rows(reduction.ordered, "cumsum cumprod sort topk cummax cummin logcumsumexp"),
+        **_rows(reduction.softmax, "_softmax _log_softmax softmax log_softmax _safe_softmax"),
+        **_rows(reduction.layer_norm, "native_layer_norm layer_norm"),
+        **_rows(
+            reduction.batch_norm,
+            """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
+            _batch_norm_with_update _batch_norm_no_update batch_norm miopen_batch_norm""",
+        ),
+        "native_group_norm": reduction.group_norm,
+        **_rows(
+            reduction.positional,
+            """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
+            avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+            _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d
+            upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
+            upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d
+            _upsample_nearest_exact2d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+            replication_pad2d replication_pad3d max_unpool2d mkldnn_max_pool2d""",
+        ),
+        **_rows(reduction.grid_sample, "grid_sampler_2d grid_sampler_3d"),
+        "im2col": reduction.im2col,
+        **_rows(contraction.mm, "mm"),
+        **_rows(contraction.bmm, "bmm"),
+        **_rows(contraction.mv, "mv"),
+        **_rows(contraction.dot, "dot vdot"),
+        **_rows(contraction.addmm, "addmm baddbmm addmv"),
+        **_rows(contraction.convolution, "convolution _convolution"),
+    }
+)

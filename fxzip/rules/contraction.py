@@ -1,0 +1,190 @@
+"""Contractions: what is summed over becomes equal in both operands, what is free goes on.
+
+Each call is brought to letters, as in einsum. On letters that both operands know (batch and contracted) fields are
+related as elementwise; a field that also varies along letters which the other operand does not know (tokens,
+positions) is first made the same along them. A contracted field that varies along letters that remain leaves one
+block label per place there: attention heads, the groups of a convolution.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .fields import Fields, Ledger, Operand, meet, merged_fields, varying
+from .invocation import Invocation
+
+
+def _spread(ledger: Ledger, labels: Tensor, axes: frozenset[int]) -> Tensor:
+    """Make a field the same along `axes`."""
+    for axis in sorted(axes & varying(labels)):
+        first = labels.narrow(axis, 0, 1)
+        ledger.equal(labels, first)
+        labels = first
+    return labels
+
+
+def contract(ledger: Ledger, x: Operand, y: Operand, spec: str, what: str) -> Fields:
+    """Fields of einsum(spec, x, y), axes in the order of the result's letters.
+
+    Letters in the result are kept, all others are summed over.
+    """
+    left, right, out = spec.replace("->", ",").split(",")
+    letters = "".join(dict.fromkeys(out + left + right))
+    x = x.place([letters.index(c) for c in left], len(letters))
+    y = y.place([letters.index(c) for c in right], len(letters))
+    summed = frozenset(i for i, c in enumerate(letters) if c not in out)
+    known = frozenset(letters.index(c) for c in left) & frozenset(letters.index(c) for c in right)
+    fx = [_spread(ledger, f, varying(f) - known) if _sums(f, y, summed) else f for f in x.fields]
+    fy = [_spread(ledger, g, varying(g) - known) if _sums(g, x, summed) else g for g in y.fields]
+    for f in fx:
+        for g in fy:
+            ledger.relate(f, g)
+        ledger.fix(f, y.loose & known, f"{what} meets it with values that carry no feature")
+    for g in fy:
+        ledger.fix(g, x.loose & known, f"{what} meets it with values that carry no feature")
+    _roles(ledger, x, y, fx, fy, summed)
+    groups = []
+    for fields in (fx, fy):
+        rest = [ledger.project(f, varying(f) - summed) if varying(f) & summed else f for f in fields]
+        groups.append(tuple(_trim(f, len(out)) for f in rest if f is not None))
+    return _without_twins(merged_fields(groups))
+
+
+def _sums(labels: Tensor, other: Operand, summed: frozenset[int]) -> bool:
+    """Whether a field meets a labelled field of the other operand on a letter that is summed over."""
+    axes = varying(labels) & summed
+    return any(axes & varying(g) for g in other.fields)
+
+
+def _trim(labels: Tensor, ndim: int) -> Tensor:
+    return labels.reshape(labels.shape[:ndim])
+
+
+def _without_twins(fields: Fields) -> Fields:
+    """Block labels over the same places say the same: one field is enough."""
+    seen: dict[frozenset[int], Tensor] = {}
+    for labels in fields:
+        seen.setdefault(varying(labels), labels)
+    return tuple(seen.values())
+
+
+def _roles(
+    ledger: Ledger, x: Operand, y: Operand, fx: list[Tensor], fy: list[Tensor], summed: frozenset[int]
+) -> None:
+    """Who unmerges: the parameter's side of a sum; where both sides are activations only relabelling is exact."""
+    if not x.static and not y.static:
+        for labels in (*fx, *fy):
+            if varying(labels) & summed:
+                ledger.touch("dual", labels)
+        return
+    for labels in (x if x.static else y).fields:
+        if varying(labels) & summed:
+            ledger.consume(labels)
+        elif x.static != y.static:
+            ledger.touch("param", labels)
+
+
+def _plus(call: Invocation, bias: Tensor | None, fields: Fields, ndim: int, first: int | None = None) -> Fields:
+    """Add a bias: aligned from the right, or (a convolution's) along axis `first`."""
+    if bias is None:
+        return fields
+    b = call.operand(bias)
+    axes = range(ndim - b.ndim, ndim) if first is None else range(first, first + b.ndim)
+    result = Operand(call.out, fields, False, frozenset())
+    return meet(call.ledger, [result, b.place(axes, ndim)], f"`{call.name}`")
+
+
+def mm(call: Invocation) -> Fields:
+    x, y = call.operand(call.args[0]), call.operand(call.args[1])
+    return contract(call.ledger, x, y, "ik,kj->ij", f"`{call.name}`")
+
+
+def bmm(call: Invocation) -> Fields:
+    x, y = call.operand(call.args[0]), call.operand(call.args[1])
+    return contract(call.ledger, x, y, "bik,bkj->bij", f"`{call.name}`")
+
+
+def mv(call: Invocation) -> Fields:
+    x, y = call.operand(call.args[0]), call.operand(call.args[1])
+    return contract(call.ledger, x, y, "ik,k->i", f"`{call.name}`")
+
+
+def dot(call: Invocation) -> Fields:
+    x, y = call.operand(call.args[0]), call.operand(call.args[1])
+    return contract(call.ledger, x, y, "k,k->", f"`{call.name}`")
+
+
+def addmm(call: Invocation) -> Fields:
+    """addmm(bias, x, y), baddbmm, addmv: a contraction plus a bias aligned from the right."""
+    x, y = call.operand(call.args[1]), call.operand(call.args[2])
+    spec = {"addmm": "ik,kj->ij", "baddbmm": "bik,bkj->bij", "addmv": "ik,k->i"}[call.name]
+    fields = contract(call.ledger, x, y, spec, f"`{call.name}`")
+    return _plus(call, call.args[0], fields, call.out.ndim)
+
+
+def _grouped(operand: Operand, axis: int, groups: int) -> Operand:
+    """Split an axis of n into (groups, n / groups)."""
+    tensor = operand.tensor
+    shape = list(tensor.shape)
+    fields = []
+    for labels in operand.fields:
+        sizes = list(labels.shape)
+        split = [1, 1] if sizes[axis] == 1 else [groups, sizes[axis] // groups]
+        fields.append(labels.reshape(sizes[:axis] + split + sizes[axis + 1 :]))
+    own = {axis, axis + 1} if axis in operand.loose else set()
+    loose = frozenset(own | {a + (a > axis) for a in operand.loose if a != axis})
+    view = tensor.reshape(shape[:axis] + [groups, shape[axis] // groups] + shape[axis + 1 :])
+    loose = frozenset(a for a in loose if view.shape[a] > 1)
+    return Operand(view, tuple(fields), operand.static, loose)
+
+
+def convolution(call: Invocation) -> Fields:
+    """convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups), any dimension.
+
+    w is [O, C/g, *k], transposed [C, O/g, *k]. Kernel places are fixed; features may not vary over positions.
+    """
+    x, w = call.operand(call.args[0]), call.operand(call.args[1])
+    transposed, groups = bool(call.args[6]), int(call.args[8])
+    ledger = call.ledger
+    if groups > 1 and w.tensor.shape[1] > 1:
+        own = w
+        call.restart(call.args[1], lambda: _group_fields(ledger, own, groups), groups)
+        w = call.operand(call.args[1])
+    spatial = frozenset(range(2, x.ndim))
+    flat = []
+    for labels in x.fields:
+        ledger.fix(labels, spatial, "`convolution` mixes neighbouring places")
+        rest = ledger.project(labels, varying(labels) - spatial)
+        if rest is not None:
+            flat.append(rest)
+    for labels in w.fields:
+        ledger.fix(labels, spatial, "a kernel has places, not features")
+    kernel = tuple(f for f in w.fields if not varying(f) & spatial)
+    x = _grouped(_first_place(x, tuple(flat)), 1, groups)
+    w = _grouped(_first_place(w, kernel), 0, groups)
+    spec = "ngc,gco->ngo" if transposed else "ngc,goc->ngo"
+    fields = contract(ledger, x, w, spec, "`convolution`")
+    channels = [groups, call.out.shape[1] // groups]
+    ones = [1] * len(spatial)
+    joined = []
+    for labels in fields:
+        if varying(labels) & {1, 2}:
+            labels = labels.expand(labels.shape[0], *channels)
+        joined.append(labels.reshape([labels.shape[0], -1, *ones]))
+    return _plus(call, call.args[2], tuple(joined), call.out.ndim, first=1)
+
+
+def _first_place(operand: Operand, fields: Fields) -> Operand:
+    """The operand at its first spatial place, where only axes 0 and 1 are left."""
+    tensor = operand.tensor[(slice(None), slice(None), *([0] * (operand.ndim - 2)))]
+    flat = tuple(labels.reshape(labels.shape[:2]) for labels in fields)
+    return Operand(tensor, flat, operand.static, operand.loose & {0, 1})
+
+
+def _group_fields(ledger: Ledger, w: Operand, groups: int) -> Fields:
+    """Fields of a grouped kernel: one over axis 0, and one over (group, axis 1), since groups share no weights."""
+    rows, columns = w.tensor.shape[:2]
+    tail = [1] * (w.ndim - 2)
+    first = ledger.fresh(rows, 1, *tail)
+    second = ledger.fresh(groups, columns).repeat_interleave(rows // groups, 0).reshape(rows, columns, *tail)
+    return first, second

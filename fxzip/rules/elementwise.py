@@ -1,0 +1,48 @@
+"""Elementwise calls: labels at the same place of two operands become equal, or blocks of one another."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .fields import Fields, meet
+from .invocation import Invocation
+
+
+def elementwise(call: Invocation) -> Fields:
+    """add, mul, relu, where, ... with broadcasting from the right."""
+    ndim = call.out.ndim
+    placed = [x.place(range(ndim - x.ndim, ndim), ndim) for x in call.operands()]
+    return meet(call.ledger, placed, f"`{call.name}`")
+
+
+def gated(call: Invocation) -> Fields:
+    """glu: the two halves of an axis are multiplied, so their features are one."""
+    x = call.operand(call.args[0])
+    dim = call.arg(1, "dim", -1) % x.ndim
+    result = []
+    for labels in x.fields:
+        if labels.shape[dim] == 1:
+            result.append(labels)
+            continue
+        first, second = labels.chunk(2, dim)
+        call.ledger.equal(first, second)
+        result.append(first)
+    return tuple(result)
+
+
+def prelu(call: Invocation) -> Fields:
+    """_prelu_kernel(x, w): w comes already shaped for broadcasting."""
+    return elementwise(call)
+
+
+def first_operand(call: Invocation) -> Fields:
+    """Calls whose result has the features of their first operand unchanged."""
+    first = next(iter(call.tensors()))
+    return call.operand(first).fields
+
+
+def unlabelled(call: Invocation) -> Fields | list[Fields]:
+    """Factories and `*_like` calls: nothing of the operands' features is in the result."""
+    if isinstance(call.out, Tensor):
+        return ()
+    return [() for _ in call.out] if isinstance(call.out, (tuple, list)) else ()

@@ -1,0 +1,257 @@
+"""Label fields and the ledger: the algebra that every rule is written in.
+
+A *label* is an integer that names a feature. A *field* of a tensor t is an int64 tensor with t's number of axes
+that says which feature an element belongs to; it has size 1 along the axes where the label does not change, so a
+field over the channels of [B, C, H, W] has shape [1, C, 1, 1]. A tensor carries a tuple of fields (a weight has one
+over its outputs and one over its inputs). A relabelling π moves the elements of t such that those labelled l land
+where π(l) was, and rules record in a `Ledger` what π has to respect:
+
+* equal(a, b): a and b are one feature.
+* block(b, m): π maps the members m of block b onto the members of block π(b).
+* pin(l): π(l) = l.
+
+For a field f, A(f) is the set of axes along which it varies. Two fields that meet on common axes S = A(f) ∩ A(g) are
+related by `relate`: equal where A(f) = A(g) = S, the coarser a block of the finer where one contains the other, and
+both members of a new block over S otherwise. A field that meets unlabelled values on axes S keeps its place there (`fix`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+VOID = 0  # "no feature": padding, the same value everywhere
+FIXED = -1  # a place that no relabelling moves
+
+Fields = tuple[Tensor, ...]
+
+
+def varying(labels: Tensor) -> frozenset[int]:
+    """A(f): the axes along which a field varies."""
+    return frozenset(axis for axis, size in enumerate(labels.shape) if size > 1)
+
+
+def compress(labels: Tensor) -> Tensor:
+    """The same field with size 1 along every axis where the label does not change.
+
+    >>> compress(torch.tensor([[1, 1], [2, 2]])).shape
+    torch.Size([2, 1])
+    """
+    for axis, size in enumerate(labels.shape):
+        if size > 1:
+            first = labels.narrow(axis, 0, 1)
+            if labels.stride(axis) == 0 or bool((labels == first).all()):
+                labels = first
+    return labels
+
+
+def along(labels: Tensor, axis: int, ndim: int) -> Tensor:
+    """A 1-d run of labels laid along one axis of a tensor with `ndim` axes."""
+    shape = [1] * ndim
+    shape[axis] = labels.numel()
+    return labels.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Labels that no relabelling moves, with the reason. `kind`: "fixed" (the basis is given from outside), "barrier"
+    (a call without a rule) or "output" (what the model returns)."""
+
+    labels: Tensor
+    reason: str
+    kind: str
+
+
+@dataclass
+class Facts:
+    """What the calls inside one fx node say about labels."""
+
+    equal: list[Tensor] = field(default_factory=list)  # each [2, E]
+    blocks: list[Tensor] = field(default_factory=list)  # each [2, R]: block, member
+    pins: list[Pin] = field(default_factory=list)
+    consumed: list[Tensor] = field(default_factory=list)  # labels of parameters contracted with activations
+    touched: list[tuple[str, Tensor]] = field(default_factory=list)  # ("mix" | "dual" | "param" | ..., labels)
+
+
+class Ledger:
+    """Collects the facts of the node under way (`facts`) and hands out new labels."""
+
+    def __init__(self) -> None:
+        self.size = 1  # label 0 is VOID
+        self.facts = Facts()
+
+    def fresh(self, *shape: int) -> Tensor:
+        """New labels, one per element of `shape`."""
+        count = int(torch.Size(shape).numel())
+        labels = torch.arange(self.size, self.size + count).reshape(shape)
+        self.size += count
+        return labels
+
+    def _pairs(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = torch.broadcast_tensors(a, b)
+        return torch.stack([a.reshape(-1), b.reshape(-1)])
+
+    def equal(self, a: Tensor, b: Tensor) -> None:
+        """a and b (broadcast) name the same features. FIXED pins its partner; partners of VOID stay among themselves."""
+        if a is b:
+            return
+        pairs = self._pairs(a, b)
+        both = (pairs > 0).all(0)
+        if not bool(both.all()):
+            other = pairs.max(0).values
+            fixed = (pairs.min(0).values == FIXED) & (other > 0)
+            void = (pairs.min(0).values == VOID) & (other > 0)
+            self.pin(other[fixed], "it is added to values that carry no feature")
+            if bool(void.any()):
+                mates = self.fresh(1)
+                self.pin(mates, "padded places keep to themselves")
+                self.block(mates, other[void])
+        pairs = pairs[:, both & (pairs[0] != pairs[1])]
+        if pairs.numel():
+            self.facts.equal.append(torch.unique(pairs, dim=1) if pairs.shape[1] > 4096 else pairs)
+
+    def block(self, blocks: Tensor, members: Tensor) -> None:
+        """Each label of `blocks` (broadcast) is a block with the label of `members` at the same place as a member."""
+        pairs = self._pairs(blocks, members)
+        self.pin(pairs[1, (pairs[0] == FIXED) & (pairs[1] > 0)], "its block meets values that carry no feature")
+        self.pin(pairs[0, (pairs[1] == FIXED) & (pairs[0] > 0)], "it holds values that carry no feature")
+        pairs = pairs[:, (pairs > 0).all(0)]
+        if pairs.numel():
+            self.facts.blocks.append(torch.unique(pairs, dim=1) if pairs.shape[1] > 4096 else pairs)
+
+    def pin(self, labels: Tensor, reason: str, kind: str = "fixed") -> None:
+        labels = labels.reshape(-1)
+        labels = labels[labels > 0]
+        if labels.numel():
+            self.facts.pins.append(Pin(torch.unique(labels), reason, kind))
+
+    def touch(self, kind: str, labels: Tensor) -> None:
+        """Note that a call does something to these features which matters for folding ("mix", "dual", "param")."""
+        labels = labels.reshape(-1)
+        labels = labels[labels > 0]
+        if labels.numel():
+            self.facts.touched.append((kind, torch.unique(labels)))
+
+    def consume(self, labels: Tensor) -> None:
+        """These labels of a parameter are summed over against activations: they take the unmerge matrix."""
+        labels = labels.reshape(-1)
+        if labels.numel():
+            self.facts.consumed.append(torch.unique(labels[labels > 0]))
+
+    # relations of fields -------------------------------------------------------------------------------------------
+
+    def project(self, labels: Tensor, axes: frozenset[int]) -> Tensor | None:
+        """A new block label per place on `axes`, with the field's labels there as members; None if `axes` is empty."""
+        axes = axes & varying(labels)
+        if not axes:
+            return None
+        if axes == varying(labels):
+            return labels
+        blocks = self.fresh(*(size if axis in axes else 1 for axis, size in enumerate(labels.shape)))
+        self.block(blocks, labels)
+        return blocks
+
+    def relate(self, f: Tensor, g: Tensor) -> None:
+        """Two fields (same number of axes) whose tensors meet elementwise on all axes."""
+        shared = varying(f) & varying(g)
+        if not shared:
+            return
+        if varying(f) == varying(g):
+            self.equal(f, g)
+        elif shared == varying(f):
+            self.block(f, g)
+        elif shared == varying(g):
+            self.block(g, f)
+        else:
+            blocks = self.project(f, shared)
+            assert blocks is not None
+            self.block(blocks, g)
+
+    def fix(self, labels: Tensor, axes: frozenset[int], reason: str) -> None:
+        """The field keeps its place along `axes`; along its other axes features may still move."""
+        axes = axes & varying(labels)
+        if not axes:
+            return
+        if axes == varying(labels):
+            self.pin(labels, reason)
+            return
+        blocks = self.project(labels, axes)
+        assert blocks is not None
+        self.pin(blocks, reason)
+
+    def mix(self, labels: Tensor, axes: frozenset[int]) -> Tensor | None:
+        """A symmetric function over `axes` (sum, norm, softmax): what is left of the field outside of `axes`."""
+        if not axes & varying(labels):
+            return labels
+        self.touch("mix", labels)
+        return self.project(labels, varying(labels) - axes)
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A tensor inside a call: its fields, whether it depends on the model's input, and its unlabelled axes.
+
+    `loose` holds the axes along which the values differ while no field varies: positions, batch, fixed tables.
+    """
+
+    tensor: Tensor
+    fields: Fields
+    static: bool
+    loose: frozenset[int]
+
+    @property
+    def ndim(self) -> int:
+        return self.tensor.ndim
+
+    def place(self, axes: Sequence[int], ndim: int) -> Operand:
+        """The operand seen in a joint space of `ndim` axes, own axis i at `axes[i]`; absent axes have size 1."""
+        fields = []
+        for labels in self.fields:
+            shape = [1] * ndim
+            order = sorted(range(self.ndim), key=lambda i: axes[i])
+            for i in order:
+                shape[axes[i]] = labels.shape[i]
+            fields.append(labels.permute(order).reshape(shape))
+        return Operand(self.tensor, tuple(fields), self.static, frozenset(axes[i] for i in self.loose))
+
+
+def merged_fields(groups: Sequence[Fields]) -> Fields:
+    """Fields of the result where operands met: of fields that are related, the finer one is kept.
+
+    `groups` holds one tuple of fields per operand, in the result's axes. Fields of one operand are never related.
+    """
+    kept: list[tuple[int, Tensor]] = []
+    entries = [(index, labels) for index, fields in enumerate(groups) for labels in fields]
+    entries.sort(key=lambda entry: -len(varying(entry[1])))
+    for index, labels in entries:
+        for at, (owner, other) in enumerate(kept):
+            if owner != index and varying(labels) <= varying(other):
+                if varying(labels) == varying(other):
+                    kept[at] = (owner, torch.where(other > 0, other, labels))
+                break
+        else:
+            if varying(labels):
+                kept.append((index, labels))
+    return tuple(labels for _, labels in kept)
+
+
+def meet(ledger: Ledger, operands: Sequence[Operand], what: str) -> Fields:
+    """Operands (placed in the same axes) meet elementwise: relate their fields, return the result's fields."""
+    for i, x in enumerate(operands):
+        for y in operands[:i]:
+            for f in x.fields:
+                for g in y.fields:
+                    ledger.relate(f, g)
+        for j, y in enumerate(operands):
+            if i != j:
+                for f in x.fields:
+                    ledger.fix(f, y.loose, f"{what} meets it with values that carry no feature")
+    if any(not x.static for x in operands):
+        for x in operands:
+            if x.static:
+                for f in x.fields:
+                    ledger.touch("param", f)
+    return merged_fields([x.fields for x in operands])

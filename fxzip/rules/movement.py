@@ -1,0 +1,157 @@
+"""Calls that only move elements: the same call is run on the label field. One rule for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fields import FIXED, VOID, Fields, Operand, compress, varying
+from .invocation import Invocation
+
+
+def _replay(call: Invocation, labels: Tensor, shape: torch.Size) -> Any:
+    full = labels.expand(shape)
+    if call.name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
+        return full.reshape(call.arg(1, "size", call.kwargs.get("shape")))
+    if call.name == "as_strided":
+        full = full.contiguous()
+    kwargs = {k: v for k, v in call.kwargs.items() if k not in ("dtype", "memory_format", "device", "layout")}
+    return call.func(full, *call.args[1:], **kwargs)
+
+
+def move(call: Invocation) -> Fields | list[Fields]:
+    """view, permute, expand, slice, select, split, flip, roll, pixel_shuffle, unfold ..."""
+    source = call.operand(call.args[0])
+    shape = source.tensor.shape
+    moved = [_replay(call, labels, shape) for labels in source.fields]
+    if isinstance(call.out, Tensor):
+        return _live(moved)
+    return [_live([parts[i] for parts in moved]) for i in range(len(call.out))]
+
+
+def _live(fields: list[Tensor]) -> Fields:
+    return tuple(labels for labels in map(compress, fields) if varying(labels))
+
+
+def index(call: Invocation) -> Fields | None:
+    """index, index_select, gather: movement along fixed indices; indices computed from the input fix those axes."""
+    source = call.operand(call.args[0])
+    if call.name == "index":
+        axes = frozenset(axis for axis, item in enumerate(call.args[1]) if item is not None)
+        chosen = [item for item in call.args[1] if item is not None]
+    else:
+        axes = frozenset({call.args[1] % max(source.ndim, 1)})
+        chosen = [call.args[2]]
+    if any(not call.operand(item).static for item in chosen):
+        for labels in source.fields:
+            call.ledger.fix(labels, axes, f"`{call.name}` picks it by indices that depend on the input")
+    if call.name == "gather":
+        shape = call.out.shape
+        kept = []
+        for labels in source.fields:
+            full = labels.expand([max(a, b) for a, b in zip(source.tensor.shape, shape, strict=True)])
+            kept.append(call.func(full.contiguous(), *call.args[1:]))
+        return _live(kept)
+    return move(call)  # type: ignore[return-value]
+
+
+def embedding(call: Invocation) -> Fields:
+    """embedding(weight, indices): rows are read by number, so they stay; the features of a row go on."""
+    weight = call.operand(call.args[0])
+    indices = call.args[1]
+    result = []
+    for labels in weight.fields:
+        if 0 in varying(labels):
+            call.ledger.fix(labels, frozenset({0}), "`embedding` reads its rows by number")
+        if 1 in varying(labels):
+            call.ledger.touch("param", labels)
+        if varying(labels) == {1}:
+            result.append(labels.reshape([1] * indices.ndim + [-1]))
+    return tuple(result)
+
+
+def pad(call: Invocation) -> Fields:
+    """constant_pad_nd: new places along a labelled axis hold no feature."""
+    source = call.operand(call.args[0])
+    amounts = list(call.args[1])
+    result = []
+    for labels in source.fields:
+        widths: list[int] = []
+        for place in range(len(amounts) // 2):
+            axis = source.ndim - 1 - place
+            widths += amounts[2 * place : 2 * place + 2] if labels.shape[axis] > 1 else [0, 0]
+        result.append(torch.constant_pad_nd(labels, widths, VOID))
+    return tuple(result)
+
+
+def _filler(operand: Operand, dim: int) -> int:
+    """What an operand without labels along `dim` puts there: nothing, if its values are the same everywhere."""
+    return FIXED if dim in operand.loose or not operand.static else VOID
+
+
+def cat(call: Invocation) -> Fields:
+    """cat: labels are concatenated along `dim`; features along other axes are the same in all parts."""
+    parts = [call.operand(part) for part in call.args[0]]
+    parts = [part for part in parts if part.tensor.numel() or part.ndim > 1]
+    dim = call.arg(1, "dim", 0) % parts[0].ndim
+    return _joined(call, parts, dim)
+
+
+def stack(call: Invocation) -> Fields:
+    """stack: cat along a new axis."""
+    dim = call.arg(1, "dim", 0) % call.out.ndim
+    parts = []
+    for tensor in call.args[0]:
+        part = call.operand(tensor)
+        fields = tuple(labels.unsqueeze(dim) for labels in part.fields)
+        loose = frozenset(axis + (axis >= dim) for axis in part.loose)
+        parts.append(Operand(tensor.unsqueeze(dim), fields, part.static, loose))
+    return _joined(call, parts, dim)
+
+
+def _joined(call: Invocation, parts: list[Operand], dim: int) -> Fields:
+    keys = {varying(labels) - {dim} for part in parts for labels in part.fields}
+    result: list[Tensor] = []
+    for key in sorted(keys, key=sorted):
+        found = [[labels for labels in part.fields if varying(labels) - {dim} == key] for part in parts]
+        for part, several in zip(parts, found, strict=True):
+            for extra in several[1:]:
+                call.ledger.pin(extra, f"`{call.name}` joins axes with several kinds of features")
+            if not several:
+                for other in found:
+                    for labels in other[:1]:
+                        call.ledger.fix(labels, key & part.loose, f"`{call.name}` joins it with unlabelled values")
+        first = [several[0] if several else None for several in found]
+        if key and all(labels is None or labels.shape[dim] == 1 for labels in first):
+            present = [labels for labels in first if labels is not None]
+            for labels in present[1:]:
+                call.ledger.equal(present[0], labels)
+            result.append(present[0])
+            continue
+        result.append(_concatenate(parts, first, key, dim))
+    return tuple(labels for labels in result if varying(labels))
+
+
+def _concatenate(parts: list[Operand], fields: list[Tensor | None], key: frozenset[int], dim: int) -> Tensor:
+    pieces = []
+    for part, labels in zip(parts, fields, strict=True):
+        shape = [size if axis == dim or axis in key else 1 for axis, size in enumerate(part.tensor.shape)]
+        if labels is None:
+            pieces.append(torch.full(shape, _filler(part, dim)))
+        else:
+            pieces.append(labels.expand(shape))
+    return torch.cat(pieces, dim)
+
+
+def weight_norm(call: Invocation) -> list[Fields]:
+    """_weight_norm_interface(v, g, dim): v scaled by g / ‖v‖ over all axes but `dim`."""
+    v, g = call.operand(call.args[0]), call.operand(call.args[1])
+    axes = frozenset(range(v.ndim)) - {call.arg(2, "dim", 0)}
+    for labels in v.fields:
+        call.ledger.mix(labels, axes)
+    for f in v.fields:
+        for h in g.fields:
+            call.ledger.relate(f, h)
+    return [v.fields, ()]

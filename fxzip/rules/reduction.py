@@ -1,0 +1,144 @@
+"""Reductions, normalisations, and calls over positions (pooling, interpolation)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .fields import Fields, Operand, along, meet, varying
+from .invocation import Invocation, axes_of
+
+
+def _outputs(call: Invocation, fields: Fields) -> Fields | list[Fields]:
+    """The same fields for every result (values and indices of max, var and mean of var_mean)."""
+    return fields if isinstance(call.out, Tensor) else [fields if isinstance(t, Tensor) else () for t in call.out]
+
+
+def reduce(call: Invocation) -> Fields | list[Fields]:
+    """sum, mean, amax, var, norm ... over `dim`: symmetric in what is reduced."""
+    x = call.operand(call.args[0])
+    names = {argument.name: place for place, argument in enumerate(call.func._schema.arguments)}
+    dim = call.arg(names["dim"], "dim") if "dim" in names else None
+    keep = bool(call.arg(names["keepdim"], "keepdim", False)) if "keepdim" in names else False
+    axes = axes_of(dim, x.ndim)
+    result = []
+    for labels in x.fields:
+        rest = call.ledger.mix(labels, axes)
+        if rest is not None:
+            result.append(rest if keep else rest.reshape([s for a, s in enumerate(rest.shape) if a not in axes]))
+    return _outputs(call, tuple(result))
+
+
+def positional_reduce(call: Invocation) -> Fields | list[Fields] | None:
+    """argmax and the like: which place wins is a number, so the places stay."""
+    x = call.operand(call.args[0])
+    names = {argument.name: place for place, argument in enumerate(call.func._schema.arguments)}
+    axes = axes_of(call.arg(names["dim"], "dim"), x.ndim)
+    for labels in x.fields:
+        call.ledger.fix(labels, axes, f"`{call.name}` depends on the order of features")
+    return reduce(call)
+
+
+def ordered(call: Invocation) -> Fields | list[Fields]:
+    """cumsum, sort, topk ...: the order along `dim` matters."""
+    x = call.operand(call.args[0])
+    names = {argument.name: place for place, argument in enumerate(call.func._schema.arguments)}
+    axes = axes_of(call.arg(names["dim"], "dim", -1), x.ndim)
+    for labels in x.fields:
+        call.ledger.fix(labels, axes, f"`{call.name}` depends on the order of features")
+    return _outputs(call, tuple(labels for labels in x.fields if not axes & varying(labels)))
+
+
+def softmax(call: Invocation) -> Fields:
+    """_softmax(x, dim): symmetric in the places along `dim`, which go on."""
+    x = call.operand(call.args[0])
+    for labels in x.fields:
+        call.ledger.mix(labels, axes_of(call.args[1], x.ndim))
+    return x.fields
+
+
+def _affine(call: Invocation, x: Operand, params: list[Tensor | None], first: int) -> Fields:
+    """x meets parameters whose axes start at axis `first` of x."""
+    placed = [x]
+    for param in params:
+        if isinstance(param, Tensor):
+            operand = call.operand(param)
+            placed.append(operand.place(range(first, first + operand.ndim), x.ndim))
+    return meet(call.ledger, placed, f"`{call.name}`")
+
+
+def layer_norm(call: Invocation) -> Fields | list[Fields]:
+    """native_layer_norm(x, shape, weight, bias, eps), _fused_rms_norm(x, shape, weight, eps)."""
+    x = call.operand(call.args[0])
+    count = len(call.args[1])
+    for labels in x.fields:
+        call.ledger.mix(labels, frozenset(range(x.ndim - count, x.ndim)))
+    params = [value for value in call.args[2:4] if isinstance(value, Tensor)]
+    fields = _affine(call, x, list(params), x.ndim - count)
+    return fields if isinstance(call.out, Tensor) else [fields, *[() for _ in call.out[1:]]]
+
+
+def batch_norm(call: Invocation) -> Fields | list[Fields]:
+    """native_batch_norm and its kin: (x, weight, bias, running_mean, running_var, ...), all over axis 1."""
+    x = call.operand(call.args[0])
+    fields = _affine(call, x, list(call.args[1:5]), 1)
+    return fields if isinstance(call.out, Tensor) else [fields, *[() for _ in call.out[1:]]]
+
+
+def group_norm(call: Invocation) -> list[Fields]:
+    """native_group_norm(x, weight, bias, N, C, HxW, groups, eps): the channels of a group are a block."""
+    x = call.operand(call.args[0])
+    groups = call.args[6]
+    for labels in x.fields:
+        inner = frozenset(range(2, x.ndim))
+        call.ledger.fix(labels, inner, "`native_group_norm` normalises over positions")
+        channels = labels.shape[1]
+        if channels > 1 and varying(labels) == {1}:
+            blocks = labels.reshape(groups, channels // groups)
+            call.ledger.touch("mix", labels)
+            if 1 < groups < channels:
+                call.ledger.project(blocks, frozenset({0}))
+        elif channels > 1:
+            call.ledger.pin(labels, "`native_group_norm` meets several kinds of features")
+    return [_affine(call, x, list(call.args[1:3]), 1), (), ()]
+
+
+def positional(call: Invocation) -> Fields | list[Fields]:
+    """Pooling, interpolation, padding by reflection: axes from 2 on hold positions, labels elsewhere go on."""
+    x = call.operand(call.args[0])
+    spatial = _spatial_axes(call, x)
+    result = []
+    for labels in x.fields:
+        call.ledger.fix(labels, spatial, f"`{call.name}` mixes neighbouring places")
+        rest = call.ledger.project(labels, varying(labels) - spatial)
+        if rest is not None:
+            result.append(rest)
+    return _outputs(call, tuple(result))
+
+
+def _spatial_axes(call: Invocation, x: Operand) -> frozenset[int]:
+    digits = [char for char in call.name if char.isdigit() and call.name[call.name.index(char) + 1 : ][:1] == "d"]
+    count = int(digits[0]) if digits else x.ndim - 2
+    return frozenset(range(x.ndim - count, x.ndim))
+
+
+def grid_sample(call: Invocation) -> Fields:
+    """grid_sampler(x, grid): positions are looked up; features of x go on."""
+    grid = call.operand(call.args[1])
+    for labels in grid.fields:
+        call.ledger.pin(labels, f"`{call.name}` reads it as coordinates")
+    fields = positional(call)
+    assert isinstance(fields, tuple)
+    return fields
+
+
+def im2col(call: Invocation) -> Fields:
+    """im2col: [B, C, H, W] -> [B, C·k·k, L]: every channel becomes k·k places in a row."""
+    x = call.operand(call.args[0])
+    taps = int(torch.Size(call.args[1]).numel())
+    result = []
+    for labels in x.fields:
+        call.ledger.fix(labels, frozenset({2, 3}), "`im2col` mixes neighbouring places")
+        if varying(labels) == {1}:
+            result.append(along(labels.reshape(-1).repeat_interleave(taps), 1, 3))
+    return tuple(result)
