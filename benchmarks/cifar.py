@@ -1,0 +1,296 @@
+"""Zip networks trained on disjoint classes of CIFAR-10 and evaluate them, by method, cut and refit.
+
+    python benchmarks/cifar.py --data DIR --checkpoints DIR
+
+Calibration sees unlabelled training images only. Settings are tuned with `--split holdout`, which evaluates on 5,000
+training images that calibration does not see; the test images are for reporting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar_data import DEFAULT_CACHE, Images, draw_calibration, holdout_split, load_cifar, mixed_batches, normalise
+from networks import NETWORKS
+from training import Trained, load_checkpoint, save_checkpoint, train_network
+
+from fxzip.evaluation import HeadAccuracy, evaluate_heads
+
+COLUMNS = ("network", "until", "refit", "per task", "average", "joint", "FLOPs / one", "parameters / one", "seconds")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table. Ratios are to the first model; seconds are those of `compile_zip`."""
+
+    network: str
+    until: str
+    refit: str
+    per_task: tuple[float, ...]
+    average: float
+    joint: float | None
+    flops: float
+    parameters: float
+    seconds: float | None
+
+
+def parse_method(text: str) -> Any:
+    """A method's name, or `zip:ALPHA,BETA` for `fxzip.Zip(alpha=ALPHA, beta=BETA)`."""
+    name, _, settings = text.partition(":")
+    if not settings:
+        return name
+    import fxzip
+
+    if name != "zip":
+        raise ValueError(f"Only `zip` takes settings, as `zip:ALPHA,BETA`; found `{text}`.")
+    alpha, beta = (float(value) for value in settings.split(","))
+    return fxzip.Zip(alpha=alpha, beta=beta)
+
+
+def evaluate_originals(models: Sequence[Trained], images: Images, device: str) -> list[Result]:
+    """Each model alone on its own classes, and all side by side."""
+    accuracy = evaluate(lambda x: [model.network(x) for model in models], models, images, device)
+    sizes = [sum(p.numel() for p in model.network.parameters()) for model in models]
+    flops = [count_flops(model, device) for model in models]
+    rows = [
+        Result(f"model {i + 1} alone", "", "", (own,), own, None, flops[i] / flops[0], sizes[i] / sizes[0], None)
+        for i, own in enumerate(accuracy.per_task)
+    ]
+    ratios = (sum(flops) / flops[0], sum(sizes) / sizes[0])
+    return [*rows, Result("side by side", "", "", *astuple(accuracy), *ratios, None)]
+
+
+def evaluate_zipped(
+    models: Sequence[Trained],
+    drawn: Sequence[torch.Tensor],
+    images: Images,
+    settings: argparse.Namespace,
+    method: str,
+    until: str,
+    refit: str,
+) -> Result:
+    """Zip by one method, cut and refit, and evaluate."""
+    import fxzip
+
+    device = settings.device
+    if settings.data_per_model:
+        data: Any = [[batch.to(device) for batch in own.split(settings.batch_size)] for own in drawn]
+    else:
+        data = [batch.to(device) for batch in mixed_batches(drawn, settings.batch_size, settings.seed)]
+    start = time.perf_counter()
+    zipped = fxzip.compile_zip(
+        [model.network for model in models],
+        drawn[0][:2].to(device),
+        data=data,
+        method=parse_method(method),
+        until=parse_until(until),
+        refit=None if refit == "none" else refit,
+        progress=False if settings.quiet else None,
+    )
+    seconds = time.perf_counter() - start
+    accuracy = evaluate(zipped, models, images, device)
+    ratios = [zipped.report[key]["total"] / zipped.report[key]["originals"][0] for key in ("flops", "parameters")]
+    return Result(method, until, refit, *astuple(accuracy), *ratios, seconds)
+
+
+def evaluate(forward: Any, models: Sequence[Trained], images: Images, device: str) -> HeadAccuracy:
+    """Accuracy of the heads on images given as pixels."""
+    tasks = [model.classes for model in models]
+    return evaluate_heads(lambda pixels: forward(normalise(pixels.to(device))), images.pixels, images.labels, tasks)
+
+
+def astuple(accuracy: HeadAccuracy) -> tuple[tuple[float, ...], float, float]:
+    return accuracy.per_task, accuracy.average, accuracy.joint
+
+
+def parse_until(text: str) -> str | float | None:
+    """`none`, a fraction of the FLOPs, or a module path or node name."""
+    if text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def count_flops(model: Trained, device: str) -> int:
+    """FLOPs of one image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.network(torch.zeros(1, 3, 32, 32, device=device))
+    return counter.get_total_flops()
+
+
+def format_table(rows: Sequence[Result], markdown: bool = False) -> str:
+    """Aligned columns; accuracies in per cent."""
+
+    def cells(row: Result) -> list[str]:
+        return [
+            row.network,
+            row.until,
+            row.refit,
+            " / ".join(f"{100 * value:.2f}" for value in row.per_task),
+            f"{100 * row.average:.2f}",
+            "" if row.joint is None else f"{100 * row.joint:.2f}",
+            f"{row.flops:.3f}",
+            f"{row.parameters:.3f}",
+            "" if row.seconds is None else f"{row.seconds:.1f}",
+        ]
+
+    table = [list(COLUMNS), *map(cells, rows)]
+    if markdown:
+        lines = [f"| {' | '.join(line)} |" for line in table]
+        return "\n".join([lines[0], "|" + "---|" * len(COLUMNS), *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(_pad(line, widths)) for line in table)
+
+
+def _pad(line: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    """Words to the left, numbers to the right."""
+    for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
+        yield cell.ljust(width) if column < 3 else cell.rjust(width)
+
+
+def checkpoint_paths(settings: argparse.Namespace, count: int) -> list[Path]:
+    """`NAME_a.safetensors`, `NAME_b.safetensors`, …"""
+    name = settings.pair or f"cifar10_{settings.architecture}x{settings.width:g}"
+    return [settings.checkpoints / f"{name}_{letter}.safetensors" for letter in "abcdefghij"[:count]]
+
+
+def train_models(settings: argparse.Namespace, train: Images) -> list[Path]:
+    """Train a network per task and save it; network i gets seed `--seed` + i."""
+    if settings.train_images is not None:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
+        train = train[order[: settings.train_images]]
+    paths = checkpoint_paths(settings, len(settings.tasks))
+    for i, (path, classes) in enumerate(zip(paths, settings.tasks, strict=True)):
+        if path.exists() and not settings.overwrite:
+            raise FileExistsError(f"`--train` does not overwrite {path}; pass `--overwrite` or another `--pair`.")
+        trained = train_network(
+            settings.architecture,
+            train,
+            classes,
+            width=settings.width,
+            epochs=settings.epochs,
+            seed=settings.seed + i,
+            device=settings.device,
+            progress=False if settings.quiet else None,
+        )
+        save_checkpoint(trained, path, settings.architecture, settings.width)
+    return paths
+
+
+def find_models(settings: argparse.Namespace) -> list[Trained]:
+    """The models of all checkpoints of the pair (or triple …) that are there."""
+    paths = checkpoint_paths(settings, 10)
+    present = [path for path in paths if path.is_file()]
+    if len(present) < 2:
+        raise FileNotFoundError(
+            f"Evaluation needs at least {paths[0].name} and {paths[1].name}; {len(present)} of them are in "
+            f"{settings.checkpoints}. Pass `--checkpoints DIR`, or `--train` to train them."
+        )
+    models = [load_checkpoint(path) for path in present]
+    for model in models:
+        model.network.to(settings.device)
+    return models
+
+
+def run(settings: argparse.Namespace) -> Iterator[Result]:
+    """Rows of the table, one by one."""
+    torch.manual_seed(settings.seed)
+    cifar = load_cifar(settings.data, settings.cache)
+    calibration, held = holdout_split(cifar.train)
+    if settings.train:
+        train_models(settings, cifar.train)
+    models = find_models(settings)
+    images = cifar.test if settings.split == "test" else held
+    yield from evaluate_originals(models, images, settings.device)
+    drawn = draw_calibration(calibration, [model.classes for model in models], settings.images, settings.seed)
+    for refit in settings.refit:
+        for method in settings.methods:
+            for until in settings.cuts:
+                yield evaluate_zipped(models, drawn, images, settings, method, until, refit)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = result.add_argument
+    add(
+        "--data",
+        default=os.environ.get("FXZIP_DATA", _default("../shared/data")),
+        help="ImageFolder or archive of CIFAR-10, or a folder that holds cifar10.tar.xz "
+        "(default: $FXZIP_DATA, else ../shared/data if it is there, else torchvision's download)",
+    )
+    add(
+        "--checkpoints",
+        type=Path,
+        default=Path(os.environ.get("FXZIP_CHECKPOINTS") or _default("../shared/checkpoints") or "checkpoints"),
+        help="folder of the trained networks (default: $FXZIP_CHECKPOINTS, else ../shared/checkpoints if it is there, "
+        "else checkpoints)",
+    )
+    add("--cache", type=Path, default=DEFAULT_CACHE, help="folder of the decoded images (default: %(default)s)")
+    add("--pair", help="name of the checkpoints before _a, _b, … (default: cifar10_ARCHITECTURExWIDTH)")
+    add("--architecture", choices=sorted(NETWORKS), default="resnet20")
+    add("--width", type=float, default=2)
+    add("--methods", nargs="+", default=["zip:0.1,0.5", "zip:1,1", "permute", "average"], help="zip:ALPHA,BETA, …")
+    add("--cuts", nargs="+", default=["none", "layer2", "layer1"], help="values of `until`")
+    add("--refit", nargs="+", default=["repair"], help="repair, batchnorm, none, …")
+    add("--images", type=int, default=1000, help="unlabelled calibration images of all tasks together")
+    add("--data-per-model", action="store_true", help="give `data` as one iterable per model instead of mixed batches")
+    add("--batch-size", type=int, default=125, help="of the calibration batches")
+    add("--seed", type=int, default=0, help="of the calibration images; with --train, of the first network")
+    add(
+        "--split",
+        choices=["test", "holdout"],
+        default="test",
+        help="evaluate on the test images, or on training images",
+    )
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", type=Path, help="also write settings and rows to this file")
+    add("--markdown", action="store_true", help="print the table as Markdown")
+    add("--quiet", action="store_true", help="no progress bars")
+    training = result.add_argument_group("training")
+    training.add_argument(
+        "--train", action="store_true", help="train the networks first and save them in --checkpoints"
+    )
+    training.add_argument("--epochs", type=int, default=40)
+    training.add_argument("--train-images", type=int, help="train on so many images only")
+    training.add_argument("--overwrite", action="store_true", help="replace checkpoints that are there")
+    training.add_argument(
+        "--tasks",
+        nargs="+",
+        type=lambda text: tuple(int(label) for label in text.split(",")),
+        default=[(0, 2, 4, 6, 8), (1, 3, 5, 7, 9)],
+        help="classes of each network (default: 0,2,4,6,8 1,3,5,7,9)",
+    )
+    return result
+
+
+def _default(folder: str) -> str | None:
+    return folder if Path(folder).is_dir() else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parser().parse_args(argv)
+    rows = []
+    for row in run(settings):
+        rows.append(row)
+        name = " ".join(filter(None, (row.network, row.until, row.refit)))
+        print(f"{name}: {100 * row.average:.2f}", flush=True)
+    print("\n" + format_table(rows, settings.markdown))
+    if settings.json:
+        content = {"settings": vars(settings), "rows": [asdict(row) for row in rows]}
+        settings.json.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

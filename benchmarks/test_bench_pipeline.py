@@ -1,0 +1,103 @@
+"""Timings of the stages, and of the zipped network against one model and against both.
+
+python -m pytest benchmarks --benchmark-enable
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import fxzip
+
+IMAGES = 32
+BATCH = 8
+
+
+def build(name: str, seed: int, device: str) -> nn.Module:
+    """A torchvision network in eval mode whose BatchNorm statistics are not at their initial values."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = torchvision.models.get_model(name, weights=None, num_classes=10)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.1)
+                nn.init.normal_(module.running_mean, std=0.1)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval().to(device)
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device, so that the clock sees its work."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+@pytest.fixture(scope="module")
+def models(device):
+    return [build("resnet18", seed, device) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def batches(size, device):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(BATCH, 3, size, size, generator=generator).to(device) for _ in range(IMAGES // BATCH)]
+
+
+@pytest.fixture(scope="module")
+def zipped(models, batches):
+    return fxzip.compile_zip(*models, batches[0][:2], data=batches, method="permute", verify=False, progress=False)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.benchmark(group="analysis")
+def test_inspect(benchmark, name, size, device):
+    model = build(name, 0, device)
+    sample = torch.randn(2, 3, size, size, device=device)
+    inspection = benchmark.pedantic(fxzip.inspect, (model, sample), rounds=3, warmup_rounds=1)
+    assert str(inspection)
+
+
+@pytest.mark.benchmark(group="calibration")
+def test_forward_passes_over_the_data(benchmark, models, batches, device):
+    def forward():
+        with torch.no_grad():
+            for batch in batches:
+                for model in models:
+                    model(batch)
+        synchronise(device)
+
+    benchmark.pedantic(forward, rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("refit", [None, "repair"])
+@pytest.mark.benchmark(group="calibration")
+def test_compile(benchmark, models, batches, device, refit):
+    def compile_zip():
+        result = fxzip.compile_zip(
+            *models, batches[0][:2], data=batches, method="permute", refit=refit, verify=False, progress=False
+        )
+        synchronise(device)
+        return result
+
+    assert len(benchmark.pedantic(compile_zip, rounds=2)(batches[0])) == 2
+
+
+@pytest.mark.parametrize("network", ["one model", "both models", "zipped"])
+@pytest.mark.benchmark(group="latency")
+def test_latency(benchmark, models, zipped, batches, device, network):
+    run = {
+        "one model": models[0],
+        "both models": lambda x: [model(x) for model in models],
+        "zipped": zipped,
+    }[network]
+
+    def forward():
+        with torch.no_grad():
+            run(batches[0])
+        synchronise(device)
+
+    benchmark.pedantic(forward, rounds=30, warmup_rounds=5)

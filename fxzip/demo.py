@@ -1,0 +1,300 @@
+"""The demonstration behind `fxzip demo`: two small residual networks, trained on disjoint digits, zipped into one.
+
+Network a learns the digits 0 to 4 and network b the digits 5 to 9 of scikit-learn's bundled 8×8 images, from different
+seeds. They are then zipped by every method, fully and up to a middle stage, from unlabelled training images, and all
+results are compared on images that neither the training nor the calibration has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import fxzip
+from fxzip.evaluation import HeadAccuracy, evaluate_heads
+
+TASKS = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
+METHODS = ("average", "permute", "zip")
+CUTS = (None, "layer2")
+WIDTH = 24
+EPOCHS = 8
+BATCH = 32
+COLUMNS = ("network", "per task", "joint", "FLOPs / one", "/ both", "parameters / one", "/ both")
+
+
+@dataclass(frozen=True, eq=False)
+class Digits:
+    """Images [n, 1, 8, 8] of zero mean and unit deviation, labels [n]."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the table. Costs are relative to one model alone.
+
+    Attributes:
+        name: what it is.
+        accuracy: mean accuracy of the tasks it knows, each head on its own digits.
+        joint: accuracy of all heads together over ten digits; None for a model that knows five.
+        flops: FLOPs / FLOPs of one model.
+        parameters: parameters / parameters of one model.
+        both: FLOPs and parameters of both models side by side, relative to one.
+    """
+
+    name: str
+    accuracy: float
+    joint: float | None
+    flops: float
+    parameters: float
+    both: tuple[float, float]
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut, a strided 1×1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """A residual network of three stages for 8×8 images.
+
+    >>> SmallResNet(classes=5)(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 5])
+    """
+
+    def __init__(self, classes: int, width: int = WIDTH) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = BasicBlock(width, width, 1)
+        self.layer2 = BasicBlock(width, 2 * width, 2)
+        self.layer3 = BasicBlock(2 * width, 2 * width, 1)
+        self.linear = nn.Linear(2 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        logits: Tensor = self.linear(out.mean(dim=(2, 3)))
+        return logits
+
+
+def load_digits_split(seed: int = 0, test_share: float = 0.3) -> Digits:
+    """The 1,797 bundled digits, split at random into images to train and calibrate on, and held-out images."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    targets = torch.tensor(labels, dtype=torch.int64)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    test, train = order.split([round(test_share * len(order)), len(order) - round(test_share * len(order))])
+    images = (images - images[train].mean()) / images[train].std()
+    return Digits(images[train], targets[train], images[test], targets[test])
+
+
+def train(
+    images: Tensor,
+    labels: Tensor,
+    task: Sequence[int],
+    *,
+    seed: int,
+    epochs: int = EPOCHS,
+    width: int = WIDTH,
+    name: str = "network",
+    progress: bool | None = None,
+) -> SmallResNet:
+    """Train a network on the images of its task alone. The caller's RNG state stays as it is. Returns it in eval mode.
+
+    Args:
+        progress: None shows a bar on a terminal only; a bool forces it.
+    """
+    classes = torch.tensor(task)
+    own = torch.isin(labels, classes)
+    images, targets = images[own], torch.searchsorted(classes, labels[own])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = SmallResNet(len(task), width)
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * -(-len(images) // BATCH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=max(steps, 2), pct_start=0.25)
+    hidden = None if progress is None else not progress
+    with tqdm(total=steps, desc=f"training {name}", unit="step", disable=hidden) as bar:
+        for _ in range(epochs):
+            for index in torch.randperm(len(images), generator=generator).split(BATCH):
+                loss = F.cross_entropy(model(images[index]), targets[index])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+    return model.eval()
+
+
+def calibration_batches(images: Tensor, batch_size: int = 100) -> list[Tensor]:
+    """Unlabelled images in batches, for `compile_zip`."""
+    return list(images.split(batch_size))
+
+
+def evaluate(forward: Callable[[Tensor], Sequence[Tensor]], digits: Digits) -> HeadAccuracy:
+    """Accuracy of both heads on the held-out images."""
+    return evaluate_heads(forward, digits.test_images, digits.test_labels, TASKS)
+
+
+def compare(
+    models: Sequence[nn.Module],
+    digits: Digits,
+    *,
+    methods: Sequence[str] = METHODS,
+    cuts: Sequence[str | None] = CUTS,
+    progress: bool | None = None,
+) -> tuple[list[Row], torch.fx.GraphModule]:
+    """Zip by every method and cut; the rows of the table, and the last method's full zip."""
+    data = calibration_batches(digits.train_images)
+    sample = digits.train_images[:2]
+    zipped_rows = []
+    settings = [(method, cut) for cut in cuts for method in methods]
+    hidden = None if progress is None else not progress
+    for method, cut in tqdm(settings, desc="zipping", unit="zip", disable=hidden):
+        zipped = fxzip.compile_zip(*models, sample, data=data, method=method, until=cut, progress=False)
+        zipped_rows.append(_zipped_row(f"{method}, {_extent(cut)}", zipped, digits))
+        if cut == cuts[0]:
+            full, costs = zipped, _costs(zipped)
+    accuracy = evaluate(lambda x: [model(x) for model in models], digits)
+    both = (costs["flops"]["both"], costs["parameters"]["both"])
+    alone = [
+        Row(f"{name} alone (digits {task[0]}-{task[-1]})", own, None, 1.0, 1.0, both)
+        for name, task, own in zip("ab", TASKS, accuracy.per_task, strict=True)
+    ]
+    side_by_side = Row("a and b side by side", accuracy.average, accuracy.joint, *both, both)
+    return [*alone, side_by_side, *zipped_rows], full
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Rows as aligned plain text: accuracies in per cent, costs as ratios."""
+
+    def cells(row: Row) -> tuple[str, ...]:
+        return (
+            row.name,
+            f"{100 * row.accuracy:.1f} %",
+            "-" if row.joint is None else f"{100 * row.joint:.1f} %",
+            f"{row.flops:.2f}",
+            f"{row.flops / row.both[0]:.2f}",
+            f"{row.parameters:.2f}",
+            f"{row.parameters / row.both[1]:.2f}",
+        )
+
+    table = [COLUMNS, *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in table
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def export(zipped: nn.Module, sample: Tensor, path: Path) -> None:
+    """Save as a `torch.export` program of any batch size, load it again, and check it at another batch size.
+
+    Raises:
+        FxzipError: the loaded program gives other outputs than the module.
+    """
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(zipped, (sample[:2],), dynamic_shapes=({0: batch},))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.export.save(program, path)
+    loaded = torch.export.load(path).module()
+    other = sample[:7]
+    with torch.no_grad():
+        for head, (found, wanted) in enumerate(zip(loaded(other), zipped(other), strict=True)):
+            if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-4):
+                difference = (found - wanted).abs().max().item()
+                raise fxzip.FxzipError(
+                    f"The exported program must give the outputs of the zipped network at any batch size; head {head} "
+                    f"differs by {difference:.1e} on a batch of {len(other)} after loading {path}."
+                )
+
+
+def run(
+    *,
+    seed: int = 0,
+    epochs: int = EPOCHS,
+    width: int = WIDTH,
+    output: str | Path = "zipped.pt2",
+    quiet: bool = False,
+    write: Callable[[str], Any] = print,
+) -> list[Row]:
+    """Train, zip, compare, export. Writes the table and how to load the program; returns the rows of the table."""
+    progress = False if quiet else None
+    digits = load_digits_split(seed)
+    models = [
+        train(
+            digits.train_images,
+            digits.train_labels,
+            task,
+            seed=2 * seed + i,
+            epochs=epochs,
+            width=width,
+            name=f"{name} on digits {task[0]}-{task[-1]}",
+            progress=progress,
+        )
+        for i, (name, task) in enumerate(zip("ab", TASKS, strict=True))
+    ]
+    rows, zipped = compare(models, digits, progress=progress)
+    write(format_table(rows))
+    write(
+        f"\nAccuracy on {len(digits.test_images)} held-out images; zipped from {len(digits.train_images)} unlabelled "
+        "ones, without training."
+    )
+    path = Path(output)
+    export(zipped, digits.test_images, path)
+    write(f"The last full zip is in {path}. To load it:\n")
+    write(f'    import torch\n    model = torch.export.load("{path}").module()')
+    write("    digits_0_to_4, digits_5_to_9 = model(torch.zeros(16, 1, 8, 8))")
+    return rows
+
+
+def _extent(cut: str | None) -> str:
+    return "all shared" if cut is None else f"until {cut}"
+
+
+def _costs(zipped: torch.fx.GraphModule) -> dict[str, dict[str, float]]:
+    """FLOPs and parameters of a zipped network and of both models, relative to the first model."""
+    report: Any = zipped.report
+    return {
+        key: {
+            "zipped": report[key]["total"] / report[key]["originals"][0],
+            "both": report[key]["side_by_side"] / report[key]["originals"][0],
+        }
+        for key in ("flops", "parameters")
+    }
+
+
+def _zipped_row(name: str, zipped: torch.fx.GraphModule, digits: Digits) -> Row:
+    accuracy, costs = evaluate(zipped, digits), _costs(zipped)
+    flops, parameters = costs["flops"], costs["parameters"]
+    both = (flops["both"], parameters["both"])
+    return Row(name, accuracy.average, accuracy.joint, flops["zipped"], parameters["zipped"], both)
