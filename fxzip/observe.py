@@ -42,18 +42,21 @@ class Moments:
     def covariance(self) -> Tensor:
         """E[xxᵀ] - E[x] E[x]ᵀ, shape [N, N]."""
         mean = self.mean
-        return self.outer / max(self.count, 1.0) - torch.outer(mean, mean)
+        return (self.outer / max(self.count, 1.0)).addr_(mean, mean, alpha=-1)
+
+    @property
+    def alive(self) -> Tensor:
+        """Which features vary beyond rounding, bool, shape [N]."""
+        second = (self.outer.diagonal() / max(self.count, 1.0)).clamp(min=0)
+        return second - self.mean.square() > 1e-12 * second.clamp(min=torch.finfo(torch.float64).tiny)
 
     @property
     def correlation(self) -> Tensor:
-        """Pearson correlation, shape [N, N]; a feature that never varies correlates 0 with all others, 1 with itself."""
+        """Pearson correlation, shape [N, N]; a feature that never varies correlates 0 with others, 1 with itself."""
         covariance = self.covariance
-        variance = covariance.diagonal().clamp(min=0)
-        second = (self.outer.diagonal() / max(self.count, 1.0)).clamp(min=0)
-        alive = variance > 1e-12 * second.clamp(min=torch.finfo(torch.float64).tiny)
-        scale = torch.where(alive, variance.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), torch.zeros_like(variance))
-        result = covariance * scale[:, None] * scale[None, :]
-        return result.clamp(-1, 1).fill_diagonal_(1.0)
+        variance = covariance.diagonal()
+        scale = torch.where(self.alive, variance.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+        return covariance.mul_(scale[:, None]).mul_(scale).clamp_(-1, 1).fill_diagonal_(1.0)
 
     def offsets(self) -> tuple[int, ...]:
         """Start of every model's features in x, and N at the end."""

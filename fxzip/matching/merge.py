@@ -1,0 +1,265 @@
+"""The change of basis that a method finds for one feature space, and how it is built from clusters.
+
+Model k has n_k features x_k in this space; x = (x_1, ..., x_K) stacks them, N = Σ n_k. Merging keeps m features,
+
+    x* = M x        M  [m, N]   merge matrix, rows are weighted means (they sum to 1)
+    x  ≈ U x*       U  [N, m]   unmerge matrix
+
+and a linear call with weight W_k in model k becomes  W* = Σ_k M_k W_k U_k  (ZipIt!, arXiv 2305.03053, section 3).
+Where clusters partition the features, U is their 0/1 membership and M = U⁺ the mean over the members: for this U it
+is the M that reconstructs all features of all models at the least squared error, and M U = I.
+
+Layout. Merged feature i sits where model 0 has its feature i whenever possible: a cluster takes the slot of its
+smallest feature of model 0; clusters without one fill the slots that are left, in the order of their first member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fxzip.errors import DataError, InputError
+from fxzip.observe import Moments
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """Change of basis of one feature space for K models: x* = M x, x ≈ U x*.
+
+    >>> merge = Merge.from_clusters(torch.tensor([0, 1, 1, 0]), sizes=(2, 2))
+    >>> merge.M(1)
+    tensor([[0.0000, 0.5000],
+            [0.5000, 0.0000]], dtype=torch.float64)
+    >>> merge.assignment(1)
+    tensor([1, 0])
+
+    Attributes:
+        merge: M, float64 [m, N], N = Σ n_k; each row is a weighted mean (sums to 1).
+        unmerge: U, float64 [N, m].
+        sizes: (n_1, ..., n_K).
+        correlation: how alike the merged features are: over the clusters with at least two members, the mean of the
+            mean pairwise similarity of their members (see `similarity`). 1.0 where no cluster has two members, or
+            where nothing was observed.
+    """
+
+    merge: Tensor
+    unmerge: Tensor
+    sizes: tuple[int, ...]
+    correlation: float
+
+    @classmethod
+    def from_clusters(cls, labels: Tensor, sizes: Sequence[int], moments: Moments | None = None) -> Merge:
+        """The merge that averages each cluster and copies it back to its members.
+
+        >>> Merge.from_clusters(torch.tensor([0, 1, 0]), sizes=(2, 1)).merge
+        tensor([[0.5000, 0.0000, 0.5000],
+                [0.0000, 1.0000, 0.0000]], dtype=torch.float64)
+
+        Args:
+            labels: int64 [N], cluster of every feature; every id in 0..m-1 occurs. Cluster i becomes merged feature i.
+            sizes: (n_1, ..., n_K) with Σ n_k = N.
+            moments: what was observed, for `correlation`.
+
+        Raises:
+            InputError: `labels` and `sizes` do not fit, or a cluster id has no member.
+        """
+        alike = None if moments is None or moments.count == 0 else similarity(moments)
+        return cluster_merge(labels, sizes, alike)
+
+    @classmethod
+    def identity(cls, n: int, models: int, moments: Moments | None = None) -> Merge:
+        """Feature i of every model merges with feature i of all others.
+
+        >>> Merge.identity(2, models=2).M(0)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]], dtype=torch.float64)
+        """
+        device = None if moments is None else moments.outer.device
+        return cls.from_clusters(torch.arange(n, device=device).repeat(models), (n,) * models, moments)
+
+    def M(self, k: int) -> Tensor:
+        """Columns of the merge matrix that belong to model k, [m, n_k].
+
+        >>> Merge.identity(3, models=2).M(1).shape
+        torch.Size([3, 3])
+        """
+        start = sum(self.sizes[:k])
+        return self.merge[:, start : start + self.sizes[k]]
+
+    def U(self, k: int) -> Tensor:
+        """Rows of the unmerge matrix that belong to model k, [n_k, m].
+
+        >>> Merge.from_clusters(torch.tensor([0, 1, 1]), sizes=(2, 1)).U(1)
+        tensor([[0., 1.]], dtype=torch.float64)
+        """
+        start = sum(self.sizes[:k])
+        return self.unmerge[start : start + self.sizes[k]]
+
+    def assignment(self, k: int) -> Tensor | None:
+        """U_k as a gather: x_k ≈ x*[assignment]. int64 [n_k]; None where a row of U_k is more than a single 1.
+
+        >>> Merge.from_clusters(torch.tensor([0, 1, 1, 1]), sizes=(2, 2)).assignment(1)
+        tensor([1, 1])
+        """
+        return _gather_index(self.U(k))
+
+    def bijective(self, k: int) -> bool:
+        """Whether U_k is a permutation matrix: model k keeps all its features apart and fills every slot.
+
+        >>> merge = Merge.from_clusters(torch.tensor([0, 1, 1, 1]), sizes=(2, 2))
+        >>> merge.bijective(0), merge.bijective(1)
+        (True, False)
+        """
+        index, m = self.assignment(k), self.merge.shape[0]
+        return index is not None and len(index) == m and len(index.unique()) == m
+
+    def labels(self) -> Tensor | None:
+        """The cluster of every feature, int64 [N]; None where U is more than a membership.
+
+        >>> Merge.identity(2, models=2).labels()
+        tensor([0, 1, 0, 1])
+        """
+        return _gather_index(self.unmerge)
+
+
+class Method(Protocol):
+    """How features are matched: a frozen dataclass of settings, called with the moments of one space.
+
+    >>> from fxzip.matching import Permute, Zip
+    >>> Zip(alpha=0.5).relabelling() == Permute()
+    True
+    """
+
+    name: ClassVar[str]
+
+    def __call__(self, moments: Moments, size: int) -> Merge:
+        """The merge of this space to `size` features."""
+        ...
+
+    def relabelling(self) -> Method:
+        """The method to use where only relabellings are legal; the method itself where it only relabels."""
+        ...
+
+
+def similarity(moments: Moments) -> Tensor:
+    """How alike features are, float64 [N, N], symmetric but for rounding, 1 on the diagonal: what methods match by.
+
+    >>> from fxzip.observe import moments
+    >>> x = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
+    >>> similarity(moments([x, x.flip(1)])).round()[:2, 2:]
+    tensor([[0., 1.],
+            [1., 0.]], dtype=torch.float64)
+
+    It is Pearson's correlation (ZipIt!, section 4.1), 0 with a feature that never varies, except for two such features
+    of different models: constants a and b count 1 - |a - b| / (|a| + |b|), at least 0, and 1 if both are zero. So equal
+    constants find each other, one to one, since within a model constants still count 0.
+
+    Raises:
+        DataError: no position was observed, or the moments are not finite.
+    """
+    if moments.count == 0:
+        raise DataError(
+            "Matching needs observed features; these moments hold 0 positions. Pass `data` that reaches them."
+        )
+    broken = int((~(moments.total + moments.outer.diagonal()).isfinite()).sum())
+    if broken:
+        raise DataError(
+            f"Matching needs finite moments; those of {broken} of {len(moments.total)} features are not. "
+            "Look for overflow or NaN in the features, or in `data`."
+        )
+    correlation = moments.correlation
+    still = (~moments.alive).nonzero().flatten()
+    if len(still):
+        value = moments.mean[still]
+        total = value.abs()[:, None] + value.abs()[None, :]
+        gap = (value[:, None] - value[None, :]).abs()
+        alike = torch.where(total > 0, 1 - gap / total.clamp(min=torch.finfo(torch.float64).tiny), 1.0).clamp(min=0)
+        model = model_index(moments.sizes, still.device)[still]
+        pair = (still[:, None], still[None, :])
+        correlation[pair] = torch.where(model[:, None] == model[None, :], correlation[pair], alike)
+    return correlation
+
+
+def model_index(sizes: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """The model of every feature, int64 [N].
+
+    >>> model_index((2, 1))
+    tensor([0, 0, 1])
+    """
+    return torch.cat([torch.full((n,), k, device=device) for k, n in enumerate(sizes)])
+
+
+def cluster_merge(labels: Tensor, sizes: Sequence[int], alike: Tensor | None) -> Merge:
+    """`Merge.from_clusters` for a similarity [N, N] that is at hand already.
+
+    >>> cluster_merge(torch.tensor([0, 0]), (1, 1), torch.full((2, 2), 0.25)).correlation
+    0.25
+    """
+    sizes = tuple(sizes)
+    if len(labels) != sum(sizes):
+        raise InputError(f"`labels` must hold one cluster per feature: {len(labels)} labels for sizes {sizes}.")
+    counts = torch.bincount(labels)
+    if (counts == 0).any():
+        empty = int((counts == 0).nonzero()[0])
+        raise InputError(f"Cluster ids must run from 0 without a gap; of {len(counts)} ids, {empty} has no member.")
+    index = torch.arange(len(labels), device=labels.device)
+    merge = torch.zeros(len(counts), len(labels), dtype=torch.float64, device=labels.device)
+    merge[labels, index] = 1 / counts[labels].double()
+    unmerge = torch.zeros(len(labels), len(counts), dtype=torch.float64, device=labels.device)
+    unmerge[index, labels] = 1
+    correlation = 1.0 if alike is None else mean_similarity(labels, alike)
+    return Merge(merge, unmerge, sizes, correlation)
+
+
+def mean_similarity(labels: Tensor, alike: Tensor) -> float:
+    """Mean, over clusters with at least two members, of the mean similarity [N, N] of their pairs; 1.0 without any.
+
+    >>> mean_similarity(torch.tensor([0, 0, 1]), torch.full((3, 3), 0.5))
+    0.5
+    """
+    counts = torch.bincount(labels)
+    order = labels.argsort(stable=True)
+    total = torch.zeros(len(counts), dtype=torch.float64, device=labels.device)
+    for gap in range(1, int(counts.max())):
+        first, second = order[:-gap], order[gap:]
+        same = labels[first] == labels[second]
+        first, second = first[same], second[same]
+        total.index_add_(0, labels[first], alike[first, second].double())
+    pairs = counts * (counts - 1) / 2
+    shared = pairs > 0
+    return float((total[shared] / pairs[shared]).mean()) if shared.any() else 1.0
+
+
+def in_first_layout(clusters: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Renumber clusters so that merged features keep the layout of model 0, as far as possible (see the module).
+
+    >>> in_first_layout(torch.tensor([7, 7, 3, 3, 9]), sizes=(3, 2))
+    tensor([0, 0, 2, 2, 1])
+
+    Args:
+        clusters: int64 [N], any ids.
+        sizes: (n_1, ..., n_K).
+
+    Returns:
+        int64 [N], the ids 0..m-1, as `Merge.from_clusters` wants them.
+    """
+    ids, dense = clusters.unique(return_inverse=True)
+    m, index = len(ids), torch.arange(len(clusters), device=clusters.device)
+    first = torch.full_like(ids, len(clusters)).scatter_reduce(0, dense, index, "amin")
+    seated = first < min(sizes[0], m)
+    free = torch.ones(m, dtype=torch.bool, device=clusters.device)
+    free[first[seated]] = False
+    slots = first.clone()
+    standing = (~seated).nonzero().flatten()
+    slots[standing[first[standing].argsort()]] = free.nonzero().flatten()
+    return slots[dense]
+
+
+def _gather_index(unmerge: Tensor) -> Tensor | None:
+    """The column of the single 1 in every row of a membership matrix, else None."""
+    membership = bool(((unmerge == 0) | (unmerge == 1)).all()) and bool((unmerge.sum(1) == 1).all())
+    return unmerge.argmax(1) if membership else None
