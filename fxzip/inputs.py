@@ -1,0 +1,263 @@
+"""How models are called: sample inputs, calibration batches, fresh inputs.
+
+A model is called as `model(*call.args, **call.kwargs)`. The sample input fixes the form of the call; every batch of the
+calibration data is brought to that form, whatever container it came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import DataError, InputError
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a model.
+
+    >>> Call((torch.ones(2, 3),), {}).args[0].shape
+    torch.Size([2, 3])
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """All tensors in a nested structure, in order.
+
+    >>> len(leaves({"a": torch.ones(1), "b": [torch.ones(2), 3]}))
+    2
+    """
+    if isinstance(value, Call):
+        value = (value.args, value.kwargs)
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Any, call: Call) -> Call:
+    """The call with `function` applied to each of its tensors.
+
+    >>> map_tensors(lambda t: t + 1, Call((torch.zeros(1),), {})).args
+    (tensor([1.]),)
+    """
+    args, kwargs = pytree.tree_map_only(Tensor, function, (call.args, call.kwargs))
+    return Call(args, kwargs)
+
+
+def as_call(sample_input: Any) -> Call:
+    """The call that a sample input stands for: a tensor is the only argument, a tuple or list the positional ones, a
+    dict the keyword arguments.
+
+    >>> as_call({"ids": torch.zeros(1, 4)}).kwargs.keys()
+    dict_keys(['ids'])
+    """
+    if isinstance(sample_input, Call):
+        call = sample_input
+    elif isinstance(sample_input, Tensor):
+        call = Call((sample_input,), {})
+    elif isinstance(sample_input, Mapping):
+        call = Call((), {str(key): value for key, value in sample_input.items()})
+    elif isinstance(sample_input, (tuple, list)):
+        call = Call(tuple(sample_input), {})
+    else:
+        raise InputError(
+            "`sample_input` must be a tensor, or a tuple, list or dict with tensors; found "
+            f"`{type(sample_input).__name__}`. "
+            "Pass one batch of what the models take, e.g. `torch.randn(1, 3, 32, 32)`."
+        )
+    if not leaves(call):
+        raise InputError(
+            f"`sample_input` must hold at least one tensor; found a `{type(sample_input).__name__}` with none. "
+            "Pass one batch of what the models take, e.g. `torch.randn(1, 3, 32, 32)`."
+        )
+    return call
+
+
+def replayable(data: Any) -> Iterable[Any]:
+    """The data as something that can be iterated several times; an iterator is drained into a list, once.
+
+    >>> data = replayable(torch.ones(1) for _ in range(2))
+    >>> len(list(data)), len(list(data))
+    (2, 2)
+    """
+    if isinstance(data, (Tensor, Mapping)):
+        return [data]
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise DataError(
+            f"`data` must be an iterable of batches; found `{type(data).__name__}`. "
+            "Pass a DataLoader, or a list of tensors."
+        )
+    return list(data) if isinstance(data, Iterator) else data
+
+
+def batches(data: Any, sample: Call) -> Iterator[Call]:
+    """Every batch of `data` as a call of the sample's form, on the sample's device, floats in the sample's dtype.
+
+    >>> images, labels = torch.ones(4, 3), torch.zeros(4)
+    >>> [call.args[0].shape for call in batches([(images, labels)], as_call(torch.ones(1, 3)))]
+    [torch.Size([4, 3])]
+    """
+    index = -1
+    for index, batch in enumerate([data] if isinstance(data, (Tensor, Mapping)) else data):
+        yield _checked(_in_form(batch, index, sample), index, sample)
+    if index < 0:
+        raise DataError("`data` must yield at least one batch; it gave none.")
+
+
+def _in_form(batch: Any, index: int, sample: Call) -> Call:
+    if sample.kwargs:
+        return _keywords(batch, index, sample)
+    wanted = len(sample.args)
+    if isinstance(batch, (tuple, list)) and len(batch) > 0:
+        for candidate in (batch, batch[0]):
+            if (
+                isinstance(candidate, (tuple, list))
+                and len(candidate) >= wanted
+                and (wanted > 1 or candidate is not batch)
+            ):
+                given = tuple(candidate[:wanted])
+                if all(_alike(a, b) for a, b in zip(given, sample.args, strict=True)):
+                    return Call(given, {})
+        batch = batch[0]
+    if wanted == 1 and (isinstance(batch, Tensor) or not isinstance(sample.args[0], Tensor)):
+        return Call((batch,), {})
+    raise DataError(
+        f"Batch {index} of `data` must hold {_plural(wanted, 'input')} like `sample_input`, {_describe(sample)}; found "
+        f"{_describe(batch)}. Let `data` yield batches of that form, labels after the inputs."
+    )
+
+
+def _keywords(batch: Any, index: int, sample: Call) -> Call:
+    if isinstance(batch, (tuple, list)) and len(batch) > 0:
+        batch = batch[0]
+    required = [key for key, value in sample.kwargs.items() if leaves(value)]
+    if isinstance(batch, Tensor) and len(required) == 1:
+        batch = {required[0]: batch}
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"Batch {index} of `data` must be a dict like `sample_input`, with the keys {_names(required)}; found "
+            f"{_describe(batch)}. Let `data` yield dicts."
+        )
+    missing = [key for key in required if key not in batch]
+    if missing:
+        raise DataError(
+            f"Batch {index} of `data` must have the keys of `sample_input`, {_names(required)}; {_names(missing)} "
+            f"missing, found {_names(batch)}. Let `data` yield dicts with these keys; further ones are dropped."
+        )
+    return Call((), {key: batch.get(key, value) for key, value in sample.kwargs.items()})
+
+
+def _checked(batch: Call, index: int, sample: Call) -> Call:
+    """The batch moved to the sample's device and dtype, after a check of structure, dimensions and kind of dtype."""
+    given, _structure = pytree.tree_flatten((batch.args, batch.kwargs))
+    wanted, expected = pytree.tree_flatten((sample.args, sample.kwargs))
+    if len(given) != len(wanted):
+        raise DataError(
+            f"Batch {index} of `data` must have the structure of `sample_input`, {_describe(sample)}; found "
+            f"{_describe(batch)}. Let `data` yield batches of that form."
+        )
+    moved = []
+    for value, like in zip(given, wanted, strict=True):
+        if isinstance(like, Tensor):
+            if not isinstance(value, Tensor) or value.ndim != like.ndim:
+                raise wrong_shape(batch, index, sample, ValueError(f"{like.ndim} dimensions are needed"))
+            if _kind(value) != _kind(like):
+                raise DataError(
+                    f"Batch {index} of `data` must have the kind of dtype of `sample_input`, {like.dtype}; found "
+                    f"{value.dtype}. Convert it in the data, e.g. `images.float() / 255`."
+                )
+            value = value.detach().to(like.device, like.dtype if like.is_floating_point() else value.dtype)
+        moved.append(value)
+    args, kwargs = pytree.tree_unflatten(moved, expected)
+    return Call(args, kwargs)
+
+
+def wrong_shape(batch: Call, index: int, sample: Call, cause: Exception) -> DataError:
+    """The error to raise when the models do not take batch `index`.
+
+    >>> sample = as_call(torch.ones(2, 3, 8, 8))
+    >>> print(wrong_shape(as_call(torch.ones(4, 1, 8, 8)), 7, sample, ValueError("3 channels expected")))
+    Batch 7 of `data` has shape (4, 1, 8, 8); the models were traced with (2, 3, 8, 8): 3 channels expected
+    """
+    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    found, traced = _describe(batch), _describe(sample)
+    return DataError(f"Batch {index} of `data` has shape {found}; the models were traced with {traced}: {reason}")
+
+
+def with_batch(call: Call, n: int, generator: torch.Generator | None = None) -> Call:
+    """A fresh call with a batch of `n`, made of the rows of this one.
+
+    Rows are cycled along axis 0 of every tensor that has the batch size of the first one; floats get noise, integers
+    and booleans are permuted within their own values, so that they stay valid.
+
+    >>> with_batch(as_call(torch.ones(2, 5)), 3).args[0].shape
+    torch.Size([3, 5])
+    """
+    size = batch_size(call)
+    generator = generator or torch.Generator().manual_seed(0)
+
+    def fresh(value: Tensor) -> Tensor:
+        value = value.detach()
+        if size is None or value.ndim == 0 or value.shape[0] != size:
+            return value.clone()
+        rows = value[torch.arange(n, device=value.device) % size] if size else value
+        if value.is_floating_point() or value.is_complex():
+            return rows + _noise(rows, generator)
+        if rows.ndim == 1:
+            return rows[torch.randperm(len(rows), generator=generator).to(value.device)]
+        order = torch.randperm(rows.shape[-1], generator=generator).to(value.device)
+        return rows[..., order].contiguous()
+
+    return map_tensors(fresh, call)
+
+
+def batch_size(call: Call) -> int | None:
+    """Size of axis 0 of the first tensor that has axes.
+
+    >>> batch_size(as_call((torch.tensor(0.5), torch.ones(4, 2))))
+    4
+    """
+    return next((int(value.shape[0]) for value in leaves(call) if value.ndim > 0), None)
+
+
+def _noise(rows: Tensor, generator: torch.Generator) -> Tensor:
+    finite = rows[rows.isfinite()]
+    scale = finite.double().abs().pow(2).mean().sqrt().item() if finite.numel() and not rows.is_complex() else 1.0
+    noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+    return (0.3 * (scale or 1.0) * noise).to(rows.device, rows.dtype)
+
+
+def _alike(value: Any, like: Any) -> bool:
+    if isinstance(like, Tensor):
+        return isinstance(value, Tensor) and value.ndim == like.ndim and _kind(value) == _kind(like)
+    return not isinstance(value, Tensor)
+
+
+def _kind(value: Tensor) -> str:
+    return "float" if value.is_floating_point() or value.is_complex() else "int"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Call):
+        value = value.kwargs or (value.args[0] if len(value.args) == 1 else value.args)
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_describe(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_describe(item) for item in value) + "]"
+    return f"`{type(value).__name__}`"
+
+
+def _names(keys: Iterable[Any]) -> str:
+    return ", ".join(f"`{key}`" for key in keys) or "none"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

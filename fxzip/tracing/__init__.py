@@ -1,0 +1,23 @@
+"""From a model and a sample input to a graph that reproduces the model: `trace` gives a `Program`.
+
+`preparation` makes the own copy; `symbolic`, `values` and `exporting` are the rungs; `tidying` and `inplace` normalise
+the graph; `execution` runs and compares; `ladder` puts them together.
+"""
+
+from .execution import Record, difference, flat_inputs, quiet_execution, run_eager, run_recorded
+from .ladder import RUNGS, Program, trace
+from .preparation import check_model, check_placement
+
+__all__ = [
+    "RUNGS",
+    "Program",
+    "Record",
+    "check_model",
+    "check_placement",
+    "difference",
+    "flat_inputs",
+    "quiet_execution",
+    "run_eager",
+    "run_recorded",
+    "trace",
+]

@@ -1,0 +1,209 @@
+"""Running models and programs without leaving a trace: no gradients, no fused fast paths, random state given back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..inputs import Call, map_tensors
+
+TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4}
+"""Largest difference that counts as rounding, relative to the largest magnitude; 2e-2 for the half precisions."""
+
+
+@contextmanager
+def quiet_execution() -> Iterator[None]:
+    """No gradients, no fused attention kernel that hides features, and the random state as before.
+
+    >>> state = torch.get_rng_state()
+    >>> with quiet_execution():
+    ...     _ = torch.rand(3)
+    >>> bool((torch.get_rng_state() == state).all())
+    True
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def run_eager(model: nn.Module, call: Call) -> Any:
+    """Output of the model on copies of the inputs, from a fixed seed.
+
+    >>> run_eager(nn.Linear(3, 4), Call((torch.ones(2, 3),), {})).shape
+    torch.Size([2, 4])
+    """
+    own = map_tensors(lambda value: value.detach().clone(), call)
+    with quiet_execution():
+        torch.manual_seed(0)
+        return model(*own.args, **own.kwargs)
+
+
+def flat_inputs(module: fx.GraphModule, call: Call) -> list[Any]:
+    """The arguments of the call in the order of the placeholders, as `torch.fx.Interpreter.run` takes them.
+
+    >>> module = fx.symbolic_trace(nn.Linear(3, 4))
+    >>> len(flat_inputs(module, Call((), {"input": torch.ones(2, 3)})))
+    1
+    """
+    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    values = dict(zip([str(node.target) for node in nodes], call.args, strict=False)) | call.kwargs
+    return [values[str(node.target)] if str(node.target) in values else node.args[0] for node in nodes]
+
+
+@dataclass
+class Record:
+    """What one run of a program showed: its output, tensor shapes by node, nodes that wrote into older tensors."""
+
+    output: Any = None
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    mutators: set[str] = field(default_factory=set)
+
+
+def run_recorded(module: fx.GraphModule, call: Call) -> Record:
+    """Run the graph node by node on copies of the inputs, from a fixed seed.
+
+    >>> module = fx.symbolic_trace(nn.Linear(3, 4))
+    >>> sorted(run_recorded(module, Call((torch.ones(2, 3),), {})).shapes.values())
+    [torch.Size([2, 3]), torch.Size([2, 4]), torch.Size([2, 4]), torch.Size([4]), torch.Size([4, 3])]
+    """
+    own = map_tensors(lambda value: value.detach().clone(), call)
+    recorder = _Recorder(module)
+    with quiet_execution():
+        torch.manual_seed(0)
+        recorder.record.output = recorder.run(*flat_inputs(module, own))
+    return recorder.record
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.record = Record()
+
+    def run_node(self, n: fx.Node) -> Any:
+        with _Writes() as writes:
+            value = super().run_node(n)
+        if writes.found:
+            self.record.mutators.add(n.name)
+        if isinstance(value, Tensor):
+            self.record.shapes[n.name] = value.shape
+        return value
+
+
+class _Writes(TorchDispatchMode):
+    """Sees whether a tensor is written into that was made before this mode was entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+        self._born: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        if func._schema.is_mutable:
+            for position, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is None or not argument.alias_info.is_write:
+                    continue
+                written = args[position] if position < len(args) else kwargs.get(argument.name)
+                tensors = [value for value in tree_leaves(written) if isinstance(value, Tensor)]
+                self.found |= any(_storage(value) not in self._born for value in tensors)
+        result = func(*args, **kwargs)
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and _storage(value) not in inputs:
+                self._born[_storage(value)] = value  # the reference keeps the storage's address from being used again
+        return result
+
+
+def _storage(value: Tensor) -> int:
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
+        return id(value)
+
+
+def difference(found: Any, expected: Any) -> str | None:
+    """Why two outputs are not the same up to rounding, or None.
+
+    >>> difference([torch.ones(2)], [torch.zeros(2)])
+    'the output differs by inf relative to its largest magnitude'
+    >>> difference({"a": 1}, {"a": 1}) is None
+    True
+    """
+    if isinstance(expected, Tensor) or isinstance(found, Tensor):
+        return _tensor_difference(found, expected)
+    if is_dataclass(expected) and not isinstance(expected, type):
+        if type(found) is not type(expected):
+            return f"the output is a `{type(found).__name__}` instead of a `{type(expected).__name__}`"
+        pairs = [(getattr(found, f.name), getattr(expected, f.name)) for f in fields(expected)]
+    elif isinstance(expected, dict):
+        if not isinstance(found, dict) or list(found) != list(expected):
+            return f"the output is {_outline(found)} instead of {_outline(expected)}"
+        pairs = [(found[key], expected[key]) for key in expected]
+    elif isinstance(expected, (tuple, list)):
+        same = isinstance(found, tuple) == isinstance(expected, tuple) and isinstance(found, (tuple, list))
+        same = same and getattr(found, "_fields", None) == getattr(expected, "_fields", None)
+        if not same or len(found) != len(expected):
+            return f"the output is {_outline(found)} instead of {_outline(expected)}"
+        pairs = list(zip(found, expected, strict=True))
+    else:
+        try:
+            return None if found is expected or bool(found == expected) else "an output that is no tensor differs"
+        except Exception:  # an object that cannot be compared is not evidence against the trace
+            return None if type(found) is type(expected) else "an output that is no tensor differs"
+    return next((reason for a, b in pairs if (reason := difference(a, b))), None)
+
+
+def _tensor_difference(found: Any, expected: Any) -> str | None:
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        return f"the output is {_outline(found)} instead of {_outline(expected)}"
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        here, there = (f"{tuple(value.shape)} of {value.dtype}" for value in (found, expected))
+        return f"the output is {here} instead of {there}"
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return None if torch.equal(found, expected) else "an integer output differs"
+    odd = ~expected.isfinite()
+    if odd.any() and not torch.equal(torch.nan_to_num(found[odd]), torch.nan_to_num(expected[odd])):
+        return "the output has non-finite values at other places"
+    gap = torch.where(odd, 0, found - expected).abs()
+    scale = torch.where(odd, 0, expected).abs().max() if expected.numel() else torch.tensor(0.0)
+    error = float(gap.max()) if expected.numel() else 0.0
+    error = 0.0 if error == 0.0 else error / float(scale) if float(scale) > 0 else float("inf")
+    if error <= TOLERANCE.get(expected.dtype, 2e-2):
+        return None
+    return f"the output differs by {error:.2g} relative to its largest magnitude"
+
+
+def _outline(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"a dict with {list(value)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a `{type(value).__name__}`"
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of modules with the result of a computation as a plain attribute (old-style `weight_norm`).
+
+    >>> deep_copy(nn.Linear(2, 2)).weight.shape
+    torch.Size([2, 2])
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in [*vars(module).values(), *module._buffers.values()]:
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)

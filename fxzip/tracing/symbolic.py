@@ -1,0 +1,102 @@
+"""The first rung: a symbolic trace whose leaves are the modules of torch.nn."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..inputs import Call
+
+_COMPOSITE = ("torch.nn.modules.container", "torch.nn.modules.transformer")
+
+
+def bind(model: nn.Module, call: Call) -> tuple[inspect.BoundArguments, dict[str, Any]]:
+    """The call bound to the signature of the model, and its arguments by name, in the order of the signature.
+
+    >>> list(bind(nn.Linear(1, 1), Call(("x",), {}))[1])
+    ['input']
+    """
+    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named.update({f"{name}_{index}": item for index, item in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    return bound, named
+
+
+def is_built(value: Any) -> bool:
+    """Whether the value is a dataclass, for which the graph needs a node that builds it.
+
+    >>> is_built((1, 2))
+    False
+    """
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+def structure_arg(create: Callable[[type, dict[str, Any]], Any], value: Any, arg: Callable[[Any], Any]) -> Any:
+    """The node that builds a dataclass, made by `create`; its fields by `arg`.
+
+    >>> import dataclasses
+    >>> pair = dataclasses.make_dataclass("Pair", ["a", "b"])
+    >>> structure_arg(lambda kind, given: given, pair(1, None), lambda item: -item)
+    {'a': -1}
+    """
+    given = {field.name: getattr(value, field.name) for field in fields(value)}
+    return create(type(value), {key: arg(item) for key, item in given.items() if item is not None})
+
+
+class SymbolicTracer(fx.Tracer):
+    """Modules of torch.nn are leaves, except those that only hold others; a placeholder for each argument given."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.record_stack_traces = True
+        self._call = call
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        kind = type(m).__module__
+        return kind.startswith(("torch.nn.", "torch.ao.nn.")) and not kind.startswith(_COMPOSITE)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        bound, named = bind(self.root, self._call)
+        given = {name: self._unpacked(self._placeholder(name, value), value) for name, value in named.items()}
+        for name in bound.arguments:
+            kind = bound.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                bound.arguments[name] = tuple(given[f"{name}_{i}"] for i in range(len(bound.arguments[name])))
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                bound.arguments[name] = {key: given[key] for key in bound.arguments[name]}
+            else:
+                bound.arguments[name] = given[name]
+        return lambda: root_fn(self.root, *bound.args, **bound.kwargs), []
+
+    def _placeholder(self, name: str, value: Any) -> fx.Proxy:
+        return self.create_proxy("placeholder", name, (), {})
+
+    def _unpacked(self, proxy: Any, value: Any) -> Any:
+        """Proxies in the structure of the argument; what is no tensor is a constant."""
+        if isinstance(value, Tensor):
+            return proxy
+        if isinstance(value, dict):
+            return {key: self._unpacked(proxy[key], item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            items = [self._unpacked(proxy[index], item) for index, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+    def create_arg(self, a: Any) -> Any:
+        def create(kind: type, kwargs: dict[str, Any]) -> fx.Node:
+            return self.create_node("call_function", kind, (), kwargs)
+
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        return structure_arg(create, a, self.create_arg) if is_built(a) else super().create_arg(a)

@@ -1,0 +1,254 @@
+"""The second rung: a symbolic trace with example values.
+
+Every proxy carries the value that the recorded call gave on the sample. Sizes stay in the graph where they flow into
+other calls, so that other batch sizes work. Python itself (`if`, `range`, `int`, unpacking) sees the example value, and
+is refused a value that depends on the content of a tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_leaves
+
+from ..inputs import Call
+from .symbolic import SymbolicTracer
+
+_FACTORIES = [
+    "arange",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "eye",
+    "linspace",
+    "tensor",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "tril_indices",
+    "triu_indices",
+    "sym_max",
+    "sym_min",
+]
+_SHAPE_METHODS = frozenset(
+    [
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+        "element_size",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "get_device",
+        "storage_offset",
+        "type",
+    ]
+)
+_SHAPE_FUNCTIONS = frozenset((getattr, torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor))
+
+
+class DataDependentError(RuntimeError):
+    """A Python condition or number depends on the content of a tensor."""
+
+
+def trace_with_values(root: nn.Module, call: Call) -> fx.Graph:
+    """The graph of the root on the sample.
+
+    Devices and dtypes stay in the graph like sizes do, so that the program can be moved; where a model asks too much of
+    them, they are constants.
+
+    >>> graph = trace_with_values(nn.Sequential(nn.ReLU()), Call((torch.ones(1),), {}))
+    >>> len(graph.nodes)
+    3
+    """
+    tracer = ValueTracer(call, placement=True)
+    try:
+        with tracer.patched_factories():
+            return tracer.trace(root)
+    except DataDependentError:
+        raise
+    except Exception:  # compiled code that wants a real device or dtype
+        tracer = ValueTracer(call, placement=False)
+        with tracer.patched_factories():
+            return tracer.trace(root)
+
+
+class ValueTracer(SymbolicTracer):
+    """Runs every call on the sample as it records it."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, call: Call, *, placement: bool) -> None:
+        super().__init__(call)
+        self.param_shapes_constant = False
+        kinds = (Tensor, tuple, torch.device, torch.dtype) if placement else (Tensor, tuple)
+        self.recorded: tuple[type, ...] = kinds
+        self._evaluating = False
+        self._examples: dict[str, Any] = {}
+
+    def proxy(self, node: fx.Node) -> ValueProxy:
+        return ValueProxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
+
+    def _placeholder(self, name: str, value: Any) -> fx.Proxy:
+        self._examples[name] = value
+        return super()._placeholder(name, value)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        given = [a for a in _flat((args, kwargs)) if issubclass(type(a), ValueProxy)]
+        proxy.value = self._evaluated(kind, target, args, kwargs)
+        proxy.tainted = self._tainted(kind, target, given, proxy.value)
+        return proxy
+
+    def _evaluated(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "placeholder":
+            return self._examples[target]
+        if kind == "get_attr":
+            return functools.reduce(lambda owner, name: _plain(owner, name), target.split("."), self.root)
+
+        def value_of(arg: Any) -> Any:
+            return arg.value if issubclass(type(arg), ValueProxy) else arg
+
+        args, kwargs = map_aggregate(args, value_of), map_aggregate(kwargs, value_of)
+        self._evaluating = True
+        try:
+            if kind == "call_module":
+                return self.root.get_submodule(target)(*args, **kwargs)
+            return getattr(args[0], target)(*args[1:], **kwargs) if kind == "call_method" else target(*args, **kwargs)
+        finally:
+            self._evaluating = False
+
+    def _tainted(self, kind: str, target: Any, given: list[ValueProxy], value: Any) -> bool:
+        """Whether a number came out of the content of a tensor."""
+        if kind not in ("call_function", "call_method") or any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+            return False
+        about_shape = target in (_SHAPE_METHODS if kind == "call_method" else _SHAPE_FUNCTIONS)
+        return any(p.tainted or (isinstance(p.value, Tensor) and not about_shape) for p in given)
+
+    @contextmanager
+    def patched_factories(self) -> Iterator[None]:
+        """`torch.zeros(n)` and its like do not dispatch on a size that is a proxy; here they do."""
+
+        def recorded(original: Any) -> Any:
+            @functools.wraps(original)
+            def factory(*args: Any, **kwargs: Any) -> Any:
+                if self._evaluating or not any(issubclass(type(a), ValueProxy) for a in _flat((args, kwargs))):
+                    return original(*args, **kwargs)
+                return self.create_proxy("call_function", original, args, kwargs)
+
+            return factory
+
+        with ExitStack() as stack:
+            for name in _FACTORIES:
+                stack.enter_context(mock.patch.object(torch, name, recorded(getattr(torch, name))))
+            for name in ("is_tensor", "finfo", "iinfo"):
+                stack.enter_context(mock.patch.object(torch, name, _on_value(getattr(torch, name))))
+            yield
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that knows the value of its node on the sample, and answers Python with it."""
+
+    value: Any = None
+    tainted: bool = False
+    tracer: ValueTracer
+    __getitem__: Any  # given to `Proxy` when torch.fx is imported
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """So that `isinstance(n, int)` is true in the model. Never for tensors: compiled code would believe it."""
+        return type(self) if isinstance(self.value, (Tensor, type(None))) else type(self.value)
+
+    def __getattr__(self, k: str) -> Any:
+        value = getattr(self.value, k)
+        if callable(value) and not isinstance(value, (Tensor, nn.Module)):
+            return self._method(k, value)
+        constant = self.node.op == "get_attr" and isinstance(value, tuple)  # the shape of a parameter
+        if isinstance(value, self.tracer.recorded) and not constant:
+            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+        return value
+
+    def _method(self, name: str, value: Any) -> Any:
+        if self.node.op == "get_attr" and name in _SHAPE_METHODS:
+            return value
+        return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+
+    def concrete(self, use: str) -> Any:
+        """The value, unless it depends on the content of an input."""
+        if self.tainted or (isinstance(self.value, Tensor) and self.node.op != "get_attr"):
+            raise DataDependentError(f"`{use}` of `{self.node.name}` depends on the content of a tensor.")
+        return self.value
+
+    def __bool__(self) -> bool:
+        return bool(self.concrete("bool"))
+
+    def __int__(self) -> int:
+        return int(self.concrete("int"))
+
+    def __index__(self) -> int:
+        return operator.index(self.concrete("int"))
+
+    def __float__(self) -> float:
+        return float(self.concrete("float"))
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.value, dict):
+            return iter(self.value)
+        return (self[index] for index in range(len(self.value)))
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.concrete("in")
+
+    def keys(self) -> Any:
+        return self.value.keys()
+
+    def items(self) -> Any:
+        return [(key, self[key]) for key in self.value]
+
+    def values(self) -> Any:
+        return [self[key] for key in self.value]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _on_value(original: Any) -> Any:
+    """The function of the value that a proxy stands for, not recorded."""
+    return lambda *args: original(*(arg.value if issubclass(type(arg), ValueProxy) else arg for arg in args))
+
+
+def _flat(structure: Any) -> list[Any]:
+    found: list[Any] = []
+    map_aggregate(structure, lambda item: found.append(item))
+    return found
+
+
+def _plain(owner: Any, name: str) -> Any:
+    """The attribute itself: tracing patches `Module.__getattr__`."""
+    if isinstance(owner, nn.Module):
+        for store in (owner._parameters, owner._buffers, owner._modules):
+            if name in store:
+                return store[name]
+    return vars(owner)[name] if name in vars(owner) else getattr(owner, name)
