@@ -173,8 +173,8 @@ def test_condition_on_content_is_an_error():
     message = (
         r"`net` must be traceable; no way of tracing reproduces it\. Symbolic tracing failed at test_tracing.py:\d+: "
         r".*control flow\. Symbolic tracing with example values failed at test_tracing.py:\d+: DataDependentError: "
-        r"`bool` of `gt` depends on the content of a tensor\. `torch.export` failed.* Replace conditions on the content "
-        r"of tensors by tensor operations such as `torch.where`"
+        r"`bool` of `gt` depends on the content of a tensor\. `torch.export` failed.* Replace conditions on the "
+        r"content of tensors by tensor operations such as `torch.where`"
     )
     with pytest.raises(TraceError, match=message):
         trace(Content(), torch.randn(2, 3), name="net")
