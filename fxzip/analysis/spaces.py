@@ -202,7 +202,7 @@ def _kinds(labelling: Labelling, solver: _Solver, nodes: Collection[str], params
         kinds[classes] += salt * (times.astype(np.uint64) * mark + np.uint64(1))
     for block, member in solver.edges.T:
         if int(block) in solver.pinned:
-            kinds[member] += np.uint64((int(block) + 1) * int(mark) * 7 % 2**64)
+            kinds[member : member + 1] += np.uint64((int(block) + 1) * int(mark) * 7 % 2**64)
     return kinds.view(np.int64)
 
 
@@ -250,8 +250,33 @@ def _units(solver: _Solver, kinds: Ints) -> tuple[list[_Unit], list[list[int]], 
     return units, deep, tangles
 
 
+def _partners(solver: _Solver, kinds: Ints) -> list[list[int]]:
+    """Pairs of overlapping blocks of which neither overlaps another block of the other's kind: they move as one."""
+    parents: dict[int, list[int]] = defaultdict(list)
+    for block, member in solver.edges.T.tolist():
+        if block not in solver.pinned and member not in solver.pinned:
+            parents[member].append(block)
+    overlaps: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for blocks in parents.values():
+        for a in blocks:
+            for b in blocks:
+                if a != b:
+                    overlaps[a, int(kinds[b])].add(b)
+    pairs = []
+    for (a, _), others in overlaps.items():
+        if len(others) == 1:
+            (b,) = others
+            if a < b and overlaps[b, int(kinds[a])] == {a}:
+                pairs.append([a, b])
+    return pairs
+
+
 def _untangle(solver: _Solver, kinds: Ints, tangles: list[list[int]]) -> None:
     """Give up one of several blockings across each other: the kind with the most blocks keeps its places."""
+    partners = _partners(solver, kinds)
+    if partners:
+        solver.merge(partners)
+        return
     blocks = set(solver.edges[0].tolist())
     for classes in tangles:
         tally = Counter(int(kinds[c]) for c in classes if c in blocks)

@@ -36,6 +36,10 @@ def contract(ledger: Ledger, x: Operand, y: Operand, spec: str, what: str) -> Fi
     known = frozenset(letters.index(c) for c in left) & frozenset(letters.index(c) for c in right)
     fx = [_spread(ledger, f, varying(f) - known) if _sums(f, y, summed) else f for f in x.fields]
     fy = [_spread(ledger, g, varying(g) - known) if _sums(g, x, summed) else g for g in y.fields]
+    for own in (fx, fy):
+        for i, f in enumerate(own):
+            for g in own[:i]:
+                ledger.relate(f, g)
     for f in fx:
         for g in fy:
             ledger.relate(f, g)
@@ -43,11 +47,11 @@ def contract(ledger: Ledger, x: Operand, y: Operand, spec: str, what: str) -> Fi
     for g in fy:
         ledger.fix(g, x.loose & known, f"{what} meets it with values that carry no feature")
     _roles(ledger, x, y, fx, fy, summed)
-    groups = []
+    groups: list[Fields] = []
     for fields in (fx, fy):
         rest = [ledger.project(f, varying(f) - summed) if varying(f) & summed else f for f in fields]
-        groups.append(tuple(_trim(f, len(out)) for f in rest if f is not None))
-    return _without_twins(merged_fields(groups))
+        groups += [(_trim(f, len(out)),) for f in rest if f is not None]  # all are related by now
+    return merged_fields(groups)
 
 
 def _sums(labels: Tensor, other: Operand, summed: frozenset[int]) -> bool:
@@ -58,14 +62,6 @@ def _sums(labels: Tensor, other: Operand, summed: frozenset[int]) -> bool:
 
 def _trim(labels: Tensor, ndim: int) -> Tensor:
     return labels.reshape(labels.shape[:ndim])
-
-
-def _without_twins(fields: Fields) -> Fields:
-    """Block labels over the same places say the same: one field is enough."""
-    seen: dict[frozenset[int], Tensor] = {}
-    for labels in fields:
-        seen.setdefault(varying(labels), labels)
-    return tuple(seen.values())
 
 
 def _roles(
