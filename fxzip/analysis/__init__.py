@@ -1,1 +1,28 @@
+"""Which features of a program may change places: `label` → `solve`, and the self-check of the result.
 
+`labelling` pushes labels through one run, `solver` and `spaces` solve what the rules said, `relabel` makes legal
+relabellings, `checking` proves the analysis on the program itself.
+"""
+
+from .checking import relative_difference, self_check
+from .labelling import Barrier, Labelling, ParamLabels, Site, label
+from .relabel import group_run, random_relabelling, relabelled, targets
+from .spaces import FeatureSpace, FeatureSpaces, Layout, solve
+
+__all__ = [
+    "Barrier",
+    "FeatureSpace",
+    "FeatureSpaces",
+    "Labelling",
+    "Layout",
+    "ParamLabels",
+    "Site",
+    "group_run",
+    "label",
+    "random_relabelling",
+    "relabelled",
+    "relative_difference",
+    "self_check",
+    "solve",
+    "targets",
+]

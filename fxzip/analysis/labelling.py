@@ -6,7 +6,6 @@ stage can solve for any part of the graph, a trunk for instance, by leaving out 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..rules import Facts, Fields, Invocation, Ledger, Operand, Rule, elementwise, is_pointwise, varying
 from ..rules.fields import along
-from ..tracing import Program, quiet_execution
+from ..tracing import Program, flat_inputs, quiet_execution
 
 _VALUES_COMPARED = 1 << 22  # constants above this size count as different everywhere
 
@@ -333,36 +332,8 @@ def label(program: Program, rules: Mapping[str, Rule]) -> Labelling:
         state.entries[id(tensor)] = _Entry(tensor, fields, True)
     run = _Run(state)
     with quiet_execution(), _decomposed(), _LabelMode(state):
-        run.run(*placeholders(program))
+        run.run(*flat_inputs(program.module, program.call))
     return Labelling(
         program, state.ledger.size, dict(state.params), run.facts, run.fields, run.touches,
         frozenset(run.dynamic), run.seen, tuple(state.sites), tuple(state.barriers),
     )  # fmt: skip
-
-
-def placeholders(program: Program) -> tuple[Any, ...]:
-    """The sample's values in the order of the graph's placeholders, defaults filled in."""
-    values = list(program.call.args)
-    result = []
-    for node in program.module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        name = str(node.target).lstrip("*")
-        if name in program.call.kwargs:
-            result.append(program.call.kwargs[name])
-        elif values:
-            result.append(values.pop(0))
-        else:
-            result.append(node.args[0] if node.args else None)
-    return tuple(result)
-
-
-def relative_difference(a: Any, b: Any) -> float:
-    """max |a - b| / max |a| over all floating tensors in two equal structures; inf where one is not finite."""
-    worst = 0.0
-    for x, y in zip(_values(a), _values(b), strict=True):
-        if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
-            scale = float(x.abs().max()) or 1.0
-            gap = float((x - y).abs().max()) / scale
-            worst = max(worst, gap if math.isfinite(gap) else math.inf)
-    return worst

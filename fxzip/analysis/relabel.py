@@ -1,28 +1,29 @@
-"""Relabel a network at random within the legality, and the self-check that is made of it.
+"""Relabel a network at random within the legality.
 
 A relabelling moves the element with labels (l, l', ...) to the place of (π l, π l', ...). If the analysis is right the
-network computes the same function afterwards. The check runs on random parameters of sane scale, not on the model's
-own: a branch that a checkpoint scales by 1e-6 would hide a wrong rule otherwise.
+network computes the same function afterwards; `checking` makes the self-check of that.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from ..errors import PinnedSpaceWarning, SelfCheckError
-from ..tracing import Program, quiet_execution
-from .labelling import Labelling, ParamLabels, placeholders, relative_difference
-from .spaces import FeatureSpaces, Layout, solve
-
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
+from .labelling import ParamLabels
+from .spaces import FeatureSpaces, Layout
 
 
-def random_relabelling(spaces: FeatureSpaces, generator: torch.Generator, only: set[int] | None = None) -> list[Tensor]:
+def _shuffle(size: int, generator: torch.Generator) -> Tensor:
+    """A random permutation, never the identity if there is another."""
+    perm = torch.randperm(size, generator=generator)
+    return perm.roll(1) if bool((perm == torch.arange(size)).all()) else perm
+
+
+def random_relabelling(
+    spaces: FeatureSpaces, generator: torch.Generator, only: Collection[int] | None = None
+) -> list[Tensor]:
     """One legal permutation per space: feature f goes to the place of feature `perms[s][f]`.
 
     Blocks of a tie group move together, features inside a block on their own. Spaces (and tie groups) not in `only`
@@ -30,24 +31,21 @@ def random_relabelling(spaces: FeatureSpaces, generator: torch.Generator, only: 
     """
     shuffled: dict[int, Tensor] = {}
     perms = []
+    chosen = set(range(len(spaces.spaces)) if only is None else only)
+    ties = {spaces.spaces[number].tie for number in chosen}
     for number, space in enumerate(spaces.spaces):
-        identity = torch.arange(space.size)
-        if space.blocks is None:
-            moves = only is None or number in only
-            perms.append(torch.randperm(space.size, generator=generator) if moves else identity)
-            continue
-        assert space.tie is not None
-        mates = {i for i, other in enumerate(spaces.spaces) if other.tie == space.tie}
-        if only is not None and not mates & only:
-            perms.append(identity)
-            continue
-        count, width = space.blocks.shape
-        if space.tie not in shuffled:
-            shuffled[space.tie] = torch.randperm(count, generator=generator)
-        perm = identity.clone()
-        for block, target in enumerate(shuffled[space.tie].tolist()):
-            perm[space.blocks[block]] = space.blocks[target][torch.randperm(width, generator=generator)]
-        perms.append(perm)
+        if number not in chosen and (space.tie is None or space.tie not in ties):
+            perms.append(torch.arange(space.size))
+        elif space.blocks is None or space.tie is None:
+            perms.append(_shuffle(space.size, generator))
+        else:
+            count, width = space.blocks.shape
+            if space.tie not in shuffled:
+                shuffled[space.tie] = _shuffle(count, generator)
+            inner = torch.stack([_shuffle(width, generator) for _ in range(count)])
+            perm = torch.empty(space.size, dtype=torch.int64)
+            perm[space.blocks] = space.blocks[shuffled[space.tie]].gather(1, inner)
+            perms.append(perm)
     return perms
 
 
@@ -60,10 +58,11 @@ def _keys(layout: Layout, feature: Tensor) -> Tensor:
 
 def targets(layout: Layout, perms: list[Tensor]) -> Tensor:
     """Where each place of a labelled run goes, shape [places]."""
-    moved = layout.feature.clone()
-    for number, perm in enumerate(perms):
-        here = layout.space == number
-        moved[here] = perm[layout.feature[here]]
+    sizes = torch.tensor([0, *(len(perm) for perm in perms)])
+    table = torch.cat([torch.zeros(1, dtype=torch.int64), *perms])
+    held = layout.space >= 0
+    places = torch.where(held, sizes.cumsum(0)[layout.space.clamp(min=0)] + layout.feature + 1, 0)
+    moved = torch.where(held, table[places], layout.feature)
     keys, order = _keys(layout, layout.feature).sort()
     return order[torch.searchsorted(keys, _keys(layout, moved))]
 
@@ -86,9 +85,9 @@ def relabel_tensor(value: Tensor, labels: ParamLabels, spaces: FeatureSpaces, pe
         return result
     for run in labels.fields:
         axis = next(a for a, n in enumerate(run.shape) if n > 1)
-        place = targets(spaces.layout(run), perms).to(value.device)
-        result = torch.empty_like(value)
-        value = result.index_copy_(axis, place, value)
+        source = torch.argsort(targets(spaces.layout(run), perms))
+        if bool((source != torch.arange(len(source))).any()):
+            value = value.index_select(axis, source.to(value.device))
     return value
 
 
@@ -96,70 +95,3 @@ def relabelled(values: Mapping[str, Tensor], spaces: FeatureSpaces, perms: list[
     """All parameters and buffers in `values` (by name) after the relabelling."""
     params = spaces.labelling.params
     return {k: relabel_tensor(v, params[k], spaces, perms) if k in params else v for k, v in values.items()}
-
-
-def sane_values(program: Program, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Random parameters under which signals neither die nor explode: scales in [0.5, 1.5], weights of unit gain."""
-    values: dict[str, Tensor] = {}
-    tensors = {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or (name not in dict(program.module.named_parameters()) and name not in program.persistent):
-            values[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        elif tensor.ndim < 2:
-            values[name] = (0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)).to(tensor.device, dtype)
-        else:
-            fan = max(tensor[0].numel(), 1)
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
-            values[name] = (noise * 1.3 / fan**0.5).to(tensor.device, dtype)
-    return values
-
-
-def run_with(program: Program, values: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    """The program's output on its sample with other parameters."""
-    call = [v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in placeholders(program)]
-    with quiet_execution():
-        return torch.func.functional_call(program.module, dict(values), tuple(call))
-
-
-def self_check(
-    labelling: Labelling, *, seed: int = 0, dtype: torch.dtype | None = None
-) -> tuple[FeatureSpaces, float, dict[int, str]]:
-    """Relabel everything that may move; the output must stay. Returns spaces, relative error, and pins it had to add.
-
-    A space that fails alone is pinned with a `PinnedSpaceWarning`; if that does not cure it, `SelfCheckError`.
-    """
-    program = labelling.program
-    own = next((p.dtype for p in program.module.parameters() if p.is_floating_point()), torch.float32)
-    dtype = dtype or (own if own in TOLERANCE else torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    values = sane_values(program, generator, dtype)
-    expected = run_with(program, values, dtype)
-    if relative_difference(expected, expected) == float("inf"):
-        tensors = {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
-        values = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-        expected = run_with(program, values, dtype)
-
-    def error(spaces: FeatureSpaces, only: set[int] | None = None) -> float:
-        perms = random_relabelling(spaces, generator, only)
-        return relative_difference(expected, run_with(program, relabelled(values, spaces, perms), dtype))
-
-    pinned: dict[int, str] = {}
-    for _ in range(3):
-        spaces = solve(labelling, pinned=pinned)
-        worst = error(spaces)
-        if worst <= TOLERANCE[dtype]:
-            return spaces, worst, pinned
-        for number, space in enumerate(spaces.spaces):
-            alone = error(spaces, {number})
-            if alone > TOLERANCE[dtype]:
-                why = f"relabelling it moved the output by {alone:.1e}"
-                warnings.warn(
-                    f"The space of `{space.name}` ({space.size} features) failed the self-check: {why}. "
-                    "It is pinned: its features are not merged.", PinnedSpaceWarning, stacklevel=2,
-                )  # fmt: skip
-                members = torch.isin(spaces.klass, space.classes).nonzero().flatten()
-                pinned.update(dict.fromkeys(members.tolist(), why))
-    raise SelfCheckError(
-        f"Relabelling free feature spaces must leave the output as it is; it moved by {worst:.1e} (relative), and "
-        "pinning the spaces that fail alone did not cure it. Please report the model; `verify=False` skips the check."
-    )

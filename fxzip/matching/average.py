@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fxzip.errors import InputError
 from fxzip.matching.merge import Merge
-from fxzip.observe import Moments
+from fxzip.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Average:
     """Average the models as they are: M_k = I / K, U_k = I.
 
     >>> import torch
-    >>> from fxzip.observe import moments
+    >>> from fxzip.moments import moments
     >>> Average()(moments([torch.randn(9, 2), torch.randn(9, 2)])).M(1)
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]], dtype=torch.float64)

@@ -23,14 +23,14 @@ from torch import Tensor
 from fxzip.errors import InputError
 from fxzip.matching.merge import Merge, Method, cluster_merge, mean_similarity, similarity
 from fxzip.matching.permute import best_pairs
-from fxzip.observe import Moments
+from fxzip.moments import Moments
 
 
 @dataclass(frozen=True, eq=False)
 class BlockMoments:
     """One space of a tie group.
 
-    >>> from fxzip.observe import moments
+    >>> from fxzip.moments import moments
     >>> x = torch.randn(9, 4)
     >>> halves = torch.arange(4).view(2, 2)
     >>> BlockMoments(moments([x, x]), blocks=(halves, halves)).relabel_only
@@ -64,7 +64,7 @@ def match_blocks(spaces: Sequence[BlockMoments], method: Method) -> tuple[list[M
     """Match the blocks of a tie group jointly, then the features inside them.
 
     >>> from fxzip.matching import Permute
-    >>> from fxzip.observe import moments
+    >>> from fxzip.moments import moments
     >>> x, halves = torch.randn(99, 4), torch.arange(4).view(2, 2)
     >>> space = BlockMoments(moments([x, x[:, [3, 2, 0, 1]]]), blocks=(halves, halves))
     >>> merges, partners = match_blocks([space], Permute())

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fxzip.errors import DataError, InputError
-from fxzip.observe import Moments
+from fxzip.moments import Moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +148,7 @@ class Method(Protocol):
 def similarity(moments: Moments) -> Tensor:
     """How alike features are, float64 [N, N], symmetric but for rounding, 1 on the diagonal: what methods match by.
 
-    >>> from fxzip.observe import moments
+    >>> from fxzip.moments import moments
     >>> x = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
     >>> similarity(moments([x, x.flip(1)])).round()[:2, 2:]
     tensor([[0., 1.],

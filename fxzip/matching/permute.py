@@ -16,14 +16,14 @@ from torch import Tensor
 
 from fxzip.errors import InputError
 from fxzip.matching.merge import Merge, cluster_merge, similarity
-from fxzip.observe import Moments
+from fxzip.moments import Moments
 
 
 @dataclass(frozen=True)
 class Permute:
     """Match each model k ≥ 1 to the first, one to one, at the greatest total correlation.
 
-    >>> from fxzip.observe import moments
+    >>> from fxzip.moments import moments
     >>> x = torch.randn(99, 3)
     >>> Permute()(moments([x, x[:, [2, 0, 1]]])).assignment(1)
     tensor([2, 0, 1])

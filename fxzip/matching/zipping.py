@@ -25,7 +25,7 @@ import torch
 from fxzip.errors import InputError
 from fxzip.matching.merge import Merge, cluster_merge, in_first_layout, model_index, similarity
 from fxzip.matching.permute import Permute
-from fxzip.observe import Moments
+from fxzip.moments import Moments
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -35,7 +35,7 @@ Ints = npt.NDArray[np.int64]
 class Zip:
     """ZipIt!'s greedy matching, for any number of models of any widths.
 
-    >>> from fxzip.observe import moments
+    >>> from fxzip.moments import moments
     >>> x = torch.randn(99, 3)
     >>> Zip(alpha=0.3, beta=0.125)(moments([x, x[:, [2, 0, 1]]])).assignment(1)
     tensor([2, 0, 1])

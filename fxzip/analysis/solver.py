@@ -1,0 +1,243 @@
+"""From facts to classes and units: union-find with blocks, all of it on flat integer arrays.
+
+Labels made equal fall into classes. A block is its set of members: blocks with the same members are one, a block with
+one member is that member, and a block with a pinned member is pinned. Classes that are tied in blocks form units; what
+is no flat tree is simplified until it is one (see `spaces`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+Ints = NDArray[np.int64]
+Why = tuple[str, str]
+"""Reason and kind of a pin."""
+
+_MARK = np.uint64(0x9E3779B97F4A7C15)
+
+
+def unique_pairs(pairs: Ints, size: int) -> Ints:
+    """The distinct columns of [2, E], entries below `size`."""
+    keys = np.unique(pairs[0] * size + pairs[1])
+    return np.stack([keys // size, keys % size])
+
+
+def components(pairs: Ints, size: int) -> Ints:
+    """For each of `size` numbers, its component of the undirected graph with these edges."""
+    graph = coo_matrix((np.ones(pairs.shape[1], bool), (pairs[0], pairs[1])), shape=(size, size))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+@dataclass
+class Solver:
+    """Classes under construction. Facts are kept by label, results (`klass`, `edges`, `pinned`) by class.
+
+    `pins` holds one number per label, 0 if free, else an index into `reasons`.
+    """
+
+    size: int
+    equal: Ints
+    blocks: Ints
+    pins: Ints
+    reasons: list[Why]
+    klass: Ints = field(init=False)
+    edges: Ints = field(init=False)  # [2, R]: block, member
+    pinned: Ints = field(init=False)  # class -> index into `reasons`
+
+    def __post_init__(self) -> None:
+        self.blocks = unique_pairs(self.blocks, self.size)
+        self.settle()
+
+    @property
+    def count(self) -> int:
+        return len(self.pinned)
+
+    def _union(self) -> None:
+        self.klass = components(self.equal, self.size)
+        count = int(self.klass.max()) + 1
+        edges = self.klass[self.blocks]
+        self.edges = unique_pairs(edges[:, edges[0] != edges[1]], count)
+        self.pinned = np.zeros(count, np.int64)
+        labels = np.flatnonzero(self.pins)[::-1]  # of several reasons the first label's stays
+        self.pinned[self.klass[labels]] = self.pins[labels]
+        while True:  # a block with a pinned member is pinned
+            block, member = self.edges[:, (self.pinned[self.edges[0]] == 0) & (self.pinned[self.edges[1]] > 0)]
+            if not block.size:
+                return
+            self.pinned[block] = self.pinned[member]
+
+    def settle(self) -> None:
+        """Union, then identify blocks by their members, until nothing changes."""
+        while True:
+            self._union()
+            salt = np.random.default_rng(1).integers(1, 2**63, self.count, dtype=np.uint64)
+            digest, degree = np.zeros(self.count, np.uint64), np.zeros(self.count, np.int64)
+            np.add.at(digest, self.edges[0], salt[self.edges[1]])
+            np.add.at(degree, self.edges[0], 1)
+            single = self.edges[:, degree[self.edges[0]] == 1]
+            several = np.flatnonzero(degree > 1)
+            _, first, inverse = np.unique(digest[several], return_index=True, return_inverse=True)
+            twins = np.stack([several, several[first[inverse]]]) if several.size else np.zeros((2, 0), np.int64)
+            same = np.concatenate([single, twins[:, twins[0] != twins[1]]], axis=1)
+            if not same.size:
+                return
+            self._identify(same)
+
+    def _identify(self, pairs: Ints) -> None:
+        """Make classes equal, through one label of each."""
+        self.equal = np.concatenate([self.equal, self.labels_of()[pairs]], axis=1)
+
+    def labels_of(self) -> Ints:
+        """The first label of each class."""
+        first = np.empty(self.count, np.int64)
+        first[self.klass[::-1]] = np.arange(self.size - 1, -1, -1)
+        return first
+
+    def merge(self, groups: Iterable[Sequence[int]]) -> None:
+        """Make all classes of each group one."""
+        pairs = [(group[0], other) for group in groups for other in group[1:]]
+        self._identify(np.asarray(pairs, np.int64).reshape(-1, 2).T)
+        self.settle()
+
+    def pin(self, classes: Sequence[int], why: Why) -> None:
+        """Pin further classes."""
+        if why not in self.reasons:
+            self.reasons.append(why)
+        labels = self.labels_of()[np.asarray(classes, np.int64)]
+        self.pins[labels] = np.where(self.pins[labels] > 0, self.pins[labels], self.reasons.index(why))
+        self.settle()
+
+    def free_edges(self) -> Ints:
+        """Edges between classes that may both move."""
+        return self.edges[:, (self.pinned[self.edges] == 0).all(0)]
+
+
+@dataclass(frozen=True)
+class Incidence:
+    """Which labels occur how often in which field of the graph: three arrays of the same length."""
+
+    labels: Ints
+    fields: Ints
+    times: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, runs: Sequence[Ints], size: int) -> Incidence:
+        """From the labels of each field, flattened."""
+        parts = []
+        for run in runs:
+            run = run[run > 0]
+            if run.size > size:
+                found = np.bincount(run, minlength=size)
+                labels = np.flatnonzero(found)
+                parts.append((labels, found[labels]))
+            else:
+                parts.append((run, np.ones(len(run), np.int64)))
+        fields = np.repeat(np.arange(len(parts)), [len(labels) for labels, _ in parts])
+        labels = np.concatenate([np.zeros(0, np.int64), *(labels for labels, _ in parts)])
+        times = np.concatenate([np.zeros(0, np.int64), *(times for _, times in parts)])
+        return cls(labels, fields, times.astype(np.uint64))
+
+
+def kinds_of(solver: Solver, incidence: Incidence) -> Ints:
+    """A 64-bit fingerprint per class: in which fields it occurs, how often, and in which pinned blocks it lies."""
+    count = solver.count
+    keys, inverse = np.unique(incidence.fields * count + solver.klass[incidence.labels], return_inverse=True)
+    times = np.zeros(len(keys), np.uint64)
+    np.add.at(times, inverse, incidence.times)
+    salts = np.random.default_rng(0).integers(1, 2**63, int(keys[-1]) // count + 1 if keys.size else 1, dtype=np.uint64)
+    kinds = np.zeros(count, np.uint64)
+    np.add.at(kinds, keys % count, salts[keys // count] * (times * _MARK + np.uint64(1)))
+    block, member = solver.edges[:, solver.pinned[solver.edges[0]] > 0]
+    np.add.at(kinds, member, (block.astype(np.uint64) + np.uint64(1)) * _MARK * np.uint64(7))
+    return kinds.view(np.int64)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A block with what it holds: root class, members by kind (each sorted)."""
+
+    root: int
+    members: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @property
+    def kind(self) -> tuple[tuple[int, int], ...]:
+        return tuple((kind, len(items)) for kind, items in self.members)
+
+    @property
+    def classes(self) -> list[int]:
+        return [self.root, *(c for _, items in self.members for c in items)]
+
+    @property
+    def is_rigid(self) -> bool:
+        """No two members may change places."""
+        return all(len(items) == 1 for _, items in self.members)
+
+
+def units_of(solver: Solver, kinds: Ints) -> tuple[list[Unit], list[list[int]], list[list[int]]]:
+    """Split what is tied in blocks into units that are flat trees, deep trees (to be made rigid), and tangles."""
+    edges = solver.free_edges()
+    if not edges.size:
+        return [], [], []
+    component = components(edges, solver.count)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for klass in np.unique(edges).tolist():
+        groups[int(component[klass])].append(klass)
+    parents: dict[int, list[int]] = defaultdict(list)
+    for block, member in edges.T.tolist():
+        parents[member].append(block)
+    units, deep, tangles = [], [], []
+    for classes in groups.values():
+        roots = [c for c in classes if c not in parents]
+        if len(roots) != 1 or any(len(parents[c]) > 1 for c in classes if c != roots[0]):
+            tangles.append(classes)
+        elif any(p in parents for c in classes if c != roots[0] for p in parents[c]):
+            deep.append(classes)
+        else:
+            cells: dict[int, list[int]] = defaultdict(list)
+            for c in classes:
+                if c != roots[0]:
+                    cells[int(kinds[c])].append(c)
+            units.append(Unit(roots[0], tuple((kind, tuple(sorted(items))) for kind, items in sorted(cells.items()))))
+    return units, deep, tangles
+
+
+def _partners(solver: Solver, kinds: Ints) -> list[list[int]]:
+    """Pairs of overlapping blocks of which neither overlaps another block of the other's kind: they move as one."""
+    parents: dict[int, list[int]] = defaultdict(list)
+    for block, member in solver.free_edges().T.tolist():
+        parents[member].append(block)
+    overlaps: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for blocks in {tuple(blocks) for blocks in parents.values() if len(blocks) > 1}:
+        for a in blocks:
+            for b in blocks:
+                if a != b:
+                    overlaps[a, int(kinds[b])].add(b)
+    pairs = []
+    for (a, _), others in overlaps.items():
+        if len(others) == 1:
+            (b,) = others
+            if a < b and overlaps[b, int(kinds[a])] == {a}:
+                pairs.append([a, b])
+    return pairs
+
+
+def untangle(solver: Solver, kinds: Ints, tangles: list[list[int]]) -> None:
+    """Give up one of several blockings across each other: the kind with the most blocks keeps its places."""
+    partners = _partners(solver, kinds)
+    if partners:
+        solver.merge(partners)
+        return
+    blocks = set(solver.edges[0].tolist())
+    held: list[int] = []
+    for classes in tangles:
+        tally = Counter(int(kinds[c]) for c in classes if c in blocks)
+        kind = min(tally, key=lambda k: (-tally[k], k))
+        held += [c for c in classes if c in blocks and int(kinds[c]) == kind]
+    solver.pin(held, ("it lies in several blockings across each other", "fixed"))

@@ -1,0 +1,82 @@
+"""Moments of features: what matching gets to see.
+
+For the features of one space, all K models side by side, x = (x_1, ..., x_K) with n_1 + ... + n_K = N entries,
+the moments are the sums  count = Σ 1,  total = Σ x,  outer = Σ x xᵀ  over all observed positions.
+Sums only: moments of two batches, or of two ranks, add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """First and second moments of the features of K models, side by side.
+
+    Attributes:
+        count: number of observed positions.
+        total: Σ x, float64, shape [N].
+        outer: Σ x xᵀ, float64, shape [N, N].
+        sizes: (n_1, ..., n_K), features per model; N = Σ n_k.
+    """
+
+    count: float
+    total: Tensor
+    outer: Tensor
+    sizes: tuple[int, ...]
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer, self.sizes)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x], shape [N]."""
+        return self.total / max(self.count, 1.0)
+
+    @property
+    def covariance(self) -> Tensor:
+        """E[xxᵀ] - E[x] E[x]ᵀ, shape [N, N]."""
+        mean = self.mean
+        return (self.outer / max(self.count, 1.0)).addr_(mean, mean, alpha=-1)
+
+    @property
+    def alive(self) -> Tensor:
+        """Which features vary beyond rounding, bool, shape [N]."""
+        second = (self.outer.diagonal() / max(self.count, 1.0)).clamp(min=0)
+        return second - self.mean.square() > 1e-12 * second.clamp(min=torch.finfo(torch.float64).tiny)
+
+    @property
+    def correlation(self) -> Tensor:
+        """Pearson correlation, shape [N, N]; a feature that never varies correlates 0 with others, 1 with itself."""
+        covariance = self.covariance
+        variance = covariance.diagonal()
+        scale = torch.where(self.alive, variance.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+        return covariance.mul_(scale[:, None]).mul_(scale).clamp_(-1, 1).fill_diagonal_(1.0)
+
+    def offsets(self) -> tuple[int, ...]:
+        """Start of every model's features in x, and N at the end."""
+        ends = torch.tensor([0, *self.sizes]).cumsum(0)
+        return tuple(int(end) for end in ends)
+
+    def select(self, parts: Sequence[Tensor]) -> Moments:
+        """Moments of a selection of features: `parts[k]` indexes the features of model k."""
+        offsets = self.offsets()
+        index = torch.cat([part + offset for part, offset in zip(parts, offsets, strict=False)])
+        sizes = tuple(len(part) for part in parts)
+        return Moments(self.count, self.total[index], self.outer[index][:, index], sizes)
+
+
+def moments(features: Sequence[Tensor]) -> Moments:
+    """Moments of K matrices [positions, n_k] whose rows belong together.
+
+    >>> x = torch.randn(100, 3)
+    >>> moments([x, x]).sizes
+    (3, 3)
+    """
+    joint = torch.cat([f.double() for f in features], dim=1)
+    return Moments(float(len(joint)), joint.sum(0), joint.T @ joint, tuple(f.shape[1] for f in features))

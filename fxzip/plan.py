@@ -1,0 +1,151 @@
+"""From statistics to a plan: the merge of every space, and how each head gets its own features back.
+
+Where the trunk hands features of a space to a head, the head's copy of them, x_k = U_k x*, is a gather. If the head
+does nothing with these features but move them, apply functions feature by feature, and finally sum over them with its
+own weights W, the gather is folded away: W U_k x* = W x_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from .matching import BlockMoments, Merge, Method, match_blocks
+from .moments import Moments
+from .trunk import Trunk
+
+
+@dataclass(frozen=True, eq=False)
+class ZipPlan:
+    """All that the rewrite needs.
+
+    Attributes:
+        trunk: what is shared.
+        merges: space number of model 0 -> its merge.
+        folded: for each model, the spaces whose unmerge goes into the head's weights.
+        reach: for each model, label of a head -> the trunk's label that it is the same feature as (0: none).
+        unobserved: spaces for which the data showed nothing; they are merged by position.
+    """
+
+    trunk: Trunk
+    merges: Mapping[int, Merge]
+    folded: tuple[frozenset[int], ...]
+    reach: tuple[torch.Tensor, ...]
+    unobserved: frozenset[int] = field(default_factory=frozenset)
+
+
+def match_spaces(trunk: Trunk, statistics: Mapping[int, Moments], method: Method) -> dict[int, Merge]:
+    """A merge for every space: free ones on their own, tied ones block by block."""
+    merges: dict[int, Merge] = {}
+    first = trunk.spaces[0]
+    ties = sorted({space.tie for space in first.spaces if space.tie is not None})
+    for number, space in enumerate(first.spaces):
+        if space.tie is None:
+            own = method if space.legality == "free" else method.relabelling()
+            sizes = tuple(trunk.spaces[k].spaces[trunk.partners[k][number]].size for k in range(len(trunk.spaces)))
+            seen = statistics.get(number)
+            if seen is None or seen.count == 0:
+                merges[number] = _by_position(sizes)
+            else:
+                merges[number] = own(seen, space.size)
+    for tie in ties:
+        members = [number for number, space in enumerate(first.spaces) if space.tie == tie]
+        found, _ = match_blocks([_block_moments(trunk, number, statistics.get(number)) for number in members], method)
+        merges.update(zip(members, found, strict=True))
+    return merges
+
+
+def _by_position(sizes: Sequence[int]) -> Merge:
+    """Nothing was observed: feature i with feature i, those beyond the first model's with the last."""
+    labels = torch.cat([torch.arange(n).clamp(max=sizes[0] - 1) for n in sizes])
+    return Merge.from_clusters(labels, sizes)
+
+
+def _block_moments(trunk: Trunk, number: int, seen: Moments | None) -> BlockMoments:
+    spaces = [own.spaces[trunk.partners[k][number]] for k, own in enumerate(trunk.spaces)]
+    blocks = tuple(space.blocks for space in spaces if space.blocks is not None)
+    if seen is None:
+        sizes = tuple(space.size for space in spaces)
+        total = sum(sizes)
+        zero = torch.zeros(total, dtype=torch.float64)
+        seen = Moments(0.0, zero, torch.zeros(total, total, dtype=torch.float64), sizes)
+    return BlockMoments(seen, blocks, spaces[0].legality == "relabel only")
+
+
+def plan(trunk: Trunk, statistics: Mapping[int, Moments], method: Method) -> ZipPlan:
+    """Match every space and decide which unmerges fold."""
+    merges = match_spaces(trunk, statistics, method)
+    unobserved = frozenset(s for s in merges if s not in statistics or statistics[s].count == 0)
+    folded, reach = [], []
+    for k in range(len(trunk.spaces)):
+        same = _reach(trunk, k)
+        folded.append(_foldable(trunk, k, same, merges))
+        reach.append(same)
+    return ZipPlan(trunk, merges, tuple(folded), tuple(reach), unobserved)
+
+
+def head_nodes(trunk: Trunk, k: int) -> list[str]:
+    """Names of model k's nodes outside of the trunk."""
+    shared = set(trunk.names(k).values())
+    return [node.name for node in trunk.alignment.programs[k].module.graph.nodes if node.name not in shared]
+
+
+def _reach(trunk: Trunk, k: int) -> torch.Tensor:
+    """For each label of model k the label of a trunk feature that the head makes it equal to; -1 where it makes it
+    equal to several different ones, 0 where to none."""
+    labelling, spaces = trunk.labellings[k], trunk.spaces[k]
+    pairs = [pairs.numpy() for name in head_nodes(trunk, k) for pairs in labelling.facts[name].equal]
+    klass = spaces.klass.numpy()
+    edges = np.concatenate([np.zeros((2, 0), np.int64), *pairs], axis=1)
+    own = np.stack([np.arange(len(klass)), _first_of(klass)])
+    rows = np.concatenate([edges, own], axis=1)
+    graph = coo_matrix((np.ones(rows.shape[1], bool), (rows[0], rows[1])), shape=(len(klass), len(klass)))
+    wide = connected_components(graph, directed=False)[1]
+    inside = (spaces.space_of[spaces.klass] >= 0).numpy()
+    result = np.zeros(int(wide.max()) + 1, np.int64)
+    for label in np.unique(_first_of(klass)[inside]).tolist():
+        result[wide[label]] = label if result[wide[label]] == 0 else -1
+    return torch.from_numpy(result[wide])
+
+
+def _first_of(klass: np.ndarray) -> np.ndarray:
+    """A representative label for the class of each label."""
+    first = np.full(int(klass.max()) + 1, -1, np.int64)
+    first[klass[::-1]] = np.arange(len(klass) - 1, -1, -1)
+    return first[klass]
+
+
+def _foldable(trunk: Trunk, k: int, reach: torch.Tensor, merges: Mapping[int, Merge]) -> frozenset[int]:
+    """Spaces (of model 0) that head k only moves, maps feature by feature, and sums over with weights of its own."""
+    labelling, spaces = trunk.labellings[k], trunk.spaces[k]
+    numbers = {own: s for s, own in enumerate(trunk.partners[k])}
+    bad: set[int] = set()
+
+    def spoil(labels: torch.Tensor) -> None:
+        reached = reach[labels[labels > 0]]
+        here = spaces.space_of[spaces.klass[reached[reached > 0]]]
+        bad.update(numbers[int(s)] for s in here.unique() if s >= 0)
+
+    fused = reach == -1
+    for name in head_nodes(trunk, k):
+        facts = labelling.facts[name]
+        for _, labels in facts.touched:
+            spoil(labels)
+        for pin in facts.pins:
+            spoil(pin.labels)
+        for pairs in facts.blocks:
+            spoil(pairs.reshape(-1))
+        for pairs in facts.equal:
+            if bool(fused[pairs].any()):
+                spoil_all = spaces.space_of[spaces.klass[pairs.reshape(-1)]]
+                bad.update(numbers[int(s)] for s in spoil_all.unique() if s >= 0)
+    if bool(fused.any()):
+        fused_spaces = spaces.space_of[spaces.klass[fused.nonzero().flatten()]]
+        bad.update(numbers[int(s)] for s in fused_spaces.unique() if s >= 0)
+    narrow = {s for s, merge in merges.items() if merge.sizes[k] != merge.merge.shape[0]}
+    return frozenset(set(merges) - bad - narrow)

@@ -1,0 +1,257 @@
+"""Where the trunk ends: the largest part of the common graph, from the inputs on, that may and shall be shared.
+
+Three things end it: the programs part; the user says so (`until`); or sharing would not be sound. The latter is
+decided by what the nodes of the trunk say of labels, and by nothing that the heads do: a cut before a call without a
+rule makes the features in front of it free.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .align import Alignment
+from .analysis.labelling import Labelling
+from .analysis.spaces import FeatureSpaces, solve
+from .errors import AlignError, CutError
+from .rules import varying
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """The part that is computed once.
+
+    Attributes:
+        alignment: which nodes of the models are the same.
+        labellings: labels of each model.
+        nodes: names of the trunk's nodes in model 0, in order.
+        spaces: feature spaces of each model's trunk; space s of model 0 is space `partners[k][s]` of model k.
+        partners: per model, space numbers.
+        ends: why the trunk goes no further: node name in model 0 -> reason.
+    """
+
+    alignment: Alignment
+    labellings: tuple[Labelling, ...]
+    nodes: tuple[str, ...]
+    spaces: tuple[FeatureSpaces, ...]
+    partners: tuple[tuple[int, ...], ...]
+    ends: Mapping[str, str]
+
+    def names(self, k: int) -> dict[str, str]:
+        """Node name in model 0 -> node name in model k, over the trunk."""
+        return {name: self.alignment.pairs[name][k] for name in self.nodes}
+
+
+def find_trunk(
+    alignment: Alignment, labellings: Sequence[Labelling], *, until: str | float | None = None,
+    flops: Mapping[str, int] | None = None, pinned: Sequence[dict[int, str]] | None = None,
+) -> Trunk:  # fmt: skip
+    """Choose the trunk. `until`: a node name, a module path, a fraction of `flops` (per node of model 0), or None.
+
+    Raises:
+        AlignError: nothing can be shared.
+        CutError: `until` names nothing, or something that the models do not share.
+    """
+    program = alignment.programs[0]
+    order = [node for node in program.module.graph.nodes if node.op != "output"]
+    pinned = pinned or [{} for _ in labellings]
+    ends: dict[str, str] = {}
+    barred = _unsound(alignment, labellings, pinned, ends, until_given=isinstance(until, str))
+    names = _closed_without(order, alignment, barred)
+    if isinstance(until, str):
+        wanted = _ancestors(order, _named(order, until))
+        missing = [n for n in order if n.name in wanted and n.name not in names]
+        if missing:
+            raise CutError(_beyond(until, missing[0], alignment, ends, names))
+        names = wanted
+    elif until is not None:
+        names = _fraction(order, names, float(until), flops or {})
+    dynamic = [n for n in order if n.name in names and n.op != "placeholder" and n.name in labellings[0].dynamic]
+    if not any(labellings[0].touches[n.name] for n in dynamic):
+        raise AlignError(_nothing(alignment, order, ends, names))
+    spaces = tuple(
+        solve(label, {alignment.pairs[name][k] for name in names}, pinned=pinned[k]) for k, label in enumerate(labellings)
+    )
+    nodes = tuple(n.name for n in order if n.name in names)
+    return Trunk(alignment, tuple(labellings), nodes, spaces, _partners(alignment, spaces), ends)
+
+
+def _unsound(
+    alignment: Alignment, labellings: Sequence[Labelling], pinned: Sequence[dict[int, str]], ends: dict[str, str],
+    *, until_given: bool,
+) -> set[str]:  # fmt: skip
+    """Nodes of model 0 that cannot be shared, whatever the user wants; the reasons go to `ends`."""
+    barred: set[str] = set()
+    whole = [solve(label, pinned=pins) for label, pins in zip(labellings, pinned, strict=True)]
+    for name, twins in alignment.pairs.items():
+        reason = _different_shapes(labellings, twins)
+        for label, spaces, twin in zip(labellings, whole, twins, strict=True):
+            barrier = next((b.reason for b in label.barriers if b.node == twin), "")
+            reason = reason or barrier or ("" if until_given else _writes_output(label, spaces, twin))
+        if reason:
+            barred.add(name)
+            ends[name] = reason
+    return barred
+
+
+def _different_shapes(labellings: Sequence[Labelling], twins: tuple[str, ...]) -> str:
+    """Widths may differ along labelled axes of inner features; nothing else may."""
+    shapes = [label.program.shapes.get(twin) for label, twin in zip(labellings, twins, strict=True)]
+    for k, shape in enumerate(shapes[1:], 1):
+        if shape is None or shapes[0] is None or shape == shapes[0]:
+            continue
+        fields = labellings[k].fields.get(twins[k], ())
+        free = {axis for labels in fields for axis in varying(labels)}
+        static = twins[k] not in labellings[k].dynamic
+        if len(shape) != len(shapes[0]) or any(
+            a != b and axis not in free and not static for axis, (a, b) in enumerate(zip(shapes[0], shape, strict=True))
+        ):
+            return f"its shapes differ: {tuple(shapes[0])} and {tuple(shape)}"
+    return ""
+
+
+def _writes_output(label: Labelling, spaces: FeatureSpaces, node: str) -> str:
+    """Whether a node's parameters write features that the model returns: that is where heads begin."""
+    for param in label.touches[node]:
+        for place, labels in enumerate(label.params[param].fields):
+            if (param, place) not in spaces.consumed:
+                pin = spaces.pin_of(labels)
+                if pin is not None and pin[1] == "output":
+                    return "it writes features that the model returns"
+    return ""
+
+
+def _closed_without(order: Sequence[fx.Node], alignment: Alignment, barred: set[str]) -> set[str]:
+    result: set[str] = set()
+    for node in order:
+        fits = node.name in alignment.pairs and node.name not in barred
+        if fits and all(source.name in result for source in node.all_input_nodes):
+            result.add(node.name)
+    return result
+
+
+def _ancestors(order: Sequence[fx.Node], targets: Sequence[fx.Node]) -> set[str]:
+    """The targets, all they are computed from, and the inputs."""
+    result = {node.name for node in targets} | {n.name for n in order if n.op == "placeholder"}
+    for node in reversed(order):
+        if node.name in result:
+            result.update(source.name for source in node.all_input_nodes)
+    return result
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module inside which a node was recorded, its own for a module call; "" at the top."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(value[0]) for value in stack.values()]
+    return paths[-1].removeprefix("L['self'].") if paths else ""
+
+
+def cut_names(program_nodes: Sequence[fx.Node]) -> list[str]:
+    """All names that `until` takes: node names and module paths, in order."""
+    names: dict[str, None] = {}
+    for node in program_nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        path = module_path(node)
+        parts = path.split(".") if path else []
+        for end in range(1, len(parts) + 1):
+            names.setdefault(".".join(parts[:end]))
+        names.setdefault(node.name)
+    return list(names)
+
+
+def _named(order: Sequence[fx.Node], until: str) -> list[fx.Node]:
+    """The nodes that `until` names: one node, or all nodes of a module."""
+    inside = [n for n in order if module_path(n) == until or module_path(n).startswith(until + ".")]
+    found = inside or [n for n in order if n.name == until]
+    if not found:
+        names = cut_names(order)
+        near = difflib.get_close_matches(until, names, n=3, cutoff=0.4) or names[-3:]
+        raise CutError(
+            f"`until` must name a module or a node of the first model; found {until!r}. "
+            f"The nearest valid names are {', '.join(repr(name) for name in near)}."
+        )
+    return found
+
+
+def _fraction(order: Sequence[fx.Node], names: set[str], share: float, flops: Mapping[str, int]) -> set[str]:
+    """The longest prefix of the sharable nodes with at most a share of all FLOPs."""
+    if not 0 < share <= 1:
+        raise CutError(f"`until` as a fraction of the FLOPs must lie in (0, 1]; found {share}.")
+    budget = share * sum(flops.values())
+    result: set[str] = set()
+    spent = 0
+    for node in order:
+        if node.name not in names or not all(source.name in result for source in node.all_input_nodes):
+            continue
+        cost = flops.get(node.name, 0)
+        if cost and spent + cost > budget:
+            continue
+        spent += cost
+        result.add(node.name)
+    return result
+
+
+def _beyond(until: str, node: fx.Node, alignment: Alignment, ends: Mapping[str, str], names: set[str]) -> str:
+    parting = next((text for text in alignment.parting if text), "")
+    reason = ends.get(node.name) or (f"the models part: the first {parting}" if parting else "what it needs is not shared")
+    last = [name for name in cut_names(list(node.graph.nodes)) if name in names]
+    hint = f" The trunk can reach up to {last[-1]!r}." if last else ""
+    return f"`until` must lie in what the models share; {until!r} needs node `{node.name}`, which is not shared: {reason}.{hint}"
+
+
+def _nothing(alignment: Alignment, order: Sequence[fx.Node], ends: Mapping[str, str], names: set[str]) -> str:
+    first = next((n for n in order if n.name not in names), None)
+    parting = next((text for text in alignment.parting if text), "")
+    if first is not None and first.name in ends:
+        why = f"node `{first.name}` ends the trunk: {ends[first.name]}"
+    elif parting:
+        why = f"they part at the first node: the first {parting}"
+    else:
+        why = "no node with parameters lies before the cut"
+    return f"`compile_zip` needs models that agree from the input on; {why}."
+
+
+def _partners(alignment: Alignment, spaces: Sequence[FeatureSpaces]) -> tuple[tuple[int, ...], ...]:
+    """Pair the spaces of all models by the parameters on which they occur."""
+    signatures = [_signatures(own, {twins[k]: name for name, twins in alignment.params.items()}) for k, own in enumerate(spaces)]
+    result = []
+    for k, own in enumerate(signatures):
+        places = {signature: number for number, signature in enumerate(own)}
+        if set(places) != set(signatures[0]) or len(places) != len(own):
+            raise AlignError(
+                f"Models that are zipped must have the same feature spaces in the trunk; model 0 has "
+                f"{len(signatures[0])}, model {k} has {len(own)}. Choose an earlier cut with `until`."
+            )
+        result.append(tuple(places[signature] for signature in signatures[0]))
+    return tuple(result)
+
+
+def _signatures(spaces: FeatureSpaces, names: Mapping[str, str]) -> list[tuple]:
+    """Per space: on which parameters, in which field, how often each feature occurs, and in how many blocks."""
+    found: list[dict[tuple[str, int], int]] = [{} for _ in spaces.spaces]
+    for param, twin in names.items():
+        if param not in spaces.labelling.params:
+            continue
+        for place, labels in enumerate(spaces.labelling.params[param].fields):
+            layout = spaces.layout(labels)
+            for number in torch.unique(layout.space[layout.space >= 0]).tolist():
+                here = layout.space == number
+                found[number][twin, place] = int(layout.occurrence[here].max()) + 1
+    return [
+        (space.legality, None if space.blocks is None else len(space.blocks), tuple(sorted(places.items())), _nth(spaces, number))
+        for number, (space, places) in enumerate(zip(spaces.spaces, found, strict=True))
+    ]
+
+
+def _nth(spaces: FeatureSpaces, number: int) -> int:
+    """Spaces on the same parameters (parts of one axis) are told apart by their order."""
+    return sum(1 for other in spaces.spaces[:number] if other.name == spaces.spaces[number].name)
+
+
