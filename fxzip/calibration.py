@@ -1,0 +1,75 @@
+"""Calibration data as the stages see it: calls of the sample's form, as often as they ask for them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from .inputs import Call, batches, replayable
+
+
+class PerModel(tuple[Any, ...]):
+    """One iterable of batches per model, to be passed as `data` where a plain list could be taken for batches.
+
+    >>> len(PerModel(["batches of a"], ["batches of b"]))
+    2
+    """
+
+    def __new__(cls, *sources: Any) -> PerModel:
+        return super().__new__(cls, sources)
+
+
+def _is_batch(item: Any) -> bool:
+    """A tensor, a dict, or a tuple or list that starts with one (or with a tuple of tensors)."""
+    if isinstance(item, (Tensor, Mapping)):
+        return True
+    if not isinstance(item, (tuple, list)) or not item:
+        return False
+    first = item[0]
+    return isinstance(first, Tensor) or (isinstance(first, (tuple, list)) and bool(first) and isinstance(first[0], Tensor))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of all sources. Calling it gives a fresh iterable; each stage may iterate as often as it needs."""
+
+    sources: tuple[Iterable[Any], ...]
+    sample: Call
+    description: str
+    show: bool
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, data: Any, sample: Call, models: int, progress: bool | None) -> Calibration:
+        """Sort out what `data` is: None, batches, or one iterable of batches per model."""
+        show = sys.stderr.isatty() if progress is None else progress
+        if data is None:
+            given = [sample.kwargs or sample.args]
+            note = "no `data` was given: `sample_input` served as calibration data, which is far too little to match by"
+            return cls((given,), sample, "calibrated on `sample_input`", show, [note])
+        listed = isinstance(data, (tuple, list)) and len(data) == models
+        if isinstance(data, PerModel) or (listed and not any(_is_batch(item) for item in data)):
+            sources = tuple(replayable(source) for source in data)
+            return cls(sources, sample, f"calibrated on {len(sources)} sources of data, one per model", show)
+        return cls((replayable(data),), sample, "calibrated on `data`", show)
+
+    def __call__(self, stage: str) -> Iterable[Call]:
+        return _Replay(lambda: self._calls(stage))
+
+    def _calls(self, stage: str) -> Iterator[Call]:
+        for source in self.sources:
+            for call in tqdm(batches(source, self.sample), desc=stage, unit="batch", disable=not self.show, leave=False):
+                yield call
+
+
+@dataclass(frozen=True)
+class _Replay:
+    start: Callable[[], Iterator[Call]]
+
+    def __iter__(self) -> Iterator[Call]:
+        return self.start()

@@ -1,0 +1,49 @@
+"""What `fxzip.inspect` finds out about one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .analysis.labelling import Barrier, Labelling
+from .analysis.spaces import FeatureSpace, FeatureSpaces, solve
+from .trunk import cut_names
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """Spaces, ties, barriers and possible cuts of one model. `print` it.
+
+    Attributes:
+        spaces: the feature spaces.
+        ties: groups of names of spaces whose blocks move together.
+        barriers: calls without a rule.
+        cuts: what `until` takes.
+        rung: how the model was traced.
+        error: relative error of the self-check (None: not run).
+    """
+
+    spaces: tuple[FeatureSpace, ...]
+    ties: tuple[tuple[str, ...], ...]
+    barriers: tuple[Barrier, ...]
+    cuts: tuple[str, ...]
+    rung: str
+    error: float | None
+
+    @classmethod
+    def of(cls, labelling: Labelling, found: FeatureSpaces | None, error: float | None) -> Inspection:
+        spaces = (found or solve(labelling)).spaces
+        numbers = sorted({space.tie for space in spaces if space.tie is not None})
+        ties = tuple(tuple(space.name for space in spaces if space.tie == number) for number in numbers)
+        cuts = tuple(cut_names(list(labelling.program.module.graph.nodes)))
+        return cls(spaces, ties, labelling.barriers, cuts, labelling.program.rung, error)
+
+    def __str__(self) -> str:
+        lines = [f"traced: {self.rung}; self-check: " + ("not run" if self.error is None else f"{self.error:.1e}")]
+        lines.append(f"{'space':48}{'size':>6}  {'legality':14}{'blocks':>12}  reason")
+        for space in self.spaces:
+            blocks = "" if space.blocks is None else "x".join(map(str, space.blocks.shape))
+            lines.append(f"{space.name[:48]:48}{space.size:>6}  {space.legality:14}{blocks:>12}  {space.reason}")
+        lines += ["tied: " + ", ".join(names) for names in self.ties]
+        lines += [f"barrier: {barrier.reason}" for barrier in self.barriers]
+        lines.append("cuts: " + ", ".join(self.cuts))
+        return "\n".join(lines)

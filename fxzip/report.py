@@ -1,0 +1,159 @@
+"""What was shared, what was not and why: a mapping that prints as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from .inputs import Call
+from .plan import ZipPlan
+from .rewrite import ZippedModule
+from .tracing import Program, flat_inputs, quiet_execution
+from .trunk import module_path
+
+
+class _Counting(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.flops: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            value = super().run_node(n)
+        self.flops[n.name] = int(counter.get_total_flops())
+        return value
+
+
+def flops_by_node(module: fx.GraphModule, call: Call) -> dict[str, int]:
+    """FLOPs of every node on a sample, as torch's FlopCounterMode counts them (2 per multiply-add)."""
+    run = _Counting(module)
+    with quiet_execution():
+        run.run(*flat_inputs(module, call))
+    return run.flops
+
+
+@dataclass(frozen=True)
+class Report(Mapping[str, Any]):
+    """A read-only dict of plain values; `str(report)` is a text for people.
+
+    Keys: "models", "method", "refit", "data", "cut", "spaces", "flops", "parameters", "unmerges", "barriers",
+    "self_check", "tracing", "notes". "flops" and "parameters" hold "trunk", "heads", "total", "originals",
+    "side_by_side".
+    """
+
+    values_: dict[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as a plain dict."""
+        return dict(self.values_)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self.values_))
+
+    __repr__ = __str__
+
+
+def _costs(trunk: int, heads: list[int], originals: list[int]) -> dict[str, Any]:
+    return {
+        "trunk": trunk, "heads": heads, "total": trunk + sum(heads), "originals": originals,
+        "side_by_side": sum(originals),
+    }  # fmt: skip
+
+
+def _flops(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, Any]:
+    by_node = flops_by_node(zipped, programs[0].call)
+    parts: dict[str, int] = {}
+    for node in zipped.graph.nodes:
+        part = node.meta.get("fxzip", {}).get("part", "trunk")
+        parts[part] = parts.get(part, 0) + by_node[node.name]
+    heads = [parts.get(f"head {k}", 0) for k in range(len(programs))]
+    return _costs(parts.get("trunk", 0), heads, [sum(flops_by_node(p.module, p.call).values()) for p in programs])
+
+
+def _parameters(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, Any]:
+    named = [(name, p.numel()) for name, p in zipped.named_parameters()]
+    trunk = sum(n for name, n in named if name.startswith("trunk."))
+    heads = [sum(n for name, n in named if name.startswith(f"head_{k}.")) for k in range(len(programs))]
+    return _costs(trunk, heads, [sum(p.numel() for p in program.module.parameters()) for program in programs])
+
+
+def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]) -> Report:
+    """Facts about a zip. `settings` adds what only the driver knows (method, refit, data, notes ...)."""
+    trunk = plan.trunk
+    programs = trunk.alignment.programs
+    spaces = [
+        {
+            "name": space.name, "size": space.size, "legality": space.legality, "reason": space.reason,
+            "correlation": None if number in plan.unobserved else round(plan.merges[number].correlation, 4),
+            "folded": [number in folded for folded in plan.folded],
+        }
+        for number, space in enumerate(trunk.spaces[0].spaces)
+    ]  # fmt: skip
+    last = [node for node in programs[0].module.graph.nodes if node.name in set(trunk.nodes)]
+    edge = [n for n in last if any(user.name not in set(trunk.nodes) for user in n.users) and n.name in trunk.labellings[0].dynamic]
+    values = {
+        "models": len(programs),
+        **settings,
+        "cut": {
+            "after": [node.name for node in edge],
+            "modules": [module_path(node) for node in edge],
+            "parting": [text for text in trunk.alignment.parting if text],
+            "ends": dict(trunk.ends),
+        },
+        "spaces": spaces,
+        "flops": _flops(zipped, programs),
+        "parameters": _parameters(zipped, programs),
+        "unmerges": [n.name for n in zipped.graph.nodes if n.meta.get("fxzip", {}).get("unmerge")],
+        "barriers": [b.reason for label in trunk.labellings for b in label.barriers],
+        "tracing": [{"rung": p.rung, "failures": list(p.failures)} for p in programs],
+    }
+    return Report(values)
+
+
+def _ratio(part: int, whole: int) -> str:
+    return f"{part / whole:.3f}" if whole else "-"
+
+
+def _lines(v: Mapping[str, Any]) -> list[str]:
+    """The text of a report."""
+    lines = [f"zip of {v['models']} models by {v.get('method')}, refit {v.get('refit')}, {v.get('data')}"]
+    cut = v["cut"]
+    lines.append("trunk ends after " + (", ".join(f"`{name}`" for name in cut["after"]) or "nothing"))
+    lines += [f"  the models part: the first {text}" for text in cut["parting"]]
+    lines += [f"  `{name}` is not shared: {why}" for name, why in list(cut["ends"].items())[:8]]
+    lines.append(f"{'':12}{'trunk':>14}{'heads':>14}{'total':>14}{'of one':>8}{'of all':>8}")
+    for what in ("flops", "parameters"):
+        c = v[what]
+        lines.append(
+            f"{what:12}{c['trunk']:>14,}{sum(c['heads']):>14,}{c['total']:>14,}"
+            f"{_ratio(c['total'], c['originals'][0]):>8}{_ratio(c['total'], c['side_by_side']):>8}"
+        )
+    lines.append(f"{'space':40}{'size':>6}  {'legality':14}{'corr.':>7}  folded into the heads")
+    for space in v["spaces"]:
+        seen = "-" if space["correlation"] is None else f"{space['correlation']:.3f}"
+        lines.append(f"{space['name'][:40]:40}{space['size']:>6}  {space['legality']:14}{seen:>7}  {_folded(space)}")
+    if v["unmerges"]:
+        lines.append("unmerged by a gather: " + ", ".join(f"`{name}`" for name in v["unmerges"]))
+    lines += [f"barrier: {reason}" for reason in dict.fromkeys(v["barriers"])]
+    for k, tracing in enumerate(v["tracing"]):
+        if tracing["failures"]:
+            lines.append(f"model {k} traced by {tracing['rung']}: " + " ".join(tracing["failures"]))
+    lines += [f"note: {note}" for note in v.get("notes", [])]
+    return lines
+
+
+def _folded(space: Mapping[str, Any]) -> str:
+    return "yes" if all(space["folded"]) else ", ".join(str(k) for k, f in enumerate(space["folded"]) if f) or "no"
