@@ -44,9 +44,12 @@ def self_check(
     generator = torch.Generator().manual_seed(seed)
     pinned: dict[int, str] = {}
     worst, spaces = 0.0, solve(labelling)
-    for _ in range(_ROUNDS):
+    for attempt in range(_ROUNDS):
         perms = random_relabelling(spaces, generator)
         worst = trial.error(spaces, perms)
+        if worst > trial.tolerance and not attempt:
+            trial.calm(seed)
+            worst = trial.error(spaces, perms)
         if worst <= trial.tolerance:
             return spaces, worst, pinned
         found = _culprits(trial, spaces, perms)
@@ -123,17 +126,28 @@ class _Trial:
                     raise
         self.tolerance = TOLERANCE[self.dtype]
 
-    def _prepare(self, seed: int) -> None:
-        values = sane_values(self.program, torch.Generator().manual_seed(seed))
+    def _prepare(self, seed: int, gain: float = 1.0) -> None:
+        self._set(sane_values(self.program, torch.Generator().manual_seed(seed), gain))
+        if not _finite(self.expected):
+            self._set(_tensors(self.program))
+
+    def _set(self, values: Mapping[str, Tensor]) -> None:
         self.values = {k: _cast(v, self.dtype) for k, v in values.items()}
         self.expected = run_with(self.program, self.values, self.call, self.dtype)
-        if not _finite(self.expected):
-            self.values = {k: _cast(v, self.dtype) for k, v in _tensors(self.program).items()}
-            self.expected = run_with(self.program, self.values, self.call, self.dtype)
 
     def error(self, spaces: FeatureSpaces, perms: list[Tensor]) -> float:
         values = relabelled(self.values, spaces, perms)
         return relative_difference(self.expected, run_with(self.program, values, self.call, self.dtype))
+
+    def calm(self, seed: int) -> None:
+        """Make sure that rounding alone moves the output by less than a tenth of the tolerance."""
+        for gain in (0.5, 0.25, None):
+            slight = 4 * torch.finfo(self.dtype).eps
+            values = {k: v * (1 + slight) if v.is_floating_point() else v for k, v in self.values.items()}
+            moved = relative_difference(self.expected, run_with(self.program, values, self.call, self.dtype))
+            if moved <= self.tolerance / 10:
+                return
+            self._prepare(seed, gain) if gain is not None else self._set(_tensors(self.program))
 
 
 def _tensors(program: Program) -> dict[str, Tensor]:
@@ -144,8 +158,8 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach().to(dtype) if value.is_floating_point() else value
 
 
-def sane_values(program: Program, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random parameters under which signals neither die nor explode: scales in [0.5, 1.5], weights of gain 1.3.
+def sane_values(program: Program, generator: torch.Generator, gain: float = 1.0) -> dict[str, Tensor]:
+    """Random parameters under which signals neither die nor explode: scales in [0.5, 1.5], weights of the given gain.
 
     Integers and buffers outside of the state dict keep their values.
     """
@@ -159,7 +173,7 @@ def sane_values(program: Program, generator: torch.Generator) -> dict[str, Tenso
         if tensor.ndim < 2:
             noise += 0.5
         else:
-            noise = noise.sub_(0.5).mul_(1.3 * (12 / max(tensor[0].numel(), 1)) ** 0.5)
+            noise = noise.sub_(0.5).mul_(gain * (12 / max(tensor[0].numel(), 1)) ** 0.5)
         values[name] = noise.to(tensor.device)
     return values
 
@@ -211,8 +225,7 @@ def _wider(value: Any) -> Any:
 
 
 def _finite(output: Any) -> bool:
-    floats = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
-    return all(bool(t.isfinite().all()) for t in floats)
+    return all(bool(t.isfinite().all()) for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
 
 
 def relative_difference(expected: Any, found: Any) -> float:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..rules import Facts, Fields, Invocation, Ledger, Operand, Rule, elementwise, is_pointwise, varying
 from ..rules.fields import along
 from ..tracing import Program, flat_inputs, quiet_execution
+from .writing import seen_through, window, write
 
 _VALUES_COMPARED = 1 << 22  # constants above this size count as different everywhere
 
@@ -34,7 +35,7 @@ class ParamLabels:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place where features can be watched: argument `arg` (or the result, -1) of the `call`-th ATen call of a node."""
+    """A place where features can be watched: argument `arg` (-1: the result) of the `call`-th ATen call of a node."""
 
     node: str
     call: int
@@ -71,9 +72,12 @@ class Labelling:
 
 @dataclass
 class _Entry:
+    """A live tensor: its fields, whether it is the same for every input, and whether parameters went into it."""
+
     tensor: Tensor
     fields: Fields
     static: bool
+    learned: bool
 
 
 @dataclass
@@ -95,16 +99,16 @@ class _State:
     def entry(self, tensor: Tensor) -> _Entry:
         found = self.entries.get(id(tensor))
         if found is None:
-            found = self.entries[id(tensor)] = _Entry(tensor, (), True)
+            found = self.entries[id(tensor)] = _Entry(tensor, (), True, False)
         return found
 
     def operand(self, tensor: Tensor) -> Operand:
         entry = self.entry(tensor)
         covered = frozenset(a for labels in entry.fields for a in varying(labels))
-        loose = frozenset(
-            a for a, (n, s) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)) if n > 1 and s and a not in covered
-        )
-        if entry.static and not entry.fields and loose and tensor.numel() <= _VALUES_COMPARED:
+        axes = zip(tensor.shape, tensor.stride(), strict=True)
+        loose = frozenset(a for a, (n, s) in enumerate(axes) if n > 1 and s and a not in covered)
+        constant = entry.static and not entry.learned
+        if constant and loose and tensor.numel() <= _VALUES_COMPARED:
             loose = frozenset(a for a in loose if not _same_along(tensor, a))
         return Operand(tensor, entry.fields, entry.static, loose)
 
@@ -131,7 +135,7 @@ class _LabelMode(TorchDispatchMode):
         state = self.state
         name = func._schema.name.split("::")[-1]
         written = _written(func, args, kwargs)
-        inputs = [t for t in _tensors((args, kwargs))]
+        inputs = list(_tensors((args, kwargs)))
         for tensor in inputs:
             if id(tensor) in state.names:
                 state.touches.add(state.names[id(tensor)])
@@ -149,7 +153,8 @@ class _LabelMode(TorchDispatchMode):
         if written:
             _write(state, call, written, result, dynamic)
         else:
-            _store(state, out, result, not dynamic)
+            learned = any(state.entry(t).learned for t in inputs)
+            _store(state, out, result, not dynamic, learned)
         if dynamic:
             _note_sites(state, call, inputs)
         state.calls += 1
@@ -168,7 +173,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """Tensors that the call writes in place."""
-    result = []
+    result: list[Tensor] = []
     if not func._schema.is_mutable:
         return result
     for place, argument in enumerate(func._schema.arguments):
@@ -193,47 +198,62 @@ def _apply(state: _State, call: Invocation) -> Fields | list[Fields] | None:
     return result
 
 
-def _store(state: _State, out: Any, result: Fields | list[Fields] | None, static: bool) -> None:
+def _store(state: _State, out: Any, result: Fields | list[Fields] | None, static: bool, learned: bool) -> None:
     if isinstance(out, Tensor):
         fields = tuple(f for f in result if varying(f)) if isinstance(result, tuple) else ()
         state.seen.update((id(f), f) for f in fields)
-        state.entries[id(out)] = _Entry(out, fields, static)
+        state.entries[id(out)] = _Entry(out, fields, static, learned)
     elif isinstance(out, (list, tuple)):
         for place, item in enumerate(out):
             part = result[place] if isinstance(result, list) and place < len(result) else None
             if isinstance(item, (Tensor, list, tuple)):
-                _store(state, item, part, static)
+                _store(state, item, part, static, learned)
 
 
 def _write(state: _State, call: Invocation, written: list[Tensor], result: Any, dynamic: bool) -> None:
-    """In-place calls. What other tensors see of the same memory must not be mislabelled: where that could be, pin."""
+    """In-place calls: label the whole memory anew, and what other tensors see of it."""
     for tensor in written:
-        entry = state.entry(tensor)
-        new: Fields = result if isinstance(result, tuple) else ()
-        if call.name in ("copy", "fill", "zero") and call.name != "copy":
-            new = ()
-        elif call.name == "copy":
-            new = call.operand(call.args[1]).place(
-                range(tensor.ndim - call.args[1].ndim, tensor.ndim), tensor.ndim
-            ).fields  # fmt: skip
         storage = tensor.untyped_storage()._cdata
-        aliases = [
-            e for e in state.entries.values() if e.tensor is not tensor and e.tensor.untyped_storage()._cdata == storage
-        ]
-        same = {varying(f) for f in new} == {varying(f) for f in entry.fields}
-        if aliases and not (same and call.name not in ("copy", "fill", "zero")):
-            labels = [*new, *entry.fields, *(f for alias in aliases for f in alias.fields)]
-            reason = f"`{call.name}_` ({state.where}) writes it into a part of another tensor"
-            if labels:
-                state.barriers.append(Barrier(state.node, call.name + "_", reason))
-            for f in labels:
-                state.ledger.pin(f, reason, "barrier")
-            for alias in aliases:
-                alias.fields = ()
-            new = ()
-        entry.fields = new
-        for item in (entry, *aliases):
-            item.static = item.static and not dynamic
+        entries = [e for e in state.entries.values() if e.tensor.untyped_storage()._cdata == storage]
+        entries.sort(key=lambda e: -e.tensor.numel())
+        base, where = next((e, w) for e in entries if (w := window(tensor, e.tensor)) or e.tensor is tensor)
+        value = _value_written(state, call, tensor, result, dynamic)
+        labelled = any(e.fields for e in entries) or value.fields
+        for entry in entries:
+            entry.learned = entry.learned or any(state.entry(t).learned for t in call.tensors())
+        if labelled and where is not None:
+            before = call.operand(tensor) if base.tensor is tensor else state.operand(base.tensor)
+            base.fields = write(state.ledger, before, value, where, f"`{call.name}_` ({state.where})")
+            views = {id(e): seen_through(e.tensor, base.tensor, base.fields) for e in entries if e is not base}
+        else:
+            views = {id(e): bool(labelled) for e in entries if e is not base}
+        if (id(base.tensor) in state.names and labelled) or any(view is True for view in views.values()):
+            _refuse(state, call, [*value.fields, *(f for e in entries for f in e.fields)])
+            views = {id(e): () for e in entries}
+        for entry in entries:
+            view = views.get(id(entry), False)
+            entry.fields = view if isinstance(view, tuple) else entry.fields
+            entry.static = entry.static and (not dynamic or (view is False and entry is not base))
+        state.seen.update((id(f), f) for f in base.fields)
+
+
+def _value_written(state: _State, call: Invocation, tensor: Tensor, result: Any, dynamic: bool) -> Operand:
+    ndim = tensor.ndim
+    if call.name == "copy":
+        value = call.operand(call.args[1])
+        return value.place(range(ndim - value.ndim, ndim), ndim)
+    if call.name in ("fill", "zero"):
+        return Operand(tensor, (), True, frozenset())
+    fields: Fields = result if isinstance(result, tuple) else ()
+    covered = frozenset(a for labels in fields for a in varying(labels))
+    return Operand(tensor, fields, not dynamic, frozenset(a for a, n in enumerate(tensor.shape) if n > 1) - covered)
+
+
+def _refuse(state: _State, call: Invocation, labels: list[Tensor]) -> None:
+    reason = f"`{call.name}_` ({state.where}) writes it into a part of another tensor"
+    state.barriers.append(Barrier(state.node, call.name + "_", reason))
+    for run in labels:
+        state.ledger.pin(run, reason, "barrier")
 
 
 def _note_sites(state: _State, call: Invocation, inputs: list[Tensor]) -> None:
@@ -271,7 +291,7 @@ class _Run(fx.Interpreter):
         value = super().run_node(n)
         if n.op == "placeholder":
             for tensor in _tensors(_values(value)):
-                state.entries[id(tensor)] = _Entry(tensor, (), False)
+                state.entries[id(tensor)] = _Entry(tensor, (), False, False)
         self.facts[n.name] = state.ledger.facts
         self.touches[n.name] = frozenset(state.touches)
         self.seen[n.name] = tuple(state.seen.values())
@@ -329,7 +349,7 @@ def label(program: Program, rules: Mapping[str, Rule]) -> Labelling:
         fields = tuple(along(state.ledger.fresh(n), a, tensor.ndim) for a, n in enumerate(tensor.shape) if n > 1)
         state.names[id(tensor)] = name
         state.params[name] = ParamLabels(fields)
-        state.entries[id(tensor)] = _Entry(tensor, fields, True)
+        state.entries[id(tensor)] = _Entry(tensor, fields, True, True)
     run = _Run(state)
     with quiet_execution(), _decomposed(), _LabelMode(state):
         run.run(*flat_inputs(program.module, program.call))

@@ -224,7 +224,7 @@ def _assemble(
         add(classes)
     families: dict[tuple[object, ...], list[Unit]] = defaultdict(list)
     for unit in units:
-        families[(int(kinds[unit.root]), *unit.kind)].append(unit)
+        families[int(kinds[unit.root]), unit.kind].append(unit)
     for tie, family in enumerate(families.values()):
         family.sort(key=lambda unit: unit.members[0][1])
         for cell in range(len(family[0].members)):

@@ -43,8 +43,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **_rows(
             elementwise.unlabelled,
             """zeros ones full empty arange zeros_like ones_like full_like empty_like new_zeros new_ones new_full
-            new_empty rand randn rand_like randn_like scalar_tensor linspace eye fill new_empty_strided empty_strided
-            sym_size sym_numel sym_stride empty_permuted""",
+            new_empty rand randn rand_like randn_like scalar_tensor linspace eye fill zero new_empty_strided
+            empty_strided sym_size sym_numel sym_stride empty_permuted""",
         ),
         "glu": elementwise.gated,
         **_rows(movement.index, "index index_select gather _unsafe_index"),
@@ -55,7 +55,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "_weight_norm_interface": movement.weight_norm,
         **_rows(
             reduction.reduce,
-            "sum mean amax amin prod logsumexp norm linalg_vector_norm var std var_mean std_mean max min any all aminmax",
+            """sum mean amax amin prod logsumexp norm linalg_vector_norm var std var_mean std_mean max min any all
+            aminmax""",
         ),
         **_rows(reduction.positional_reduce, "argmax argmin"),
         **_rows(reduction.ordered, "cumsum cumprod sort topk cummax cummin logcumsumexp"),

@@ -64,9 +64,7 @@ def _trim(labels: Tensor, ndim: int) -> Tensor:
     return labels.reshape(labels.shape[:ndim])
 
 
-def _roles(
-    ledger: Ledger, x: Operand, y: Operand, fx: list[Tensor], fy: list[Tensor], summed: frozenset[int]
-) -> None:
+def _roles(ledger: Ledger, x: Operand, y: Operand, fx: list[Tensor], fy: list[Tensor], summed: frozenset[int]) -> None:
     """Who unmerges: the parameter's side of a sum; where both sides are activations only relabelling is exact."""
     if not x.static and not y.static:
         for labels in (*fx, *fy):
@@ -129,7 +127,7 @@ def _grouped(operand: Operand, axis: int, groups: int) -> Operand:
         fields.append(labels.reshape(sizes[:axis] + split + sizes[axis + 1 :]))
     own = {axis, axis + 1} if axis in operand.loose else set()
     loose = frozenset(own | {a + (a > axis) for a in operand.loose if a != axis})
-    view = tensor.reshape(shape[:axis] + [groups, shape[axis] // groups] + shape[axis + 1 :])
+    view = tensor.reshape([*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :]])
     loose = frozenset(a for a in loose if view.shape[a] > 1)
     return Operand(view, tuple(fields), operand.static, loose)
 
@@ -172,7 +170,9 @@ def convolution(call: Invocation) -> Fields:
 
 def _first_place(operand: Operand, fields: Fields) -> Operand:
     """The operand at its first spatial place, where only axes 0 and 1 are left."""
-    tensor = operand.tensor[(slice(None), slice(None), *([0] * (operand.ndim - 2)))]
+    tensor = operand.tensor
+    while tensor.ndim > 2:
+        tensor = tensor.select(2, 0)
     flat = tuple(labels.reshape(labels.shape[:2]) for labels in fields)
     return Operand(tensor, flat, operand.static, operand.loose & {0, 1})
 

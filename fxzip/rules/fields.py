@@ -12,7 +12,8 @@ where π(l) was, and rules record in a `Ledger` what π has to respect:
 
 For a field f, A(f) is the set of axes along which it varies. Two fields that meet on common axes S = A(f) ∩ A(g) are
 related by `relate`: equal where A(f) = A(g) = S, the coarser a block of the finer where one contains the other, and
-both members of a new block over S otherwise. A field that meets unlabelled values on axes S keeps its place there (`fix`).
+both members of a new block over S otherwise. A field that meets unlabelled values on axes S keeps its place there
+(`fix`).
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Ledger:
         return torch.stack([a.reshape(-1), b.reshape(-1)])
 
     def equal(self, a: Tensor, b: Tensor) -> None:
-        """a and b (broadcast) name the same features. FIXED pins its partner; partners of VOID stay among themselves."""
+        """a and b (broadcast) name the same features. Partners of FIXED are pinned, those of VOID keep together."""
         if a is b:
             return
         pairs = self._pairs(a, b)

@@ -117,7 +117,7 @@ def positional(call: Invocation) -> Fields | list[Fields]:
 
 
 def _spatial_axes(call: Invocation, x: Operand) -> frozenset[int]:
-    digits = [char for char in call.name if char.isdigit() and call.name[call.name.index(char) + 1 : ][:1] == "d"]
+    digits = [char for char in call.name if char.isdigit() and call.name[call.name.index(char) + 1 :][:1] == "d"]
     count = int(digits[0]) if digits else x.ndim - 2
     return frozenset(range(x.ndim - count, x.ndim))
 

@@ -1,0 +1,133 @@
+"""In-place calls: what is written into a part of a tensor is labelled as if it had been concatenated.
+
+`out[:, 2:5] = x` runs as a view of `out` and a `copy_` into that view. The view's axes are found again in the base by
+their strides; the labels written are laid into the base's, and every view of that memory gets its labels from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..rules import FIXED, VOID, Fields, Ledger, Operand, compress, varying
+
+
+@dataclass(frozen=True)
+class Window:
+    """A view as a part of its base: for each axis of the base the view's axis (None: one place), and the places."""
+
+    axes: tuple[int | None, ...]
+    places: tuple[slice, ...]
+    partial: frozenset[int]  # axes of the base that the view covers in part
+
+
+def window(view: Tensor, base: Tensor) -> Window | None:
+    """The view as slices of the base, or None if it is more than that."""
+    if view.storage_offset() < base.storage_offset() or 0 in base.stride() or not base.numel():
+        return None
+    order = sorted((a for a, n in enumerate(base.shape) if n > 1), key=base.stride, reverse=True)
+    offset = int(view.storage_offset() - base.storage_offset())
+    axes: list[int | None] = [None] * base.ndim
+    places = [slice(0, 1)] * base.ndim
+    left = [a for a, n in enumerate(view.shape) if n > 1]
+    for axis in order:
+        unit, size = base.stride(axis), base.shape[axis]
+        start, offset = divmod(offset, unit)
+        mine = [a for a in left if view.stride(a) % unit == 0 and view.stride(a) // unit * (view.shape[a] - 1) < size]
+        if mine:
+            own = max(mine, key=lambda a: view.stride(a))
+            step = view.stride(own) // unit
+            stop = start + step * (view.shape[own] - 1) + 1
+            axes[axis], places[axis] = own, slice(start, stop, step)
+            left.remove(own)
+        else:
+            stop = start + 1
+            places[axis] = slice(start, stop)
+        if start >= size or stop > size:
+            return None
+    if left or offset:
+        return None
+    marks = base.new_empty(0).set_(base.untyped_storage(), base.storage_offset(), base.shape, base.stride())
+    part = marks[tuple(places)]
+    if part.storage_offset() != view.storage_offset() or part.numel() != view.numel():
+        return None
+    partial = frozenset(a for a, n in enumerate(base.shape) if part.shape[a] < n)
+    return Window(tuple(axes), tuple(places), partial)
+
+
+def _placed(operand: Operand, where: Window) -> Operand:
+    """An operand over the view, in the axes of the base."""
+    fields = []
+    for labels in operand.fields:
+        kept = [own for own in where.axes if own is not None]
+        rest = [a for a in range(labels.ndim) if a not in kept]
+        moved = labels.permute(*kept, *rest).reshape([labels.shape[own] for own in kept])
+        shape = [1 if own is None else labels.shape[own] for own in where.axes]
+        fields.append(moved.reshape(shape))
+    loose = frozenset(a for a, own in enumerate(where.axes) if own is not None and own in operand.loose)
+    return replace(operand, fields=tuple(fields), loose=loose)
+
+
+def write(ledger: Ledger, base: Operand, value: Operand, where: Window, what: str) -> Fields:
+    """Fields of the base after `value`, an operand over the view, was written into its window."""
+    value = _placed(value, where)
+    if not where.partial:
+        return tuple(labels for labels in value.fields if varying(labels))
+    result: list[Tensor] = []
+    left = list(base.fields)
+    for new in value.fields:
+        key = varying(new) - where.partial
+        old = next((labels for labels in left if varying(labels) - where.partial == key), None)
+        if old is not None:
+            left = [labels for labels in left if labels is not old]
+        if varying(new) == key and (old is None or varying(old) == key):
+            if old is not None:
+                ledger.equal(old, new)
+            else:
+                ledger.fix(new, base.loose, f"{what} writes it beside values that carry no feature")
+            result.append(new)
+        else:
+            result.append(_assembled(base, old, value, new, where))
+    for old in left:
+        if varying(old) & where.partial:
+            result.append(_assembled(base, old, value, None, where))
+        else:
+            ledger.fix(old, value.loose, f"{what} writes values beside it that carry no feature")
+            result.append(old)
+    return tuple(labels for labels in map(compress, result) if varying(labels))
+
+
+def _assembled(base: Operand, old: Tensor | None, value: Operand, new: Tensor | None, where: Window) -> Tensor:
+    varied = (varying(old) if old is not None else frozenset()) | (varying(new) if new is not None else frozenset())
+    varied |= where.partial
+    shape = [n if a in varied else 1 for a, n in enumerate(base.tensor.shape)]
+    full = torch.full(shape, _filler(base, varied)) if old is None else old.expand(shape).clone()
+    part = full[tuple(place if a in varied else slice(None) for a, place in enumerate(where.places))]
+    part.copy_(new.expand_as(part) if new is not None else torch.full((), _filler(value, varied)))
+    return full
+
+
+def _filler(operand: Operand, axes: frozenset[int]) -> int:
+    """What an operand without labels puts there: nothing, if its values are the same everywhere."""
+    return FIXED if operand.loose & axes or not operand.static else VOID
+
+
+def seen_through(view: Tensor, base: Tensor, fields: Fields) -> Fields | bool:
+    """The fields of the base as another view of the same memory sees them; False if it sees nothing of the base, True
+    if it sees only a part."""
+    size = max(base.untyped_storage().nbytes() // base.element_size(), 1)
+    memory = torch.zeros(size, dtype=torch.int64)
+    inside = memory.as_strided(base.shape, base.stride(), base.storage_offset())
+    outside = memory.as_strided(view.shape, view.stride(), view.storage_offset())
+    inside.fill_(1)
+    if not bool(outside.all()):
+        return bool(outside.any())
+    result = []
+    for labels in fields:
+        inside.copy_(labels.expand(base.shape))
+        own = compress(outside)
+        if varying(own):
+            result.append(own.clone())
+    return tuple(result)
