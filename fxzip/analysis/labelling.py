@@ -85,7 +85,8 @@ class _State:
     program: Program
     rules: Mapping[str, Rule]
     ledger: Ledger = field(default_factory=Ledger)
-    entries: dict[int, _Entry] = field(default_factory=dict)
+    held: dict[int, _Entry] = field(default_factory=dict)  # parameters and buffers, by id
+    entries: dict[int, _Entry] = field(default_factory=dict)  # what the run makes, by id
     names: dict[int, str] = field(default_factory=dict)
     params: dict[str, ParamLabels] = field(default_factory=dict)
     touches: set[str] = field(default_factory=set)
@@ -97,7 +98,7 @@ class _State:
     calls: int = 0
 
     def entry(self, tensor: Tensor) -> _Entry:
-        found = self.entries.get(id(tensor))
+        found = self.held.get(id(tensor)) or self.entries.get(id(tensor))
         if found is None:
             found = self.entries[id(tensor)] = _Entry(tensor, (), True, False)
         return found
@@ -214,7 +215,7 @@ def _write(state: _State, call: Invocation, written: list[Tensor], result: Any, 
     """In-place calls: label the whole memory anew, and what other tensors see of it."""
     for tensor in written:
         storage = tensor.untyped_storage()._cdata
-        entries = [e for e in state.entries.values() if e.tensor.untyped_storage()._cdata == storage]
+        entries = [e for e in _entries(state) if e.tensor.untyped_storage()._cdata == storage]
         entries.sort(key=lambda e: -e.tensor.numel())
         base, where = next((e, w) for e in entries if (w := window(tensor, e.tensor)) or e.tensor is tensor)
         value = _value_written(state, call, tensor, result, dynamic)
@@ -247,6 +248,11 @@ def _value_written(state: _State, call: Invocation, tensor: Tensor, result: Any,
     fields: Fields = result if isinstance(result, tuple) else ()
     covered = frozenset(a for labels in fields for a in varying(labels))
     return Operand(tensor, fields, not dynamic, frozenset(a for a, n in enumerate(tensor.shape) if n > 1) - covered)
+
+
+def _entries(state: _State) -> Iterator[_Entry]:
+    yield from state.held.values()
+    yield from state.entries.values()
 
 
 def _refuse(state: _State, call: Invocation, labels: list[Tensor]) -> None:
@@ -304,9 +310,8 @@ class _Run(fx.Interpreter):
 
     def _forget(self, value: Any) -> None:
         """Drop what only the calls inside the node needed, so that memory is that of the plain forward pass."""
-        alive = {id(t) for t in _tensors([_values(v) for v in (*self.env.values(), value)])} | set(self.state.names)
-        for key in [key for key in self.state.entries if key not in alive]:
-            del self.state.entries[key]
+        alive = {id(t) for t in _tensors([_values(v) for v in (*self.env.values(), value)])}
+        self.state.entries = {key: entry for key, entry in self.state.entries.items() if key in alive}
 
 
 def _values(value: Any) -> Any:
@@ -349,7 +354,7 @@ def label(program: Program, rules: Mapping[str, Rule]) -> Labelling:
         fields = tuple(along(state.ledger.fresh(n), a, tensor.ndim) for a, n in enumerate(tensor.shape) if n > 1)
         state.names[id(tensor)] = name
         state.params[name] = ParamLabels(fields)
-        state.entries[id(tensor)] = _Entry(tensor, fields, True, True)
+        state.held[id(tensor)] = _Entry(tensor, fields, True, True)
     run = _Run(state)
     with quiet_execution(), _decomposed(), _LabelMode(state):
         run.run(*flat_inputs(program.module, program.call))

@@ -20,12 +20,11 @@ Ints = NDArray[np.int64]
 Why = tuple[str, str]
 """Reason and kind of a pin."""
 
-_MARK = np.uint64(0x9E3779B97F4A7C15)
-
 
 def unique_pairs(pairs: Ints, size: int) -> Ints:
     """The distinct columns of [2, E], entries below `size`."""
-    keys = np.unique(pairs[0] * size + pairs[1])
+    keys = np.sort(pairs[0] * size + pairs[1])
+    keys = keys[np.append(True, keys[1:] != keys[:-1])] if keys.size else keys
     return np.stack([keys // size, keys % size])
 
 
@@ -119,43 +118,25 @@ class Solver:
         return self.edges[:, (self.pinned[self.edges] == 0).all(0)]
 
 
-@dataclass(frozen=True)
-class Incidence:
-    """Which labels occur how often in which field of the graph: three arrays of the same length."""
-
-    labels: Ints
-    fields: Ints
-    times: NDArray[np.uint64]
-
-    @classmethod
-    def of(cls, runs: Sequence[Ints], size: int) -> Incidence:
-        """From the labels of each field, flattened."""
-        parts = []
-        for run in runs:
-            run = run[run > 0]
-            if run.size > size:
-                found = np.bincount(run, minlength=size)
-                labels = np.flatnonzero(found)
-                parts.append((labels, found[labels]))
-            else:
-                parts.append((run, np.ones(len(run), np.int64)))
-        fields = np.repeat(np.arange(len(parts)), [len(labels) for labels, _ in parts])
-        labels = np.concatenate([np.zeros(0, np.int64), *(labels for labels, _ in parts)])
-        times = np.concatenate([np.zeros(0, np.int64), *(times for _, times in parts)])
-        return cls(labels, fields, times.astype(np.uint64))
+def marks_of(runs: Sequence[Ints], size: int) -> NDArray[np.uint64]:
+    """For each label a random linear function, mod 2**64, of how often it occurs in each field (flattened)."""
+    marks = np.zeros(size, np.uint64)
+    for run, salt in zip(runs, np.random.default_rng(0).integers(1, 2**63, len(runs), dtype=np.uint64), strict=True):
+        run = run[run > 0]
+        if run.size > size:
+            marks += np.bincount(run, minlength=size).astype(np.uint64) * salt
+        else:
+            np.add.at(marks, run, salt)
+    return marks
 
 
-def kinds_of(solver: Solver, incidence: Incidence) -> Ints:
-    """A 64-bit fingerprint per class: in which fields it occurs, how often, and in which pinned blocks it lies."""
-    count = solver.count
-    keys, inverse = np.unique(incidence.fields * count + solver.klass[incidence.labels], return_inverse=True)
-    times = np.zeros(len(keys), np.uint64)
-    np.add.at(times, inverse, incidence.times)
-    salts = np.random.default_rng(0).integers(1, 2**63, int(keys[-1]) // count + 1 if keys.size else 1, dtype=np.uint64)
-    kinds = np.zeros(count, np.uint64)
-    np.add.at(kinds, keys % count, salts[keys // count] * (times * _MARK + np.uint64(1)))
+def kinds_of(solver: Solver, marks: NDArray[np.uint64]) -> Ints:
+    """A 64-bit fingerprint per class: how often it occurs in which field, and in which pinned blocks it lies."""
+    kinds = np.zeros(solver.count, np.uint64)
+    np.add.at(kinds, solver.klass, marks)
     block, member = solver.edges[:, solver.pinned[solver.edges[0]] > 0]
-    np.add.at(kinds, member, (block.astype(np.uint64) + np.uint64(1)) * _MARK * np.uint64(7))
+    salts = np.random.default_rng(2).integers(1, 2**63, solver.count, dtype=np.uint64)
+    np.add.at(kinds, member, salts[block])
     return kinds.view(np.int64)
 
 

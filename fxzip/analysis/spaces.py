@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..rules import Facts
 from .labelling import Labelling
-from .solver import Incidence, Ints, Solver, Unit, kinds_of, units_of, untangle
+from .solver import Ints, Solver, Unit, kinds_of, marks_of, units_of, untangle
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +138,9 @@ def solve(
     )
     runs = {id(run): run for name in sorted(params) for run in labelling.params[name].fields}
     runs |= {id(run): run for name in chosen for run in labelling.seen[name]}
-    incidence = Incidence.of([run.reshape(-1).numpy() for run in runs.values()], labelling.size)
+    marks = marks_of([run.reshape(-1).numpy() for run in runs.values()], labelling.size)
     while True:
-        kinds = kinds_of(solver, incidence)
+        kinds = kinds_of(solver, marks)
         units, deep, tangles = units_of(solver, kinds)
         rigid = [unit.classes for unit in units if unit.is_rigid]
         if tangles:

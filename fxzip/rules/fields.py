@@ -95,6 +95,12 @@ class Ledger:
         a, b = torch.broadcast_tensors(a, b)
         return torch.stack([a.reshape(-1), b.reshape(-1)])
 
+    def _distinct(self, pairs: Tensor) -> Tensor:
+        if pairs.shape[1] <= 4096:
+            return pairs
+        keys = torch.unique(pairs[0] * self.size + pairs[1])
+        return torch.stack([keys // self.size, keys % self.size])
+
     def equal(self, a: Tensor, b: Tensor) -> None:
         """a and b (broadcast) name the same features. Partners of FIXED are pinned, those of VOID keep together."""
         if a is b:
@@ -112,7 +118,7 @@ class Ledger:
                 self.block(mates, other[void])
         pairs = pairs[:, both & (pairs[0] != pairs[1])]
         if pairs.numel():
-            self.facts.equal.append(torch.unique(pairs, dim=1) if pairs.shape[1] > 4096 else pairs)
+            self.facts.equal.append(self._distinct(pairs))
 
     def block(self, blocks: Tensor, members: Tensor) -> None:
         """Each label of `blocks` (broadcast) is a block with the label of `members` at the same place as a member."""
@@ -121,7 +127,7 @@ class Ledger:
         self.pin(pairs[0, (pairs[1] == FIXED) & (pairs[0] > 0)], "it holds values that carry no feature")
         pairs = pairs[:, (pairs > 0).all(0)]
         if pairs.numel():
-            self.facts.blocks.append(torch.unique(pairs, dim=1) if pairs.shape[1] > 4096 else pairs)
+            self.facts.blocks.append(self._distinct(pairs))
 
     def pin(self, labels: Tensor, reason: str, kind: str = "fixed") -> None:
         labels = labels.reshape(-1)
