@@ -143,6 +143,8 @@ def solve(
         kinds = kinds_of(solver, marks)
         units, deep, tangles = units_of(solver, kinds)
         rigid = [unit.classes for unit in units if unit.is_rigid]
+        if tangles or rigid or deep:
+            marks[solver.labels_of()] += kinds.view(np.uint64)  # what is given up below still tells members apart
         if tangles:
             untangle(solver, kinds, tangles)
         elif rigid or deep:
@@ -171,11 +173,18 @@ def _pins(size: int, facts: Sequence[Facts], further: Mapping[int, str]) -> tupl
 def _roles(
     labelling: Labelling, klass: Ints, facts: Sequence[Facts], params: Collection[str]
 ) -> tuple[frozenset[tuple[str, int]], dict[int, str]]:
-    """The parameter axes that are summed over against activations, and for each other class its first parameter."""
+    """The parameter axes that are summed over against activations, and for each other class its first parameter.
+
+    Classes that no call uses (rows of a position table beyond the sample's length) are left out: they are no features.
+    """
     unmerged = np.zeros(labelling.size, bool)
     for fact in facts:
         for labels in fact.consumed:
             unmerged[labels.numpy()] = True
+    used = np.zeros(labelling.size, bool)
+    for fact in facts:
+        for labels in (*fact.consumed, *(labels for _, labels in fact.touched)):
+            used[klass[labels.numpy()]] = True
     consumed: set[tuple[str, int]] = set()
     first: dict[int, str] = {}
     for name, own in labelling.params.items():
@@ -184,7 +193,8 @@ def _roles(
             if unmerged[flat].any():
                 consumed.add((name, place))
             else:
-                for c in np.unique(klass[flat[flat > 0]]).tolist():
+                classes = np.unique(klass[flat[flat > 0]])
+                for c in classes[used[classes]].tolist():
                     first.setdefault(c, name)
     return frozenset(consumed), first
 

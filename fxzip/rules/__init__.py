@@ -80,6 +80,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         **_rows(reduction.grid_sample, "grid_sampler_2d grid_sampler_3d"),
         "im2col": reduction.im2col,
+        "col2im": reduction.col2im,
         **_rows(contraction.mm, "mm"),
         **_rows(contraction.bmm, "bmm"),
         **_rows(contraction.mv, "mv"),

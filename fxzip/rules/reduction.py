@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fields import Fields, Operand, along, meet, varying
+from .fields import Fields, Operand, along, compress, meet, varying
 from .invocation import Invocation, axes_of
 
 
@@ -141,4 +141,19 @@ def im2col(call: Invocation) -> Fields:
         call.ledger.fix(labels, frozenset({2, 3}), "`im2col` mixes neighbouring places")
         if varying(labels) == {1}:
             result.append(along(labels.reshape(-1).repeat_interleave(taps), 1, 3))
+    return tuple(result)
+
+
+def col2im(call: Invocation) -> Fields:
+    """col2im(x, size, kernel, ...): [B, C·k·k, L] -> [B, C, H, W]: a channel's places are summed where they fall."""
+    x = call.operand(call.args[0])
+    taps = int(torch.Size(call.args[2]).numel())
+    result = []
+    for labels in x.fields:
+        cells = labels.expand(labels.shape[0], x.tensor.shape[1], labels.shape[2]) if labels.shape[1] > 1 else labels
+        cells = compress(cells.reshape(labels.shape[0], -1, taps if labels.shape[1] > 1 else 1, labels.shape[2]))
+        call.ledger.fix(cells, frozenset({2, 3}), "`col2im` mixes neighbouring places")
+        rest = call.ledger.project(cells, varying(cells) - {2, 3})
+        if rest is not None:
+            result.append(rest)
     return tuple(result)
