@@ -22,7 +22,7 @@ from .errors import (
 from .matching import METHODS, Average, Merge, Permute, Zip, resolve
 from .moments import Moments
 from .report import Report
-from .rewrite import ZippedModule
+from .zipped import ZippedModule
 from .rules import RULES
 
 __version__ = "0.1.0"

@@ -1,13 +1,18 @@
 """A change of basis applied to parameters: W* = Σ_k M_k · W_k · U_k.
 
-Axes that write features take the merge matrix M_k, axes that are summed over against activations take the unmerge
-matrix U_k. M has the mean over a cluster in its rows, so biases, and scales that sit on the diagonal, are averaged over
-the members by the same formula. Where no axis of a parameter is written (a scalar), the models are averaged.
+Axes that are summed over against activations take the unmerge matrix U_k, axes that write features the merge matrix
+M_k, whose rows are means over the members of a cluster. Where several axes of one parameter are written (a position
+embedding over two labelled axes) an entry is the mean over all tuples of members,
+
+    W*[i, j] = Σ_k Σ_{a, b} M_k[i, a] M_k[j, b] W_k[a, b]  /  Σ_k Σ_{a, b} M_k[i, a] M_k[j, b],
+
+and a place that carries no feature counts with weight 1 in each model, so with no written axis models are averaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,65 +25,83 @@ from .matching import Merge
 Merges = Mapping[int, Merge]  # by space number of model 0
 
 
-def change_axis(
-    value: Tensor, axis: int, own: Layout, target: Layout, matrices: Mapping[int, Tensor], partners: Sequence[int]
-) -> Tensor:
-    """Apply a matrix per space along one axis: places of `own` (model k) become places of `target` (model 0).
+@dataclass(frozen=True, eq=False)
+class PlaceMap:
+    """A sparse matrix from the places of one labelled run to those of another.
 
-    `matrices[s]` is [m, n_k], for the space s of model 0, which is `partners[s]` of model k. Places in no space, and
-    spaces without a matrix, are carried over by position.
+    >>> swap = PlaceMap(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.ones(2), 2, 2)
+    >>> swap.gather, swap.apply(torch.tensor([[5.0, 7.0]]), axis=1)
+    (tensor([1, 0]), tensor([[7., 5.]]))
+
+    Attributes:
+        rows, columns, weights: its entries; row = place in the result, column = place in the source.
+        height, width: places of the result and of the source.
     """
-    value = value.movedim(axis, 0)
-    result = value.new_zeros(len(target.space), *value.shape[1:])
-    rest_own = ~torch.isin(own.space, torch.tensor([partners[s] for s in matrices], dtype=torch.int64))
-    rest_target = ~torch.isin(target.space, torch.tensor(list(matrices), dtype=torch.int64))
-    result[rest_target] = value[rest_own]
-    for space, matrix in matrices.items():
-        if not bool((target.space == space).any()):
-            continue
-        source, sink = slots(own, partners[space]), slots(target, space)
-        part = value[source.to(value.device)]
-        moved = torch.tensordot(matrix.to(part), part, dims=([1], [1]))  # [m, occurrences, ...]
-        result[sink.T.to(value.device)] = moved
-    return result.movedim(0, axis)
+
+    rows: Tensor
+    columns: Tensor
+    weights: Tensor
+    height: int
+    width: int
+
+    @classmethod
+    def between(cls, source: Layout, result: Layout, matrices: Mapping[tuple[int, int], Tensor]) -> PlaceMap:
+        """From `matrices[space of the source, space of the result]`, each [features there, features here].
+
+        Places in no such space are carried over by position.
+        """
+        here = [source.space == space for space, _ in matrices]
+        there = [result.space == space for _, space in matrices]
+        rest = [~torch.stack(held).any(0) if held else torch.ones(len(layout.space), dtype=torch.bool)
+                for held, layout in ((here, source), (there, result))]  # fmt: skip
+        columns, rows = ([mask.nonzero().flatten()] for mask in rest)
+        weights = [torch.ones(len(rows[0]), dtype=torch.float64)]
+        for (own, other), matrix in matrices.items():
+            origin, sink = slots(source, own), slots(result, other)
+            i, j = matrix.nonzero().T.to(sink.device)
+            rows.append(sink[:, i].reshape(-1))
+            columns.append(origin[:, j].reshape(-1))
+            weights.append(matrix[i, j].to(sink.device).repeat(len(sink)))
+        return cls(torch.cat(rows), torch.cat(columns), torch.cat(weights), len(result.space), len(source.space))
+
+    @property
+    def gather(self) -> Tensor | None:
+        """The source of every place if each has just one, of weight 1; else None."""
+        if len(self.rows) != self.height or not bool((self.weights == 1).all()):
+            return None
+        order = self.rows.argsort()
+        in_order = torch.equal(self.rows[order], torch.arange(self.height))
+        return self.columns[order] if in_order else None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix itself, dense, [height, width]."""
+        return self._sparse(torch.float64, self.rows.device).to_dense()
+
+    @property
+    def totals(self) -> Tensor:
+        """Sums of its rows, [height]."""
+        return self.weights.new_zeros(self.height).index_add_(0, self.rows, self.weights)
+
+    def apply(self, value: Tensor, axis: int) -> Tensor:
+        """The value with the matrix applied along one axis."""
+        index = self.gather
+        if index is not None:
+            return value.index_select(axis, index.to(value.device))
+        moved = value.movedim(axis, 0)
+        flat = self._sparse(value.dtype, value.device) @ moved.reshape(self.width, -1)
+        return flat.reshape(self.height, *moved.shape[1:]).movedim(0, axis)
+
+    def _sparse(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        index = torch.stack([self.rows, self.columns]).to(device)
+        return torch.sparse_coo_tensor(index, self.weights.to(device, dtype), (self.height, self.width), check_invariants=False)
 
 
-Matrix = Callable[[int, bool], Tensor]  # (space, consumed) -> [m, n_k]
-
-
-def change_param(
-    value: Tensor, labels: ParamLabels, target: ParamLabels, name: str, target_name: str, own: FeatureSpaces,
-    first: FeatureSpaces, partners: Sequence[int], merges: Merges, k: int, only: set[int] | None = None,
-) -> tuple[Tensor, bool]:  # fmt: skip
-    """One model's share of a merged parameter, in model 0's layout, and whether an axis was written (by M)."""
-    runs = _runs(labels, value)
-    target_runs = _runs(target, value)
-    if labels.groups > 1:
-        value = _dense(value, labels.groups)
-    written = False
-    for place, (axis, run) in enumerate(runs):
-        consumed = (target_name, place) in first.consumed
-        layout, target_layout = own.layout(run), first.layout(target_runs[place][1])
-        spaces = {int(s) for s in target_layout.space.unique() if s >= 0 and int(s) in merges}
-        if only is not None:
-            spaces &= only
-        matrices = {s: merges[s].U(k).T if consumed else merges[s].M(k) for s in sorted(spaces)}
-        written |= bool(spaces) and not consumed
-        value = change_axis(value, axis, layout, target_layout, matrices, partners)
-    if labels.groups > 1:
-        value = _grouped(value, labels.groups)
-    return value, written
-
-
-def _runs(labels: ParamLabels, value: Tensor) -> list[tuple[int, Tensor]]:
+def _runs(labels: ParamLabels) -> list[tuple[int, Tensor]]:
     """(axis, labels along it) for each field; a grouped kernel is seen in its dense form."""
     if labels.groups > 1:
         return [(0, labels.fields[0].reshape(-1)), (1, group_run(labels))]
-    result = []
-    for run in labels.fields:
-        axes = [a for a, n in enumerate(run.shape) if n > 1]
-        result.append((axes[0], run.reshape(-1)))
-    return result
+    return [(next(a for a, n in enumerate(run.shape) if n > 1), run.reshape(-1)) for run in labels.fields]
 
 
 def _dense(value: Tensor, groups: int) -> Tensor:
@@ -98,21 +121,60 @@ def _grouped(value: Tensor, groups: int) -> Tensor:
     return blocks[index, :, index].reshape(groups * rows, columns, *value.shape[2:])
 
 
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One model's part of a merged parameter, in model 0's layout: Σ M W U and, by axis written, the row sums of M."""
+
+    value: Tensor
+    weights: Mapping[int, Tensor]
+
+    def weight(self) -> Tensor:
+        """The denominator's part, in a shape that broadcasts against `value`."""
+        result = self.value.new_ones([1] * self.value.ndim)
+        for axis, sums in self.weights.items():
+            result = result * sums.to(result).reshape([-1 if a == axis else 1 for a in range(self.value.ndim)])
+        return result
+
+
+def share(
+    value: Tensor, name: str, target_name: str, own: FeatureSpaces, first: FeatureSpaces, partners: Sequence[int],
+    merges: Merges, k: int,
+) -> Share:  # fmt: skip
+    """Model k's part of the merged parameter `target_name` of model 0."""
+    labels, target = own.labelling.params[name], first.labelling.params[target_name]
+    value = _dense(value, labels.groups) if labels.groups > 1 else value
+    weights: dict[int, Tensor] = {}
+    for place, ((axis, run), (_, other)) in enumerate(zip(_runs(labels), _runs(target), strict=True)):
+        consumed = (target_name, place) in first.consumed
+        layout, wanted = own.layout(run), first.layout(other)
+        spaces = [int(s) for s in wanted.space.unique() if int(s) in merges]
+        matrices = {(partners[s], s): merges[s].U(k).T if consumed else merges[s].M(k) for s in spaces}
+        if matrices:
+            places = PlaceMap.between(layout, wanted, matrices)
+            value = places.apply(value, axis)
+            if not consumed:
+                weights[axis] = places.totals
+    if labels.groups > 1:
+        value = _grouped(value, labels.groups)
+        weights.pop(1, None)
+    return Share(value, weights)
+
+
 def merged_param(
     names: Sequence[str], values: Sequence[Tensor], spaces: Sequence[FeatureSpaces], partners: Sequence[Sequence[int]],
     merges: Merges,
 ) -> Tensor:  # fmt: skip
-    """W* = Σ_k M_k W_k U_k for one parameter of the trunk (`names[k]` in model k), in float64, model 0's layout."""
-    target = spaces[0].labelling.params.get(names[0])
-    if target is None:
-        return torch.stack([v.double() for v in values]).mean(0)
-    total: Tensor | None = None
-    written = False
-    for k, value in enumerate(values):
-        labels = spaces[k].labelling.params[names[k]]
-        share, written = change_param(
-            value.double(), labels, target, names[k], names[0], spaces[k], spaces[0], partners[k], merges, k
-        )
-        total = share if total is None else total + share
-    assert total is not None
-    return total if written else total / len(values)
+    """W* for one parameter of the trunk (`names[k]` in model k), in model 0's layout, float32 or wider.
+
+    Tensors without labels are averaged; integers are those of model 0.
+    """
+    if not (values[0].is_floating_point() or values[0].is_complex()):
+        return values[0]
+    wide = [value.detach().to(torch.promote_types(value.dtype, torch.float32)) for value in values]
+    if names[0] not in spaces[0].labelling.params:
+        return torch.stack(wide).mean(0)
+    total, weight = torch.zeros(()), torch.zeros(())
+    for k, value in enumerate(wide):
+        part = share(value, names[k], names[0], spaces[k], spaces[0], partners[k], merges, k)
+        total, weight = part.value + total.to(part.value), part.weight() + weight.to(part.value)
+    return total / torch.where(weight == 0, 1, weight)

@@ -21,10 +21,11 @@ from .observe import observe
 from .plan import plan
 from .refit import refits
 from .report import flops_by_node, make_report
-from .rewrite import ZippedModule, rewrite
+from .rewrite import rewrite
 from .rules import RULES, Rule
 from .tracing import check_model, check_placement, trace
 from .trunk import find_trunk
+from .zipped import ZippedModule
 
 
 def compile_zip(

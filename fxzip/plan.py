@@ -121,31 +121,41 @@ def _first_of(klass: np.ndarray) -> np.ndarray:
 
 
 def _foldable(trunk: Trunk, k: int, reach: torch.Tensor, merges: Mapping[int, Merge]) -> frozenset[int]:
-    """Spaces (of model 0) that head k only moves, maps feature by feature, and sums over with weights of its own."""
-    labelling, spaces = trunk.labellings[k], trunk.spaces[k]
+    """Spaces (of model 0) whose unmerge goes into the weights of head k.
+
+    Features that the head only moves, maps one by one, and sums over with weights of its own. Where U_k is a
+    permutation also those that meet parameters one by one or are mixed symmetrically: the head is relabelled then.
+    """
+    spaces = trunk.spaces[k]
     numbers = {own: s for s, own in enumerate(trunk.partners[k])}
-    bad: set[int] = set()
 
-    def spoil(labels: torch.Tensor) -> None:
-        reached = reach[labels[labels > 0]]
-        here = spaces.space_of[spaces.klass[reached[reached > 0]]]
-        bad.update(numbers[int(s)] for s in here.unique() if s >= 0)
+    def reached(labels: torch.Tensor) -> set[int]:
+        inside = reach[labels[labels > 0]]
+        here = spaces.space_of[spaces.klass[inside[inside > 0]]]
+        return {numbers[int(s)] for s in here.unique() if s >= 0}
 
-    fused = reach == -1
+    fixed, met = set[int](), set[int]()
     for name in head_nodes(trunk, k):
-        facts = labelling.facts[name]
+        facts = trunk.labellings[k].facts[name]
         for _, labels in facts.touched:
-            spoil(labels)
-        for pin in facts.pins:
-            spoil(pin.labels)
-        for pairs in facts.blocks:
-            spoil(pairs.reshape(-1))
-        for pairs in facts.equal:
-            if bool(fused[pairs].any()):
-                spoil_all = spaces.space_of[spaces.klass[pairs.reshape(-1)]]
-                bad.update(numbers[int(s)] for s in spoil_all.unique() if s >= 0)
-    if bool(fused.any()):
-        fused_spaces = spaces.space_of[spaces.klass[fused.nonzero().flatten()]]
-        bad.update(numbers[int(s)] for s in fused_spaces.unique() if s >= 0)
+            met |= reached(labels)
+        for labels in (*(pin.labels for pin in facts.pins), *(pairs.reshape(-1) for pairs in facts.blocks)):
+            fixed |= reached(labels)
+    fused = spaces.space_of[spaces.klass[(reach == -1).nonzero().flatten()]]
+    fixed |= {numbers[int(s)] for s in fused.unique() if s >= 0}
+    bijective = {s for s, merge in merges.items() if merge.bijective(k)}
     narrow = {s for s, merge in merges.items() if merge.sizes[k] != merge.merge.shape[0]}
-    return frozenset(set(merges) - bad - narrow)
+    return frozenset(set(merges) - fixed - (met - bijective) - narrow)
+
+
+def head_params(trunk: Trunk, k: int) -> set[str]:
+    """Parameters and buffers that model k's head reads, itself or through what does not depend on the input."""
+    labelling = trunk.labellings[k]
+    nodes = {node.name: node for node in trunk.alignment.programs[k].module.graph.nodes}
+    waiting, done = head_nodes(trunk, k), set[str]()
+    while waiting:
+        name = waiting.pop()
+        done.add(name)
+        sources = {source.name for source in nodes[name].all_input_nodes} - labelling.dynamic - done
+        waiting += sorted(sources)
+    return {param for name in done for param in labelling.touches[name]}

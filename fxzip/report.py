@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .inputs import Call
 from .plan import ZipPlan
-from .rewrite import ZippedModule
+from .zipped import ZippedModule
 from .tracing import Program, flat_inputs, quiet_execution
 from .trunk import module_path
 

@@ -8,13 +8,16 @@ rule makes the features in front of it free.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import networkx as nx
 import torch
 from torch import fx
 
 from .align import Alignment
+from .analysis.graph import dependencies
 from .analysis.labelling import Labelling
 from .analysis.spaces import FeatureSpaces, solve
 from .errors import AlignError, CutError
@@ -58,44 +61,46 @@ def find_trunk(
     """
     program = alignment.programs[0]
     order = [node for node in program.module.graph.nodes if node.op != "output"]
+    graph = dependencies(program)
     pinned = pinned or [{} for _ in labellings]
-    ends: dict[str, str] = {}
-    barred = _unsound(alignment, labellings, pinned, ends, until_given=isinstance(until, str))
-    names = _closed_without(order, alignment, barred)
+    ends = _unsound(alignment, labellings, pinned, until_given=isinstance(until, str))
+    shared = {name for name in alignment.pairs if name not in ends}
+    names = _closed(graph, order, shared)
     if isinstance(until, str):
-        wanted = _ancestors(order, _named(order, until))
-        missing = [n for n in order if n.name in wanted and n.name not in names]
+        wanted = _before(graph, _named(order, until))
+        missing = [node for node in order if node.name in wanted and node.name not in names]
         if missing:
             raise CutError(_beyond(until, missing[0], alignment, ends, names))
         names = wanted
     elif until is not None:
-        names = _fraction(order, names, float(until), flops or {})
+        names = _fraction(graph, order, names, float(until), flops or {})
+    names = _unpacked(graph, order, names, shared)
     dynamic = [n for n in order if n.name in names and n.op != "placeholder" and n.name in labellings[0].dynamic]
     if not any(labellings[0].touches[n.name] for n in dynamic):
         raise AlignError(_nothing(alignment, order, ends, names))
     spaces = tuple(
-        solve(label, {alignment.pairs[name][k] for name in names}, pinned=pinned[k]) for k, label in enumerate(labellings)
+        solve(label, {alignment.pairs[name][k] for name in names}, pinned=pinned[k])
+        for k, label in enumerate(labellings)
     )
     nodes = tuple(n.name for n in order if n.name in names)
     return Trunk(alignment, tuple(labellings), nodes, spaces, _partners(alignment, spaces), ends)
 
 
 def _unsound(
-    alignment: Alignment, labellings: Sequence[Labelling], pinned: Sequence[dict[int, str]], ends: dict[str, str],
-    *, until_given: bool,
-) -> set[str]:  # fmt: skip
-    """Nodes of model 0 that cannot be shared, whatever the user wants; the reasons go to `ends`."""
-    barred: set[str] = set()
+    alignment: Alignment, labellings: Sequence[Labelling], pinned: Sequence[dict[int, str]], *, until_given: bool
+) -> dict[str, str]:
+    """Nodes of model 0 that cannot be shared, whatever the user wants, with the reasons."""
+    ends: dict[str, str] = {}
     whole = [solve(label, pinned=pins) for label, pins in zip(labellings, pinned, strict=True)]
+    barriers = [{barrier.node: barrier.reason for barrier in reversed(label.barriers)} for label in labellings]
     for name, twins in alignment.pairs.items():
         reason = _different_shapes(labellings, twins)
-        for label, spaces, twin in zip(labellings, whole, twins, strict=True):
-            barrier = next((b.reason for b in label.barriers if b.node == twin), "")
-            reason = reason or barrier or ("" if until_given else _writes_output(label, spaces, twin))
+        for k, twin in enumerate(twins):
+            output = "" if until_given else _writes_output(labellings[k], whole[k], twin)
+            reason = reason or barriers[k].get(twin, "") or output
         if reason:
-            barred.add(name)
             ends[name] = reason
-    return barred
+    return ends
 
 
 def _different_shapes(labellings: Sequence[Labelling], twins: tuple[str, ...]) -> str:
@@ -125,22 +130,25 @@ def _writes_output(label: Labelling, spaces: FeatureSpaces, node: str) -> str:
     return ""
 
 
-def _closed_without(order: Sequence[fx.Node], alignment: Alignment, barred: set[str]) -> set[str]:
+def _closed(graph: nx.DiGraph, order: Sequence[fx.Node], allowed: Collection[str]) -> set[str]:
+    """The allowed nodes of which all that must come before is in the result too."""
     result: set[str] = set()
     for node in order:
-        fits = node.name in alignment.pairs and node.name not in barred
-        if fits and all(source.name in result for source in node.all_input_nodes):
+        if node.name in allowed and result.issuperset(graph.predecessors(node.name)):
             result.add(node.name)
     return result
 
 
-def _ancestors(order: Sequence[fx.Node], targets: Sequence[fx.Node]) -> set[str]:
+def _before(graph: nx.DiGraph, targets: Sequence[fx.Node]) -> set[str]:
     """The targets, all they are computed from, and the inputs."""
-    result = {node.name for node in targets} | {n.name for n in order if n.op == "placeholder"}
-    for node in reversed(order):
-        if node.name in result:
-            result.update(source.name for source in node.all_input_nodes)
-    return result
+    inputs = {name for name, node in graph.nodes(data="node") if node.op == "placeholder"}
+    return inputs.union({node.name for node in targets}, *(nx.ancestors(graph, node.name) for node in targets))
+
+
+def _unpacked(graph: nx.DiGraph, order: Sequence[fx.Node], names: set[str], shared: Collection[str]) -> set[str]:
+    """Items that are taken out of a tuple belong to the node that returns the tuple."""
+    items = {n.name for n in order if n.op == "call_function" and n.target is operator.getitem and n.name in shared}
+    return _closed(graph, order, names | {name for name in items if names.issuperset(graph.predecessors(name))})
 
 
 def module_path(node: fx.Node) -> str:
@@ -180,22 +188,21 @@ def _named(order: Sequence[fx.Node], until: str) -> list[fx.Node]:
     return found
 
 
-def _fraction(order: Sequence[fx.Node], names: set[str], share: float, flops: Mapping[str, int]) -> set[str]:
-    """The longest prefix of the sharable nodes with at most a share of all FLOPs."""
+def _fraction(
+    graph: nx.DiGraph, order: Sequence[fx.Node], names: set[str], share: float, flops: Mapping[str, int]
+) -> set[str]:
+    """The sharable nodes in order, up to the first whose FLOPs would make it more than a share of all FLOPs."""
     if not 0 < share <= 1:
         raise CutError(f"`until` as a fraction of the FLOPs must lie in (0, 1]; found {share}.")
     budget = share * sum(flops.values())
-    result: set[str] = set()
-    spent = 0
+    kept: set[str] = set()
     for node in order:
-        if node.name not in names or not all(source.name in result for source in node.all_input_nodes):
-            continue
-        cost = flops.get(node.name, 0)
-        if cost and spent + cost > budget:
-            continue
-        spent += cost
-        result.add(node.name)
-    return result
+        cost = flops.get(node.name, 0) if node.name in names else 0
+        if cost > budget:
+            break
+        budget -= cost
+        kept.add(node.name)
+    return _closed(graph, order, kept & names)
 
 
 def _beyond(until: str, node: fx.Node, alignment: Alignment, ends: Mapping[str, str], names: set[str]) -> str:

@@ -10,10 +10,12 @@ from torch import nn
 
 from ..inputs import as_call
 from ..rules import RULES, Rule
-from ..tracing import check_model, folded_copy, trace
+from ..tracing import check_model, trace
+from ..tracing.preparation import copied, folded
 from .checking import self_check
 from .labelling import label
 from .relabel import random_relabelling, relabelled
+from .spaces import solve
 
 
 def relabel(
@@ -41,13 +43,13 @@ def relabel(
     """
     program = trace(check_model(model), as_call(sample_input))
     labelling = label(program, rules)
-    spaces = self_check(labelling)[0] if verify else _solved(labelling)
+    spaces = self_check(labelling)[0] if verify else solve(labelling)
     perms = random_relabelling(spaces, torch.Generator().manual_seed(seed))
     tensors = {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
     values = relabelled({name: value.detach() for name, value in tensors.items()}, spaces, perms)
-    twin = folded_copy(model)
+    twin = folded(copied(check_model(model)))
     with torch.no_grad():
         for name, own in (*twin.named_parameters(), *twin.named_buffers()):
             if name in values:
                 own.copy_(values[name])
-    return twin
+    return twin.train(model.training)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from ..errors import InputError
 from ..inputs import Call
 from ..plan import ZipPlan
-from ..rewrite import ZippedModule
+from ..zipped import ZippedModule
 from .statistics import repair, reset_batchnorm
 
 __all__ = ["REFITS", "Refit", "refits", "repair", "reset_batchnorm"]

@@ -29,7 +29,7 @@ from ..align import attribute
 from ..analysis.spaces import Layout, slots
 from ..inputs import Call
 from ..plan import ZipPlan
-from ..rewrite import ZippedModule
+from ..zipped import ZippedModule
 from ..rules import varying
 from ..tracing import flat_inputs, quiet_execution
 

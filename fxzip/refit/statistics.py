@@ -2,15 +2,16 @@
 
 Averaged features vary less than the features they are averaged of. REPAIR gives every merged feature the mean and
 standard deviation that its members have on average in their own networks: y* ← (y* - μ*) / σ* · σ̄ + μ̄, with
-σ̄ = Σ_k M_k σ_k and μ̄ = Σ_k M_k μ_k. The correction is affine, so it is folded into the BatchNorm or the linear call that
-gives y*. Layers are corrected in one pass over the data, each seeing inputs that are corrected already: on every batch
-a layer is normalised by that batch's statistics, as BatchNorm is in training, and the statistics are accumulated.
+σ̄ = Σ_k M_k σ_k and μ̄ = Σ_k M_k μ_k. The correction is affine, so it is folded into the BatchNorm or the linear call
+that gives y*. Layers are corrected in one pass over the data, each seeing inputs that are corrected already: on every
+batch a layer is given the statistics that its members have on that batch, and the statistics are accumulated. The
+heads read merged features too: their BatchNorms are corrected to what they give in their own networks.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +21,28 @@ from torch import Tensor, fx, nn
 from ..align import attribute
 from ..analysis.spaces import slots
 from ..inputs import Call
-from ..plan import ZipPlan
-from ..rewrite import ZippedModule
+from ..plan import ZipPlan, head_nodes
 from ..rules import varying
 from ..tracing import flat_inputs, quiet_execution
+from ..zipped import ZippedModule
 
+_MeanStd = tuple[Tensor, Tensor]
 _TINY = 1e-6  # a standard deviation below this share of the feature's size counts as none
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A call of the trunk whose output can be rescaled feature by feature."""
+    """A call whose output can be rescaled feature by feature."""
 
-    name: str  # node in model 0
-    twins: tuple[str, ...]
+    part: str  # "trunk" or "head K"
+    name: str  # node in model 0, or in the head's own model
+    twins: Mapping[int, str]  # model -> its node
     axis: int
     weight: str  # target in the zipped module
-    bias: str | None
-    norm: bool
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.part, self.name
 
 
 @dataclass
@@ -67,7 +72,7 @@ def _mean_std(count: float, total: Tensor, square: Tensor) -> tuple[Tensor, Tens
 
 
 def _layers(plan: ZipPlan) -> list[_Layer]:
-    """Calls that write merged features with parameters of their own, and are not rescaled by a BatchNorm behind them."""
+    """Calls that write merged features with parameters of their own, and with no BatchNorm behind to rescale them."""
     trunk = plan.trunk
     label, program = trunk.labellings[0], trunk.alignment.programs[0]
     users: dict[str, int] = {}
@@ -90,82 +95,100 @@ def _layers(plan: ZipPlan) -> list[_Layer]:
         weight = getattr(module, "weight", None)
         linear = isinstance(weight, Tensor) and weight.ndim > 1 and list(dict(module.named_children())) == []
         if linear and not isinstance(module, nn.Embedding) and f"{node.target}.weight" in params:
-            bias = f"trunk.{node.target}.bias" if getattr(module, "bias", None) is not None else None
-            found[node.name] = _layer(plan, node, axis, bias, norm=False)
+            found[node.name] = _layer(plan, node, axis)
         elif norm and isinstance(weight, Tensor):
             found.pop(node.all_input_nodes[0].name, None)
-            found[node.name] = _layer(plan, node, axis, f"trunk.{node.target}.bias", norm=True)
+            found[node.name] = _layer(plan, node, axis)
     return list(found.values())
 
 
-def _layer(plan: ZipPlan, node: fx.Node, axis: int, bias: str | None, *, norm: bool) -> _Layer:
+def _layer(plan: ZipPlan, node: fx.Node, axis: int) -> _Layer:
     twins = plan.trunk.alignment.pairs[node.name]
-    return _Layer(node.name, twins, axis, f"trunk.{node.target}.weight", bias, norm)
+    return _Layer("trunk", node.name, dict(enumerate(twins)), axis, f"trunk.{node.target}.weight")
+
+
+def _head_layers(plan: ZipPlan) -> list[_Layer]:
+    """The BatchNorms of the heads that are called once."""
+    found = []
+    for k, program in enumerate(plan.trunk.alignment.programs):
+        own = set(head_nodes(plan.trunk, k))
+        calls = [n for n in program.module.graph.nodes if n.name in own and n.op == "call_module"]
+        for node in calls:
+            module = attribute(program.module, str(node.target))
+            norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(module.weight, Tensor)
+            if norm and sum(attribute(program.module, str(n.target)) is module for n in calls) == 1:
+                found.append(_Layer(f"head {k}", node.name, {k: node.name}, 1, f"head_{k}.{node.target}.weight"))
+    return found
 
 
 class _Original(fx.Interpreter):
-    """Runs an original and takes in what its layers give."""
+    """Runs an original and takes in what its layers give: in all, and on the last batch."""
 
-    def __init__(self, module: fx.GraphModule, wanted: dict[str, tuple[_Sums, int]]) -> None:
+    def __init__(self, module: fx.GraphModule, axes: dict[str, int]) -> None:
         super().__init__(module)
-        self.wanted = wanted
+        self.axes = axes
+        self.sums = {name: _Sums() for name in axes}
+        self.batch: dict[str, _MeanStd] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.name in self.wanted:
-            sums, axis = self.wanted[n.name]
-            sums.add(value, axis)
+        if n.name in self.axes:
+            self.batch[n.name] = self.sums[n.name].add(value, self.axes[n.name])
         return value
 
 
-def _targets(plan: ZipPlan, layers: list[_Layer], data: Iterable[Call]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and standard deviation that each merged feature should have, per layer."""
-    trunk = plan.trunk
-    models = range(len(trunk.spaces))
-    sums = [{layer.twins[k]: (_Sums(), layer.axis) for layer in layers} for k in models]
-    with quiet_execution():
-        for call in data:
-            for k in models:
-                module = trunk.alignment.programs[k].module
-                _Original(module, sums[k]).run(*flat_inputs(module, call))
-    result = {}
-    for layer in layers:
-        seen = [sums[k][layer.twins[k]][0].result() for k in models]
-        result[layer.name] = (_merged(plan, layer, [m for m, _ in seen]), _merged(plan, layer, [s for _, s in seen]))
-    return result
+@dataclass(frozen=True)
+class _Goal:
+    """What a layer of the zipped network should give: Σ_k M_k v_k, of values v_k that its twins give."""
 
+    layer: _Layer
+    moves: tuple[tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]], ...]  # sink, source and M_k per model
 
-def _merged(plan: ZipPlan, layer: _Layer, values: list[Tensor]) -> Tensor:
-    """Σ_k M_k v_k for values per feature at a layer's output."""
-    trunk = plan.trunk
-    layouts = [trunk.spaces[k].layout(trunk.labellings[k].fields[twin][0]) for k, twin in enumerate(layer.twins)]
-    result = values[0].new_zeros(len(layouts[0].space))
-    for space in layouts[0].space.unique().tolist():
-        sink = slots(layouts[0], space)
-        total = torch.zeros(sink.shape, dtype=values[0].dtype, device=values[0].device)
-        for k, value in enumerate(values):
-            part = value[slots(layouts[k], trunk.partners[k][space]).to(value.device)]
-            total = total + part @ plan.merges[space].M(k).T.to(value)
-        result[sink.to(result.device)] = total
-    return result
+    @classmethod
+    def of(cls, plan: ZipPlan, layer: _Layer) -> _Goal:
+        if layer.part != "trunk":
+            return cls(layer, ())
+        trunk = plan.trunk
+        layouts = [trunk.spaces[k].layout(trunk.labellings[k].fields[twin][0]) for k, twin in layer.twins.items()]
+        moves = []
+        for space in layouts[0].space.unique().tolist():
+            sources = tuple(slots(layout, trunk.partners[k][space]) for k, layout in enumerate(layouts))
+            merges = tuple(plan.merges[space].M(k) for k in range(len(layouts)))
+            moves.append((slots(layouts[0], space), sources, merges))
+        return cls(layer, tuple(moves))
+
+    def __call__(self, seen: Sequence[_MeanStd]) -> _MeanStd:
+        """Mean and standard deviation, from those of the twins."""
+        return self._merged([mean for mean, _ in seen]), self._merged([std for _, std in seen])
+
+    def _merged(self, values: Sequence[Tensor]) -> Tensor:
+        if not self.moves:
+            return values[0]
+        result = values[0].new_zeros(sum(sink.numel() for sink, _, _ in self.moves))
+        for sink, sources, merges in self.moves:
+            parts = [v[at.to(v.device)] @ m.T.to(v) for v, at, m in zip(values, sources, merges, strict=True)]
+            result[sink.to(result.device)] = torch.stack(parts).sum(0)
+        return result
 
 
 class _Zipped(fx.Interpreter):
-    """Runs the zipped network with every layer normalised on the batch."""
+    """Runs the zipped network with every layer given the statistics of its goal on the batch (`targets`)."""
 
-    def __init__(self, module: ZippedModule, layers: dict[str, _Layer], targets: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, module: ZippedModule, layers: list[_Layer]) -> None:
         super().__init__(module)
-        self.layers, self.targets = layers, targets
-        self.sums = {name: _Sums() for name in layers}
+        self.layers = {layer.key: layer for layer in layers}
+        self.sums = {key: _Sums() for key in self.layers}
+        self.targets: dict[tuple[str, str], _MeanStd] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output" or n.meta.get("fxzip", {}).get("part", "trunk") != "trunk":
+        if n.op == "output":
             return None
         value = super().run_node(n)
-        layer = self.layers.get(n.meta.get("fxzip", {}).get("from", [""])[0])
+        made = n.meta.get("fxzip", {})
+        layer = self.layers.get((made.get("part", ""), made.get("from", [""])[0]))
         if layer is not None:
-            mean, std = self.sums[layer.name].add(value, layer.axis)
-            scale, shift = _correction(mean, std, *self.targets[layer.name])
+            mean, std = self.sums[layer.key].add(value, layer.axis)
+            scale, shift = _correction(mean, std, *self.targets[layer.key])
             shape = [1] * value.ndim
             shape[layer.axis] = -1
             value = value * scale.to(value.dtype).reshape(shape) + shift.to(value.dtype).reshape(shape)
@@ -182,19 +205,28 @@ def _correction(mean: Tensor, std: Tensor, target_mean: Tensor, target_std: Tens
 def repair(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
     """REPAIR: the zipped network with the mean and variance of every merged feature restored. A new module.
 
-    `data` is iterated twice.
+    Originals and zipped network run side by side, once over the data.
     """
-    layers = _layers(plan)
+    layers = _layers(plan) + _head_layers(plan)
     result = copy.deepcopy(zipped)
     if not layers:
         return result
-    targets = _targets(plan, layers, data)
-    run = _Zipped(result, {layer.name: layer for layer in layers}, targets)
+    goals = [_Goal.of(plan, layer) for layer in layers]
+    originals = [
+        _Original(program.module, {layer.twins[k]: layer.axis for layer in layers if k in layer.twins})
+        for k, program in enumerate(plan.trunk.alignment.programs)
+    ]
+    run = _Zipped(result, layers)
     with quiet_execution():
         for call in data:
+            for original in originals:
+                original.run(*flat_inputs(original.module, call))
+            for goal in goals:
+                run.targets[goal.layer.key] = goal([originals[k].batch[n] for k, n in goal.layer.twins.items()])
             run.run(*flat_inputs(result, call))
-    for layer in layers:
-        _fold(result, layer, *_correction(*run.sums[layer.name].result(), *targets[layer.name]))
+    for goal in goals:
+        wanted = goal([originals[k].sums[n].result() for k, n in goal.layer.twins.items()])
+        _fold(result, goal.layer, *_correction(*run.sums[goal.layer.key].result(), *wanted))
     return result
 
 
@@ -217,13 +249,12 @@ def _fold(result: ZippedModule, layer: _Layer, scale: Tensor, shift: Tensor) -> 
 
 
 def reset_batchnorm(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
-    """BatchNorm statistics of the trunk re-estimated on `data`: the mean over batches, in training mode. A new module."""
+    """BatchNorm statistics re-estimated on `data`: the mean over batches, in training mode. A new module."""
     result = copy.deepcopy(zipped)
     names = [
         str(node.target)
         for node in result.graph.nodes
-        if node.op == "call_module" and node.meta.get("fxzip", {}).get("part") == "trunk"
-        and isinstance(attribute(result, str(node.target)), nn.modules.batchnorm._BatchNorm)
+        if node.op == "call_module" and isinstance(attribute(result, str(node.target)), nn.modules.batchnorm._BatchNorm)
     ]  # fmt: skip
     norms = [attribute(result, name) for name in dict.fromkeys(names)]
     norms = [norm for norm in norms if norm.running_mean is not None]
@@ -234,7 +265,7 @@ def reset_batchnorm(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
-    run = _Zipped(result, {}, {})
+    run = _Zipped(result, [])
     with quiet_execution():
         for call in data:
             run.run(*flat_inputs(result, call))

@@ -1,0 +1,113 @@
+"""The module that comes out: trunk and heads in one graph, and what its own nodes call."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .align import attribute
+
+
+def unmerge(x: Tensor, index: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    """Gather features along `axes`, seen as one run: the features of one model out of the merged ones.
+
+    >>> import torch
+    >>> unmerge(torch.tensor([[1.0, 2.0]]), torch.tensor([1, 1, 0]), (1,), (3,))
+    tensor([[2., 2., 1.]])
+    """
+    if len(axes) == 1:
+        return x.index_select(axes[0], index)
+    ends = tuple(range(x.ndim - len(axes), x.ndim))
+    moved = x.movedim(axes, ends)
+    flat: Tensor = moved.flatten(-len(axes)).index_select(-1, index)
+    return flat.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def mix(x: Tensor, matrix: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    """Features of one model as linear combinations of merged ones: `matrix` is [features of the model, merged].
+
+    >>> import torch
+    >>> mix(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.5]]), (1,), (1,))
+    tensor([[1.5000]])
+    """
+    ends = tuple(range(x.ndim - len(axes), x.ndim))
+    moved: Tensor = x.movedim(axes, ends).flatten(-len(axes)) @ matrix.to(x.dtype).T
+    return moved.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def part_of(node: fx.Node) -> str:
+    """Which part of a zipped module a node belongs to: "trunk", "head 0", ..."""
+    return str(node.meta.get("fxzip", {}).get("part", "trunk"))
+
+
+class ZippedModule(fx.GraphModule):
+    """A multi-task network: an ordinary `torch.fx.GraphModule` that returns a tuple with each model's output."""
+
+    @property
+    def report(self) -> Any:
+        """What was shared, what was not and why."""
+        return self.meta.get("fxzip_report")
+
+    def single(self, i: int) -> fx.GraphModule:
+        """The network of task `i` alone: trunk and head i, the other heads removed. It shares parameters with this one.
+
+        >>> import fxzip, torch
+        >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
+        >>> fxzip.compile_zip(a, b, torch.randn(16, 4)).single(1)(torch.randn(5, 4)).shape
+        torch.Size([5, 3])
+
+        Raises:
+            IndexError: there is no head i.
+        """
+        graph = copy.deepcopy(self.graph)
+        output = graph.output_node()
+        heads = output.args[0]
+        assert isinstance(heads, (tuple, list))
+        if not -len(heads) <= i < len(heads):
+            raise IndexError(f"`single` takes the number of a head, 0 to {len(heads) - 1}; found {i}.")
+        output.args = (heads[i],)
+        own = f"head {i % len(heads)}"
+        for node in reversed(list(graph.nodes)):
+            kept = node.op in ("output", "placeholder") or node.users
+            writes = node.meta.get("fxzip", {}).get("writes") and part_of(node) in ("trunk", own)
+            if not kept and not writes:
+                graph.erase_node(node)
+        result = fx.GraphModule(_holder(self), graph)
+        result.train(self.training)
+        return result
+
+    def __reduce__(self) -> Any:
+        build, arguments = super().__reduce__()
+        meta = [node.meta.get("fxzip", {}) for node in self.graph.nodes]
+        return _restored, (build, arguments, meta, dict(self.meta), self.training)
+
+
+def _restored(build: Any, arguments: Any, meta: list[dict[str, Any]], own: dict[str, Any], training: bool) -> ZippedModule:
+    """A zipped module from its pickle."""
+    plain = build(*arguments)
+    for node, found in zip(plain.graph.nodes, meta, strict=True):
+        node.meta["fxzip"] = found
+    result = ZippedModule(plain, plain.graph)
+    result.meta.update(own)
+    return result.train(training)
+
+
+def _holder(module: nn.Module) -> nn.Module:
+    """A plain module with the same children, parameters and buffers."""
+    holder = nn.Module()
+    for name, child in module.named_children():
+        holder.add_module(name, child)
+    for name, param in module.named_parameters(recurse=False):
+        holder.register_parameter(name, param)
+    for name, buffer in module.named_buffers(recurse=False):
+        holder.register_buffer(name, buffer)
+    holder.train(module.training)
+    return holder
+
+
+def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer a new value, in its own dtype; where it is shared it stays shared."""
+    own = attribute(module, name)
+    own.data = value.to(own.dtype).contiguous()
