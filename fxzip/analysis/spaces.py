@@ -172,8 +172,9 @@ def _pins(size: int, facts: Sequence[Facts], further: Mapping[int, str]) -> tupl
 
 def _roles(
     labelling: Labelling, klass: Ints, facts: Sequence[Facts], params: Collection[str]
-) -> tuple[frozenset[tuple[str, int]], dict[int, str]]:
-    """The parameter axes that are summed over against activations, and for each other class its first parameter.
+) -> tuple[frozenset[tuple[str, int]], dict[int, str], dict[int, str]]:
+    """The parameter axes that are summed over against activations; the first parameter of each class on another axis;
+    and that of each class on these.
 
     Classes that no call uses (rows of a position table beyond the sample's length) are left out: they are no features.
     """
@@ -187,16 +188,18 @@ def _roles(
             used[klass[labels.numpy()]] = True
     consumed: set[tuple[str, int]] = set()
     first: dict[int, str] = {}
+    summed: dict[int, str] = {}
     for name, own in labelling.params.items():
         for place, labels in enumerate(own.fields if name in params else ()):
             flat = labels.reshape(-1).numpy()
+            mine = first
             if unmerged[flat].any():
                 consumed.add((name, place))
-            else:
-                classes = np.unique(klass[flat[flat > 0]])
-                for c in classes[used[classes]].tolist():
-                    first.setdefault(c, name)
-    return frozenset(consumed), first
+                mine = summed
+            classes = np.unique(klass[flat[flat > 0]])
+            for c in classes[used[classes]].tolist():
+                mine.setdefault(c, name)
+    return frozenset(consumed), first, summed
 
 
 def _assemble(
@@ -208,14 +211,14 @@ def _assemble(
     params: Collection[str],
 ) -> FeatureSpaces:
     """Group classes and units of one kind into spaces."""
-    consumed, first_param = _roles(labelling, solver.klass, facts, params)
+    consumed, first_param, summed = _roles(labelling, solver.klass, facts, params)
     both = [labels.numpy() for fact in facts for how, labels in fact.touched if how == "dual"]
     dual = set(solver.klass[np.concatenate([np.zeros(0, np.int64), *both])].tolist())
     space_of, feature_of = torch.full((solver.count,), -1), torch.full((solver.count,), -1)
     spaces: list[FeatureSpace] = []
 
     def add(classes: Sequence[int], tie: int | None = None, blocks: Tensor | None = None) -> None:
-        named = next((first_param[c] for c in classes if c in first_param), None)
+        named = next((names[c] for names in (first_param, summed) for c in classes if c in names), None)
         if named is None:
             return
         index = torch.tensor(classes)
