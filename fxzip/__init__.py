@@ -5,7 +5,9 @@
 'zip'
 """
 
-from .calibration import PerModel
+from .align import align
+from .analysis import label, self_check, solve
+from .calibration import Calibration, PerModel
 from .compiler import compile_zip, inspect
 from .errors import (
     AlignError,
@@ -21,18 +23,26 @@ from .errors import (
 )
 from .matching import METHODS, Average, Merge, Permute, Zip, resolve
 from .moments import Moments
+from .observe import observe
+from .plan import plan
+from .refit import REFITS, refits
 from .report import Report
-from .zipped import ZippedModule
+from .rewrite import rewrite
 from .rules import RULES
+from .tracing import trace
+from .trunk import find_trunk
+from .zipped import ZippedModule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "REFITS",
     "RULES",
     "AlignError",
     "Average",
     "BarrierError",
+    "Calibration",
     "CutError",
     "DataError",
     "FxzipError",
@@ -46,9 +56,19 @@ __all__ = [
     "Report",
     "SelfCheckError",
     "TraceError",
-    "ZippedModule",
     "Zip",
+    "ZippedModule",
+    "align",
     "compile_zip",
+    "find_trunk",
     "inspect",
+    "label",
+    "observe",
+    "plan",
+    "refits",
     "resolve",
+    "rewrite",
+    "self_check",
+    "solve",
+    "trace",
 ]

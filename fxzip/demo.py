@@ -1,8 +1,8 @@
 """The demonstration behind `fxzip demo`: two small residual networks, trained on disjoint digits, zipped into one.
 
 Network a learns the digits 0 to 4 and network b the digits 5 to 9 of scikit-learn's bundled 8×8 images, from different
-seeds. They are then zipped by every method, fully and up to a middle stage, from unlabelled training images, and all
-results are compared on images that neither the training nor the calibration has seen.
+seeds. They are then zipped by every method, fully and up to two earlier stages, from unlabelled training images, and
+all results are compared on images that neither the training nor the calibration has seen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fxzip.evaluation import HeadAccuracy, evaluate_heads
 
 TASKS = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
 METHODS = ("average", "permute", "zip")
-CUTS = (None, "layer2")
+CUTS = (None, "layer2", "layer1")
 WIDTH = 24
 EPOCHS = 8
 BATCH = 32

@@ -58,7 +58,9 @@ def test_the_table_has_every_network_once(finished):
     names = [row.name for row in rows]
     assert names[:3] == ["a alone (digits 0-4)", "b alone (digits 5-9)", "a and b side by side"]
     assert names[3:] == [
-        f"{method}, {extent}" for extent in ("all shared", "until layer2") for method in ("average", "permute", "zip")
+        f"{method}, {extent}"
+        for extent in ("all shared", "until layer2", "until layer1")
+        for method in ("average", "permute", "zip")
     ]
     for name in names:
         assert sum(line.startswith(name) for line in written.splitlines()) == 1
@@ -72,12 +74,13 @@ def test_costs_and_accuracies_of_the_rows(finished):
     assert side_by_side.flops == pytest.approx(2.0, abs=0.02)
     assert side_by_side.parameters == pytest.approx(2.0, abs=0.02)
     for method in demo.METHODS:
-        full, partial = rows[f"{method}, all shared"], rows[f"{method}, until layer2"]
+        full, late, early = (rows[f"{method}, {extent}"] for extent in ("all shared", "until layer2", "until layer1"))
         assert 0.95 < full.flops < 1.05
-        assert full.flops < partial.flops < side_by_side.flops
-        assert full.parameters < partial.parameters < side_by_side.parameters
+        assert full.flops < late.flops < early.flops < side_by_side.flops
+        assert full.parameters < late.parameters < early.parameters < side_by_side.parameters
     assert side_by_side.accuracy > 0.9
-    assert rows["zip, until layer2"].accuracy > 0.8
+    assert rows["zip, until layer1"].accuracy > 0.8
+    assert rows["zip, until layer1"].accuracy > rows["average, all shared"].accuracy
     assert rows["a alone (digits 0-4)"].joint is None
 
 
