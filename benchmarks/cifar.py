@@ -82,7 +82,7 @@ def evaluate_zipped(
 
     device = settings.device
     if settings.data_per_model:
-        data: Any = [[batch.to(device) for batch in own.split(settings.batch_size)] for own in drawn]
+        data: Any = fxzip.PerModel(*([batch.to(device) for batch in own.split(settings.batch_size)] for own in drawn))
     else:
         data = [batch.to(device) for batch in mixed_batches(drawn, settings.batch_size, settings.seed)]
     start = time.perf_counter()

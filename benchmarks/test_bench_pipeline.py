@@ -61,29 +61,31 @@ def test_inspect(benchmark, name, size, device):
     assert str(inspection)
 
 
-@pytest.mark.benchmark(group="calibration")
-def test_forward_passes_over_the_data(benchmark, models, batches, device):
+@pytest.fixture(scope="module")
+def trunk(models, batches):
+    programs = [fxzip.trace(model, batches[0][:2]) for model in models]
+    return fxzip.find_trunk(fxzip.align(programs), [fxzip.label(program, fxzip.RULES) for program in programs])
+
+
+@pytest.fixture(scope="module")
+def calibration(batches, trunk):
+    return fxzip.Calibration.of(batches, trunk.alignment.programs[0].call, models=2, progress=False)
+
+
+@pytest.mark.parametrize("stage", ["forward passes", "observe"])
+@pytest.mark.benchmark(group="observation")
+def test_observe(benchmark, models, batches, trunk, calibration, device, stage):
     def forward():
         with torch.no_grad():
             for batch in batches:
                 for model in models:
                     model(batch)
+
+    def run():
+        forward() if stage == "forward passes" else fxzip.observe(trunk, calibration("observing"))
         synchronise(device)
 
-    benchmark.pedantic(forward, rounds=3, warmup_rounds=1)
-
-
-@pytest.mark.parametrize("refit", [None, "repair"])
-@pytest.mark.benchmark(group="calibration")
-def test_compile(benchmark, models, batches, device, refit):
-    def compile_zip():
-        result = fxzip.compile_zip(
-            *models, batches[0][:2], data=batches, method="permute", refit=refit, verify=False, progress=False
-        )
-        synchronise(device)
-        return result
-
-    assert len(benchmark.pedantic(compile_zip, rounds=2)(batches[0])) == 2
+    benchmark.pedantic(run, rounds=3, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("network", ["one model", "both models", "zipped"])
