@@ -2,13 +2,16 @@
 
 Features are watched where they are summed over with weights, at the ATen calls themselves, so that features inside leaf
 modules (the heads of `nn.MultiheadAttention`) are seen too. Positions are subsampled evenly, `POSITIONS` per batch and
-place, which keeps the cost of the products below that of the forward passes.
+space, which keeps the cost of the products well below that of the forward passes.
+
+Products are taken in the features' own precision, of x - c with a fixed centre c (the first batch's mean), and summed
+in float64:  Σ x xᵀ = Σ (x - c)(x - c)ᵀ + c sᵀ + s cᵀ + n c cᵀ  with  s = Σ (x - c).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .analysis.labelling import Site
 from .analysis.spaces import slots
 from .errors import DataError
 from .inputs import Call, wrong_shape
@@ -42,41 +46,87 @@ class Watch:
     index: tuple[Tensor, ...]
 
 
+POSITIONS = 2048  # per batch and space; images, pixels and places are spread evenly
+_BLOCK = 1024  # rows of a product that are computed at a time
+
+
 def watches(trunk: Trunk) -> list[Watch]:
-    """Where to look: for each space the places where its features are summed over with weights, else where they arise."""
-    found: list[tuple[bool, Watch]] = []
-    sites = [{(s.node, s.call, s.arg, tuple(sorted(varying(s.labels)))): s for s in label.sites} for label in trunk.labellings]
+    """Where to look: per space where its features are summed over with weights, else where they arise."""
+    found: dict[int, list[tuple[bool, Watch]]] = defaultdict(list)
     names = [trunk.names(k) for k in range(len(trunk.spaces))]
-    for (node, call, arg, axes), site in sites[0].items():
-        if node not in names[0]:
-            continue
-        twins = [own.get((names[k][node], call, arg, axes)) for k, own in enumerate(sites)]
-        if any(twin is None for twin in twins):
-            continue
-        layouts = [trunk.spaces[k].layout(twin.labels) for k, twin in enumerate(twins) if twin is not None]
-        for space in layouts[0].space.unique().tolist():
-            if space >= 0:
-                index = tuple(slots(layout, trunk.partners[k][space]) for k, layout in enumerate(layouts))
-                sizes = tuple(tuple(twin.shape[a] for a in axes) for twin in twins if twin is not None)
-                whole = all(index[k].shape[1] == trunk.spaces[k].spaces[trunk.partners[k][space]].size for k in range(len(index)))
-                if whole:
-                    twin_nodes = tuple(names[k][node] for k in range(len(index)))
-                    found.append((site.consumed, Watch(space, twin_nodes, call, arg, axes, sizes, index)))
+    sites = [{(s.node, s.call, s.arg, tuple(sorted(varying(s.labels)))): s for s in label.sites}
+             for label in trunk.labellings]  # fmt: skip
+    for node, call, arg, axes in sites[0]:
+        twins = tuple(own.get(node, "") for own in names)
+        keys = [(twin, call, arg, axes) for twin in twins]
+        if all(key in own for key, own in zip(keys, sites, strict=True)):
+            here = [own[key] for key, own in zip(keys, sites, strict=True)]
+            for watch in _watches_at(trunk, here, twins, axes):
+                found[watch.space].append((here[0].consumed, watch))
     result = []
-    for space in {watch.space for _, watch in found}:
-        own = [(consumed, watch) for consumed, watch in found if watch.space == space]
-        narrow = min(len(watch.axes) for _, watch in own)
-        own = [(consumed, watch) for consumed, watch in own if len(watch.axes) == narrow]
-        result += [w for c, w in own if c] or [w for _, w in own]
+    for candidates in found.values():
+        narrow = min(len(watch.axes) for _, watch in candidates)  # a run over a batch axis has a length of its own
+        own = [(consumed, watch) for consumed, watch in candidates if len(watch.axes) == narrow]
+        result += [watch for consumed, watch in own if consumed] or [watch for _, watch in own]
     return result
+
+
+def _watches_at(trunk: Trunk, here: list[Site], twins: tuple[str, ...], axes: tuple[int, ...]) -> Iterator[Watch]:
+    """A watch for every space all of whose features sit at this site in all models."""
+    layouts = [own.layout(site.labels) for own, site in zip(trunk.spaces, here, strict=True)]
+    sizes = tuple(tuple(site.shape[a] for a in axes) for site in here)
+    for space in layouts[0].space[layouts[0].space >= 0].unique().tolist():
+        numbers = [partners[space] for partners in trunk.partners]
+        if all(bool((layout.space == number).any()) for layout, number in zip(layouts, numbers, strict=True)):
+            index = tuple(slots(layout, number) for layout, number in zip(layouts, numbers, strict=True))
+            features = [own.spaces[number].size for own, number in zip(trunk.spaces, numbers, strict=True)]
+            if [run.shape[1] for run in index] == features:
+                yield Watch(space, twins, here[0].call, here[0].arg, axes, sizes, index)
+
+
+@dataclass
+class _Sums:
+    """Moments under way: of x - c, upper blocks of the product only."""
+
+    centre: Tensor
+    total: Tensor
+    outer: Tensor
+    sizes: tuple[int, ...]
+    count: int = 0
+
+    @classmethod
+    def like(cls, joint: Tensor, sizes: tuple[int, ...]) -> _Sums:
+        n = joint.shape[1]
+        zero = torch.zeros(n, n, dtype=torch.float64, device=joint.device)
+        return cls(joint.mean(0), zero[0].clone(), zero, sizes)
+
+    def add(self, joint: Tensor) -> None:
+        joint = joint - self.centre
+        self.count += len(joint)
+        self.total += joint.sum(0)
+        for start in range(0, joint.shape[1], _BLOCK):
+            self.outer[start : start + _BLOCK, start:] += joint[:, start : start + _BLOCK].T @ joint[:, start:]
+
+    def moments(self) -> Moments:
+        outer, c = self.outer, self.centre.double()
+        for start in range(0, len(outer), _BLOCK):
+            stop = start + _BLOCK
+            outer[stop:, start:stop] = outer[start:stop, stop:].T
+        outer.addr_(c, self.total).addr_(self.total, c).addr_(c, c, alpha=self.count)
+        return Moments(float(self.count), self.total + self.count * c, outer, self.sizes)
 
 
 class _Watcher(TorchDispatchMode):
     """Takes the watched tensors of one model as they pass; sampled positions only."""
 
-    def __init__(self, wanted: dict[tuple[str, int], list[tuple[int, Watch]]], k: int) -> None:
+    def __init__(self, places: list[Watch], k: int) -> None:
         super().__init__()
-        self.wanted, self.k = wanted, k
+        self.k = k
+        self.wanted: dict[tuple[str, int], list[tuple[int, Watch]]] = defaultdict(list)
+        for number, watch in enumerate(places):
+            self.wanted[watch.node[k], watch.call].append((number, watch))
+        tally = Counter(watch.space for watch in places)
+        self.positions = {space: -(-POSITIONS // count) for space, count in tally.items()}
         self.node, self.calls = "", 0
         self.taken: dict[int, Tensor] = {}
 
@@ -84,25 +134,28 @@ class _Watcher(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for number, watch in self.wanted.get((self.node, self.calls), ()):
             value = out if watch.arg < 0 else args[watch.arg]
-            features = _features(value, watch, self.k)
+            features = _features(value, watch, self.k, self.positions[watch.space])
             if features is not None:
                 self.taken[number] = features
         self.calls += 1
         return out
 
 
-def _features(value: Tensor, watch: Watch, k: int) -> Tensor | None:
-    """[positions, n_k], at most `POSITIONS` evenly spread positions; None if the run has another length than traced."""
+def _features(value: Tensor, watch: Watch, k: int, positions: int) -> Tensor | None:
+    """[positions, n_k], at most so many evenly spread ones; None if the run has another length than traced."""
     if tuple(value.shape[a] for a in watch.axes) != watch.sizes[k]:
         return None
     ends = tuple(range(value.ndim - len(watch.axes), value.ndim))
-    run = value.detach().movedim(watch.axes, ends).flatten(value.ndim - len(watch.axes))
-    rest = run.shape[:-1].numel()
-    if rest > POSITIONS:
-        places = torch.arange(POSITIONS, device=run.device) * rest // POSITIONS
-        run = run[_unravel(places, run.shape[:-1])]
+    run = value.detach().movedim(watch.axes, ends)
+    outer = run.shape[: value.ndim - len(watch.axes)]
+    rest = outer.numel()
+    if rest > positions:
+        places = torch.arange(positions, device=run.device) * rest // positions
+        run = run[_unravel(places, outer)].flatten(1)
     else:
-        run = run.reshape(rest, run.shape[-1])
+        run = run.reshape(rest, -1)
+    if run.dtype in (torch.float16, torch.bfloat16):
+        run = run.float()
     parts = [run[:, row.to(run.device)] for row in watch.index[k]]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -115,78 +168,59 @@ def _unravel(places: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     return tuple(reversed(result))
 
 
-POSITIONS = 4096  # per batch and place; images and pixels are spread evenly
-
-
 class _WatchedRun(fx.Interpreter):
+    """Runs one model as far as there is something to watch."""
+
     def __init__(self, module: fx.GraphModule, watcher: _Watcher) -> None:
         super().__init__(module)
         self.watcher = watcher
         self.extra_traceback = False
-        self.last = max(
-            (place for place, node in enumerate(module.graph.nodes) if any(name == node.name for name, _ in watcher.wanted)),
-            default=-1,
-        )
-        self.place = -1
+        self.left = {name for name, _ in watcher.wanted}
 
     def run_node(self, n: fx.Node) -> Any:
-        self.place += 1
-        if self.place > self.last and n.op != "placeholder":
-            return None  # heads need not run
+        if not self.left and n.op != "placeholder":
+            return None
         self.watcher.node, self.watcher.calls = n.name, 0
-        return super().run_node(n)
+        value = super().run_node(n)
+        self.left.discard(n.name)
+        return value
 
 
-def observe(trunk: Trunk, data: Iterable[Call], *, progress: Callable[[], None] | None = None) -> dict[int, Moments]:
+def observe(trunk: Trunk, data: Iterable[Call]) -> dict[int, Moments]:
     """Moments of every space of the trunk, all models side by side, over calibration data.
 
-    In: a trunk and calls (see `inputs.batches`). Out: space number of model 0 -> `Moments`. One pass; memory is that
-    of the statistics and one batch. Raises `DataError` on non-finite features, and where the models reject a batch.
+    In: a trunk and calls (see `inputs.batches`). Out: space number of model 0 -> `Moments`; spaces that no batch
+    reached are absent. One pass; memory is that of the statistics and one batch.
+
+    Raises:
+        DataError: features are not finite, or the models reject a batch.
     """
     places = watches(trunk)
-    models = range(len(trunk.spaces))
-    watchers = []
-    for k in models:
-        wanted: dict[tuple[str, int], list[tuple[int, Watch]]] = defaultdict(list)
-        for number, watch in enumerate(places):
-            wanted[watch.node[k], watch.call].append((number, watch))
-        watchers.append(_Watcher(dict(wanted), k))
-    result: dict[int, Moments] = {}
+    watchers = [_Watcher(places, k) for k in range(len(trunk.spaces))]
+    sums: dict[int, _Sums] = {}
     for index, call in enumerate(data):
-        for k in models:
-            program = trunk.alignment.programs[k]
-            watchers[k].taken = {}
+        for program, watcher in zip(trunk.alignment.programs, watchers, strict=True):
+            watcher.taken = {}
             try:
-                with quiet_execution(), sdpa_kernel(SDPBackend.MATH), watchers[k]:
-                    _WatchedRun(program.module, watchers[k]).run(*flat_inputs(program.module, call))
+                with quiet_execution(), sdpa_kernel(SDPBackend.MATH), watcher:
+                    _WatchedRun(program.module, watcher).run(*flat_inputs(program.module, call))
             except RuntimeError as error:
                 raise wrong_shape(call, index, program.call, error) from error
         for number, watch in enumerate(places):
-            features = [watchers[k].taken.get(number) for k in models]
-            if any(f is None for f in features):
-                continue
-            seen = _joint_moments([f for f in features if f is not None], watch, index)
-            result[watch.space] = result[watch.space] + seen if watch.space in result else seen
-        if progress is not None:
-            progress()
-    return result
+            features = [watcher.taken[number] for watcher in watchers if number in watcher.taken]
+            if len(features) == len(watchers):
+                _take(sums, watch, features, index)
+    return {space: found.moments() for space, found in sums.items()}
 
 
-def _joint_moments(features: list[Tensor], watch: Watch, batch: int) -> Moments:
-    """Products in the features' own precision, centred; sums in float64."""
+def _take(sums: dict[int, _Sums], watch: Watch, features: list[Tensor], batch: int) -> None:
+    for k, (own, node) in enumerate(zip(features, watch.node, strict=True)):
+        if not bool(own.sum().isfinite()) and (bad := int((~own.isfinite().all(0)).sum())):
+            raise DataError(
+                f"Features must be finite; node `{node}` of model {k} gave {bad} non-finite features on batch {batch} "
+                "of `data`. Look for overflow, or for NaN in the data or the parameters."
+            )
     joint = torch.cat(features, dim=1)
-    if joint.dtype in (torch.float16, torch.bfloat16):
-        joint = joint.float()
-    total = joint.double().sum(0)
-    if not bool(total.isfinite().all()):
-        bad = int((~joint.isfinite().all(0)).sum())
-        raise DataError(
-            f"Features must be finite; node `{watch.node[0]}` gave {bad} non-finite features on batch {batch} of `data`."
-        )
-    count = len(joint)
-    centre = (total / max(count, 1)).to(joint.dtype)
-    centred = joint - centre
-    outer = (centred.T @ centred).double()
-    mean, shift = total, centre.double()
-    outer = outer + torch.outer(mean, shift) + torch.outer(shift, mean) - count * torch.outer(shift, shift)
-    return Moments(float(count), total, outer, tuple(f.shape[1] for f in features))
+    if watch.space not in sums:
+        sums[watch.space] = _Sums.like(joint, tuple(own.shape[1] for own in features))
+    sums[watch.space].add(joint)
