@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 
+SAMPLES = 512
+"""Positions at which features are kept as they are."""
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """First and second moments of the features of K models, side by side.
@@ -23,15 +27,25 @@ class Moments:
         total: Σ x, float64, shape [N].
         outer: Σ x xᵀ, float64, shape [N, N].
         sizes: (n_1, ..., n_K), features per model; N = Σ n_k.
+        samples: the same features at a few positions, as they are before the nonlinearity, shape [at most 512, N], or
+            None. They decide between features that the moments cannot tell apart, such as those that a ReLU silences.
     """
 
     count: float
     total: Tensor
     outer: Tensor
     sizes: tuple[int, ...]
+    samples: Tensor | None = None
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer, self.sizes)
+        drawn = [own for own in (self.samples, other.samples) if own is not None]
+        return Moments(
+            self.count + other.count,
+            self.total + other.total,
+            self.outer + other.outer,
+            self.sizes,
+            torch.cat(drawn)[:SAMPLES] if drawn else None,
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -68,7 +82,8 @@ class Moments:
         offsets = self.offsets()
         index = torch.cat([part + offset for part, offset in zip(parts, offsets, strict=False)])
         sizes = tuple(len(part) for part in parts)
-        return Moments(self.count, self.total[index], self.outer[index][:, index], sizes)
+        samples = None if self.samples is None else self.samples[:, index]
+        return Moments(self.count, self.total[index], self.outer[index][:, index], sizes, samples)
 
 
 def moments(features: Sequence[Tensor]) -> Moments:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from .analysis.labelling import Site
 from .analysis.spaces import slots
 from .errors import DataError
 from .inputs import Call, wrong_shape
-from .moments import Moments
+from .moments import SAMPLES, Moments
 from .rules import varying
 from .tracing import flat_inputs, quiet_execution
 from .trunk import Trunk
@@ -44,9 +44,11 @@ class Watch:
     axes: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
     index: tuple[Tensor, ...]
+    sample: bool = False  # taken as it is, not for the moments
 
 
 POSITIONS = 2048  # per batch and space; images, pixels and places are spread evenly
+SAMPLES_A_BATCH = SAMPLES // 2
 _BLOCK = 1024  # rows of a product that are computed at a time
 
 
@@ -67,7 +69,9 @@ def watches(trunk: Trunk) -> list[Watch]:
     for candidates in found.values():
         narrow = min(len(watch.axes) for _, watch in candidates)  # a run over a batch axis has a length of its own
         own = [(consumed, watch) for consumed, watch in candidates if len(watch.axes) == narrow]
-        result += [watch for consumed, watch in own if consumed] or [watch for _, watch in own]
+        read = [watch for consumed, watch in own if consumed]
+        result += read or [watch for _, watch in own]
+        result += [replace(watch, sample=True) for consumed, watch in own if read and not consumed and watch.arg < 0][:1]
     return result
 
 
@@ -93,6 +97,7 @@ class _Sums:
     outer: Tensor
     sizes: tuple[int, ...]
     count: int = 0
+    samples: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def like(cls, joint: Tensor, sizes: tuple[int, ...]) -> _Sums:
@@ -113,7 +118,8 @@ class _Sums:
             stop = start + _BLOCK
             outer[stop:, start:stop] = outer[start:stop, stop:].T
         outer.addr_(c, self.total).addr_(self.total, c).addr_(c, c, alpha=self.count)
-        return Moments(float(self.count), self.total + self.count * c, outer, self.sizes)
+        samples = torch.cat(self.samples)[:SAMPLES] if self.samples else None
+        return Moments(float(self.count), self.total + self.count * c, outer, self.sizes, samples)
 
 
 class _Watcher(TorchDispatchMode):
@@ -125,8 +131,8 @@ class _Watcher(TorchDispatchMode):
         self.wanted: dict[tuple[str, int], list[tuple[int, Watch]]] = defaultdict(list)
         for number, watch in enumerate(places):
             self.wanted[watch.node[k], watch.call].append((number, watch))
-        tally = Counter(watch.space for watch in places)
-        self.positions = {space: -(-POSITIONS // count) for space, count in tally.items()}
+        tally = Counter(watch.space for watch in places if not watch.sample)
+        self.positions = [SAMPLES_A_BATCH if w.sample else -(-POSITIONS // tally[w.space]) for w in places]
         self.node, self.calls = "", 0
         self.taken: dict[int, Tensor] = {}
 
@@ -134,7 +140,7 @@ class _Watcher(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for number, watch in self.wanted.get((self.node, self.calls), ()):
             value = out if watch.arg < 0 else args[watch.arg]
-            features = _features(value, watch, self.k, self.positions[watch.space])
+            features = _features(value, watch, self.k, self.positions[number])
             if features is not None:
                 self.taken[number] = features
         self.calls += 1
@@ -208,9 +214,10 @@ def observe(trunk: Trunk, data: Iterable[Call]) -> dict[int, Moments]:
                 raise wrong_shape(call, index, program.call, error) from error
         for number, watch in enumerate(places):
             features = [watcher.taken[number] for watcher in watchers if number in watcher.taken]
-            if len(features) == len(watchers):
+            enough = watch.sample and watch.space in sums and len(sums[watch.space].samples) >= SAMPLES // SAMPLES_A_BATCH
+            if len(features) == len(watchers) and not enough:
                 _take(sums, watch, features, index)
-    return {space: found.moments() for space, found in sums.items()}
+    return {space: found.moments() for space, found in sums.items() if found.count}
 
 
 def _take(sums: dict[int, _Sums], watch: Watch, features: list[Tensor], batch: int) -> None:
@@ -223,4 +230,7 @@ def _take(sums: dict[int, _Sums], watch: Watch, features: list[Tensor], batch: i
     joint = torch.cat(features, dim=1)
     if watch.space not in sums:
         sums[watch.space] = _Sums.like(joint, tuple(own.shape[1] for own in features))
-    sums[watch.space].add(joint)
+    if watch.sample:
+        sums[watch.space].samples.append(joint)
+    else:
+        sums[watch.space].add(joint)

@@ -156,7 +156,8 @@ def similarity(moments: Moments) -> Tensor:
 
     It is Pearson's correlation (ZipIt!, section 4.1), 0 with a feature that never varies, except for two such features
     of different models: constants a and b count 1 - |a - b| / (|a| + |b|), at least 0, and 1 if both are zero. So equal
-    constants find each other, one to one, since within a model constants still count 0.
+    constants find each other, one to one, since within a model constants still count 0. Where there are `samples`, their
+    correlation counts with the tiny weight `TIE`, so that it decides between features that are equally alike else.
 
     Raises:
         DataError: no position was observed, or the moments are not finite.
@@ -181,7 +182,19 @@ def similarity(moments: Moments) -> Tensor:
         model = model_index(moments.sizes, still.device)[still]
         pair = (still[:, None], still[None, :])
         correlation[pair] = torch.where(model[:, None] == model[None, :], correlation[pair], alike)
-    return correlation
+    return correlation if moments.samples is None else _tie_broken(correlation, moments.samples)
+
+
+TIE = 1e-4
+
+
+def _tie_broken(alike: Tensor, samples: Tensor) -> Tensor:
+    """(1 - TIE) · alike + TIE · correlation of the samples, in place."""
+    drawn = samples.double()
+    drawn = drawn - drawn.mean(0)
+    norm = drawn.norm(dim=0)
+    drawn = torch.where(norm > 0, drawn / norm.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    return alike.mul_(1 - TIE).addmm_(drawn.T, drawn, alpha=TIE).clamp_(-1, 1).fill_diagonal_(1.0)
 
 
 def model_index(sizes: Sequence[int], device: torch.device | None = None) -> Tensor:
