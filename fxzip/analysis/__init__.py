@@ -7,7 +7,9 @@ relabellings, `checking` proves the analysis on the program itself.
 from .checking import relative_difference, self_check
 from .labelling import Barrier, Labelling, ParamLabels, Site, label
 from .relabel import group_run, random_relabelling, relabelled, targets
+from .graph import dependencies, relations
 from .spaces import FeatureSpace, FeatureSpaces, Layout, solve
+from .twin import relabel
 
 __all__ = [
     "Barrier",
@@ -17,10 +19,13 @@ __all__ = [
     "Layout",
     "ParamLabels",
     "Site",
+    "dependencies",
     "group_run",
     "label",
     "random_relabelling",
+    "relabel",
     "relabelled",
+    "relations",
     "relative_difference",
     "self_check",
     "solve",

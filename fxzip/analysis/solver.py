@@ -226,6 +226,17 @@ def _partners(solver: Solver, kinds: Ints) -> list[list[int]]:
     return pairs
 
 
+def hold_unique(solver: Solver, kinds: Ints, groups: list[list[int]]) -> bool:
+    """Pin blocks that are the only ones of their kind, so that what they hold may move on its own; whether any was."""
+    alone = np.unique(kinds, return_counts=True)
+    once = set(alone[0][alone[1] == 1].tolist())
+    blocks = set(solver.free_edges()[0].tolist())
+    held = [c for classes in groups for c in classes if c in blocks and int(kinds[c]) in once]
+    if held:
+        solver.pin(held, ("it is the only block of its kind", "fixed"))
+    return bool(held)
+
+
 def untangle(solver: Solver, kinds: Ints, tangles: list[list[int]]) -> None:
     """Give up one of several blockings across each other: the kind with the most blocks keeps its places."""
     partners = _partners(solver, kinds)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..rules import Facts
 from .labelling import Labelling
-from .solver import Ints, Solver, Unit, kinds_of, marks_of, units_of, untangle
+from .solver import Ints, Solver, Unit, hold_unique, kinds_of, marks_of, units_of, untangle
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +145,8 @@ def solve(
         rigid = [unit.classes for unit in units if unit.is_rigid]
         if tangles or rigid or deep:
             marks[solver.labels_of()] += kinds.view(np.uint64)  # what is given up below still tells members apart
+        if hold_unique(solver, kinds, tangles + deep):
+            continue
         if tangles:
             untangle(solver, kinds, tangles)
         elif rigid or deep:

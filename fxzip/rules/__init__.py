@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from . import contraction, elementwise, movement, reduction
+from . import contraction, elementwise, movement, reduction, scattering
 from .fields import FIXED, VOID, Facts, Fields, Ledger, Operand, Pin, compress, meet, varying
 from .invocation import Invocation, Rule, is_pointwise
 
@@ -39,7 +39,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             hardswish hardsigmoid hardshrink silu mish gelu celu elu selu leaky_relu threshold softplus softshrink
             log_sigmoid_forward clamp nan_to_num fill_ bernoulli""",
         ),
-        **_rows(elementwise.elementwise, "prelu _prelu_kernel copy where masked_fill addcmul addcdiv lerp fmod"),
+        **_rows(elementwise.elementwise, "prelu _prelu_kernel where masked_fill addcmul addcdiv lerp fmod"),
         **_rows(
             elementwise.unlabelled,
             """zeros ones full empty arange zeros_like ones_like full_like empty_like new_zeros new_ones new_full
@@ -48,6 +48,11 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "glu": elementwise.gated,
         **_rows(movement.index, "index index_select gather _unsafe_index"),
+        "copy": movement.copy,
+        **_rows(scattering.scatter, "index_add index_copy index_reduce scatter scatter_add scatter_reduce"),
+        **_rows(scattering.index_put, "index_put _unsafe_index_put _index_put_impl"),
+        "slice_scatter": scattering.slice_scatter,
+        "select_scatter": scattering.select_scatter,
         "embedding": movement.embedding,
         "constant_pad_nd": movement.pad,
         "cat": movement.cat,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .fields import Fields, Ledger, Operand, meet, merged_fields, varying
+from .fields import Fields, Ledger, Operand, compress, meet, merged_fields, varying
 from .invocation import Invocation
 
 
@@ -124,7 +124,7 @@ def _grouped(operand: Operand, axis: int, groups: int) -> Operand:
     for labels in operand.fields:
         sizes = list(labels.shape)
         split = [1, 1] if sizes[axis] == 1 else [groups, sizes[axis] // groups]
-        fields.append(labels.reshape(sizes[:axis] + split + sizes[axis + 1 :]))
+        fields.append(compress(labels.reshape(sizes[:axis] + split + sizes[axis + 1 :])))
     own = {axis, axis + 1} if axis in operand.loose else set()
     loose = frozenset(own | {a + (a > axis) for a in operand.loose if a != axis})
     view = tensor.reshape([*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :]])

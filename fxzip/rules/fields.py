@@ -129,24 +129,32 @@ class Ledger:
         if pairs.numel():
             self.facts.blocks.append(self._distinct(pairs))
 
-    def pin(self, labels: Tensor, reason: str, kind: str = "fixed") -> None:
+    def _those(self, labels: Tensor) -> Tensor:
+        """The distinct features among the labels, in order."""
         labels = labels.reshape(-1)
         labels = labels[labels > 0]
-        if labels.numel():
-            self.facts.pins.append(Pin(torch.unique(labels), reason, kind))
+        if labels.numel() < self.size:
+            return labels.unique()
+        found = torch.zeros(self.size, dtype=torch.bool)
+        found[labels] = True
+        return found.nonzero().flatten()
+
+    def pin(self, labels: Tensor, reason: str, kind: str = "fixed") -> None:
+        those = self._those(labels)
+        if those.numel():
+            self.facts.pins.append(Pin(those, reason, kind))
 
     def touch(self, kind: str, labels: Tensor) -> None:
         """Note that a call does something to these features which matters for folding ("mix", "dual", "param")."""
-        labels = labels.reshape(-1)
-        labels = labels[labels > 0]
-        if labels.numel():
-            self.facts.touched.append((kind, torch.unique(labels)))
+        those = self._those(labels)
+        if those.numel():
+            self.facts.touched.append((kind, those))
 
     def consume(self, labels: Tensor) -> None:
         """These labels of a parameter are summed over against activations: they take the unmerge matrix."""
-        labels = labels.reshape(-1)
-        if labels.numel():
-            self.facts.consumed.append(torch.unique(labels[labels > 0]))
+        those = self._those(labels)
+        if those.numel():
+            self.facts.consumed.append(those)
 
     # relations of fields -------------------------------------------------------------------------------------------
 
@@ -177,17 +185,18 @@ class Ledger:
             assert blocks is not None
             self.block(blocks, g)
 
-    def fix(self, labels: Tensor, axes: frozenset[int], reason: str) -> None:
-        """The field keeps its place along `axes`; along its other axes features may still move."""
+    def fix(self, labels: Tensor, axes: frozenset[int], reason: str) -> bool:
+        """The field keeps its place along `axes`; along its other axes features may still move. Whether none can."""
         axes = axes & varying(labels)
         if not axes:
-            return
+            return False
         if axes == varying(labels):
             self.pin(labels, reason)
-            return
+            return True
         blocks = self.project(labels, axes)
         assert blocks is not None
         self.pin(blocks, reason)
+        return False
 
     def mix(self, labels: Tensor, axes: frozenset[int]) -> Tensor | None:
         """A symmetric function over `axes` (sum, norm, softmax): what is left of the field outside of `axes`."""
@@ -246,7 +255,11 @@ def merged_fields(groups: Sequence[Fields]) -> Fields:
 
 
 def meet(ledger: Ledger, operands: Sequence[Operand], what: str) -> Fields:
-    """Operands (placed in the same axes) meet elementwise: relate their fields, return the result's fields."""
+    """Operands (placed in the same axes) meet elementwise: relate their fields, return the result's fields.
+
+    A field that cannot move any more is dropped: its axes count as unlabelled from here on, which says the same.
+    """
+    dead: set[int] = set()
     for i, x in enumerate(operands):
         for y in operands[:i]:
             for f in x.fields:
@@ -255,10 +268,11 @@ def meet(ledger: Ledger, operands: Sequence[Operand], what: str) -> Fields:
         for j, y in enumerate(operands):
             if i != j:
                 for f in x.fields:
-                    ledger.fix(f, y.loose, f"{what} meets it with values that carry no feature")
+                    if ledger.fix(f, y.loose, f"{what} meets it with values that carry no feature"):
+                        dead.add(id(f))
     if any(not x.static for x in operands):
         for x in operands:
             if x.static:
                 for f in x.fields:
                     ledger.touch("param", f)
-    return merged_fields([x.fields for x in operands])
+    return merged_fields([tuple(f for f in x.fields if id(f) not in dead) for x in operands])

@@ -57,6 +57,12 @@ def index(call: Invocation) -> Fields | None:
     return move(call)  # type: ignore[return-value]
 
 
+def copy(call: Invocation) -> Fields:
+    """copy(x, source): the source, broadcast to the shape of x, whose own values are gone."""
+    ndim, source = call.out.ndim, call.operand(call.args[1])
+    return source.place(range(ndim - source.ndim, ndim), ndim).fields
+
+
 def embedding(call: Invocation) -> Fields:
     """embedding(weight, indices): rows are read by number, so they stay; the features of a row go on."""
     weight = call.operand(call.args[0])
@@ -96,7 +102,7 @@ def cat(call: Invocation) -> Fields:
     parts = [call.operand(part) for part in call.args[0]]
     parts = [part for part in parts if part.tensor.numel() or part.ndim > 1]
     dim = call.arg(1, "dim", 0) % parts[0].ndim
-    return _joined(call, parts, dim)
+    return joined(call, parts, dim)
 
 
 def stack(call: Invocation) -> Fields:
@@ -108,10 +114,11 @@ def stack(call: Invocation) -> Fields:
         fields = tuple(labels.unsqueeze(dim) for labels in part.fields)
         loose = frozenset(axis + (axis >= dim) for axis in part.loose)
         parts.append(Operand(tensor.unsqueeze(dim), fields, part.static, loose))
-    return _joined(call, parts, dim)
+    return joined(call, parts, dim)
 
 
-def _joined(call: Invocation, parts: list[Operand], dim: int) -> Fields:
+def joined(call: Invocation, parts: list[Operand], dim: int) -> Fields:
+    """Fields of operands that follow one another along `dim`."""
     keys = {varying(labels) - {dim} for part in parts for labels in part.fields}
     result: list[Tensor] = []
     for key in sorted(keys, key=sorted):
