@@ -5,6 +5,7 @@
 'zip'
 """
 
+from .analysis import relabel
 from .align import align
 from .analysis import label, self_check, solve
 from .calibration import Calibration, PerModel
@@ -25,7 +26,7 @@ from .matching import METHODS, Average, Merge, Permute, Zip, resolve
 from .moments import Moments
 from .observe import observe
 from .plan import plan
-from .refit import REFITS, refits
+from .refit import REFITS, LeastSquares, refits
 from .report import Report
 from .rewrite import rewrite
 from .rules import RULES
@@ -48,6 +49,7 @@ __all__ = [
     "FxzipError",
     "FxzipWarning",
     "InputError",
+    "LeastSquares",
     "Merge",
     "Moments",
     "PerModel",
@@ -62,6 +64,7 @@ __all__ = [
     "compile_zip",
     "find_trunk",
     "inspect",
+    "relabel",
     "label",
     "observe",
     "plan",

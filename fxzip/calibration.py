@@ -31,7 +31,9 @@ def _is_batch(item: Any) -> bool:
     if not isinstance(item, (tuple, list)) or not item:
         return False
     first = item[0]
-    return isinstance(first, Tensor) or (isinstance(first, (tuple, list)) and bool(first) and isinstance(first[0], Tensor))
+    return isinstance(first, Tensor) or (
+        isinstance(first, (tuple, list)) and bool(first) and isinstance(first[0], Tensor)
+    )
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,21 @@ class Calibration:
     def __call__(self, stage: str) -> Iterable[Call]:
         return _Replay(lambda: self._calls(stage))
 
-    def _calls(self, stage: str) -> Iterator[Call]:
-        for source in self.sources:
-            for call in tqdm(batches(source, self.sample), desc=stage, unit="batch", disable=not self.show, leave=False):
-                yield call
+    def _calls(self, stage: str) -> Iterator[tuple[int, Call]]:
+        for number, source in enumerate(self.sources):
+            for call in tqdm(
+                batches(source, self.sample), desc=stage, unit="batch", disable=not self.show, leave=False
+            ):
+                yield number, call
 
 
 @dataclass(frozen=True)
 class _Replay:
-    start: Callable[[], Iterator[Call]]
+    start: Callable[[], Iterator[tuple[int, Call]]]
 
     def __iter__(self) -> Iterator[Call]:
+        return (call for _, call in self.start())
+
+    def labelled(self) -> Iterator[tuple[int, Call]]:
+        """Each batch with the number of its source."""
         return self.start()

@@ -19,7 +19,7 @@ from .matching import Method, resolve
 from .calibration import Calibration
 from .observe import observe
 from .plan import plan
-from .refit import refits
+from .refit import Refit, fit_notes, refits
 from .report import flops_by_node, make_report
 from .rewrite import rewrite
 from .rules import RULES, Rule
@@ -33,7 +33,7 @@ def compile_zip(
     data: Any = None,
     method: str | Method = "zip",
     until: str | float | None = None,
-    refit: str | None = "repair",
+    refit: str | Refit | None = "repair",
     verify: bool = True,
     strict: bool = False,
     progress: bool | None = None,
@@ -59,7 +59,8 @@ def compile_zip(
             with its settings such as `fxzip.Zip(alpha=0.1, beta=0.5)`.
         until: where the trunk ends: None (at the heads), a module path or node name of the first model, or a fraction
             in (0, 1] of the FLOPs to share.
-        refit: None, "batchnorm" (statistics re-estimated) or "repair" (REPAIR, arXiv 2211.08403).
+        refit: None, "batchnorm" (statistics re-estimated), "repair" (REPAIR, arXiv 2211.08403), "lstsq" (least squares,
+            closed form, layer by layer), or an object with its settings such as `fxzip.LeastSquares(ridge=1e-3)`.
         verify: check the analysis by relabelling at random.
         strict: raise `BarrierError` where a call without a rule stops the sharing.
         progress: show a bar; None: on a terminal only.
@@ -94,7 +95,7 @@ def compile_zip(
         "refit": refit,
         "data": calibration.description,
         "self_check": [check[1] if check else None for check in checks],
-        "notes": calibration.notes,
+        "notes": [*calibration.notes, *fit_notes(zipped)],
     }
     zipped.meta["fxzip_report"] = make_report(zipped, zipping, settings)
     return zipped

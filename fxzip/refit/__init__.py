@@ -1,4 +1,4 @@
-"""Refit the zipped network on unlabelled data: BatchNorm statistics, REPAIR."""
+"""Refit the zipped network on unlabelled data: BatchNorm statistics, REPAIR, least squares."""
 
 from __future__ import annotations
 
@@ -8,9 +8,20 @@ from ..errors import InputError
 from ..inputs import Call
 from ..plan import ZipPlan
 from ..zipped import ZippedModule
+from .lstsq import Fit, LeastSquares, least_squares
 from .statistics import repair, reset_batchnorm
 
-__all__ = ["REFITS", "Refit", "refits", "repair", "reset_batchnorm"]
+__all__ = [
+    "REFITS",
+    "Fit",
+    "LeastSquares",
+    "Refit",
+    "fit_notes",
+    "least_squares",
+    "refits",
+    "repair",
+    "reset_batchnorm",
+]
 
 Refit = Callable[[ZippedModule, ZipPlan, Iterable[Call]], ZippedModule]
 
@@ -20,16 +31,38 @@ def unchanged(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> Zipp
     return zipped
 
 
-REFITS: dict[str | None, Refit] = {None: unchanged, "batchnorm": reset_batchnorm, "repair": repair}
+REFITS: dict[str | None, Refit] = {
+    None: unchanged,
+    "batchnorm": reset_batchnorm,
+    "repair": repair,
+    "lstsq": least_squares,
+}
 
 
-def refits(name: str | None) -> Refit:
-    """The refit of that name.
+def refits(name: str | Refit | None) -> Refit:
+    """The refit of that name; a refit itself, such as `LeastSquares(ridge=1e-3)`, is passed through.
 
     >>> refits("repair").__name__
     'repair'
     """
+    if callable(name):
+        return name
     if name not in REFITS:
         known = ", ".join(repr(key) for key in REFITS)
         raise InputError(f"`refit` must be one of {known}; found {name!r}.")
     return REFITS[name]
+
+
+def fit_notes(zipped: ZippedModule) -> list[str]:
+    """What a least-squares refit has to say for the report; nothing after other refits."""
+    fit = zipped.meta.get("fxzip_fit")
+    if not isinstance(fit, Fit):
+        return []
+    notes = [f"least squares fitted {len(fit.fitted)} calls"]
+    notes += [f"`{name}` was left as zipped: {why}" for name, why in fit.left.items()]
+    notes += [
+        f"`{name}` needed a ridge of {ridge:.0e}: its inputs are rank-deficient" for name, ridge in fit.raised.items()
+    ]
+    if not fit.all_batches:
+        notes.append("batches beyond the memory limit were left out (`fxzip.LeastSquares(memory=...)` raises it)")
+    return notes

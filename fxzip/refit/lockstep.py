@@ -1,0 +1,89 @@
+"""Networks run node by node over all batches at once, so that a node can be refitted before the next one runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import fx
+
+from ..inputs import Call, batch_size
+from ..tracing import Program, flat_inputs
+
+
+class Lockstep:
+    """One network and the values of its nodes on every batch; values are freed after their last use."""
+
+    def __init__(self, module: fx.GraphModule, calls: Sequence[Call]) -> None:
+        self.module = module
+        self.nodes = {node.name: node for node in module.graph.nodes}
+        self._interpreter = fx.Interpreter(module)
+        self._waiting = {node: len(node.users) for node in module.graph.nodes}
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self.envs = [dict(zip(placeholders, flat_inputs(module, call), strict=True)) for call in calls]
+
+    def __len__(self) -> int:
+        return len(self.envs)
+
+    def run(self, node: fx.Node) -> None:
+        """Compute a node on all batches; placeholders are there from the start."""
+        if node.op != "placeholder":
+            for env, value in zip(self.envs, self.values(node, again=True), strict=True):
+                env[node] = value
+
+    def values(self, node: fx.Node, *, again: bool = False) -> list[Any]:
+        """The node's values; computed, but not kept, if it has not run yet (or `again`)."""
+        result = []
+        for env in self.envs:
+            if again or node not in env:
+                self._interpreter.env = env
+                result.append(self._interpreter.run_node(node))
+            else:
+                result.append(env[node])
+        return result
+
+    def release(self, node: fx.Node) -> None:
+        """The node is done: free those of its inputs that no later node needs."""
+        for source in node.all_input_nodes:
+            self._waiting[source] -= 1
+            if self._waiting[source] == 0:
+                for env in self.envs:
+                    env.pop(source, None)
+
+
+def live_bytes(program: Program) -> float:
+    """Peak of the bytes that the values of all live nodes take, per row of the batch."""
+    waiting = {node: len(node.users) for node in program.module.graph.nodes}
+    alive: dict[fx.Node, int] = {}
+    width = next((p.element_size() for p in program.module.parameters()), 4)
+    peak = 0
+    for node in program.module.graph.nodes:
+        if node.op != "get_attr" and node.name in program.shapes:
+            alive[node] = math.prod(program.shapes[node.name]) * width
+        peak = max(peak, sum(alive.values()))
+        for source in node.all_input_nodes:
+            waiting[source] -= 1
+            if waiting[source] == 0:
+                alive.pop(source, None)
+    return peak / max(batch_size(program.call) or 1, 1)
+
+
+def within_memory(
+    data: Iterable[tuple[int, Call]], programs: Sequence[Program], memory: int
+) -> tuple[list[tuple[int, Call]], bool]:
+    """As many batches as fit, taken evenly from all sources, at least one each; and whether any was left out."""
+    per_row = sum(live_bytes(program) for program in programs) + live_bytes(programs[0])
+    by_source: dict[int, list[Call]] = {}
+    rows: dict[int, int] = {}
+    cut = False
+    limit = memory / max(per_row, 1.0)
+    for source, call in data:
+        own = by_source.setdefault(source, [])
+        size = batch_size(call) or 1
+        if own and sum(rows.values()) + size > limit * (source + 1) / max(source + 1, len(programs)):
+            cut = True
+            continue
+        own.append(call)
+        rows[source] = rows.get(source, 0) + size
+    return [(source, call) for source, calls in sorted(by_source.items()) for call in calls], cut

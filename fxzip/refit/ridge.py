@@ -1,0 +1,89 @@
+"""Ridge regression towards a prior, in closed form, and its variant for targets behind a ReLU.
+
+    W = argmin Σ w ‖x W - t‖² + λ ‖W - W_0‖²  =  (Σ w xᵀx + λ)⁻¹ (Σ w xᵀt + λ W_0),      λ = ridge · mean diagonal
+
+with a constant 1 as last input, so that the last row of W is the bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ridge_solution(
+    x: Tensor,
+    t: Tensor,
+    prior: Tensor,
+    ridge: float,
+    *,
+    rounds: int = 0,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, float]:
+    """The regression, and the ridge that it took.
+
+    >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    >>> w, _ = ridge_solution(x, x @ torch.ones(2, 1) + 3, torch.zeros(3, 1), 1e-9)
+    >>> [round(float(v), 3) for v in w]
+    [1.0, 1.0, 3.0]
+
+    Args:
+        x: inputs, [positions, d].
+        t: targets, [positions, n].
+        prior: W_0, [d + 1, n].
+        ridge: λ relative to the mean diagonal of the Gram matrix. A Gram matrix that is singular all the same makes
+            it grow tenfold until the Cholesky factorisation succeeds.
+        rounds: if positive, a ReLU follows (after `offset`, [positions, n], is added): where the target is ≤ 0 any
+            value ≤ 0 serves. Each round replaces such targets by the present value or 0: the sum of squares that
+            forgives values ≤ 0 there never grows.
+        weight: of the positions, [positions].
+
+    Returns:
+        W in float64, [d + 1, n], and the ridge used.
+    """
+    ones = torch.cat([x, x.new_ones(len(x), 1)], 1)
+    weighted = ones if weight is None else ones * weight[:, None].to(ones)
+    gram = (weighted.T @ ones).double()
+    factor, ridge = _cholesky(gram, ridge)
+    pull = ridge * _scale(gram) * prior.double()
+
+    def solve(target: Tensor) -> Tensor:
+        return torch.cholesky_solve((weighted.T @ target).double() + pull, factor)
+
+    solution = solve(t)
+    for _ in range(rounds):
+        base = torch.zeros((), dtype=t.dtype, device=t.device) if offset is None else offset
+        present = ones @ solution.to(ones) + base
+        solution = solve(torch.where(t + base > 0, t, present.clamp(max=0) - base))
+    return solution, ridge
+
+
+def _scale(gram: Tensor) -> float:
+    return float(gram.diagonal().mean()) or 1.0
+
+
+def _cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    while True:
+        factor, info = torch.linalg.cholesky_ex(gram + ridge * _scale(gram) * identity)
+        if int(info) == 0:
+            return factor, ridge
+        ridge = max(ridge, 1e-12) * 10
+
+
+def affine_solution(y: Tensor, t: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Scale c and shift d per feature: argmin Σ (c y + d - t)² + λ (c - 1)², λ = ridge · var y. Float64, [n] each.
+
+    >>> y = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> affine_solution(y, 3 * y + 1, 0.0)
+    (tensor([3.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
+    """
+    y, t = y.double(), t.double()
+    mean, target = y.mean(0), t.mean(0)
+    variance = (y - mean).square().mean(0)
+    covariance = ((y - mean) * (t - target)).mean(0)
+    alive = variance > 1e-12 * y.square().mean(0).clamp(min=torch.finfo(torch.float64).tiny)
+    safe = torch.where(alive, variance, torch.ones_like(variance)) * (1 + ridge)
+    scale = torch.where(alive, (covariance + ridge * variance) / safe, torch.ones_like(variance))
+    return scale, target - scale * mean

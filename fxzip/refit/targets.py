@@ -1,0 +1,71 @@
+"""What the merged features should be: the outputs of the originals, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..analysis.spaces import Layout, slots
+from ..plan import ZipPlan
+from ..rules import varying
+from .units import Places, take
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Merging of the originals' outputs at a node: matrices[source][model] is [n, n_k], features along `axis`."""
+
+    axis: int
+    matrices: tuple[tuple[Tensor, ...], ...]
+
+    def at(self, source: int, values: Sequence[Tensor], places: Places) -> Tensor:
+        """Σ_k M_k y_k at places of the output, [places, n], for a batch of the given source."""
+        total: Tensor | None = None
+        for value, matrix in zip(values, self.matrices[source], strict=True):
+            part = take(value, self.axis, places) @ matrix.to(value).T
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+
+def find_targets(plan: ZipPlan, name: str, sources: int) -> Targets | None:
+    """Targets at a trunk node (named as in model 0); None where its features do not all lie along one axis.
+
+    With several sources of data, one per model, a cluster's target on the data of model k is the mean of its members
+    in model k, where it has any: on its own domain a model knows best.
+    """
+    trunk = plan.trunk
+    twins = trunk.alignment.pairs[name]
+    fields = [label.fields.get(twin, ()) for label, twin in zip(trunk.labellings, twins, strict=True)]
+    if any(len(f) != 1 or len(varying(f[0])) != 1 for f in fields):
+        return None
+    layouts = [trunk.spaces[k].layout(f[0]) for k, f in enumerate(fields)]
+    if not bool((layouts[0].space >= 0).all()):
+        return None
+    (axis,) = varying(fields[0][0])
+    models = range(len(layouts))
+    matrices = [
+        tuple(_merge_matrix(plan, layouts, k, source if sources == len(models) else None) for k in models)
+        for source in range(sources)
+    ]
+    return Targets(axis, tuple(matrices))
+
+
+def _merge_matrix(plan: ZipPlan, layouts: Sequence[Layout], k: int, source: int | None) -> Tensor:
+    """M_k over the places of a run; with a source, restricted to that model's members of each cluster."""
+    result = torch.zeros(len(layouts[0].space), len(layouts[k].space))
+    for space in layouts[0].space.unique().tolist():
+        merge = plan.merges[space]
+        matrix = merge.M(k)
+        if source is not None:
+            share = merge.M(source).sum(1)
+            lone = share <= 1e-12
+            mine = matrix / share.clamp(min=1e-12)[:, None] if k == source else torch.zeros_like(matrix)
+            matrix = torch.where(lone[:, None], matrix, mine)
+        rows, columns = slots(layouts[0], space), slots(layouts[k], plan.trunk.partners[k][space])
+        for row, column in zip(rows, columns, strict=True):
+            result[row[:, None], column[None, :]] = matrix.to(result)
+    return result

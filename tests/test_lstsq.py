@@ -1,0 +1,191 @@
+"""The least-squares refit: regressions, inputs of linear calls at places, and what it does to a zip."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxzip
+from fxzip.refit.ridge import affine_solution, ridge_solution
+from fxzip.refit.units import effective, feature_axis, install, patches, sampled_places, take
+
+
+def test_ridge_is_least_squares_where_lambda_vanishes() -> None:
+    x, t = torch.randn(60, 5, dtype=torch.float64), torch.randn(60, 3, dtype=torch.float64)
+    found, _ = ridge_solution(x, t, torch.zeros(6, 3), 0.0)
+    wanted = torch.linalg.lstsq(torch.cat([x, torch.ones(60, 1, dtype=torch.float64)], 1), t).solution
+    torch.testing.assert_close(found, wanted)
+
+
+def test_ridge_goes_to_the_prior_where_lambda_is_large() -> None:
+    x, t, prior = torch.randn(60, 5), torch.randn(60, 3), torch.randn(6, 3)
+    found, _ = ridge_solution(x, t, prior, 1e12)
+    torch.testing.assert_close(found, prior.double(), atol=1e-6, rtol=1e-6)
+
+
+def test_rank_deficient_inputs_raise_the_ridge_and_still_fit() -> None:
+    x = torch.randn(40, 1).repeat(1, 6)
+    t = 2 * x[:, :1] + 1
+    found, ridge = ridge_solution(x, t, torch.zeros(7, 1), 0.0)
+    assert ridge > 0
+    torch.testing.assert_close(x @ found[:-1].float() + found[-1].float(), t, atol=1e-3, rtol=1e-3)
+
+
+def _one_sided_error(x: Tensor, t: Tensor, offset: Tensor, solution: Tensor) -> float:
+    y = x.double() @ solution[:-1] + solution[-1] + offset.double()
+    wanted = (t + offset).double()
+    return float(torch.where(wanted > 0, y - wanted, y.clamp(min=0)).square().sum())
+
+
+def test_rounds_lower_the_error_behind_a_relu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 4, generator=generator)
+    t = torch.randn(500, 8, generator=generator) + x @ torch.randn(4, 8, generator=generator)
+    offset = torch.randn(500, 8, generator=generator)
+    errors = [
+        _one_sided_error(x, t, offset, ridge_solution(x, t, torch.zeros(5, 8), 1e-12, rounds=n, offset=offset)[0])
+        for n in (0, 1, 2, 4, 8)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.8 * errors[0]
+
+
+def test_affine_solution_recovers_scale_and_shift_and_leaves_dead_features() -> None:
+    y = torch.randn(50, 3, dtype=torch.float64)
+    y[:, 2] = 4.0
+    scale, shift = affine_solution(y, torch.stack([2 * y[:, 0] - 1, -y[:, 1], y[:, 2] + 1], 1), 0.0)
+    torch.testing.assert_close(scale, torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(shift, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
+
+
+LINEAR = {
+    "linear": (nn.Linear(4, 6), (5, 3, 4)),
+    "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2), (2, 4, 11)),
+    "conv2d": (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)), (2, 4, 7, 8)),
+    "groups": (nn.Conv2d(4, 6, 3, groups=2, bias=False), (2, 4, 7, 8)),
+    "depthwise": (nn.Conv2d(4, 4, 3, groups=4, padding=1), (2, 4, 5, 5)),
+    "same": (nn.Conv2d(4, 6, (4, 3), padding="same", dilation=(1, 2)), (2, 4, 9, 8)),
+    "valid": (nn.Conv2d(4, 6, 3, padding="valid"), (2, 4, 6, 6)),
+    "conv3d": (nn.Conv3d(2, 3, 2, stride=2, padding=1), (2, 2, 4, 5, 6)),
+    "transposed1d": (nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 5)),
+    "transposed2d": (nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1, groups=2), (2, 4, 5, 4)),
+    "transposed dilated": (nn.ConvTranspose2d(2, 3, 3, dilation=2, bias=False), (1, 2, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_patches_times_weight_is_the_call(name: str) -> None:
+    module, shape = LINEAR[name]
+    module = module.double()
+    x = torch.randn(*shape, dtype=torch.float64)
+    y = module(x)
+    axis = feature_axis(module, y.ndim)
+    places = sampled_places(y.shape, axis, 50, torch.Generator().manual_seed(0))
+    flat, bias = effective(module, None)
+    found = torch.einsum("pgd,gnd->pgn", patches(module, x, places), flat).flatten(1) + bias
+    torch.testing.assert_close(found, take(y, axis, places))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_install_writes_what_effective_reads(name: str) -> None:
+    module, _ = LINEAR[name]
+    module = module.double()
+    flat, bias = (torch.randn_like(v) for v in effective(module, None))
+    with torch.no_grad():
+        install(module, None, flat, bias)
+    for found, wanted in zip(effective(module, None), (flat, bias), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_install_makes_the_batchnorm_the_identity() -> None:
+    conv, norm = nn.Conv2d(3, 5, 3).double(), nn.BatchNorm2d(5).double().eval()
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.uniform_(0.5, 1.5)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    wanted = norm(conv(x))
+    with torch.no_grad():
+        install(conv, norm, *effective(conv, norm))
+    torch.testing.assert_close(norm(conv(x)), wanted)
+    torch.testing.assert_close(norm.running_mean, torch.zeros(5, dtype=torch.float64))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.GroupNorm(1, width)
+        self.blocks = nn.Sequential(Block(width), Block(width))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(torch.relu(self.norm(self.stem(x)))).mean((2, 3)))
+
+
+def _net(seed: int, classes: int = 4) -> nn.Module:
+    torch.manual_seed(seed)
+    net = Net(classes).eval()
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            if tensor.ndim == 1:
+                tensor.copy_(
+                    torch.rand_like(tensor) + 0.5 if "var" in name or "weight" in name else tensor.normal_(0, 0.3)
+                )
+    return net
+
+
+def _data(count: int = 6, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(16, 3, 8, 8, generator=generator) for _ in range(count)]
+
+
+def test_a_network_zipped_with_itself_stays_itself() -> None:
+    net = _net(0).double()
+    data = [batch.double() for batch in _data()]
+    zipped = fxzip.compile_zip(net, net, data[0][:2], data=data, method="permute", refit="lstsq")
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    for head in zipped(x):
+        torch.testing.assert_close(head, net(x), atol=1e-9, rtol=1e-9)
+
+
+def test_held_out_error_is_far_below_that_of_repair() -> None:
+    a, b, x = _net(0), _net(1), _data(2, seed=9)
+    errors = {}
+    for refit in ("repair", "lstsq"):
+        zipped = fxzip.compile_zip(a, b, x[0][:2], data=_data(), refit=refit)
+        heads = [torch.cat([zipped(batch)[k] for batch in x]) for k in range(2)]
+        wanted = [torch.cat([net(batch) for batch in x]) for net in (a, b)]
+        gaps = [((h - w).square().mean() / w.var()).item() for h, w in zip(heads, wanted, strict=True)]
+        errors[refit] = sum(gaps)
+    assert errors["lstsq"] < 0.5 * errors["repair"]
+
+
+def test_sources_per_model_and_one_source_differ() -> None:
+    a, b, data = _net(0), _net(1), _data()
+    per_model = fxzip.compile_zip(a, b, data[0][:2], data=fxzip.PerModel(data[:3], data[3:]), refit="lstsq")
+    mixed = fxzip.compile_zip(a, b, data[0][:2], data=data, refit="lstsq")
+    x = data[0]
+    assert not torch.allclose(per_model(x)[0], mixed(x)[0], atol=1e-3)
+
+
+def test_memory_bounds_the_batches_and_the_report_says_so() -> None:
+    a, b, data = _net(0), _net(1), _data()
+    zipped = fxzip.compile_zip(a, b, data[0][:2], data=data, refit=fxzip.LeastSquares(memory=1))
+    assert any("memory limit" in note for note in zipped.report["notes"])
+    assert zipped(data[0])[0].shape == (16, 4)
+
+
+def test_report_counts_the_fitted_calls() -> None:
+    a, b, data = _net(0, 3), _net(1, 5), _data(2)
+    zipped = fxzip.compile_zip(a, b, data[0][:2], data=data, refit="lstsq")
+    assert "least squares fitted 8 calls" in zipped.report["notes"]
