@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from cifar_data import DEFAULT_CACHE, Images, draw_calibration, holdout_split, load_cifar, mixed_batches, normalise
-from networks import NETWORKS
+from cifar_networks import NETWORKS
 from training import Trained, load_checkpoint, save_checkpoint, train_network
 
 from fxzip.evaluation import HeadAccuracy, evaluate_heads

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from cifar_data import Images, normalise
-from networks import NETWORKS
+from cifar_networks import NETWORKS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar  # noqa: E402
 import cifar_data  # noqa: E402
-import networks  # noqa: E402
+import cifar_networks  # noqa: E402
 import training  # noqa: E402
 
 CHECKPOINTS = Path(os.environ.get("FXZIP_CHECKPOINTS", Path(__file__).parents[2] / "shared" / "checkpoints"))
@@ -100,7 +100,7 @@ def test_augmentation_moves_and_mirrors_whole_images():
     assert not torch.equal(moved, pixels)
 
 
-@pytest.mark.parametrize("architecture", sorted(networks.NETWORKS))
+@pytest.mark.parametrize("architecture", sorted(cifar_networks.NETWORKS))
 def test_every_architecture_trains_saves_and_loads(architecture, tmp_path):
     images = cifar_data.Images(torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8), torch.arange(12) % 3)
     trained = training.train_network(
