@@ -219,8 +219,8 @@ def repair(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedM
     run = _Zipped(result, layers)
     with quiet_execution():
         for call in data:
-            for original in originals:
-                original.run(*flat_inputs(original.module, call))
+            for original, program in zip(originals, plan.trunk.alignment.programs, strict=True):
+                original.run(*flat_inputs(program.module, call))
             for goal in goals:
                 run.targets[goal.layer.key] = goal([originals[k].batch[n] for k, n in goal.layer.twins.items()])
             run.run(*flat_inputs(result, call))
