@@ -27,6 +27,10 @@ class BarrierError(FxzipError):
     """Raised by `strict=True`: calls without a rule stop the sharing of features."""
 
 
+class RuleError(FxzipError):
+    """A rule of the table gives something that cannot be fields of the call's result."""
+
+
 class SelfCheckError(FxzipError):
     """The analysis failed its own check and pinning the culprits did not cure it."""
 

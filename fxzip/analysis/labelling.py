@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import RuleError
 from ..rules import Facts, Fields, Invocation, Ledger, Operand, Rule, elementwise, is_pointwise, varying
 from ..rules.fields import along
 from ..tracing import Program, flat_inputs, quiet_execution
@@ -46,6 +47,15 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Probed:
+    """A call without a rule whose effect on labels was found out by trial (see `rules.probing`)."""
+
+    node: str
+    call: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Barrier:
     """A call without a rule: features stop being shared here."""
 
@@ -68,6 +78,7 @@ class Labelling:
     seen: Mapping[str, tuple[Tensor, ...]]  # node -> every distinct field inside it
     sites: tuple[Site, ...]
     barriers: tuple[Barrier, ...]
+    probed: tuple[Probed, ...] = ()
 
 
 @dataclass
@@ -93,6 +104,7 @@ class _State:
     seen: dict[int, Tensor] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     barriers: list[Barrier] = field(default_factory=list)
+    probed: list[Probed] = field(default_factory=list)
     node: str = ""
     where: str = ""
     calls: int = 0
@@ -189,7 +201,13 @@ def _apply(state: _State, call: Invocation) -> Fields | list[Fields] | None:
     rule = state.rules.get(call.name)
     if rule is None and is_pointwise(call.func):
         rule = elementwise.elementwise
-    result = rule(call) if rule is not None else None
+    if rule is not None:
+        result = rule(call)
+    else:
+        result = None if _written(call.func, call.args, call.kwargs) else probe(call)
+        if result is not None:
+            state.probed.append(Probed(state.node, call.name, f"`{call.name}` ({state.where}) was probed on random data"))
+    _check_fields(state, call, result)
     if result is None:
         reason = f"`{call.name}` ({state.where}) has no rule"
         state.barriers.append(Barrier(state.node, call.name, reason))
@@ -197,6 +215,20 @@ def _apply(state: _State, call: Invocation) -> Fields | list[Fields] | None:
             for labels in operand.fields:
                 state.ledger.pin(labels, reason, "barrier")
     return result
+
+
+def _check_fields(state: _State, call: Invocation, result: Any) -> None:
+    """A rule gives one tuple of fields for a tensor, a list of tuples for several; sizes 1 or the tensor's."""
+    pairs = zip(call.out, result, strict=False) if isinstance(result, list) else [(call.out, result or ())]
+    for tensor, fields in pairs:
+        for labels in fields if isinstance(tensor, Tensor) else ():
+            if labels.ndim != tensor.ndim or any(
+                a not in (1, b) for a, b in zip(labels.shape, tensor.shape, strict=True)
+            ):
+                raise RuleError(
+                    f"The rule of `{call.name}` must give fields with the axes of the result, each of size 1 or the "
+                    f"result's, {tuple(tensor.shape)}; found {tuple(labels.shape)} at {state.where}."
+                )
 
 
 def _store(state: _State, out: Any, result: Fields | list[Fields] | None, static: bool, learned: bool) -> None:
@@ -360,5 +392,5 @@ def label(program: Program, rules: Mapping[str, Rule]) -> Labelling:
         run.run(*flat_inputs(program.module, program.call))
     return Labelling(
         program, state.ledger.size, dict(state.params), run.facts, run.fields, run.touches,
-        frozenset(run.dynamic), run.seen, tuple(state.sites), tuple(state.barriers),
+        frozenset(run.dynamic), run.seen, tuple(state.sites), tuple(state.barriers), tuple(state.probed),
     )  # fmt: skip

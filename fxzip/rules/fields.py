@@ -134,7 +134,7 @@ class Ledger:
         labels = labels.reshape(-1)
         labels = labels[labels > 0]
         if labels.numel() < self.size:
-            return labels.unique()
+            return torch.as_tensor(labels.unique())
         found = torch.zeros(self.size, dtype=torch.bool)
         found[labels] = True
         return found.nonzero().flatten()
