@@ -118,6 +118,7 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
         "parameters": _parameters(zipped, programs),
         "unmerges": [n.name for n in zipped.graph.nodes if n.meta.get("fxzip", {}).get("unmerge")],
         "barriers": [b.reason for label in trunk.labellings for b in label.barriers],
+        "probed": [p.reason for label in trunk.labellings for p in label.probed],
         "tracing": [{"rung": p.rung, "failures": list(p.failures)} for p in programs],
     }
     return Report(values)
@@ -148,6 +149,7 @@ def _lines(v: Mapping[str, Any]) -> list[str]:
     if v["unmerges"]:
         lines.append("unmerged by a gather: " + ", ".join(f"`{name}`" for name in v["unmerges"]))
     lines += [f"barrier: {reason}" for reason in dict.fromkeys(v["barriers"])]
+    lines += [f"probed: {reason}" for reason in dict.fromkeys(v["probed"])]
     for k, tracing in enumerate(v["tracing"]):
         if tracing["failures"]:
             lines.append(f"model {k} traced by {tracing['rung']}: " + " ".join(tracing["failures"]))

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import RuleError
 from ..rules import Facts, Fields, Invocation, Ledger, Operand, Rule, elementwise, is_pointwise, varying
 from ..rules.fields import along
+from ..rules.probing import probe
 from ..tracing import Program, flat_inputs, quiet_execution
 from .writing import seen_through, window, write
 
@@ -206,7 +207,9 @@ def _apply(state: _State, call: Invocation) -> Fields | list[Fields] | None:
     else:
         result = None if _written(call.func, call.args, call.kwargs) else probe(call)
         if result is not None:
-            state.probed.append(Probed(state.node, call.name, f"`{call.name}` ({state.where}) was probed on random data"))
+            state.probed.append(
+                Probed(state.node, call.name, f"`{call.name}` ({state.where}) was probed on random data")
+            )
     _check_fields(state, call, result)
     if result is None:
         reason = f"`{call.name}` ({state.where}) has no rule"

@@ -22,6 +22,7 @@ from .invocation import Invocation
 TRIALS = 3
 _TOLERANCE = 1e-9
 _LARGEST = 1 << 22  # elements of all operands; above, a probe would take too long
+_MOST = 6  # labelled axes; all subsets of them are tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,8 @@ def probe(call: Invocation) -> Fields | list[Fields] | None:
     operands = call.operands()
     tensors = list(call.tensors())
     fields = [(i, labels) for i, operand in enumerate(operands) for labels in operand.fields]
-    if any(len(varying(labels)) != 1 for _, labels in fields) or sum(t.numel() for t in tensors) > _LARGEST:
+    large = sum(t.numel() for t in tensors) > _LARGEST or len(fields) > _MOST
+    if large or any(len(varying(labels)) != 1 for _, labels in fields):
         return None
     slots = [_Slot(i, next(iter(varying(labels))), labels) for i, labels in fields]
     found: list[tuple[tuple[_Slot, ...], tuple[int | None, ...]]] = []
