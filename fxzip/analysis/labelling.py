@@ -236,7 +236,11 @@ def _check_fields(state: _State, call: Invocation, result: Any) -> None:
 
 def _store(state: _State, out: Any, result: Fields | list[Fields] | None, static: bool, learned: bool) -> None:
     if isinstance(out, Tensor):
-        fields = tuple(f for f in result if varying(f)) if isinstance(result, tuple) else ()
+        given = result if isinstance(result, tuple) else ()
+        for labels in given:
+            if not varying(labels):
+                state.ledger.pin(labels, f"it is taken out alone ({state.where})")
+        fields = tuple(labels for labels in given if varying(labels))
         state.seen.update((id(f), f) for f in fields)
         state.entries[id(out)] = _Entry(out, fields, static, learned)
     elif isinstance(out, (list, tuple)):

@@ -32,7 +32,7 @@ def move(call: Invocation) -> Fields | list[Fields]:
 
 
 def _live(fields: list[Tensor]) -> Fields:
-    return tuple(labels for labels in map(compress, fields) if varying(labels))
+    return tuple(map(compress, fields))
 
 
 def index(call: Invocation) -> Fields | None:
@@ -44,16 +44,12 @@ def index(call: Invocation) -> Fields | None:
     else:
         axes = frozenset({call.args[1] % max(source.ndim, 1)})
         chosen = [call.args[2]]
-    if any(not call.operand(item).static for item in chosen):
-        for labels in source.fields:
-            call.ledger.fix(labels, axes, f"`{call.name}` picks it by indices that depend on the input")
-    if call.name == "gather":
-        shape = call.out.shape
-        kept = []
-        for labels in source.fields:
-            full = labels.expand([max(a, b) for a, b in zip(source.tensor.shape, shape, strict=True)])
-            kept.append(call.func(full.contiguous(), *call.args[1:]))
-        return _live(kept)
+    for item in map(call.operand, chosen):
+        for labels in item.fields:
+            call.ledger.pin(labels, f"`{call.name}` takes it for a position")
+        if not item.static:
+            for labels in source.fields:
+                call.ledger.fix(labels, axes, f"`{call.name}` picks it by indices that depend on the input")
     return move(call)  # type: ignore[return-value]
 
 
