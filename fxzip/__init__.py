@@ -5,9 +5,10 @@
 'zip'
 """
 
-from .analysis import relabel
+
 from .align import align
 from .analysis import label, self_check, solve
+from .analysis.twin import relabel
 from .calibration import Calibration, PerModel
 from .compiler import compile_zip, inspect
 from .errors import (

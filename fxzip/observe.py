@@ -34,7 +34,8 @@ from .trunk import Trunk
 class Watch:
     """One place where features of a space can be seen in all models.
 
-    `index[k]` has shape [occurrences, n_k]: where the features sit along the run made of `axes`.
+    `index[k]` has shape [occurrences, n_k]: where the features sit along the run made of `axes`. Axes that other
+    features of the models lie along, in orders of their own, are `pooled`: averaged out.
     """
 
     space: int
@@ -42,6 +43,7 @@ class Watch:
     call: int
     arg: int
     axes: tuple[int, ...]
+    pooled: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
     index: tuple[Tensor, ...]
     sample: bool = False  # taken as it is, not for the moments
@@ -58,24 +60,39 @@ def watches(trunk: Trunk) -> list[Watch]:
     names = [trunk.names(k) for k in range(len(trunk.spaces))]
     sites = [{(s.node, s.call, s.arg, tuple(sorted(varying(s.labels)))): s for s in label.sites}
              for label in trunk.labellings]  # fmt: skip
+    labelled: dict[tuple[str, int, int], set[int]] = defaultdict(set)
+    for node, call, arg, axes in sites[0]:
+        labelled[node, call, arg].update(axes)
     for node, call, arg, axes in sites[0]:
         twins = tuple(own.get(node, "") for own in names)
         keys = [(twin, call, arg, axes) for twin in twins]
         if all(key in own for key, own in zip(keys, sites, strict=True)):
             here = [own[key] for key, own in zip(keys, sites, strict=True)]
-            for watch in _watches_at(trunk, here, twins, axes):
+            pooled = tuple(sorted(labelled[node, call, arg] - set(axes)))
+            for watch in _watches_at(trunk, here, twins, axes, pooled):
                 found[watch.space].append((here[0].consumed, watch))
-    result = []
-    for candidates in found.values():
-        narrow = min(len(watch.axes) for _, watch in candidates)  # a run over a batch axis has a length of its own
-        own = [(consumed, watch) for consumed, watch in candidates if len(watch.axes) == narrow]
-        read = [watch for consumed, watch in own if consumed]
-        result += read or [watch for _, watch in own]
-        result += [replace(watch, sample=True) for consumed, watch in own if read and not consumed and watch.arg < 0][:1]
-    return result
+    return [watch for candidates in found.values() for watch in _chosen(candidates)]
 
 
-def _watches_at(trunk: Trunk, here: list[Site], twins: tuple[str, ...], axes: tuple[int, ...]) -> Iterator[Watch]:
+def _chosen(candidates: list[tuple[bool, Watch]]) -> list[Watch]:
+    """Of the places where a space can be seen those that tell most.
+
+    Not where another labelled axis must be averaged out, nor where the run takes in the batch, if there are others.
+    """
+
+    def rank(watch: Watch) -> tuple[bool, bool, int]:
+        return bool(watch.pooled), 0 in watch.axes, len(watch.axes)
+
+    best = min(rank(watch) for _, watch in candidates)
+    own = [(consumed, watch) for consumed, watch in candidates if rank(watch) == best]
+    read = [watch for consumed, watch in own if consumed]
+    before = [replace(watch, sample=True) for consumed, watch in own if read and not consumed and watch.arg < 0]
+    return (read or [watch for _, watch in own]) + before[:1]
+
+
+def _watches_at(
+    trunk: Trunk, here: list[Site], twins: tuple[str, ...], axes: tuple[int, ...], pooled: tuple[int, ...]
+) -> Iterator[Watch]:
     """A watch for every space all of whose features sit at this site in all models."""
     layouts = [own.layout(site.labels) for own, site in zip(trunk.spaces, here, strict=True)]
     sizes = tuple(tuple(site.shape[a] for a in axes) for site in here)
@@ -85,7 +102,7 @@ def _watches_at(trunk: Trunk, here: list[Site], twins: tuple[str, ...], axes: tu
             index = tuple(slots(layout, number) for layout, number in zip(layouts, numbers, strict=True))
             features = [own.spaces[number].size for own, number in zip(trunk.spaces, numbers, strict=True)]
             if [run.shape[1] for run in index] == features:
-                yield Watch(space, twins, here[0].call, here[0].arg, axes, sizes, index)
+                yield Watch(space, twins, here[0].call, here[0].arg, axes, pooled, sizes, index)
 
 
 @dataclass
@@ -151,6 +168,8 @@ def _features(value: Tensor, watch: Watch, k: int, positions: int) -> Tensor | N
     """[positions, n_k], at most so many evenly spread ones; None if the run has another length than traced."""
     if tuple(value.shape[a] for a in watch.axes) != watch.sizes[k]:
         return None
+    if watch.pooled:
+        value = value.mean(watch.pooled, keepdim=True)
     ends = tuple(range(value.ndim - len(watch.axes), value.ndim))
     run = value.detach().movedim(watch.axes, ends)
     outer = run.shape[: value.ndim - len(watch.axes)]

@@ -15,6 +15,7 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from .analysis.spaces import FeatureSpaces, Layout
 from .matching import BlockMoments, Merge, Method, match_blocks
 from .moments import Moments
 from .trunk import Trunk
@@ -123,8 +124,8 @@ def _first_of(klass: np.ndarray) -> np.ndarray:
 def _foldable(trunk: Trunk, k: int, reach: torch.Tensor, merges: Mapping[int, Merge]) -> frozenset[int]:
     """Spaces (of model 0) whose unmerge goes into the weights of head k.
 
-    Features that the head only moves, maps one by one, and sums over with weights of its own. Where U_k is a
-    permutation also those that meet parameters one by one or are mixed symmetrically: the head is relabelled then.
+    Features that the head only moves, maps one by one, and sums over with weights of its own: so whatever the head
+    computes from them is in the model's own basis.
     """
     spaces = trunk.spaces[k]
     numbers = {own: s for s, own in enumerate(trunk.partners[k])}
@@ -134,18 +135,28 @@ def _foldable(trunk: Trunk, k: int, reach: torch.Tensor, merges: Mapping[int, Me
         here = spaces.space_of[spaces.klass[inside[inside > 0]]]
         return {numbers[int(s)] for s in here.unique() if s >= 0}
 
-    fixed, met = set[int](), set[int]()
+    met = set[int]()
     for name in head_nodes(trunk, k):
         facts = trunk.labellings[k].facts[name]
         for _, labels in facts.touched:
             met |= reached(labels)
         for labels in (*(pin.labels for pin in facts.pins), *(pairs.reshape(-1) for pairs in facts.blocks)):
-            fixed |= reached(labels)
+            met |= reached(labels)
+    for name in head_params(trunk, k) & set(spaces.labelling.params):
+        for run in spaces.labelling.params[name].fields:
+            layout = spaces.layout(reach[run.reshape(-1)].clamp(min=0))
+            held = layout.space[layout.space >= 0]
+            met |= {numbers[int(s)] for s in held.unique() if not _whole(spaces, layout, int(s))}
     fused = spaces.space_of[spaces.klass[(reach == -1).nonzero().flatten()]]
-    fixed |= {numbers[int(s)] for s in fused.unique() if s >= 0}
-    bijective = {s for s, merge in merges.items() if merge.bijective(k)}
+    met |= {numbers[int(s)] for s in fused.unique() if s >= 0}
     narrow = {s for s, merge in merges.items() if merge.sizes[k] != merge.merge.shape[0]}
-    return frozenset(set(merges) - fixed - (met - bijective) - narrow)
+    return frozenset(set(merges) - met - narrow)
+
+
+def _whole(spaces: FeatureSpaces, layout: Layout, space: int) -> bool:
+    """Whether every feature of a space sits in the run, equally often."""
+    times = torch.bincount(layout.feature[layout.space == space], minlength=spaces.spaces[space].size)
+    return bool((times == times[0]).all())
 
 
 def head_params(trunk: Trunk, k: int) -> set[str]:

@@ -131,7 +131,7 @@ class _Head:
         if not self.copies:
             return value
         clone = self.graph.call_method("clone", (value,))
-        clone.meta["fxzip"] = {"part": f"head {self.k}", "from": [], "writes": False}
+        clone.meta["fxzip"] = {**value.meta["fxzip"], "part": f"head {self.k}", "writes": False}
         return clone
 
     def _handed(self, node: fx.Node) -> fx.Node:

@@ -9,7 +9,6 @@ from .labelling import Barrier, Labelling, ParamLabels, Site, label
 from .relabel import group_run, random_relabelling, relabelled, targets
 from .graph import dependencies, relations
 from .spaces import FeatureSpace, FeatureSpaces, Layout, solve
-from .twin import relabel
 
 __all__ = [
     "Barrier",
@@ -23,7 +22,6 @@ __all__ = [
     "group_run",
     "label",
     "random_relabelling",
-    "relabel",
     "relabelled",
     "relations",
     "relative_difference",

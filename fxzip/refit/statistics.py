@@ -88,7 +88,7 @@ def _layers(plan: ZipPlan) -> list[_Layer]:
         params = label.touches[node.name]
         if len(fields) != 1 or len(varying(fields[0])) != 1 or any(users[p] > 1 for p in params):
             continue
-        if not bool((trunk.spaces[0].layout(fields[0]).space >= 0).all()):
+        if not bool((trunk.spaces[0].layout(fields[0]).space >= 0).all()) or not _writes(plan, node, fields[0]):
             continue
         (axis,) = varying(fields[0])
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -100,6 +100,15 @@ def _layers(plan: ZipPlan) -> list[_Layer]:
             found.pop(node.all_input_nodes[0].name, None)
             found[node.name] = _layer(plan, node, axis)
     return list(found.values())
+
+
+def _writes(plan: ZipPlan, node: fx.Node, labels: Tensor) -> bool:
+    """Whether the weight of a module call has one entry (or row) per feature of what the call returns."""
+    spaces = plan.trunk.spaces[0]
+    weight = spaces.labelling.params.get(f"{node.target}.weight")
+    mine = spaces.klass[labels.reshape(-1)]
+    runs = [run.reshape(-1) for run in weight.fields[:2]] if weight is not None else []
+    return any(len(run) == len(mine) and bool((spaces.klass[run] == mine).all()) for run in runs)
 
 
 def _layer(plan: ZipPlan, node: fx.Node, axis: int) -> _Layer:
