@@ -128,6 +128,11 @@ def _arguments(models: Sequence[Any]) -> tuple[list[nn.Module], Any]:
             "`compile_zip(a, b, sample_input)` takes two models; the third argument is a module too. "
             "Pass three or more models as a list: `compile_zip([a, b, c], sample_input)`."
         )
+    elif len(models) == 2 and all(isinstance(model, nn.Module) for model in models):
+        raise InputError(
+            "`sample_input` must be a tensor, or a tuple or dict of tensors; found two modules and nothing else. "
+            "Pass one batch of what the models take as third argument."
+        )
     else:
         raise InputError(
             f"`compile_zip` takes `a, b, sample_input` or `[a, b, c], sample_input`; found {len(models)} positional arguments."

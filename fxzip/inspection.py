@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import networkx as nx
+
+from .analysis.graph import relations
 from .analysis.labelling import Barrier, Labelling
 from .analysis.spaces import FeatureSpace, FeatureSpaces, solve
 from .trunk import cut_names
@@ -28,14 +31,21 @@ class Inspection:
     cuts: tuple[str, ...]
     rung: str
     error: float | None
+    found: FeatureSpaces = field(repr=False)
+
+    @property
+    def graph(self) -> nx.MultiDiGraph:
+        """Spaces, parameters and nodes, and what they have to do with one another: see `analysis.graph.relations`."""
+        return relations(self.found)
 
     @classmethod
     def of(cls, labelling: Labelling, found: FeatureSpaces | None, error: float | None) -> Inspection:
-        spaces = (found or solve(labelling)).spaces
+        found = found or solve(labelling)
+        spaces = found.spaces
         numbers = sorted({space.tie for space in spaces if space.tie is not None})
         ties = tuple(tuple(space.name for space in spaces if space.tie == number) for number in numbers)
         cuts = tuple(cut_names(list(labelling.program.module.graph.nodes)))
-        return cls(spaces, ties, labelling.barriers, cuts, labelling.program.rung, error)
+        return cls(spaces, ties, labelling.barriers, cuts, labelling.program.rung, error, found)
 
     def __str__(self) -> str:
         lines = [f"traced: {self.rung}; self-check: " + ("not run" if self.error is None else f"{self.error:.1e}")]

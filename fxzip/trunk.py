@@ -96,7 +96,9 @@ def _unsound(
     for name, twins in alignment.pairs.items():
         reason = _different_shapes(labellings, twins)
         for k, twin in enumerate(twins):
-            output = "" if until_given else _writes_output(labellings[k], whole[k], twin)
+            shapes = {label.program.shapes.get(own) for label, own in zip(labellings, twins, strict=True)}
+            free = until_given and len(shapes) == 1
+            output = "" if free else _writes_output(labellings[k], whole[k], twin)
             reason = reason or barriers[k].get(twin, "") or output
         if reason:
             ends[name] = reason
