@@ -168,7 +168,7 @@ def test_block_with_fixed():
     ]
 
 
-# The oracle ------------------------------------------------------------------------------------------------------------
+# The oracle ----------------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -370,8 +370,7 @@ def test_the_oracle_can_fail():
     entry = bench.state.entry(bench.out)
     entry.fields = tuple(labels.flip(1) for labels in entry.fields)
     with pytest.raises(AssertionError):
-        for seed in range(6):
-            bench.check(seed)
+        all(bench.check(seed) or True for seed in range(6))
 
 
 @settings(max_examples=60, deadline=None)
@@ -421,7 +420,8 @@ REASONS = {
         lambda x: torch.nn.functional.avg_pool2d(x, 2), [(2, 3, 4, 4)], [(3,)]),
     "`im2col` mixes neighbouring places": (lambda x: torch.nn.functional.unfold(x, 2), [(2, 3, 4, 4)], [(2,)]),
     "`grid_sampler_2d` reads it as coordinates": (
-        lambda x, g: torch.nn.functional.grid_sample(x, g, align_corners=False), [(2, 3, 4, 4), (2, 2, 2, 2)], [(), (1,)]),
+        lambda x, g: torch.nn.functional.grid_sample(x, g, align_corners=False),
+        [(2, 3, 4, 4), (2, 2, 2, 2)], [(), (1,)]),
     "`embedding` reads its rows by number": (lambda w: torch.nn.functional.embedding(IDS, w), [(5, 6)], [(0, 1)]),
     "`index_add` puts it at places by number": (lambda x, y: x.index_add(0, IDS, y), [(5, 6), (4, 6)], [(0,), (1,)]),
     "`cat` joins it with unlabelled values": (lambda a, b: torch.cat([a, b], 0), [(2, 4), (3, 4)], [(1,), ()]),

@@ -17,7 +17,6 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 Ints = NDArray[np.int64]
-Marks = NDArray[np.uint64]
 Why = tuple[str, str]
 """Reason and kind of a pin."""
 
@@ -119,44 +118,6 @@ class Solver:
         return self.edges[:, (self.pinned[self.edges] == 0).all(0)]
 
 
-def marks_of(runs: Sequence[Ints], size: int) -> Marks:
-    """For each label a random linear function, mod 2**64, of how often it occurs in each field (flattened)."""
-    marks = np.zeros(size, np.uint64)
-    for run, salt in zip(runs, np.random.default_rng(0).integers(1, 2**63, len(runs), dtype=np.uint64), strict=True):
-        run = run[run > 0]
-        if run.size > size:
-            marks += np.bincount(run, minlength=size).astype(np.uint64) * salt
-        else:
-            np.add.at(marks, run, salt)
-    return marks
-
-
-def kinds_of(solver: Solver, marks: Marks) -> Ints:
-    """A 64-bit fingerprint per class: how often it occurs in which field, in which pinned blocks it lies, and, refined
-    until nothing new shows (Weisfeiler and Leman), the kinds of its blocks and of its members."""
-    kinds = np.zeros(solver.count, np.uint64)
-    np.add.at(kinds, solver.klass, marks)
-    block, member = solver.edges
-    held = solver.pinned[block] > 0
-    salts = np.random.default_rng(2).integers(1, 2**63, solver.count, dtype=np.uint64)
-    np.add.at(kinds, member[held], salts[block[held]])
-    distinct = 0
-    while member.size and (found := len(np.unique(kinds))) > distinct:
-        distinct = found
-        up, down = _scrambled(kinds), _scrambled(~kinds)
-        np.add.at(kinds, member, up[block])
-        np.add.at(kinds, block, down[member])
-        kinds = _scrambled(kinds)
-    return kinds.view(np.int64)
-
-
-def _scrambled(values: Marks) -> Marks:
-    """A bijection of 64-bit numbers without structure (the finaliser of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(values ^ (values >> np.uint64(31)))
-
-
 @dataclass(frozen=True)
 class Unit:
     """A block with what it holds: root class, members by kind (each sorted)."""
@@ -207,7 +168,10 @@ def units_of(solver: Solver, kinds: Ints) -> tuple[list[Unit], list[list[int]], 
 
 
 def _partners(solver: Solver, kinds: Ints) -> list[list[int]]:
-    """Pairs of overlapping blocks of which neither overlaps another block of the other's kind: they move as one."""
+    """Pairs of overlapping blocks of two kinds of which neither overlaps another of the other's kind: they move as one.
+
+    What lies in one of the two only is still told apart by its kind.
+    """
     parents: dict[int, list[int]] = defaultdict(list)
     for block, member in solver.free_edges().T.tolist():
         parents[member].append(block)
@@ -215,7 +179,7 @@ def _partners(solver: Solver, kinds: Ints) -> list[list[int]]:
     for blocks in {tuple(blocks) for blocks in parents.values() if len(blocks) > 1}:
         for a in blocks:
             for b in blocks:
-                if a != b:
+                if kinds[a] != kinds[b]:
                     overlaps[a, int(kinds[b])].add(b)
     pairs = []
     for (a, _), others in overlaps.items():

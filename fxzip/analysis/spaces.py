@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ..rules import Facts
+from .kinds import Runs, kinds_of
 from .labelling import Labelling
-from .solver import Ints, Solver, Unit, hold_unique, kinds_of, marks_of, units_of, untangle
+from .solver import Ints, Solver, Unit, hold_unique, units_of, untangle
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,15 +137,16 @@ def solve(
         _joined([pairs for fact in facts for pairs in fact.blocks]),
         *_pins(labelling.size, facts, pinned or {}),
     )
-    runs = {id(run): run for name in sorted(params) for run in labelling.params[name].fields}
-    runs |= {id(run): run for name in chosen for run in labelling.seen[name]}
-    marks = marks_of([run.reshape(-1).numpy() for run in runs.values()], labelling.size)
+    fields = {id(run): run for name in sorted(params) for run in labelling.params[name].fields}
+    fields |= {id(run): run for name in chosen for run in labelling.seen[name]}
+    runs = Runs.of([run.reshape(-1).numpy() for run in fields.values()], labelling.size)
+    more = np.zeros(labelling.size, np.uint64)
     while True:
-        kinds = kinds_of(solver, marks)
+        kinds = kinds_of(solver, runs, more)
         units, deep, tangles = units_of(solver, kinds)
         rigid = [unit.classes for unit in units if unit.is_rigid]
         if tangles or rigid or deep:
-            marks[solver.labels_of()] += kinds.view(np.uint64)  # what is given up below still tells members apart
+            more[solver.labels_of()] += kinds.view(np.uint64)  # what is given up below still tells members apart
         if hold_unique(solver, kinds, tangles + deep):
             continue
         if tangles:
