@@ -5,7 +5,6 @@
 'zip'
 """
 
-
 from .align import align
 from .analysis import label, self_check, solve
 from .analysis.twin import relabel
@@ -65,11 +64,11 @@ __all__ = [
     "compile_zip",
     "find_trunk",
     "inspect",
-    "relabel",
     "label",
     "observe",
     "plan",
     "refits",
+    "relabel",
     "resolve",
     "rewrite",
     "self_check",

@@ -55,7 +55,11 @@ def _configuration(module: nn.Module) -> Hashable:
     def known(value: Any) -> Hashable:
         if isinstance(value, (tuple, list)):
             return tuple("size" if isinstance(v, int) and v in sizes and v > 1 else repr(v) for v in value)
-        return "size" if isinstance(value, int) and not isinstance(value, bool) and value in sizes and value > 1 else repr(value)
+        return (
+            "size"
+            if isinstance(value, int) and not isinstance(value, bool) and value in sizes and value > 1
+            else repr(value)
+        )
 
     plain = (bool, int, float, str, tuple, list, type(None), torch.Size)
     settings = tuple(
@@ -124,10 +128,17 @@ def align(programs: Sequence[Program]) -> Alignment:
     """
     first = programs[0]
     maps = [_pair(first, other) for other in programs[1:]]
-    kept = _closed(first, set.intersection(*({*m[0]} for m in maps)) if maps else {n.name for n in first.module.graph.nodes})
+    kept = _closed(
+        first, set.intersection(*({*m[0]} for m in maps)) if maps else {n.name for n in first.module.graph.nodes}
+    )
     names = [n.name for n in first.module.graph.nodes if n.op != "output" and n.name in kept]
     pairs = {name: (name, *(m[0][name] for m in maps)) for name in names}
-    own = {name for node in first.module.graph.nodes if node.name in pairs for name, _ in _tensors(node, _Names(first.module))}
+    own = {
+        name
+        for node in first.module.graph.nodes
+        if node.name in pairs
+        for name, _ in _tensors(node, _Names(first.module))
+    }
     params = {name: (name, *(m[1][name] for m in maps)) for name in sorted(own)}
     return Alignment(tuple(programs), pairs, params, tuple(m[2] for m in maps))
 

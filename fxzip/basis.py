@@ -94,7 +94,9 @@ class PlaceMap:
 
     def _sparse(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         index = torch.stack([self.rows, self.columns]).to(device)
-        return torch.sparse_coo_tensor(index, self.weights.to(device, dtype), (self.height, self.width), check_invariants=False)
+        return torch.sparse_coo_tensor(
+            index, self.weights.to(device, dtype), (self.height, self.width), check_invariants=False
+        )
 
 
 def _runs(labels: ParamLabels) -> list[tuple[int, Tensor]]:

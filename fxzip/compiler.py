@@ -12,11 +12,11 @@ from torch import nn
 
 from .align import align
 from .analysis import Labelling, label, self_check
+from .calibration import Calibration
 from .errors import BarrierError, InputError
 from .inputs import as_call
 from .inspection import Inspection
 from .matching import Method, resolve
-from .calibration import Calibration
 from .observe import observe
 from .plan import plan
 from .refit import Refit, fit_notes, refits
@@ -101,7 +101,9 @@ def compile_zip(
     return zipped
 
 
-def inspect(model: nn.Module, sample_input: Any, *, verify: bool = True, rules: Mapping[str, Rule] = RULES) -> Inspection:
+def inspect(
+    model: nn.Module, sample_input: Any, *, verify: bool = True, rules: Mapping[str, Rule] = RULES
+) -> Inspection:
     """Feature spaces, ties, barriers and possible cuts of one model; printable.
 
     >>> import torch, fxzip
@@ -119,8 +121,14 @@ def _arguments(models: Sequence[Any]) -> tuple[list[nn.Module], Any]:
     """Split the positional arguments into models and sample input."""
     if len(models) == 2 and isinstance(models[0], Iterable) and not isinstance(models[0], nn.Module):
         networks, sample = list(models[0]), models[1]
-    elif len(models) == 2 and isinstance(models[0], (nn.ModuleList, nn.Sequential)) and not isinstance(models[1], nn.Module):
-        raise InputError("`compile_zip` needs at least two models; found one. Pass `a, b, sample_input` or a list of models.")
+    elif (
+        len(models) == 2
+        and isinstance(models[0], (nn.ModuleList, nn.Sequential))
+        and not isinstance(models[1], nn.Module)
+    ):
+        raise InputError(
+            "`compile_zip` needs at least two models; found one. Pass `a, b, sample_input` or a list of models."
+        )
     elif len(models) == 3 and not isinstance(models[2], nn.Module):
         networks, sample = list(models[:2]), models[2]
     elif any(isinstance(model, nn.Module) for model in models[2:]):
@@ -135,10 +143,13 @@ def _arguments(models: Sequence[Any]) -> tuple[list[nn.Module], Any]:
         )
     else:
         raise InputError(
-            f"`compile_zip` takes `a, b, sample_input` or `[a, b, c], sample_input`; found {len(models)} positional arguments."
+            "`compile_zip` takes `a, b, sample_input` or `[a, b, c], sample_input`; "
+            f"found {len(models)} positional arguments."
         )
     if isinstance(sample, nn.Module):
-        raise InputError("`sample_input` must be a tensor, or a tuple or dict of tensors; found a module. Pass the models as a list.")
+        raise InputError(
+            "`sample_input` must be a tensor, or a tuple or dict of tensors; found a module. Pass the models as a list."
+        )
     if len(networks) < 2:
         raise InputError(f"`compile_zip` needs at least two models; found {len(networks)}.")
     return [check_model(model, f"model {k}") for k, model in enumerate(networks)], as_call(sample)
@@ -151,5 +162,3 @@ def _no_barriers(labellings: Sequence[Labelling]) -> None:
             f"`strict=True` allows no barrier; {len(reasons)} found:\n  " + "\n  ".join(reasons)
             + "\nPass `rules=fxzip.RULES | {...}` with a rule for each, or `strict=False` to stop sharing there."
         )  # fmt: skip
-
-

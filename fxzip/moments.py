@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 SAMPLES = 512
 """Positions at which features are kept as they are."""
 

@@ -49,7 +49,8 @@ class Watch:
     sample: bool = False  # taken as it is, not for the moments
 
 
-POSITIONS = 2048  # per batch and space; images, pixels and places are spread evenly
+POSITIONS = (256, 1536)  # per batch and space, least and most; images, pixels and places are spread evenly
+_COST = 1e9  # multiplications per batch and space that decide in between
 SAMPLES_A_BATCH = SAMPLES // 2
 _BLOCK = 1024  # rows of a product that are computed at a time
 
@@ -139,6 +140,13 @@ class _Sums:
         return Moments(float(self.count), self.total + self.count * c, outer, self.sizes, samples)
 
 
+def _positions(watch: Watch) -> int:
+    """How many positions of a space to take from a batch."""
+    features = sum(run.shape[1] for run in watch.index)
+    least, most = POSITIONS
+    return max(least, min(most, int(_COST / features**2)))
+
+
 class _Watcher(TorchDispatchMode):
     """Takes the watched tensors of one model as they pass; sampled positions only."""
 
@@ -149,7 +157,7 @@ class _Watcher(TorchDispatchMode):
         for number, watch in enumerate(places):
             self.wanted[watch.node[k], watch.call].append((number, watch))
         tally = Counter(watch.space for watch in places if not watch.sample)
-        self.positions = [SAMPLES_A_BATCH if w.sample else -(-POSITIONS // tally[w.space]) for w in places]
+        self.positions = [SAMPLES_A_BATCH if w.sample else -(-_positions(w) // tally[w.space]) for w in places]
         self.node, self.calls = "", 0
         self.taken: dict[int, Tensor] = {}
 
@@ -231,25 +239,37 @@ def observe(trunk: Trunk, data: Iterable[Call]) -> dict[int, Moments]:
                     _WatchedRun(program.module, watcher).run(*flat_inputs(program.module, call))
             except RuntimeError as error:
                 raise wrong_shape(call, index, program.call, error) from error
-        for number, watch in enumerate(places):
-            features = [watcher.taken[number] for watcher in watchers if number in watcher.taken]
-            enough = watch.sample and watch.space in sums and len(sums[watch.space].samples) >= SAMPLES // SAMPLES_A_BATCH
-            if len(features) == len(watchers) and not enough:
-                _take(sums, watch, features, index)
+        _take(sums, places, watchers, index)
     return {space: found.moments() for space, found in sums.items() if found.count}
 
 
-def _take(sums: dict[int, _Sums], watch: Watch, features: list[Tensor], batch: int) -> None:
+def _take(sums: dict[int, _Sums], places: list[Watch], watchers: list[_Watcher], batch: int) -> None:
+    """Add what was taken from a batch, one product per space."""
+    seen: dict[int, list[Tensor]] = defaultdict(list)
+    samples: dict[int, Tensor] = {}
+    for number, watch in enumerate(places):
+        features = [watcher.taken[number] for watcher in watchers if number in watcher.taken]
+        if len(features) < len(watchers):
+            continue
+        _check_finite(watch, features, batch)
+        joint = torch.cat(features, dim=1)
+        if watch.sample:
+            samples[watch.space] = joint
+            continue
+        seen[watch.space].append(joint)
+        if watch.space not in sums:
+            sums[watch.space] = _Sums.like(joint, tuple(own.shape[1] for own in features))
+    for space, parts in seen.items():
+        sums[space].add(torch.cat(parts) if len(parts) > 1 else parts[0])
+    for space, drawn in samples.items():
+        if space in sums and len(sums[space].samples) < SAMPLES // SAMPLES_A_BATCH:
+            sums[space].samples.append(drawn)
+
+
+def _check_finite(watch: Watch, features: list[Tensor], batch: int) -> None:
     for k, (own, node) in enumerate(zip(features, watch.node, strict=True)):
         if not bool(own.sum().isfinite()) and (bad := int((~own.isfinite().all(0)).sum())):
             raise DataError(
                 f"Features must be finite; node `{node}` of model {k} gave {bad} non-finite features on batch {batch} "
                 "of `data`. Look for overflow, or for NaN in the data or the parameters."
             )
-    joint = torch.cat(features, dim=1)
-    if watch.space not in sums:
-        sums[watch.space] = _Sums.like(joint, tuple(own.shape[1] for own in features))
-    if watch.sample:
-        sums[watch.space].samples.append(joint)
-    else:
-        sums[watch.space].add(joint)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -114,11 +115,12 @@ def _reach(trunk: Trunk, k: int) -> torch.Tensor:
     return torch.from_numpy(result[wide])
 
 
-def _first_of(klass: np.ndarray) -> np.ndarray:
+def _first_of(klass: NDArray[np.int64]) -> NDArray[np.int64]:
     """A representative label for the class of each label."""
     first = np.full(int(klass.max()) + 1, -1, np.int64)
     first[klass[::-1]] = np.arange(len(klass) - 1, -1, -1)
-    return first[klass]
+    result: NDArray[np.int64] = first[klass]
+    return result
 
 
 def _foldable(trunk: Trunk, k: int, reach: torch.Tensor, merges: Mapping[int, Merge]) -> frozenset[int]:

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .inputs import Call
 from .plan import ZipPlan
-from .zipped import ZippedModule
 from .tracing import Program, flat_inputs, quiet_execution
 from .trunk import module_path
+from .zipped import ZippedModule
 
 
 class _Counting(fx.Interpreter):
@@ -103,7 +103,11 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
         for number, space in enumerate(trunk.spaces[0].spaces)
     ]  # fmt: skip
     last = [node for node in programs[0].module.graph.nodes if node.name in set(trunk.nodes)]
-    edge = [n for n in last if any(user.name not in set(trunk.nodes) for user in n.users) and n.name in trunk.labellings[0].dynamic]
+    edge = [
+        n
+        for n in last
+        if any(user.name not in set(trunk.nodes) for user in n.users) and n.name in trunk.labellings[0].dynamic
+    ]
     values = {
         "models": len(programs),
         **settings,

@@ -209,10 +209,13 @@ def _fraction(
 
 def _beyond(until: str, node: fx.Node, alignment: Alignment, ends: Mapping[str, str], names: set[str]) -> str:
     parting = next((text for text in alignment.parting if text), "")
-    reason = ends.get(node.name) or (f"the models part: the first {parting}" if parting else "what it needs is not shared")
+    reason = ends.get(node.name) or (
+        f"the models part: the first {parting}" if parting else "what it needs is not shared"
+    )
     last = [name for name in cut_names(list(node.graph.nodes)) if name in names]
     hint = f" The trunk can reach up to {last[-1]!r}." if last else ""
-    return f"`until` must lie in what the models share; {until!r} needs node `{node.name}`, which is not shared: {reason}.{hint}"
+    needs = f"{until!r} needs node `{node.name}`, which is not shared"
+    return f"`until` must lie in what the models share; {needs}: {reason}.{hint}"
 
 
 def _nothing(alignment: Alignment, order: Sequence[fx.Node], ends: Mapping[str, str], names: set[str]) -> str:
@@ -229,7 +232,9 @@ def _nothing(alignment: Alignment, order: Sequence[fx.Node], ends: Mapping[str, 
 
 def _partners(alignment: Alignment, spaces: Sequence[FeatureSpaces]) -> tuple[tuple[int, ...], ...]:
     """Pair the spaces of all models by the parameters on which they occur."""
-    signatures = [_signatures(own, {twins[k]: name for name, twins in alignment.params.items()}) for k, own in enumerate(spaces)]
+    signatures = [
+        _signatures(own, {twins[k]: name for name, twins in alignment.params.items()}) for k, own in enumerate(spaces)
+    ]
     result = []
     for k, own in enumerate(signatures):
         places = {signature: number for number, signature in enumerate(own)}
@@ -254,7 +259,12 @@ def _signatures(spaces: FeatureSpaces, names: Mapping[str, str]) -> list[tuple]:
                 here = layout.space == number
                 found[number][twin, place] = int(layout.occurrence[here].max()) + 1
     return [
-        (space.legality, None if space.blocks is None else len(space.blocks), tuple(sorted(places.items())), _nth(spaces, number))
+        (
+            space.legality,
+            None if space.blocks is None else len(space.blocks),
+            tuple(sorted(places.items())),
+            _nth(spaces, number),
+        )
         for number, (space, places) in enumerate(zip(spaces.spaces, found, strict=True))
     ]
 
@@ -262,5 +272,3 @@ def _signatures(spaces: FeatureSpaces, names: Mapping[str, str]) -> list[tuple]:
 def _nth(spaces: FeatureSpaces, number: int) -> int:
     """Spaces on the same parameters (parts of one axis) are told apart by their order."""
     return sum(1 for other in spaces.spaces[:number] if other.name == spaces.spaces[number].name)
-
-

@@ -22,7 +22,7 @@ def unmerge(x: Tensor, index: Tensor, axes: tuple[int, ...], sizes: tuple[int, .
     ends = tuple(range(x.ndim - len(axes), x.ndim))
     moved = x.movedim(axes, ends)
     flat: Tensor = moved.flatten(-len(axes)).index_select(-1, index)
-    return flat.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return, no-untyped-call]
+    return flat.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return]
 
 
 def mix(x: Tensor, matrix: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -34,7 +34,7 @@ def mix(x: Tensor, matrix: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]
     """
     ends = tuple(range(x.ndim - len(axes), x.ndim))
     moved: Tensor = x.movedim(axes, ends).flatten(-len(axes)) @ matrix.to(x.dtype).T
-    return moved.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return, no-untyped-call]
+    return moved.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return]
 
 
 def part_of(node: fx.Node) -> str:
@@ -84,7 +84,9 @@ class ZippedModule(fx.GraphModule):
         return _restored, (build, arguments, meta, dict(self.meta), self.training)
 
 
-def _restored(build: Any, arguments: Any, meta: list[dict[str, Any]], own: dict[str, Any], training: bool) -> ZippedModule:
+def _restored(
+    build: Any, arguments: Any, meta: list[dict[str, Any]], own: dict[str, Any], training: bool
+) -> ZippedModule:
     """A zipped module from its pickle."""
     plain = build(*arguments)
     for node, found in zip(plain.graph.nodes, meta, strict=True):

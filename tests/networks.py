@@ -123,7 +123,9 @@ class Residual(nn.Module):
 
     def __init__(self, classes: int = 4, width: int = 8) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
         self.layer1 = nn.Sequential(Block(width, width), Block(width, width))
         self.layer2 = nn.Sequential(Block(width, 2 * width, 2), Block(2 * width, 2 * width))
         self.linear = nn.Linear(2 * width, classes)
@@ -141,7 +143,9 @@ class Segmenter(Residual):
     def __init__(self, classes: int = 5, width: int = 8) -> None:
         super().__init__(1, width)
         self.linear = nn.Identity()
-        self.mask = nn.Sequential(nn.Conv2d(2 * width, width, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width, classes, 1))
+        self.mask = nn.Sequential(
+            nn.Conv2d(2 * width, width, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width, classes, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.interpolate(self.mask(self.features(x)), scale_factor=2.0)

@@ -41,7 +41,9 @@ def test_cut_beyond_the_common_trunk():
 
 @pytest.mark.parametrize("until", [0.0, 1.5])
 def test_fraction_out_of_range(until):
-    fails(fxzip.CutError, f"`until` as a fraction of the FLOPs must lie in (0, 1]; found {until}.", A, B, X, until=until)
+    fails(
+        fxzip.CutError, f"`until` as a fraction of the FLOPs must lie in (0, 1]; found {until}.", A, B, X, until=until
+    )
 
 
 def test_fraction_too_small():
@@ -66,7 +68,13 @@ def test_non_finite_features():
 
 
 def test_dtypes_differ():
-    fails(fxzip.InputError, "All models must be on one device and of one dtype; ...torch.float64", A, Residual().double(), X)
+    fails(
+        fxzip.InputError,
+        "All models must be on one device and of one dtype; ...torch.float64",
+        A,
+        Residual().double(),
+        X,
+    )
 
 
 def test_devices_differ():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from networks import Mixed, PaddedResNet, Residual, randomise, torchvision_model
 from torchvision.models import VisionTransformer
 
 import fxzip
 from fxzip.analysis import relative_difference
-from networks import Mixed, PaddedResNet, Residual, randomise, torchvision_model
 
 BOUND = {torch.float32: 1e-4, torch.float64: 1e-9}
 QUICK = ["squeezenet1_0", "mobilenet_v3_small", "shufflenet_v2_x1_0", "resnet18"]
@@ -107,7 +107,9 @@ def test_nothing_to_unmerge_in_a_full_zip(method):
     assert zipped.report["unmerges"] == []
 
 
-CUTS = [n for n in fxzip.inspect(Residual(), torch.randn(2, 3, 8, 8), verify=False).cuts if "." not in n and n != "linear"]
+CUTS = [
+    n for n in fxzip.inspect(Residual(), torch.randn(2, 3, 8, 8), verify=False).cuts if "." not in n and n != "linear"
+]
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -5,9 +5,9 @@ relabellings, `checking` proves the analysis on the program itself.
 """
 
 from .checking import relative_difference, self_check
+from .graph import dependencies, relations
 from .labelling import Barrier, Labelling, ParamLabels, Site, label
 from .relabel import group_run, random_relabelling, relabelled, targets
-from .graph import dependencies, relations
 from .spaces import FeatureSpace, FeatureSpaces, Layout, solve
 
 __all__ = [
