@@ -155,9 +155,9 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     """docs/coverage.md."""
     lines = [
         "# Coverage", "",
-        "Written by `python benchmarks/coverage.py`; random weights, small inputs, one thread. *exact*: relative error of",
-        "the output after a random relabelling of all spaces. FLOPs and parameters: per cent that may be zipped / only",
-        "relabelled / are pinned. Seconds: trace, labels and spaces, self-check; *forward*: one forward pass.", "",
+        "Written by `python benchmarks/coverage.py`; random weights, small inputs, one thread. *exact*: relative error",
+        "of the output after a random relabelling of all spaces. FLOPs and parameters: per cent that may be zipped /",
+        "only relabelled / are pinned. Seconds: trace, labels and spaces, self-check; *forward*: one forward pass.", "",
     ]  # fmt: skip
     for zoo in dict.fromkeys(row["zoo"] for row in rows):
         own = [row for row in rows if row["zoo"] == zoo]
@@ -168,9 +168,8 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
         lines += ["| model | rung | exact | FLOPs | parameters | trace | analysis | check | forward | notes |",
                   "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for row in own:
-            notes = row.get("error", "") or "; ".join(
-                [*row.get("warnings", []), *row.get("barriers", []), *row.get("probed", [])][:3]
-            )
+            said = [*row.get("warnings", []), *row.get("barriers", []), *row.get("probed", [])]
+            notes = row.get("error", "") or "; ".join(said[:3])
             seconds = [row.get("trace_s"), row.get("label_s", 0) + row.get("solve_s", 0) if "label_s" in row else None,
                        row.get("check_s"), row.get("forward_s")]  # fmt: skip
             cells = [row["name"], row.get("rung", ""), f"{row['gap']:.0e}" if row.get("exact") else "no",

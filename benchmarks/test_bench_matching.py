@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fxzip.matching import BlockMoments, Permute, Zip, match_blocks
-from fxzip.observe import Moments, moments
+from fxzip.moments import Moments, moments
 
 
 def rectified(n: int, models: int = 2) -> Moments:

@@ -19,7 +19,7 @@ from fxzip.errors import DataError, InputError
 from fxzip.matching import METHODS, Average, BlockMoments, Merge, Permute, Zip, match_blocks, resolve, similarity
 from fxzip.matching.merge import in_first_layout, mean_similarity
 from fxzip.matching.zipping import zip_clusters
-from fxzip.observe import Moments, moments
+from fxzip.moments import Moments, moments
 
 close = torch.testing.assert_close
 SEEDS = st.integers(0, 10_000)

@@ -156,7 +156,8 @@ def similarity(moments: Moments) -> Tensor:
 
     It is Pearson's correlation (ZipIt!, section 4.1), 0 with a feature that never varies, except for two such features
     of different models: constants a and b count 1 - |a - b| / (|a| + |b|), at least 0, and 1 if both are zero. So equal
-    constants find each other, one to one, since within a model constants still count 0. Where there are `samples`, their
+    constants find each other, one to one, since within a model constants still count 0. Where there are `samples`,
+    their
     correlation counts with the tiny weight `TIE`, so that it decides between features that are equally alike else.
 
     Raises:
