@@ -251,6 +251,6 @@ def _tensor_difference(x: Tensor, y: Tensor) -> float:
     odd = ~x.isfinite()
     if bool(odd.any()) and not torch.equal(torch.nan_to_num(x[odd]), torch.nan_to_num(y[odd])):
         return math.inf
-    scale = float(torch.where(odd, 0, x).abs().max()) or 1.0
-    gap = float(torch.where(odd, 0, x - y).abs().max()) / scale
+    scale = float(torch.where(odd, 0, x).detach().abs().max()) or 1.0
+    gap = float(torch.where(odd, 0, x - y).detach().abs().max()) / scale
     return gap if math.isfinite(gap) else math.inf
