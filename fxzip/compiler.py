@@ -25,7 +25,7 @@ from .rewrite import rewrite
 from .rules import RULES, Rule
 from .tracing import check_model, check_placement, trace
 from .trunk import find_trunk
-from .zipped import ZippedModule
+from .zipped import ZippedModule, reuse_memory
 
 
 def compile_zip(
@@ -90,6 +90,7 @@ def compile_zip(
     zipping = plan(trunk, statistics, chosen)
     zipped = rewrite(zipping)
     zipped = corrected(zipped, zipping, calibration("refitting"))
+    reuse_memory(zipped)
     settings = {
         "method": repr(chosen),
         "refit": refit,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from .align import attribute
@@ -113,3 +115,25 @@ def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
     """Give a parameter or buffer a new value, in its own dtype; where it is shared it stays shared."""
     own = attribute(module, name)
     own.data = value.to(own.dtype).contiguous()
+
+
+def reuse_memory(module: fx.GraphModule) -> None:
+    """Let ReLUs write over their input where nothing else reads it, as networks usually have it. In place.
+
+    Tracing makes all calls out of place. A ReLU goes back where its input is the fresh result of a convolution, a
+    linear call, a normalisation or a sum that has no other user. The gradient of a ReLU needs its result only.
+    """
+    sums = (operator.add, torch.add)
+    makers = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+    safe: dict[nn.Module, bool] = {}
+    for node in module.graph.nodes:
+        called = attribute(module, str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, nn.ReLU):
+            source = node.all_input_nodes[0]
+            fresh = (source.op == "call_function" and source.target in sums) or (
+                source.op == "call_module" and isinstance(attribute(module, str(source.target)), makers)
+            )
+            tensors = len(source.all_input_nodes) == (2 if source.op == "call_function" else 1)
+            safe[called] = safe.get(called, True) and fresh and tensors and len(source.users) == 1
+    for relu, ready in safe.items():
+        relu.inplace = ready  # type: ignore[assignment]

@@ -220,3 +220,25 @@ class Parametrised(nn.Module):
 def test_parametrised_twin():
     model, x = Parametrised(), torch.randn(50, 4)
     same(fxzip.compile_zip(model, fxzip.relabel(model, x), x, data=[x], progress=False)(x)[1], model(x), 1e-4)
+
+
+def test_relus_write_in_place_only_where_nothing_else_reads() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+            self.alone, self.shared = nn.ReLU(), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.alone(self.first(x))
+            y = self.again(x)
+            return self.head(self.shared(y) - y)
+
+    a, b, x = Reads().eval(), Reads().eval(), torch.randn(16, 4)
+    zipped = fxzip.compile_zip(a, a, x, data=[x], method="permute")
+    flags = {name.split(".")[-1]: m.inplace for name, m in zipped.named_modules() if isinstance(m, nn.ReLU)}
+    assert flags == {"alone": True, "shared": False}
+    before = x.clone()
+    torch.testing.assert_close(zipped(x)[0], a(x))
+    assert torch.equal(x, before)
+    sum(y.sum() for y in fxzip.compile_zip(a, b, x)(x)).backward()
