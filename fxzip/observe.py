@@ -49,7 +49,7 @@ class Watch:
     sample: bool = False  # taken as it is, not for the moments
 
 
-POSITIONS = (192, 1536)  # per batch and space, least and most; images, pixels and places are spread evenly
+POSITIONS = (192, 8192)  # per batch and space, least and most; images, pixels and places are spread evenly
 _COST = 8e8  # multiplications per batch and space that decide in between
 SAMPLES_A_BATCH = SAMPLES // 2
 _BLOCK = 1024  # rows of a product that are computed at a time

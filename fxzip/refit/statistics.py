@@ -53,12 +53,14 @@ class _Sums:
 
     def add(self, value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Take in a batch; returns its mean and standard deviation per feature."""
-        flat = value.detach().movedim(axis, -1).flatten(0, -2).double()
-        total, square = flat.sum(0), flat.square().sum(0)
-        self.count += len(flat)
+        exact = value.detach() if value.dtype in (torch.float32, torch.float64) else value.detach().float()
+        variance, mean = torch.var_mean(exact, [a for a in range(value.ndim) if a != axis], correction=0)
+        variance, mean, count = variance.double(), mean.double(), value.numel() / value.shape[axis]
+        total, square = mean * count, (variance + mean.square()) * count
+        self.count += count
         self.total = total if self.total is None else self.total + total
         self.square = square if self.square is None else self.square + square
-        return _mean_std(float(len(flat)), total, square)
+        return mean, variance.sqrt()
 
     def result(self) -> tuple[Tensor, Tensor]:
         assert self.total is not None
