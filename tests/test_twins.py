@@ -96,6 +96,7 @@ def test_attention(method, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.hours
 def test_vision_transformer():
     check(torchvision_model("vit_b_16"), lambda n, s: images(n, 224, torch.float32, s), "permute", torch.float32)
 
