@@ -1,6 +1,6 @@
 """Ridge regression towards a prior, in closed form, and its variant for targets behind a ReLU.
 
-    W = argmin Σ w ‖x W - t‖² + λ ‖W - W_0‖²  =  (Σ w xᵀx + λ)⁻¹ (Σ w xᵀt + λ W_0),      λ = ridge · mean diagonal
+    W = argmin Σ ‖x W - t‖² + λ ‖W - W_0‖²  =  (Σ xᵀx + λ)⁻¹ (Σ xᵀt + λ W_0),      λ = ridge · mean diagonal
 
 with a constant 1 as last input, so that the last row of W is the bias.
 """
@@ -19,7 +19,6 @@ def ridge_solution(
     *,
     rounds: int = 0,
     offset: Tensor | None = None,
-    weight: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """The regression, and the ridge that it took.
 
@@ -37,19 +36,17 @@ def ridge_solution(
         rounds: if positive, a ReLU follows (after `offset`, [positions, n], is added): where the target is ≤ 0 any
             value ≤ 0 serves. Each round replaces such targets by the present value or 0: the sum of squares that
             forgives values ≤ 0 there never grows.
-        weight: of the positions, [positions].
 
     Returns:
         W in float64, [d + 1, n], and the ridge used.
     """
     ones = torch.cat([x, x.new_ones(len(x), 1)], 1)
-    weighted = ones if weight is None else ones * weight[:, None].to(ones)
-    gram = (weighted.T @ ones).double()
+    gram = (ones.T @ ones).double()
     factor, ridge = _cholesky(gram, ridge)
     pull = ridge * _scale(gram) * prior.double()
 
     def solve(target: Tensor) -> Tensor:
-        return torch.cholesky_solve((weighted.T @ target).double() + pull, factor)
+        return torch.cholesky_solve((ones.T @ target).double() + pull, factor)
 
     solution = solve(t)
     for _ in range(rounds):

@@ -30,11 +30,6 @@ def gated(call: Invocation) -> Fields:
     return tuple(result)
 
 
-def prelu(call: Invocation) -> Fields:
-    """_prelu_kernel(x, w): w comes already shaped for broadcasting."""
-    return elementwise(call)
-
-
 def first_operand(call: Invocation) -> Fields:
     """Calls whose result has the features of their first operand unchanged."""
     first = next(iter(call.tensors()))
