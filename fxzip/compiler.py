@@ -5,26 +5,30 @@ trace -> align -> label, self-check -> find_trunk -> observe -> plan -> rewrite 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from .align import align
+from .align import Alignment, align
 from .analysis import Labelling, label, self_check
+from .arguments import models_and_sample
 from .calibration import Calibration
-from .errors import BarrierError, InputError
-from .inputs import as_call
+from .errors import BarrierError
+from .inputs import Call, as_call
 from .inspection import Inspection
 from .matching import Method, resolve
+from .moments import Moments
 from .observe import observe
 from .plan import plan
 from .refit import Refit, fit_notes, refits
 from .report import flops_by_node, make_report
 from .rewrite import rewrite
 from .rules import RULES, Rule
-from .tracing import check_model, check_placement, trace
-from .trunk import find_trunk
+from .tracing import check_model, trace
+from .trunk import Trunk, find_trunk
 from .zipped import ZippedModule, reuse_memory
 
 
@@ -73,29 +77,83 @@ def compile_zip(
     Raises:
         InputError, TraceError, AlignError, CutError, DataError, BarrierError, SelfCheckError: see `fxzip.errors`.
     """
-    networks, call = _arguments(models)
-    check_placement(networks)
+    networks, call = models_and_sample(models)
     chosen, corrected = resolve(method), refits(refit)
+    calibration = Calibration.of(data, call, len(networks), progress)
+    found = survey(networks, call, verify=verify, strict=strict, rules=rules)
+    trunk = found.trunk(until)
+    statistics = observe(trunk, calibration("observing"))
+    return assemble(found, trunk, statistics, calibration, Recipe(chosen, corrected, refit))
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What is known of the models before anything is cut or merged.
+
+    Attributes:
+        alignment: which nodes of the models are the same; holds the programs.
+        labellings: labels of each model.
+        pinned: per model, labels that failed the self-check, with the reason.
+        errors: relative error of each model's self-check; None: not run.
+    """
+
+    alignment: Alignment
+    labellings: tuple[Labelling, ...]
+    pinned: tuple[dict[int, str], ...]
+    errors: tuple[float | None, ...]
+
+    @cached_property
+    def flops(self) -> tuple[dict[str, int], ...]:
+        """FLOPs of every node of every model on its sample."""
+        return tuple(flops_by_node(program.module, program.call) for program in self.alignment.programs)
+
+    def trunk(self, until: str | float | None = None) -> Trunk:
+        """The trunk that ends at `until`."""
+        flops = self.flops[0] if isinstance(until, float) else None
+        return find_trunk(self.alignment, self.labellings, until=until, flops=flops, pinned=self.pinned)
+
+
+def survey(
+    networks: Sequence[nn.Module],
+    call: Call,
+    *,
+    verify: bool = True,
+    strict: bool = False,
+    rules: Mapping[str, Rule] = RULES,
+) -> Survey:
+    """The stages that depend on neither cut nor method: trace -> align -> label, self-check."""
     programs = [trace(model, call, name=f"model {k}") for k, model in enumerate(networks)]
-    calibration = Calibration.of(data, programs[0].call, len(programs), progress)
     alignment = align(programs)
-    labellings = [label(program, rules) for program in programs]
+    labellings = tuple(label(program, rules) for program in programs)
     if strict:
         _no_barriers(labellings)
     checks = [self_check(labelling) if verify else None for labelling in labellings]
-    pinned = [check[2] if check else {} for check in checks]
-    flops = flops_by_node(programs[0].module, programs[0].call) if isinstance(until, float) else None
-    trunk = find_trunk(alignment, labellings, until=until, flops=flops, pinned=pinned)
-    statistics = observe(trunk, calibration("observing"))
-    zipping = plan(trunk, statistics, chosen)
+    pinned = tuple(check[2] if check else {} for check in checks)
+    return Survey(alignment, labellings, pinned, tuple(check[1] if check else None for check in checks))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to merge and to correct. `refit_name` is what the report calls the refit."""
+
+    method: Method
+    refit: Refit
+    refit_name: Any
+
+
+def assemble(
+    found: Survey, trunk: Trunk, statistics: Mapping[int, Moments], calibration: Calibration, recipe: Recipe
+) -> ZippedModule:
+    """The stages behind the observation: plan -> rewrite -> refit -> report."""
+    zipping = plan(trunk, statistics, recipe.method)
     zipped = rewrite(zipping)
-    zipped = corrected(zipped, zipping, calibration("refitting"))
+    zipped = recipe.refit(zipped, zipping, calibration("refitting"))
     reuse_memory(zipped)
     settings = {
-        "method": repr(chosen),
-        "refit": refit,
+        "method": repr(recipe.method),
+        "refit": recipe.refit_name,
         "data": calibration.description,
-        "self_check": [check[1] if check else None for check in checks],
+        "self_check": list(found.errors),
         "notes": [*calibration.notes, *fit_notes(zipped)],
     }
     zipped.meta["fxzip_report"] = make_report(zipped, zipping, settings)
@@ -116,44 +174,6 @@ def inspect(
     program = trace(check_model(model), as_call(sample_input))
     labelling = label(program, rules)
     return Inspection.of(labelling, *(self_check(labelling)[:2] if verify else (None, None)))
-
-
-def _arguments(models: Sequence[Any]) -> tuple[list[nn.Module], Any]:
-    """Split the positional arguments into models and sample input."""
-    if len(models) == 2 and isinstance(models[0], Iterable) and not isinstance(models[0], nn.Module):
-        networks, sample = list(models[0]), models[1]
-    elif (
-        len(models) == 2
-        and isinstance(models[0], (nn.ModuleList, nn.Sequential))
-        and not isinstance(models[1], nn.Module)
-    ):
-        raise InputError(
-            "`compile_zip` needs at least two models; found one. Pass `a, b, sample_input` or a list of models."
-        )
-    elif len(models) == 3 and not isinstance(models[2], nn.Module):
-        networks, sample = list(models[:2]), models[2]
-    elif any(isinstance(model, nn.Module) for model in models[2:]):
-        raise InputError(
-            "`compile_zip(a, b, sample_input)` takes two models; the third argument is a module too. "
-            "Pass three or more models as a list: `compile_zip([a, b, c], sample_input)`."
-        )
-    elif len(models) == 2 and all(isinstance(model, nn.Module) for model in models):
-        raise InputError(
-            "`sample_input` must be a tensor, or a tuple or dict of tensors; found two modules and nothing else. "
-            "Pass one batch of what the models take as third argument."
-        )
-    else:
-        raise InputError(
-            "`compile_zip` takes `a, b, sample_input` or `[a, b, c], sample_input`; "
-            f"found {len(models)} positional arguments."
-        )
-    if isinstance(sample, nn.Module):
-        raise InputError(
-            "`sample_input` must be a tensor, or a tuple or dict of tensors; found a module. Pass the models as a list."
-        )
-    if len(networks) < 2:
-        raise InputError(f"`compile_zip` needs at least two models; found {len(networks)}.")
-    return [check_model(model, f"model {k}") for k, model in enumerate(networks)], as_call(sample)
 
 
 def _no_barriers(labellings: Sequence[Labelling]) -> None:

@@ -16,7 +16,7 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["zipped", "basis"],
     ["plan"],
     ["matching"],
-    ["observe", "calibration"],
+    ["observe", "calibration", "arguments"],
     ["trunk"],
     ["align", "analysis"],
     ["rules", "tracing"],

@@ -1,0 +1,63 @@
+"""Which of the positional arguments are models, and which is the sample input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .errors import InputError
+from .inputs import Call, as_call
+from .tracing import check_model, check_placement
+
+
+def models_and_sample(arguments: Sequence[Any], name: str = "compile_zip") -> tuple[list[nn.Module], Call]:
+    """Split `a, b, sample_input` or `[a, b, ...], sample_input`. At least two models, on one device, of one dtype.
+
+    >>> import torch
+    >>> networks, call = models_and_sample([nn.Linear(2, 2), nn.Linear(2, 2), torch.ones(1, 2)])
+    >>> len(networks), call.args[0].shape
+    (2, torch.Size([1, 2]))
+
+    Raises:
+        InputError: anything else; `name` is the function that the message speaks of.
+    """
+    networks, sample = _split(arguments, name)
+    if isinstance(sample, nn.Module):
+        raise InputError(
+            "`sample_input` must be a tensor, or a tuple or dict of tensors; found a module. Pass the models as a list."
+        )
+    if len(networks) < 2:
+        raise InputError(f"`{name}` needs at least two models; found {len(networks)}.")
+    checked, call = [check_model(model, f"model {k}") for k, model in enumerate(networks)], as_call(sample)
+    check_placement(checked)
+    return checked, call
+
+
+def _split(models: Sequence[Any], name: str) -> tuple[list[Any], Any]:
+    if len(models) == 2 and isinstance(models[0], Iterable) and not isinstance(models[0], nn.Module):
+        return list(models[0]), models[1]
+    if (
+        len(models) == 2
+        and isinstance(models[0], (nn.ModuleList, nn.Sequential))
+        and not isinstance(models[1], nn.Module)
+    ):
+        raise InputError(
+            f"`{name}` needs at least two models; found one. Pass `a, b, sample_input` or a list of models."
+        )
+    if len(models) == 3 and not isinstance(models[2], nn.Module):
+        return list(models[:2]), models[2]
+    if any(isinstance(model, nn.Module) for model in models[2:]):
+        raise InputError(
+            f"`{name}(a, b, sample_input)` takes two models; the third argument is a module too. "
+            f"Pass three or more models as a list: `{name}([a, b, c], sample_input)`."
+        )
+    if len(models) == 2 and all(isinstance(model, nn.Module) for model in models):
+        raise InputError(
+            "`sample_input` must be a tensor, or a tuple or dict of tensors; found two modules and nothing else. "
+            "Pass one batch of what the models take as third argument."
+        )
+    raise InputError(
+        f"`{name}` takes `a, b, sample_input` or `[a, b, c], sample_input`; found {len(models)} positional arguments."
+    )
