@@ -30,6 +30,7 @@ from .refit import REFITS, LeastSquares, refits
 from .report import Report
 from .rewrite import rewrite
 from .rules import RULES
+from .side_by_side import side_by_side
 from .tracing import trace
 from .trunk import find_trunk
 from .zipped import ZippedModule
@@ -72,6 +73,7 @@ __all__ = [
     "resolve",
     "rewrite",
     "self_check",
+    "side_by_side",
     "solve",
     "trace",
 ]

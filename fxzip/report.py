@@ -90,6 +90,11 @@ def _parameters(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str
     return _costs(trunk, heads, [sum(p.numel() for p in program.module.parameters()) for program in programs])
 
 
+def costs(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, dict[str, Any]]:
+    """FLOPs and parameters of trunk, heads, each original, and all of them side by side."""
+    return {"flops": _flops(zipped, programs), "parameters": _parameters(zipped, programs)}
+
+
 def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]) -> Report:
     """Facts about a zip. `settings` adds what only the driver knows (method, refit, data, notes ...)."""
     trunk = plan.trunk
@@ -118,8 +123,7 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
             "ends": dict(trunk.ends),
         },
         "spaces": spaces,
-        "flops": _flops(zipped, programs),
-        "parameters": _parameters(zipped, programs),
+        **costs(zipped, programs),
         "unmerges": [n.name for n in zipped.graph.nodes if n.meta.get("fxzip", {}).get("unmerge")],
         "barriers": [b.reason for label in trunk.labellings for b in label.barriers],
         "probed": [p.reason for label in trunk.labellings for p in label.probed],

@@ -8,6 +8,7 @@ the result say in `node.meta["fxzip"]` what part they belong to and which nodes 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -17,6 +18,7 @@ from .analysis.spaces import Layout
 from .basis import PlaceMap, merged_param
 from .plan import ZipPlan, head_nodes, head_params
 from .rules import varying
+from .tracing import Program
 from .zipped import ZippedModule, mix, set_tensor, unmerge
 
 
@@ -66,7 +68,7 @@ class _Emitter:
         shared = set(trunk.nodes)
         for node in program.module.graph.nodes:
             if node.op == "placeholder" or node.name in shared:
-                new = _copied(self.graph, node, "trunk", self.env, "trunk", node.name in program.mutators)
+                new = copied_node(self.graph, node, "trunk", self.env, "trunk", node.name in program.mutators)
                 new.meta["fxzip"]["from"] = list(trunk.alignment.pairs.get(node.name, (node.name,)))
                 self.env[node.name] = new
 
@@ -105,7 +107,7 @@ class _Head:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         writes = node.name in self.program.mutators
-        self.env[node.name] = _copied(self.graph, node, f"head_{self.k}", self.env, f"head {self.k}", writes)
+        self.env[node.name] = copied_node(self.graph, node, f"head_{self.k}", self.env, f"head {self.k}", writes)
         return self.env[node.name]
 
     def _value(self, node: fx.Node, given: dict[str, fx.Node]) -> None:
@@ -170,7 +172,10 @@ class _Head:
         return None if index.equal(index.new_tensor(range(places.width))) else index.to(device)
 
 
-def _copied(graph: fx.Graph, node: fx.Node, prefix: str, env: dict[str, fx.Node], part: str, writes: bool) -> fx.Node:
+def copied_node(
+    graph: fx.Graph, node: fx.Node, prefix: str, env: dict[str, fx.Node], part: str, writes: bool
+) -> fx.Node:
+    """Append a copy of a node that finds its parameters under `prefix` and its inputs in `env`."""
     new = graph.node_copy(node, lambda n: env[n.name])
     if node.op in ("call_module", "get_attr"):
         new.target = f"{prefix}.{node.target}"
@@ -187,13 +192,12 @@ def rewrite(plan: ZipPlan) -> ZippedModule:
     emitter.graph.lint()
     result = ZippedModule(emitter.root, emitter.graph)
     result.eval()
-    _forget_buffers(result, plan)
+    forget_buffers(result, plan.trunk.alignment.programs)
     return result
 
 
-def _forget_buffers(result: ZippedModule, plan: ZipPlan) -> None:
-    """Buffers that were not in a model's state dict are not in the result's."""
-    programs = plan.trunk.alignment.programs
+def forget_buffers(result: ZippedModule, programs: Sequence[Program]) -> None:
+    """Buffers that were not in a model's state dict are not in the result's. In place."""
     for name, _ in list(result.named_buffers()):
         part, _, path = name.partition(".")
         program = programs[0] if part == "trunk" else programs[int(part[5:])] if part.startswith("head_") else None
