@@ -11,7 +11,7 @@ in float64:  Σ x xᵀ = Σ (x - c)(x - c)ᵀ + c sᵀ + s cᵀ + n c cᵀ  with
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from .errors import DataError
 from .inputs import Call, wrong_shape
 from .moments import SAMPLES, Moments
 from .rules import varying
-from .tracing import flat_inputs, quiet_execution
+from .tracing import Program, flat_inputs, quiet_execution
 from .trunk import Trunk
 
 
@@ -47,6 +47,12 @@ class Watch:
     sizes: tuple[tuple[int, ...], ...]
     index: tuple[Tensor, ...]
     sample: bool = False  # taken as it is, not for the moments
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What is seen, whatever the number of the space: watches of two trunks that agree in it see the same."""
+        runs = tuple(index.numpy().tobytes() for index in self.index)
+        return self.node, self.call, self.arg, self.axes, self.pooled, self.sizes, runs, self.sample
 
 
 POSITIONS = (192, 8192)  # per batch and space, least and most; images, pixels and places are spread evenly
@@ -228,11 +234,42 @@ def observe(trunk: Trunk, data: Iterable[Call]) -> dict[int, Moments]:
     Raises:
         DataError: features are not finite, or the models reject a batch.
     """
-    places = watches(trunk)
-    watchers = [_Watcher(places, k) for k in range(len(trunk.spaces))]
+    return observe_all([trunk], data)[0]
+
+
+def observe_all(trunks: Sequence[Trunk], data: Iterable[Call], *, memory: int = 4 << 30) -> list[dict[int, Moments]]:
+    """`observe` for several trunks of the same models, one pass for all that fit into `memory` bytes of statistics.
+
+    Spaces that are seen at the same places in several trunks are observed once, and share their moments.
+    """
+    groups: dict[tuple[Any, ...], int] = {}
+    places: list[Watch] = []
+    wanted: list[dict[int, int]] = [{} for _ in trunks]
+    cost = 0
+    for trunk, own in zip(trunks, wanted, strict=True):
+        by_space: dict[int, list[Watch]] = defaultdict(list)
+        for watch in watches(trunk):
+            by_space[watch.space].append(watch)
+        for space, found in by_space.items():
+            key = tuple(watch.identity for watch in found)
+            if key not in groups:
+                groups[key] = len(groups)
+                places += [replace(watch, space=groups[key]) for watch in found]
+                cost += 8 * sum(run.shape[1] for run in found[0].index) ** 2
+            own[space] = groups[key]
+    if cost > memory and len(trunks) > 1:
+        half = len(trunks) // 2
+        return [*observe_all(trunks[:half], data, memory=memory), *observe_all(trunks[half:], data, memory=memory)]
+    seen = _observed(trunks[0].alignment.programs, places, data)
+    return [{space: seen[group] for space, group in own.items() if group in seen} for own in wanted]
+
+
+def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[Call]) -> dict[int, Moments]:
+    """Moments by the places' `space` number, in one pass."""
+    watchers = [_Watcher(places, k) for k in range(len(programs))]
     sums: dict[int, _Sums] = {}
     for index, call in enumerate(data):
-        for program, watcher in zip(trunk.alignment.programs, watchers, strict=True):
+        for program, watcher in zip(programs, watchers, strict=True):
             watcher.taken = {}
             try:
                 with quiet_execution(), sdpa_kernel(SDPBackend.MATH), watcher:

@@ -67,7 +67,7 @@ def find_trunk(
     shared = {name for name in alignment.pairs if name not in ends}
     names = _closed(graph, order, shared)
     if isinstance(until, str):
-        wanted = _before(graph, _named(order, until))
+        wanted = before(graph, named(order, until))
         missing = [node for node in order if node.name in wanted and node.name not in names]
         if missing:
             raise CutError(_beyond(until, missing[0], alignment, ends, names))
@@ -141,8 +141,8 @@ def _closed(graph: nx.DiGraph, order: Sequence[fx.Node], allowed: Collection[str
     return result
 
 
-def _before(graph: nx.DiGraph, targets: Sequence[fx.Node]) -> set[str]:
-    """The targets, all they are computed from, and the inputs."""
+def before(graph: nx.DiGraph, targets: Sequence[fx.Node]) -> set[str]:
+    """Names of the targets, of all they are computed from, and of the inputs."""
     inputs = {name for name, node in graph.nodes(data="node") if node.op == "placeholder"}
     return inputs.union({node.name for node in targets}, *(nx.ancestors(graph, node.name) for node in targets))
 
@@ -176,8 +176,12 @@ def cut_names(program_nodes: Sequence[fx.Node]) -> list[str]:
     return list(names)
 
 
-def _named(order: Sequence[fx.Node], until: str) -> list[fx.Node]:
-    """The nodes that `until` names: one node, or all nodes of a module."""
+def named(order: Sequence[fx.Node], until: str) -> list[fx.Node]:
+    """The nodes that `until` names: one node, or all nodes of a module.
+
+    Raises:
+        CutError: there is no such node.
+    """
     inside = [n for n in order if module_path(n) == until or module_path(n).startswith(until + ".")]
     found = inside or [n for n in order if n.name == until]
     if not found:
