@@ -84,7 +84,7 @@ def _timm(module: str) -> tuple[nn.Module, Any]:
     name = min(counted)[1]
     model = timm.create_model(name)
     channels, height, width = model.pretrained_cfg.get("input_size", (3, 224, 224))
-    print(f"timm: {name}", file=sys.stderr)
+    model.variant = name
     return model, torch.randn(2, channels, height, width)
 
 

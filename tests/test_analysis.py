@@ -83,7 +83,7 @@ EXPECTED = {
     "two_by_two": [(7, FREE), (12, FREE)],
     "attention_packed": [(12, BLOCKS), (12, FREE), (12, DUAL), (20, FREE)],
     "attention_separate": [(12, BLOCKS), (12, FREE), (12, DUAL), (20, FREE)],
-    "attention_shared_key": [(4, DUAL), (12, FREE), (20, FREE)],
+    "attention_shared_key": [(4, FREE), (4, DUAL), (12, FREE), (20, FREE)],
     "attention_rotary": [(3, DUAL), (3, DUAL), (12, BLOCKS), (12, FREE), (20, FREE)],
     "attention_torch": [(12, BLOCKS), (12, FREE), (12, DUAL)],
     "norms": [(6, FREE), (8, BLOCKS), (10, FREE)],

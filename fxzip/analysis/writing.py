@@ -117,6 +117,9 @@ def _filler(operand: Operand, axes: frozenset[int]) -> int:
 def seen_through(view: Tensor, base: Tensor, fields: Fields) -> Fields | bool:
     """The fields of the base as another view of the same memory sees them; False if it sees nothing of the base, True
     if it sees only a part."""
+    where = window(view, base)
+    if where is not None:
+        return tuple(part for labels in fields if varying(part := _part(labels, where, view.ndim)))
     size = max(base.untyped_storage().nbytes() // base.element_size(), 1)
     memory = torch.zeros(size, dtype=torch.int64)
     inside = memory.as_strided(base.shape, base.stride(), base.storage_offset())
@@ -131,3 +134,14 @@ def seen_through(view: Tensor, base: Tensor, fields: Fields) -> Fields | bool:
         if varying(own):
             result.append(own.clone())
     return tuple(result)
+
+
+def _part(labels: Tensor, where: Window, ndim: int) -> Tensor:
+    """The part of a field of the base that lies in the window, in the axes of the view."""
+    part = labels[tuple(place if n > 1 else slice(None) for n, place in zip(labels.shape, where.places, strict=True))]
+    order = sorted(range(part.ndim), key=lambda a: -1 if (own := where.axes[a]) is None else own)
+    shape = [1] * ndim
+    for axis, own in enumerate(where.axes):
+        if own is not None:
+            shape[own] = part.shape[axis]
+    return compress(part.permute(order).reshape(shape))

@@ -43,12 +43,11 @@ def contract(ledger: Ledger, x: Operand, y: Operand, spec: str, what: str) -> Fi
     for f in fx:
         for g in fy:
             ledger.relate(f, g)
-        ledger.fix(f, y.loose & known, f"{what} meets it with values that carry no feature")
-    for g in fy:
-        ledger.fix(g, x.loose & known, f"{what} meets it with values that carry no feature")
     _roles(ledger, x, y, fx, fy, summed)
+    why = f"{what} meets it with values that carry no feature"
     groups: list[Fields] = []
-    for fields in (fx, fy):
+    for own, other in ((fx, y), (fy, x)):
+        fields = [f for f in own if not ledger.fix(f, other.loose & known, why)]  # what cannot move is dropped
         rest = [ledger.project(f, varying(f) - summed) if varying(f) & summed else f for f in fields]
         groups += [(_trim(f, len(out)),) for f in rest if f is not None]  # all are related by now
     return merged_fields(groups)

@@ -27,6 +27,8 @@ from torch import Tensor
 VOID = 0  # "no feature": padding, the same value everywhere
 FIXED = -1  # a place that no relabelling moves
 
+_LOOKED_AT = 1 << 14
+
 Fields = tuple[Tensor, ...]
 
 
@@ -42,10 +44,11 @@ def compress(labels: Tensor) -> Tensor:
     torch.Size([2, 1])
     """
     for axis, size in enumerate(labels.shape):
-        if size > 1:
-            first = labels.narrow(axis, 0, 1)
-            if labels.stride(axis) == 0 or bool((labels == first).all()):
-                labels = first
+        if size > 1 and labels.stride(axis) == 0:
+            labels = labels.narrow(axis, 0, 1)
+    for axis, size in enumerate(labels.shape):
+        if size > 1 and torch.equal(labels.narrow(axis, 1, size - 1), labels.narrow(axis, 0, size - 1)):
+            labels = labels.narrow(axis, 0, 1)
     return labels
 
 
@@ -186,11 +189,15 @@ class Ledger:
             self.block(blocks, g)
 
     def fix(self, labels: Tensor, axes: frozenset[int], reason: str) -> bool:
-        """The field keeps its place along `axes`; along its other axes features may still move. Whether none can."""
+        """The field keeps its place along `axes`; along its other axes features may still move. Whether none can.
+
+        A feature may only go where another is that lies at the same places along `axes`: if no two do, none can move
+        (the rows of a relative position table, one diagonal each).
+        """
         axes = axes & varying(labels)
         if not axes:
             return False
-        if axes == varying(labels):
+        if axes == varying(labels) or _told_apart(labels, axes):
             self.pin(labels, reason)
             return True
         blocks = self.project(labels, axes)
@@ -204,6 +211,22 @@ class Ledger:
             return labels
         self.touch("mix", labels)
         return self.project(labels, varying(labels) - axes)
+
+
+def _told_apart(labels: Tensor, axes: frozenset[int]) -> bool:
+    """Whether no two features of a field lie at the same places along `axes`. Large fields are not looked at."""
+    if labels.numel() > _LOOKED_AT:
+        return False
+    inner = [axis for axis in range(labels.ndim) if axis not in axes]
+    count = int(torch.Size([labels.shape[axis] for axis in axes]).numel())
+    if count < 2:
+        return False
+    runs = labels.permute(*sorted(axes), *inner).reshape(count, -1)
+    found, which = runs.unique(return_inverse=True)
+    pairs = (which * count + torch.arange(count)[:, None]).unique()
+    salts = torch.randint(1 << 62, (count,), generator=torch.Generator().manual_seed(0))
+    marks = torch.zeros(len(found), dtype=torch.int64).index_add_(0, pairs // count, salts[pairs % count])[found > 0]
+    return len(marks.unique()) == len(marks)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from bisect import bisect
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,14 +14,43 @@ from .fields import FIXED, VOID, Fields, Operand, compress, varying
 from .invocation import Invocation
 
 
+_COPIES = ("clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy")
+_VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten")
+_KEEP_SIZES_OF_ONE = ("permute", "transpose", "t", "flip", "repeat", "unsqueeze", "movedim", "swapaxes", "rot90")
+
+
 def _replay(call: Invocation, labels: Tensor, shape: torch.Size) -> Any:
+    """The call on a field. Axes along which it does not vary stay at size 1 wherever that gives the same."""
+    if call.name in _COPIES:
+        return labels
+    if call.name in _VIEWS and isinstance(call.out, Tensor) and call.out.numel():
+        return reshaped(labels, shape, call.out.shape)
+    kwargs = {k: v for k, v in call.kwargs.items() if k not in ("dtype", "memory_format", "device", "layout")}
+    if call.name in _KEEP_SIZES_OF_ONE:
+        return call.func(labels, *call.args[1:], **kwargs)
+    if call.name == "index":
+        kept = [a for a in range(len(shape)) if a >= len(call.args[1]) or call.args[1][a] is None]
+        shape = torch.Size([1 if a in kept and labels.shape[a] == 1 else n for a, n in enumerate(shape)])
     full = labels.expand(shape)
-    if call.name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
-        return full.reshape(call.arg(1, "size", call.kwargs.get("shape")))
     if call.name == "as_strided":
         full = full.contiguous()
-    kwargs = {k: v for k, v in call.kwargs.items() if k not in ("dtype", "memory_format", "device", "layout")}
     return call.func(full, *call.args[1:], **kwargs)
+
+
+def reshaped(labels: Tensor, old: torch.Size, new: torch.Size) -> Tensor:
+    """The field of a tensor of shape `old` after a view as `new`; only axes that a varying one is mixed with grow.
+
+    >>> reshaped(torch.arange(6).reshape(1, 6, 1), torch.Size([4, 6, 5]), torch.Size([4, 2, 3, 5])).shape
+    torch.Size([1, 2, 3, 1])
+    """
+    before, after = ([1, *accumulate(shape, operator.mul)] for shape in (old, new))
+    common = sorted(set(before) & set(after))  # between two of these, axes of both are mixed with one another
+
+    def sizes(shape: torch.Size, starts: list[int]) -> list[int]:
+        return [n if bisect(common, start) in varied else 1 for n, start in zip(shape, starts, strict=False)]
+
+    varied = {bisect(common, before[axis]) for axis in varying(labels)}
+    return labels.expand(sizes(old, before)).reshape(sizes(new, after))
 
 
 def move(call: Invocation) -> Fields | list[Fields]:
