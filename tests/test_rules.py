@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxzip.analysis.labelling import _LabelMode, _State
+from fxzip.analysis.calls import LabelMode
 from fxzip.analysis.solver import Solver, units_of
+from fxzip.analysis.state import State
 from fxzip.rules import FIXED, RULES, VOID, Facts, Ledger, Operand, compress, varying
 from fxzip.rules.fields import along, merged_fields
 
@@ -176,7 +177,7 @@ class Bench:
 
     def __init__(self, call, tensors, axes, static=()):
         self.call, self.tensors = call, tensors
-        self.state = _State(None, RULES, where="node `here`")
+        self.state = State(RULES, where="node `here`")
         self.fields = []
         for place, (tensor, own) in enumerate(zip(tensors, axes, strict=True)):
             ledger = self.state.ledger
@@ -185,7 +186,7 @@ class Bench:
             entry.fields, entry.static, entry.learned = runs, place in static, place in static
             self.state.held[id(tensor)] = entry
             self.fields.append(runs)
-        with torch.no_grad(), _LabelMode(self.state):
+        with torch.no_grad(), LabelMode(self.state):
             self.out = call(*tensors)
         self.facts: Facts = self.state.ledger.facts
 
@@ -377,7 +378,7 @@ def test_the_oracle_can_fail():
 @given(st.data())
 def test_movement_on_labels_is_movement_on_values(data):
     """Run chains of moving calls on a tensor of numbers and on its labels: they stay in step."""
-    state = _State(None, RULES)
+    state = State(RULES)
     shape = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=3))
     axis = data.draw(st.integers(0, len(shape) - 1))
     labels = along(state.ledger.fresh(shape[axis]), axis, len(shape))
@@ -385,7 +386,7 @@ def test_movement_on_labels_is_movement_on_values(data):
     entry = state.entry(x)
     entry.fields, entry.static = (labels,), False
     state.entries[id(x)] = entry
-    with _LabelMode(state):
+    with LabelMode(state):
         for _ in range(data.draw(st.integers(1, 4))):
             x = data.draw(st.sampled_from(MOVES))(x)
     for run in state.entry(x).fields:

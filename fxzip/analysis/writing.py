@@ -6,12 +6,15 @@ their strides; the labels written are laid into the base's, and every view of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..rules import FIXED, VOID, Fields, Ledger, Operand, compress, varying
+from ..rules import FIXED, VOID, Fields, Invocation, Ledger, Operand, compress, varying
+from .state import Barrier, Entry, State, tensors
 
 
 @dataclass(frozen=True)
@@ -145,3 +148,66 @@ def _part(labels: Tensor, where: Window, ndim: int) -> Tensor:
         if own is not None:
             shape[own] = part.shape[axis]
     return compress(part.permute(order).reshape(shape))
+
+
+def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Tensors that the call writes in place."""
+    result: list[Tensor] = []
+    if not func._schema.is_mutable:
+        return result
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            result += list(tensors(value))
+    return result
+
+
+def write_in_place(state: State, call: Invocation, written: list[Tensor], result: Any, dynamic: bool) -> None:
+    """In-place calls: label the whole memory anew, and what other tensors see of it."""
+    for tensor in written:
+        storage = tensor.untyped_storage()._cdata
+        entries = [e for e in _entries(state) if e.tensor.untyped_storage()._cdata == storage]
+        entries.sort(key=lambda e: -e.tensor.numel())
+        base, where = next((e, w) for e in entries if (w := window(tensor, e.tensor)) or e.tensor is tensor)
+        value = _valuewritten_by(state, call, tensor, result, dynamic)
+        labelled = any(e.fields for e in entries) or value.fields
+        for entry in entries:
+            entry.learned = entry.learned or any(state.entry(t).learned for t in call.tensors())
+        if labelled and where is not None:
+            before = call.operand(tensor) if base.tensor is tensor else state.operand(base.tensor)
+            base.fields = write(state.ledger, before, value, where, f"`{call.name}_` ({state.where})")
+            views = {id(e): seen_through(e.tensor, base.tensor, base.fields) for e in entries if e is not base}
+        else:
+            views = {id(e): bool(labelled) for e in entries if e is not base}
+        if (id(base.tensor) in state.names and labelled) or any(view is True for view in views.values()):
+            _refuse(state, call, [*value.fields, *(f for e in entries for f in e.fields)])
+            views = {id(e): () for e in entries}
+        for entry in entries:
+            view = views.get(id(entry), False)
+            entry.fields = view if isinstance(view, tuple) else entry.fields
+            entry.static = entry.static and (not dynamic or (view is False and entry is not base))
+        state.seen.update((id(f), f) for f in base.fields)
+
+
+def _valuewritten_by(state: State, call: Invocation, tensor: Tensor, result: Any, dynamic: bool) -> Operand:
+    ndim = tensor.ndim
+    if call.name == "copy":
+        value = call.operand(call.args[1])
+        return value.place(range(ndim - value.ndim, ndim), ndim)
+    if call.name in ("fill", "zero"):
+        return Operand(tensor, (), True, frozenset())
+    fields: Fields = result if isinstance(result, tuple) else ()
+    covered = frozenset(a for labels in fields for a in varying(labels))
+    return Operand(tensor, fields, not dynamic, frozenset(a for a, n in enumerate(tensor.shape) if n > 1) - covered)
+
+
+def _entries(state: State) -> Iterator[Entry]:
+    yield from state.held.values()
+    yield from state.entries.values()
+
+
+def _refuse(state: State, call: Invocation, labels: list[Tensor]) -> None:
+    reason = f"`{call.name}_` ({state.where}) writes it into a part of another tensor"
+    state.barriers.append(Barrier(state.node, call.name + "_", reason))
+    for run in labels:
+        state.ledger.pin(run, reason, "barrier")

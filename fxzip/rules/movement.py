@@ -13,7 +13,6 @@ from torch import Tensor
 from .fields import FIXED, VOID, Fields, Operand, compress, varying
 from .invocation import Invocation
 
-
 _COPIES = ("clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy")
 _VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten")
 _KEEP_SIZES_OF_ONE = ("permute", "transpose", "t", "flip", "repeat", "unsqueeze", "movedim", "swapaxes", "rot90")

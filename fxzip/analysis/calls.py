@@ -1,0 +1,117 @@
+"""One ATen call: look its rule up, apply it, and file the labels of its result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import RuleError
+from ..rules import Fields, Invocation, elementwise, is_pointwise, varying
+from ..rules.probing import probe
+from .state import Barrier, Entry, Probed, Site, State, tensors
+from .writing import write_in_place, written_by
+
+
+class LabelMode(TorchDispatchMode):
+    """Looks at every ATen call, applies its rule, and stores the result's fields."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.state = state
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        state = self.state
+        name = func._schema.name.split("::")[-1]
+        written = written_by(func, args, kwargs)
+        inputs = list(tensors((args, kwargs)))
+        for tensor in inputs:
+            if id(tensor) in state.names:
+                state.touches.add(state.names[id(tensor)])
+        before = {id(t): state.operand(t) for t in inputs} if written else {}
+        out = func(*args, **kwargs)
+        if written and name.endswith("_"):
+            name = name.rstrip("_")
+        call = Invocation(
+            name, func, tuple(args), kwargs, out, state.ledger,
+            lambda t: before.get(id(t)) or state.operand(t), state.restart,
+        )  # fmt: skip
+        dynamic = any(not state.entry(t).static for t in inputs)
+        labelled = any(state.entry(t).fields for t in inputs)
+        result = _apply(state, call) if labelled else None
+        if written:
+            write_in_place(state, call, written, result, dynamic)
+        else:
+            learned = any(state.entry(t).learned for t in inputs)
+            _store(state, out, result, not dynamic, learned)
+        if dynamic:
+            _note_sites(state, call, inputs)
+        state.calls += 1
+        return out
+
+
+def _apply(state: State, call: Invocation) -> Fields | list[Fields] | None:
+    """The fields of the result; a call without a rule pins all it touches."""
+    rule = state.rules.get(call.name)
+    if rule is None and is_pointwise(call.func):
+        rule = elementwise.elementwise
+    if rule is not None:
+        result = rule(call)
+    else:
+        result = None if written_by(call.func, call.args, call.kwargs) else probe(call)
+        if result is not None:
+            state.probed.append(
+                Probed(state.node, call.name, f"`{call.name}` ({state.where}) was probed on random data")
+            )
+    _check_fields(state, call, result)
+    if result is None:
+        reason = f"`{call.name}` ({state.where}) has no rule"
+        state.barriers.append(Barrier(state.node, call.name, reason))
+        for operand in call.operands():
+            for labels in operand.fields:
+                state.ledger.pin(labels, reason, "barrier")
+    return result
+
+
+def _check_fields(state: State, call: Invocation, result: Any) -> None:
+    """A rule gives one tuple of fields for a tensor, a list of tuples for several; sizes 1 or the tensor's."""
+    pairs = zip(call.out, result, strict=False) if isinstance(result, list) else [(call.out, result or ())]
+    for tensor, fields in pairs:
+        for labels in fields if isinstance(tensor, Tensor) else ():
+            if labels.ndim != tensor.ndim or any(
+                a not in (1, b) for a, b in zip(labels.shape, tensor.shape, strict=True)
+            ):
+                raise RuleError(
+                    f"The rule of `{call.name}` must give fields with the axes of the result, each of size 1 or the "
+                    f"result's, {tuple(tensor.shape)}; found {tuple(labels.shape)} at {state.where}."
+                )
+
+
+def _store(state: State, out: Any, result: Fields | list[Fields] | None, static: bool, learned: bool) -> None:
+    if isinstance(out, Tensor):
+        given = result if isinstance(result, tuple) else ()
+        for labels in given:
+            if not varying(labels):
+                state.ledger.pin(labels, f"it is taken out alone ({state.where})")
+        fields = tuple(labels for labels in given if varying(labels))
+        state.seen.update((id(f), f) for f in fields)
+        state.file(Entry(out, fields, static, learned))
+    elif isinstance(out, (list, tuple)):
+        for place, item in enumerate(out):
+            part = result[place] if isinstance(result, list) and place < len(result) else None
+            if isinstance(item, (Tensor, list, tuple)):
+                _store(state, item, part, static, learned)
+
+
+def _note_sites(state: State, call: Invocation, inputs: list[Tensor]) -> None:
+    """Remember where features go into a parameter's sum, and where they come out of one."""
+    if call.name not in ("mm", "addmm", "bmm", "baddbmm", "convolution", "addmv", "mv"):
+        return
+    values = [(place, t) for place, t in enumerate(call.args) if isinstance(t, Tensor)]
+    moving = [(place, t) for place, t in values if not state.entry(t).static]
+    for place, tensor in [*moving, (-1, call.out)]:
+        for labels in state.entry(tensor).fields:
+            consumed = place >= 0 and len(moving) == 1
+            state.sites.append(Site(state.node, state.calls, place, labels, tensor.shape, consumed))

@@ -1,0 +1,124 @@
+"""What is known while labels are pushed through a run: the fields of every live tensor, and what the calls said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rules import Fields, Ledger, Operand, Rule, varying
+
+_VALUES_COMPARED = 1 << 22  # constants above this size count as different everywhere
+
+
+@dataclass(frozen=True, eq=False)
+class ParamLabels:
+    """Labels of one parameter or buffer: one field per labelled axis. `groups` > 1: a grouped kernel, whose second
+    field varies with the group (see `rules.contraction.convolution`)."""
+
+    fields: Fields
+    groups: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where features can be watched: argument `arg` (-1: the result) of the `call`-th ATen call of a node."""
+
+    node: str
+    call: int
+    arg: int
+    labels: Tensor
+    shape: torch.Size
+    consumed: bool
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A call without a rule whose effect on labels was found out by trial (see `rules.probing`)."""
+
+    node: str
+    call: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """A call without a rule: features stop being shared here."""
+
+    node: str
+    call: str
+    reason: str
+
+
+@dataclass
+class Entry:
+    """A live tensor: its fields, whether it is the same for every input, and whether parameters went into it."""
+
+    tensor: Tensor
+    fields: Fields
+    static: bool
+    learned: bool
+
+
+@dataclass
+class State:
+    rules: Mapping[str, Rule]
+    ledger: Ledger = field(default_factory=Ledger)
+    held: dict[int, Entry] = field(default_factory=dict)  # parameters and buffers, by id
+    entries: dict[int, Entry] = field(default_factory=dict)  # what the run makes, by id
+    names: dict[int, str] = field(default_factory=dict)
+    params: dict[str, ParamLabels] = field(default_factory=dict)
+    touches: set[str] = field(default_factory=set)
+    seen: dict[int, Tensor] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    barriers: list[Barrier] = field(default_factory=list)
+    probed: list[Probed] = field(default_factory=list)
+    made: list[int] = field(default_factory=list)  # ids of the entries of the node under way
+    node: str = ""
+    where: str = ""
+    calls: int = 0
+
+    def entry(self, tensor: Tensor) -> Entry:
+        found = self.held.get(id(tensor)) or self.entries.get(id(tensor))
+        if found is None:
+            found = self.file(Entry(tensor, (), True, False))
+        return found
+
+    def file(self, entry: Entry) -> Entry:
+        """Remember what is known about a tensor that the run has made."""
+        self.entries[id(entry.tensor)] = entry
+        self.made.append(id(entry.tensor))
+        return entry
+
+    def operand(self, tensor: Tensor) -> Operand:
+        entry = self.entry(tensor)
+        covered = frozenset(a for labels in entry.fields for a in varying(labels))
+        axes = zip(tensor.shape, tensor.stride(), strict=True)
+        loose = frozenset(a for a, (n, s) in enumerate(axes) if n > 1 and s and a not in covered)
+        constant = entry.static and not entry.learned
+        if constant and loose and tensor.numel() <= _VALUES_COMPARED:
+            loose = frozenset(a for a in loose if not _same_along(tensor, a))
+        return Operand(tensor, entry.fields, entry.static, loose)
+
+    def restart(self, tensor: Tensor, fields: Any, groups: int) -> None:
+        name = self.names.get(id(tensor))
+        if name is not None and self.params[name].groups != groups:
+            self.params[name] = ParamLabels(fields(), groups)
+            self.entry(tensor).fields = self.params[name].fields
+
+
+def _same_along(tensor: Tensor, axis: int) -> bool:
+    return bool((tensor == tensor.narrow(axis, 0, 1)).all())
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
