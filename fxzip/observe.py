@@ -1,6 +1,6 @@
 """Observe features: one pass over calibration data, all models side by side, moments per feature space.
 
-Features are watched where they are summed over with weights, at the ATen calls themselves, so that features inside leaf
+Features are taken at the places that `places` chooses, at the ATen calls themselves, so that features inside leaf
 modules (the heads of `nn.MultiheadAttention`) are seen too. Positions are subsampled evenly, `POSITIONS` per batch and
 space, which keeps the cost of the products well below that of the forward passes.
 
@@ -11,7 +11,7 @@ in float64:  Σ x xᵀ = Σ (x - c)(x - c)ᵀ + c sᵀ + s cᵀ + n c cᵀ  with
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,96 +20,17 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .analysis.labelling import Site
-from .analysis.spaces import slots
 from .errors import DataError
 from .inputs import Call, wrong_shape
 from .moments import SAMPLES, Moments
-from .rules import varying
+from .places import Watch, watches
 from .tracing import Program, flat_inputs, quiet_execution
 from .trunk import Trunk
-
-
-@dataclass(frozen=True, eq=False)
-class Watch:
-    """One place where features of a space can be seen in all models.
-
-    `index[k]` has shape [occurrences, n_k]: where the features sit along the run made of `axes`. Axes that other
-    features of the models lie along, in orders of their own, are `pooled`: averaged out.
-    """
-
-    space: int
-    node: tuple[str, ...]
-    call: int
-    arg: int
-    axes: tuple[int, ...]
-    pooled: tuple[int, ...]
-    sizes: tuple[tuple[int, ...], ...]
-    index: tuple[Tensor, ...]
-    sample: bool = False  # taken as it is, not for the moments
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """What is seen, whatever the number of the space: watches of two trunks that agree in it see the same."""
-        runs = tuple(index.numpy().tobytes() for index in self.index)
-        return self.node, self.call, self.arg, self.axes, self.pooled, self.sizes, runs, self.sample
-
 
 POSITIONS = (192, 8192)  # per batch and space, least and most; images, pixels and places are spread evenly
 _COST = 8e8  # multiplications per batch and space that decide in between
 SAMPLES_A_BATCH = SAMPLES // 2
-_BLOCK = 1024  # rows of a product that are computed at a time
-
-
-def watches(trunk: Trunk) -> list[Watch]:
-    """Where to look: per space where its features are summed over with weights, else where they arise."""
-    found: dict[int, list[tuple[bool, Watch]]] = defaultdict(list)
-    names = [trunk.names(k) for k in range(len(trunk.spaces))]
-    sites = [{(s.node, s.call, s.arg, tuple(sorted(varying(s.labels)))): s for s in label.sites}
-             for label in trunk.labellings]  # fmt: skip
-    labelled: dict[tuple[str, int, int], set[int]] = defaultdict(set)
-    for node, call, arg, axes in sites[0]:
-        labelled[node, call, arg].update(axes)
-    for node, call, arg, axes in sites[0]:
-        twins = tuple(own.get(node, "") for own in names)
-        keys = [(twin, call, arg, axes) for twin in twins]
-        if all(key in own for key, own in zip(keys, sites, strict=True)):
-            here = [own[key] for key, own in zip(keys, sites, strict=True)]
-            pooled = tuple(sorted(labelled[node, call, arg] - set(axes)))
-            for watch in _watches_at(trunk, here, twins, axes, pooled):
-                found[watch.space].append((here[0].consumed, watch))
-    return [watch for candidates in found.values() for watch in _chosen(candidates)]
-
-
-def _chosen(candidates: list[tuple[bool, Watch]]) -> list[Watch]:
-    """Of the places where a space can be seen those that tell most.
-
-    Not where another labelled axis must be averaged out, nor where the run takes in the batch, if there are others.
-    """
-
-    def rank(watch: Watch) -> tuple[bool, bool, int]:
-        return bool(watch.pooled), 0 in watch.axes, len(watch.axes)
-
-    best = min(rank(watch) for _, watch in candidates)
-    own = [(consumed, watch) for consumed, watch in candidates if rank(watch) == best]
-    read = [watch for consumed, watch in own if consumed]
-    before = [replace(watch, sample=True) for consumed, watch in own if read and not consumed and watch.arg < 0]
-    return (read or [watch for _, watch in own]) + before[:1]
-
-
-def _watches_at(
-    trunk: Trunk, here: list[Site], twins: tuple[str, ...], axes: tuple[int, ...], pooled: tuple[int, ...]
-) -> Iterator[Watch]:
-    """A watch for every space all of whose features sit at this site in all models."""
-    layouts = [own.layout(site.labels) for own, site in zip(trunk.spaces, here, strict=True)]
-    sizes = tuple(tuple(site.shape[a] for a in axes) for site in here)
-    for space in layouts[0].space[layouts[0].space >= 0].unique().tolist():
-        numbers = [partners[space] for partners in trunk.partners]
-        if all(bool((layout.space == number).any()) for layout, number in zip(layouts, numbers, strict=True)):
-            index = tuple(slots(layout, number) for layout, number in zip(layouts, numbers, strict=True))
-            features = [own.spaces[number].size for own, number in zip(trunk.spaces, numbers, strict=True)]
-            if [run.shape[1] for run in index] == features:
-                yield Watch(space, twins, here[0].call, here[0].arg, axes, pooled, sizes, index)
+_BLOCK = 128  # rows of a product that are computed at a time: what lies below the diagonal blocks is not
 
 
 @dataclass
@@ -130,7 +51,8 @@ class _Sums:
         return cls(joint.mean(0), zero[0].clone(), zero, sizes)
 
     def add(self, joint: Tensor) -> None:
-        joint = joint - self.centre
+        """Take in features [positions, n], which are written over."""
+        joint -= self.centre
         self.count += len(joint)
         self.total += joint.sum(0)
         for start in range(0, joint.shape[1], _BLOCK):
@@ -166,10 +88,13 @@ class _Watcher(TorchDispatchMode):
         self.positions = [SAMPLES_A_BATCH if w.sample else -(-_positions(w) // tally[w.space]) for w in places]
         self.node, self.calls = "", 0
         self.taken: dict[int, Tensor] = {}
+        self.done: set[int] = set()  # watches of which enough has been taken
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for number, watch in self.wanted.get((self.node, self.calls), ()):
+            if number in self.done:
+                continue
             value = out if watch.arg < 0 else args[watch.arg]
             features = _features(value, watch, self.k, self.positions[number])
             if features is not None:
@@ -179,7 +104,10 @@ class _Watcher(TorchDispatchMode):
 
 
 def _features(value: Tensor, watch: Watch, k: int, positions: int) -> Tensor | None:
-    """[positions, n_k], at most so many evenly spread ones; None if the run has another length than traced."""
+    """[positions, n_k], at most so many evenly spread ones, copied, since a later call may write into the value.
+
+    None if the run has another length than traced.
+    """
     if tuple(value.shape[a] for a in watch.axes) != watch.sizes[k]:
         return None
     if watch.pooled:
@@ -192,9 +120,11 @@ def _features(value: Tensor, watch: Watch, k: int, positions: int) -> Tensor | N
         places = torch.arange(positions, device=run.device) * rest // positions
         run = run[_unravel(places, outer)].flatten(1)
     else:
-        run = run.reshape(rest, -1)
+        run = run.clone(memory_format=torch.contiguous_format).reshape(rest, -1)
     if run.dtype in (torch.float16, torch.bfloat16):
         run = run.float()
+    if watch.in_order[k]:
+        return run
     parts = [run[:, row.to(run.device)] for row in watch.index[k]]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -282,31 +212,37 @@ def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[C
 
 def _take(sums: dict[int, _Sums], places: list[Watch], watchers: list[_Watcher], batch: int) -> None:
     """Add what was taken from a batch, one product per space."""
+    _check_finite(places, watchers, batch)
     seen: dict[int, list[Tensor]] = defaultdict(list)
-    samples: dict[int, Tensor] = {}
+    drawn: list[tuple[int, Tensor]] = []
     for number, watch in enumerate(places):
         features = [watcher.taken[number] for watcher in watchers if number in watcher.taken]
         if len(features) < len(watchers):
             continue
-        _check_finite(watch, features, batch)
         joint = torch.cat(features, dim=1)
         if watch.sample:
-            samples[watch.space] = joint
+            drawn.append((number, joint))
             continue
         seen[watch.space].append(joint)
         if watch.space not in sums:
             sums[watch.space] = _Sums.like(joint, tuple(own.shape[1] for own in features))
     for space, parts in seen.items():
         sums[space].add(torch.cat(parts) if len(parts) > 1 else parts[0])
-    for space, drawn in samples.items():
-        if space in sums and len(sums[space].samples) < SAMPLES // SAMPLES_A_BATCH:
-            sums[space].samples.append(drawn)
+    for number, joint in drawn:
+        own = sums.get(places[number].space)
+        if own is not None:
+            own.samples.append(joint)
+            if len(own.samples) == SAMPLES // SAMPLES_A_BATCH:
+                for watcher in watchers:
+                    watcher.done.add(number)
 
 
-def _check_finite(watch: Watch, features: list[Tensor], batch: int) -> None:
-    for k, (own, node) in enumerate(zip(features, watch.node, strict=True)):
-        if not bool(own.sum().isfinite()) and (bad := int((~own.isfinite().all(0)).sum())):
-            raise DataError(
-                f"Features must be finite; node `{node}` of model {k} gave {bad} non-finite features on batch {batch} "
-                "of `data`. Look for overflow, or for NaN in the data or the parameters."
-            )
+def _check_finite(places: list[Watch], watchers: list[_Watcher], batch: int) -> None:
+    """Names the first place at which a model computed features that are not finite."""
+    for k, watcher in enumerate(watchers):
+        for number, own in watcher.taken.items():  # in the order in which the model ran
+            if not bool(own.sum().isfinite()) and (bad := int((~own.isfinite().all(0)).sum())):
+                raise DataError(
+                    f"Features must be finite; node `{places[number].node[k]}` of model {k} gave {bad} non-finite "
+                    f"features on batch {batch} of `data`. Look for overflow, or for NaN in the data or the parameters."
+                )

@@ -63,7 +63,7 @@ def test_batch_of_wrong_shape(refit):
 def test_non_finite_features():
     broken = X.clone()
     broken[0, 0, 0, 0] = float("nan")
-    fails(fxzip.DataError, "node `layer1_0_conv1` of model 0 gave 8 non-finite features on batch 1 of `data`",
+    fails(fxzip.DataError, "node `stem_0` of model 0 gave 8 non-finite features on batch 1 of `data`",
           A, B, X, data=[X, broken])  # fmt: skip
 
 

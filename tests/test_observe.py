@@ -8,6 +8,7 @@ from networks import Residual, randomise
 from torch import Tensor, nn
 
 import fxzip
+from fxzip import places
 from fxzip.inputs import as_call
 from fxzip.moments import SAMPLES, Moments, moments
 
@@ -62,7 +63,7 @@ READERS = {
     "layer1.0.conv1.weight": ["layer1.0.conv2"],
     "layer1.1.conv1.weight": ["layer1.1.conv2"],
     "layer2.0.conv1.weight": ["layer2.0.conv2"],
-    "layer2.0.conv2.weight": ["layer2.1.conv1"],
+    "layer2.0.down.0.weight": ["layer2.1.conv1"],
     "layer2.1.conv1.weight": ["layer2.1.conv2"],
 }
 
@@ -136,7 +137,7 @@ def test_narrow_spaces_are_seen_at_more_positions_than_wide_ones():
     def count(features):
         index = torch.arange(features)[None]
         return module._positions(
-            module.Watch(0, ("a", "b"), 0, 0, (1,), (), ((features,), (features,)), (index, index))
+            places.Watch(0, ("a", "b"), 0, 0, (1,), (), ((features,), (features,)), (index, index))
         )
 
     least, most = module.POSITIONS

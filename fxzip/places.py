@@ -1,0 +1,100 @@
+"""Where features can be observed: per space where they are summed over with weights, else where they arise."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .analysis.labelling import Site
+from .analysis.spaces import slots
+from .rules import varying
+from .trunk import Trunk
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """One place where features of a space can be seen in all models.
+
+    `index[k]` has shape [occurrences, n_k]: where the features sit along the run made of `axes`. Axes that other
+    features of the models lie along, in orders of their own, are `pooled`: averaged out.
+    """
+
+    space: int
+    node: tuple[str, ...]
+    call: int
+    arg: int
+    axes: tuple[int, ...]
+    pooled: tuple[int, ...]
+    sizes: tuple[tuple[int, ...], ...]
+    index: tuple[Tensor, ...]
+    sample: bool = False  # taken as it is, not for the moments
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What is seen, whatever the number of the space: watches of two trunks that agree in it see the same."""
+        runs = tuple(index.numpy().tobytes() for index in self.index)
+        return self.node, self.call, self.arg, self.axes, self.pooled, self.sizes, runs, self.sample
+
+    @cached_property
+    def in_order(self) -> tuple[bool, ...]:
+        """For each model whether the run is its features, once and in order: nothing is to be gathered then."""
+        runs = zip(self.index, self.sizes, strict=True)
+        return tuple(index.equal(torch.arange(math.prod(sizes))[None]) for index, sizes in runs)
+
+
+def watches(trunk: Trunk) -> list[Watch]:
+    """Where to look: per space where its features are summed over with weights, else where they arise."""
+    found: dict[int, list[tuple[bool, Watch]]] = defaultdict(list)
+    names = [trunk.names(k) for k in range(len(trunk.spaces))]
+    sites = [{(s.node, s.call, s.arg, tuple(sorted(varying(s.labels)))): s for s in label.sites}
+             for label in trunk.labellings]  # fmt: skip
+    labelled: dict[tuple[str, int, int], set[int]] = defaultdict(set)
+    for node, call, arg, axes in sites[0]:
+        labelled[node, call, arg].update(axes)
+    for node, call, arg, axes in sites[0]:
+        twins = tuple(own.get(node, "") for own in names)
+        keys = [(twin, call, arg, axes) for twin in twins]
+        if all(key in own for key, own in zip(keys, sites, strict=True)):
+            here = [own[key] for key, own in zip(keys, sites, strict=True)]
+            pooled = tuple(sorted(labelled[node, call, arg] - set(axes)))
+            for watch in _watches_at(trunk, here, twins, axes, pooled):
+                found[watch.space].append((here[0].consumed, watch))
+    return [watch for candidates in found.values() for watch in _chosen(candidates)]
+
+
+def _chosen(candidates: list[tuple[bool, Watch]]) -> list[Watch]:
+    """Of the places where a space can be seen those that tell most.
+
+    Not where another labelled axis must be averaged out, nor where the run takes in the batch, if there are others.
+    """
+
+    def rank(watch: Watch) -> tuple[bool, bool, int]:
+        return bool(watch.pooled), 0 in watch.axes, len(watch.axes)
+
+    best = min(rank(watch) for _, watch in candidates)
+    own = [(consumed, watch) for consumed, watch in candidates if rank(watch) == best]
+    read = [watch for consumed, watch in own if consumed]
+    before = [replace(watch, sample=True) for consumed, watch in own if read and not consumed and watch.arg < 0]
+    return (read or [watch for _, watch in own]) + before[:1]
+
+
+def _watches_at(
+    trunk: Trunk, here: list[Site], twins: tuple[str, ...], axes: tuple[int, ...], pooled: tuple[int, ...]
+) -> Iterator[Watch]:
+    """A watch for every space all of whose features sit at this site in all models."""
+    layouts = [own.layout(site.labels) for own, site in zip(trunk.spaces, here, strict=True)]
+    sizes = tuple(tuple(site.shape[a] for a in axes) for site in here)
+    for space in layouts[0].space[layouts[0].space >= 0].unique().tolist():
+        numbers = [partners[space] for partners in trunk.partners]
+        if all(bool((layout.space == number).any()) for layout, number in zip(layouts, numbers, strict=True)):
+            index = tuple(slots(layout, number) for layout, number in zip(layouts, numbers, strict=True))
+            features = [own.spaces[number].size for own, number in zip(trunk.spaces, numbers, strict=True)]
+            if [run.shape[1] for run in index] == features:
+                yield Watch(space, twins, here[0].call, here[0].arg, axes, pooled, sizes, index)
