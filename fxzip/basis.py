@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .analysis.labelling import ParamLabels
-from .analysis.relabel import group_run
+from .analysis.relabel import dense_kernel, group_run
 from .analysis.spaces import FeatureSpaces, Layout, slots
 from .matching import Merge
 
@@ -106,17 +106,8 @@ def _runs(labels: ParamLabels) -> list[tuple[int, Tensor]]:
     return [(next(a for a, n in enumerate(run.shape) if n > 1), run.reshape(-1)) for run in labels.fields]
 
 
-def _dense(value: Tensor, groups: int) -> Tensor:
-    """A grouped kernel [rows, columns, ...] as a dense one [rows, groups · columns, ...], zero between groups."""
-    rows, columns = value.shape[:2]
-    result = value.new_zeros(groups, rows // groups, groups, columns, *value.shape[2:])
-    index = torch.arange(groups)
-    result[index, :, index] = value.reshape(groups, rows // groups, columns, *value.shape[2:])
-    return result.reshape(rows, groups * columns, *value.shape[2:])
-
-
 def _grouped(value: Tensor, groups: int) -> Tensor:
-    """The blocks on the diagonal of a dense kernel: inverse of `_dense`."""
+    """The blocks on the diagonal of a dense kernel: inverse of `dense_kernel`."""
     rows, columns = value.shape[0] // groups, value.shape[1] // groups
     blocks = value.reshape(groups, rows, groups, columns, *value.shape[2:])
     index = torch.arange(groups)
@@ -144,7 +135,7 @@ def share(
 ) -> Share:  # fmt: skip
     """Model k's part of the merged parameter `target_name` of model 0."""
     labels, target = own.labelling.params[name], first.labelling.params[target_name]
-    value = _dense(value, labels.groups) if labels.groups > 1 else value
+    value = dense_kernel(value, labels.groups) if labels.groups > 1 else value
     weights: dict[int, Tensor] = {}
     for place, ((axis, run), (_, other)) in enumerate(zip(_runs(labels), _runs(target), strict=True)):
         consumed = (target_name, place) in first.consumed

@@ -73,6 +73,15 @@ def group_run(labels: ParamLabels) -> Tensor:
     return labels.fields[1].reshape(labels.fields[1].shape[:2])[::rows].reshape(-1)
 
 
+def dense_kernel(value: Tensor, groups: int) -> Tensor:
+    """A grouped kernel [rows, columns, ...] as a dense one [rows, groups · columns, ...], zero between groups."""
+    rows, columns = value.shape[:2]
+    result = value.new_zeros(groups, rows // groups, groups, columns, *value.shape[2:])
+    index = torch.arange(groups)
+    result[index, :, index] = value.reshape(groups, rows // groups, columns, *value.shape[2:])
+    return result.reshape(rows, groups * columns, *value.shape[2:])
+
+
 def relabel_tensor(value: Tensor, labels: ParamLabels, spaces: FeatureSpaces, perms: list[Tensor]) -> Tensor:
     """A parameter after the relabelling."""
     if labels.groups > 1:
