@@ -60,8 +60,9 @@ class Calibration:
             return cls(sources, sample, f"calibrated on {len(sources)} sources of data, one per model", show)
         return cls((replayable(data),), sample, "calibrated on `data`", show)
 
-    def __call__(self, stage: str) -> Iterable[Call]:
-        return _Replay(lambda: self._calls(stage))
+    def __call__(self, stage: str) -> Replay:
+        """All batches, named `stage` on the bar."""
+        return Replay(lambda: self._calls(stage))
 
     def _calls(self, stage: str) -> Iterator[tuple[int, Call]]:
         for number, source in enumerate(self.sources):
@@ -72,7 +73,9 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class _Replay:
+class Replay:
+    """Batches of all sources, as often as they are asked for."""
+
     start: Callable[[], Iterator[tuple[int, Call]]]
 
     def __iter__(self) -> Iterator[Call]:

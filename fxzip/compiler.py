@@ -6,22 +6,26 @@ trace -> align -> label, self-check -> find_trunk -> observe -> plan -> rewrite 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 
+from .agreement import hold_out
 from .align import Alignment, align
 from .analysis import Labelling, label, self_check
 from .arguments import models_and_sample
 from .calibration import Calibration
-from .errors import BarrierError
+from .cuts import Cut, find_cuts
+from .errors import AlignError, BarrierError, CutError
+from .frontier import Goal, deepest_agreeing, earliest_affordable
 from .inputs import Call, as_call
 from .inspection import Inspection
 from .matching import Method, resolve
 from .moments import Moments
-from .observe import observe
+from .observe import observe, observe_all
 from .plan import plan
 from .refit import Refit, fit_notes, refits
 from .report import flops_by_node, make_report
@@ -37,6 +41,8 @@ def compile_zip(
     data: Any = None,
     method: str | Method = "zip",
     until: str | float | None = None,
+    min_agreement: float | None = None,
+    max_cost: float | None = None,
     refit: str | Refit | None = "repair",
     verify: bool = True,
     strict: bool = False,
@@ -62,7 +68,11 @@ def compile_zip(
         method: "zip" (ZipIt!, arXiv 2305.03053), "permute" (Git Re-Basin, arXiv 2209.04836), "average", or an object
             with its settings such as `fxzip.Zip(alpha=0.1, beta=0.5)`.
         until: where the trunk ends: None (at the heads), a module path or node name of the first model, or a fraction
-            in (0, 1] of the FLOPs to share.
+            in (0, 1] of the FLOPs to share; or "auto", which looks for it (see `fxzip/frontier.py`).
+        min_agreement: with `until="auto"`: the deepest cut at which every head agrees with its original on this share
+            of held-out inputs, a fifth of `data` (see `fxzip/agreement.py`). The default, 0.98.
+        max_cost: with `until="auto"`: the earliest cut at which the zip takes at most so many FLOPs, relative to the
+            first model.
         refit: None, "batchnorm" (statistics re-estimated), "repair" (REPAIR, arXiv 2211.08403), "lstsq" (least squares,
             closed form, layer by layer), or an object with its settings such as `fxzip.LeastSquares(ridge=1e-3)`.
         verify: check the analysis by relabelling at random.
@@ -78,12 +88,15 @@ def compile_zip(
         InputError, TraceError, AlignError, CutError, DataError, BarrierError, SelfCheckError: see `fxzip.errors`.
     """
     networks, call = models_and_sample(models)
-    chosen, corrected = resolve(method), refits(refit)
+    recipe = Recipe(resolve(method), refits(refit), refit)
+    goal = Goal.of(until, min_agreement, max_cost)
     calibration = Calibration.of(data, call, len(networks), progress)
     found = survey(networks, call, verify=verify, strict=strict, rules=rules)
+    if goal is not None:
+        return _automatic(found, calibration, recipe, goal)
     trunk = found.trunk(until)
     statistics = observe(trunk, calibration("observing"))
-    return assemble(found, trunk, statistics, calibration, Recipe(chosen, corrected, refit))
+    return assemble(found, trunk, statistics, calibration, recipe)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +171,41 @@ def assemble(
     }
     zipped.meta["fxzip_report"] = make_report(zipped, zipping, settings)
     return zipped
+
+
+def cuts_and_trunks(found: Survey, limit: int = 32) -> tuple[list[Cut], list[Trunk]]:
+    """Where the trunk may end, in a row, and the trunks; cuts that cannot be solved for all models alike are left out.
+
+    Raises:
+        AlignError: nothing can be shared.
+    """
+    full = found.trunk()
+    pairs = []
+    for cut in find_cuts(full, found.flops, limit=limit):
+        with suppress(AlignError, CutError):
+            pairs.append((cut, full if cut.until is None else found.trunk(cut.until)))
+    return [cut for cut, _ in pairs], [trunk for _, trunk in pairs]
+
+
+def _automatic(found: Survey, calibration: Calibration, recipe: Recipe, goal: Goal) -> ZippedModule:
+    """Look for the cut. Observation is done once for all cuts, matching and refit for each that is tried."""
+    if goal.max_cost is not None:
+        cuts, trunks = cuts_and_trunks(found)
+
+        def build(place: int) -> ZippedModule:
+            seen = observe(trunks[place], calibration("observing"))
+            return assemble(found, trunks[place], seen, calibration, recipe)
+
+        return earliest_affordable(cuts, build, goal.max_cost)
+    assert goal.min_agreement is not None
+    fit, held = hold_out(calibration, found.alignment.programs)
+    cuts, trunks = cuts_and_trunks(found)
+    statistics = observe_all(trunks, fit("observing"))
+
+    def build_on_the_rest(place: int) -> ZippedModule:
+        return assemble(found, trunks[place], statistics[place], fit, recipe)
+
+    return deepest_agreeing(cuts, build_on_the_rest, held, goal.min_agreement)
 
 
 def inspect(
