@@ -81,11 +81,20 @@ def _timm(module: str) -> tuple[nn.Module, Any]:
                 counted.append((sum(p.numel() for p in timm.create_model(name).parameters()), name))
         except Exception:
             counted.append((10**12, name))
-    name = min(counted)[1]
-    model = timm.create_model(name)
-    channels, height, width = model.pretrained_cfg.get("input_size", (3, 224, 224))
-    model.variant = name
-    return model, torch.randn(2, channels, height, width)
+    parameters, name = min(counted)
+    settings = timm.get_pretrained_cfg(name)
+    size = settings.input_size[-1]
+    smaller = {} if size <= 256 or settings.fixed_input_size else {"img_size": 224}
+    shallower = {} if parameters < 150e6 else {"depth": 4}
+    for options in ({**smaller, **shallower}, smaller, {}):
+        try:
+            model = timm.create_model(name, **options)
+            break
+        except TypeError:  # not every model takes them
+            continue
+    size = 224 if smaller else size
+    model.variant = name + "".join(f", {key}={value}" for key, value in options.items())
+    return model, torch.randn(2, settings.input_size[0], size, size)
 
 
 def _text() -> torch.Tensor:
