@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -341,10 +342,50 @@ def test_quiet_execution_restores_after_an_error():
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_a_hook_that_changes_the_output_is_an_error():
+class Hooked(nn.Module):
+    """Returns what a hook on its inner block collects."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.collected = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), []
+        self.block.register_forward_hook(functools.partial(collect, self))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        self.collected = []
+        self.block(x)
+        return self.head(self.collected[0])
+
+
+def collect(owner, module, args, output):
+    owner.collected.append(output)
+
+
+@pytest.mark.parametrize("where", ["leaf", "block"])
+def test_a_hook_that_changes_the_output_is_traced(where):
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    (model[0][0] if where == "leaf" else model[0]).register_forward_hook(lambda module, args, output: output + 1)
+    program = trace(model, torch.randn(2, 3))
+    assert program.rung == ("export" if where == "leaf" else "symbolic")
+    assert not any(m._forward_hooks for m in program.module.modules())
+    assert len(program.failures) == (5 if where == "leaf" else 3)
+
+
+def test_what_a_hook_collects_is_traced():
+    model = Hooked()
+    program = trace(model, torch.randn(2, 3))
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(program.module(x), model(x))
+    assert "(forward hooks kept)" not in program.failures[0]
+
+
+def test_a_hook_that_counts_is_an_error():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-    model[0].register_forward_hook(lambda module, args, output: output + 1)
-    with pytest.raises(TraceError, match=says("Tracing drops forward hooks, found on `0`: move what a hook does")):
+    count = iter(range(100))
+    model[0].register_forward_hook(lambda module, args, output: output + next(count))
+    with pytest.raises(
+        TraceError, match=says("does not always see forward hooks, found on `0`: move what a hook does")
+    ):
         trace(model, torch.randn(2, 3))
 
 

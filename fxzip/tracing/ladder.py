@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..inputs import Call, as_call, batch_size, map_tensors, with_batch
 from .execution import Record, difference, quiet_execution, run_eager, run_recorded
 from .exporting import trace_export
 from .inplace import out_of_place
-from .preparation import check_model, copied, first_line, folded, without_hooks
+from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
 from .symbolic import SymbolicTracer
 from .tidying import tidied
 from .values import trace_with_values
@@ -57,7 +58,6 @@ class _Reference:
     fresh: Call
     expected: tuple[Any, Any]
     other_batch: bool
-    hooks: tuple[str, ...]
 
 
 def trace(model: nn.Module, sample_input: Any, *, name: str = "model") -> Program:
@@ -73,26 +73,27 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model") -> Progra
     call = map_tensors(lambda value: value.detach().clone(), as_call(sample_input))
     own = copied(checked, name)
     reference = _eager(own, call, name)
-    without_hooks(folded(own))
+    hooks = hooks_of(folded(own))
+    paths = without_hooks(own)
     persistent = frozenset(own.state_dict())
     failures: list[str] = []
-    for rung in RUNGS:
+    for kept, rung in product(([], hooks) if hooks else ([],), RUNGS):
         try:
-            traced = _traced(own, rung, reference)
+            with hooked(kept):
+                traced = _traced(own, rung, reference)
         except Exception as error:
-            failures.append(f"{_title(rung)} failed{_place(error)}: {type(error).__name__}: {first_line(error)}")
+            failures.append(f"{_title(rung, kept)} failed{_place(error)}: {type(error).__name__}: {first_line(error)}")
             continue
         _restore_persistence(traced, persistent)
         found = _verified(traced, reference)
         if not isinstance(found, str):
             return _program(*found, reference, rung, tuple(failures), persistent)
-        failures.append(f"{_title(rung)} gave another result than the model: {found}.")
-    raise TraceError(_nothing_worked(name, failures, reference))
+        failures.append(f"{_title(rung, kept)} gave another result than the model: {found}.")
+    raise TraceError(_nothing_worked(name, failures, paths))
 
 
 def _eager(own: nn.Module, call: Call, name: str) -> _Reference:
     """Run the copy, hooks and all, before anything is folded or dropped."""
-    hooks = tuple(path for path, m in own.named_modules() if m._forward_hooks or m._forward_pre_hooks)
     try:
         expected = run_eager(own, call)
     except Exception as error:
@@ -104,11 +105,11 @@ def _eager(own: nn.Module, call: Call, name: str) -> _Reference:
     if size is not None:
         fresh = with_batch(call, 3 if size != 3 else 2)
         try:
-            return _Reference(call, fresh, (expected, run_eager(own, fresh)), True, hooks)
+            return _Reference(call, fresh, (expected, run_eager(own, fresh)), True)
         except Exception:  # the model is made for one batch size
             pass
     fresh = with_batch(call, size or 0)
-    return _Reference(call, fresh, (expected, run_eager(own, fresh)), False, hooks)
+    return _Reference(call, fresh, (expected, run_eager(own, fresh)), False)
 
 
 def _traced(own: nn.Module, rung: str, reference: _Reference) -> fx.GraphModule:
@@ -187,9 +188,9 @@ def _restore_persistence(module: fx.GraphModule, persistent: frozenset[str]) -> 
             module.get_submodule(owner)._non_persistent_buffers_set.add(key)
 
 
-def _title(rung: str) -> str:
+def _title(rung: str, hooks: Hooks) -> str:
     titles: dict[str, str] = {"export": "`torch.export`", "symbolic": "Symbolic tracing"}
-    return titles.get(rung, "Symbolic tracing with example values")
+    return titles.get(rung, "Symbolic tracing with example values") + (" (forward hooks kept)" if hooks else "")
 
 
 def _place(error: BaseException) -> str:
@@ -199,15 +200,15 @@ def _place(error: BaseException) -> str:
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def _nothing_worked(name: str, failures: list[str], reference: _Reference) -> str:
+def _nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...]) -> str:
     sample_only = any("but on a batch of" in failure for failure in failures)
     must = "must be traceable at every batch size; it was at that of `sample_input` only" if sample_only else ""
     message = f"`{name}` {must or 'must be traceable; no way of tracing reproduces it'}. " + " ".join(failures)
-    if reference.hooks:
-        places = ", ".join(f"`{path or name}`" for path in reference.hooks)
+    if hooks:
+        places = ", ".join(f"`{path or name}`" for path in hooks[:5]) + (" ..." if len(hooks) > 5 else "")
         return (
-            f"{message} Tracing drops forward hooks, found on {places}: move what a hook does to the output into the "
-            "`forward` of its module."
+            f"{message} Tracing does not always see forward hooks, found on {places}: move what a hook does to the "
+            "output into the `forward` of its module."
         )
     if any("Cache'" in failure for failure in failures):
         return f"{message} Set `{name}.config.use_cache = False`: what is not a tensor cannot be an output."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -181,3 +183,33 @@ def without_hooks(model: nn.Module) -> tuple[str, ...]:
             if getattr(module, kind, None):
                 getattr(module, kind).clear()
     return tuple(paths)
+
+
+Hooks = list[tuple[dict[int, Any], dict[int, Any]]]
+
+
+def hooks_of(model: nn.Module) -> Hooks:
+    """The hooks of the model, to be put back by `hooked`.
+
+    >>> m = nn.Sequential(nn.ReLU())
+    >>> _ = m[0].register_forward_hook(lambda module, given, result: result + 1)
+    >>> hooks, _ = hooks_of(m), without_hooks(m)
+    >>> with hooked(hooks):
+    ...     y = m(torch.zeros(1))
+    >>> y, m(torch.zeros(1))
+    (tensor([1.]), tensor([0.]))
+    """
+    found = (getattr(module, kind, None) for module in model.modules() for kind in _HOOKS)
+    return [(live, dict(live)) for live in found if live]
+
+
+@contextmanager
+def hooked(hooks: Hooks) -> Iterator[None]:
+    """Inside, the modules have their hooks again: what those of composite modules do becomes part of a trace."""
+    for live, kept in hooks:
+        live.update(kept)
+    try:
+        yield
+    finally:
+        for live, _ in hooks:
+            live.clear()
