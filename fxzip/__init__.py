@@ -9,6 +9,7 @@ from .align import align
 from .analysis import label, self_check, solve
 from .analysis.twin import relabel
 from .calibration import Calibration, PerModel
+from .compare import compare, sweep
 from .compiler import compile_zip, inspect
 from .errors import (
     AlignError,
@@ -31,6 +32,7 @@ from .report import Report
 from .rewrite import rewrite
 from .rules import RULES
 from .side_by_side import side_by_side
+from .table import Table
 from .tracing import trace
 from .trunk import find_trunk
 from .zipped import ZippedModule
@@ -58,10 +60,12 @@ __all__ = [
     "PinnedSpaceWarning",
     "Report",
     "SelfCheckError",
+    "Table",
     "TraceError",
     "Zip",
     "ZippedModule",
     "align",
+    "compare",
     "compile_zip",
     "find_trunk",
     "inspect",
@@ -75,5 +79,6 @@ __all__ = [
     "self_check",
     "side_by_side",
     "solve",
+    "sweep",
     "trace",
 ]

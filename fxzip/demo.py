@@ -175,22 +175,28 @@ def compare(
     """Zip by every method and cut; the rows of the table, and the last method's full zip."""
     data = calibration_batches(digits.train_images)
     sample = digits.train_images[:2]
-    zipped_rows = []
-    settings = [(method, cut) for cut in cuts for method in methods]
-    hidden = None if progress is None else not progress
-    for method, cut in tqdm(settings, desc="zipping", unit="zip", disable=hidden):
-        zipped = fxzip.compile_zip(*models, sample, data=data, method=method, until=cut, progress=False)
-        zipped_rows.append(_zipped_row(f"{method}, {_extent(cut)}", zipped, digits))
-        if cut == cuts[0]:
-            full, costs = zipped, _costs(zipped)
+
+    def score(network: nn.Module) -> dict[str, float]:
+        found = evaluate(network, digits)
+        return {"accuracy": found.average, "joint": found.joint}
+
+    table = fxzip.compare(
+        models, sample, data=data, held_out=[digits.test_images], score=score, methods=methods, cuts=cuts,
+        progress=progress,
+    )  # fmt: skip
     accuracy = evaluate(lambda x: [model(x) for model in models], digits)
-    both = (costs["flops"]["both"], costs["parameters"]["both"])
+    both = (table[0]["cost"], table[0]["parameters"])
     alone = [
         Row(f"{name} alone (digits {task[0]}-{task[-1]})", own, None, 1.0, 1.0, both)
         for name, task, own in zip("ab", TASKS, accuracy.per_task, strict=True)
     ]
-    side_by_side = Row("a and b side by side", accuracy.average, accuracy.joint, *both, both)
-    return [*alone, side_by_side, *zipped_rows], full
+    names = ["a and b side by side", *(f"{row['method']}, {_extent(row['until'])}" for row in table[1:])]
+    rows = [
+        Row(name, row["accuracy"], row["joint"], row["cost"], row["parameters"], both)
+        for name, row in zip(names, table, strict=True)
+    ]
+    full = fxzip.compile_zip(*models, sample, data=data, method=methods[-1], progress=False)
+    return [*alone, *rows], full
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -279,22 +285,3 @@ def run(
 
 def _extent(cut: str | None) -> str:
     return "all shared" if cut is None else f"until {cut}"
-
-
-def _costs(zipped: torch.fx.GraphModule) -> dict[str, dict[str, float]]:
-    """FLOPs and parameters of a zipped network and of both models, relative to the first model."""
-    report: Any = zipped.report
-    return {
-        key: {
-            "zipped": report[key]["total"] / report[key]["originals"][0],
-            "both": report[key]["side_by_side"] / report[key]["originals"][0],
-        }
-        for key in ("flops", "parameters")
-    }
-
-
-def _zipped_row(name: str, zipped: torch.fx.GraphModule, digits: Digits) -> Row:
-    accuracy, costs = evaluate(zipped, digits), _costs(zipped)
-    flops, parameters = costs["flops"], costs["parameters"]
-    both = (flops["both"], parameters["both"])
-    return Row(name, accuracy.average, accuracy.joint, flops["zipped"], parameters["zipped"], both)

@@ -11,6 +11,7 @@ ROOT = Path(fxzip.__file__).parent
 LAYERS = [  # a stage sees its own layer and those further down
     ["cli", "__main__", "demo", "evaluation"],
     ["__init__"],
+    ["compare"],
     ["compiler", "side_by_side"],
     ["frontier"],
     ["inspection", "report", "refit", "rewrite"],
@@ -22,7 +23,8 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["trunk"],
     ["align", "analysis"],
     ["rules", "tracing"],
-    ["moments", "inputs"],
+    ["moments", "inputs", "table"],
+    ["figures"],
     ["errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -76,7 +78,8 @@ def test_libraries_stay_in_their_stages():
     assert users("networkx") <= {"analysis", "trunk", "cuts", "plan", "inspection"}
     assert users("scipy") <= {"matching", "analysis", "plan"}
     assert "rules" not in users("torch.fx")
-    assert users("torchvision") | users("timm") | users("matplotlib") | users("sklearn") <= {"demo", "evaluation"}
+    assert users("torchvision") | users("timm") | users("sklearn") <= {"demo", "evaluation"}
+    assert users("matplotlib") == {"figures"}
 
 
 def test_import_is_light():

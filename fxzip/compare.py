@@ -1,0 +1,220 @@
+"""Several zips of the same models, side by side in one table: cuts of one method (`sweep`), or methods by cuts.
+
+Tracing, checking and observing are done once for all rows; matching, rewriting and refit for each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from .agreement import HeldOut, hold_out
+from .arguments import models_and_sample
+from .calibration import Calibration
+from .compiler import Recipe, Survey, assemble, cuts_and_trunks, survey
+from .errors import InputError
+from .matching import METHODS, Method, resolve
+from .observe import observe_all
+from .refit import Refit, refits
+from .rules import RULES, Rule
+from .side_by_side import side_by_side
+from .table import Table
+from .trunk import Trunk
+
+Score = Callable[[nn.Module], float | Mapping[str, float]]
+"""Of a network that returns a tuple with each model's output; greater is better, or several numbers with names."""
+
+SWEPT = 12
+
+
+def sweep(
+    models: Sequence[nn.Module],
+    sample_input: Any,
+    *,
+    data: Any = None,
+    cuts: Sequence[str | float | None] | None = None,
+    method: str | Method = "zip",
+    refit: str | Refit | None = "repair",
+    score: Score | None = None,
+    held_out: Any = None,
+    verify: bool = True,
+    rules: Mapping[str, Rule] = RULES,
+    progress: bool | None = None,
+) -> Table:
+    """The frontier of cost against agreement: one zip for each cut, and all models side by side.
+
+    >>> import torch
+    >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
+    >>> table = sweep([a, b], torch.randn(2, 4), data=[torch.randn(100, 4)], progress=False)
+    >>> [(row["method"], row["until"]) for row in table]
+    [('side by side', None), ('zip', '1'), ('zip', None)]
+    >>> table[0]["agreement"]
+    1.0
+
+    Args:
+        models: two or more.
+        sample_input, data, method, refit, verify, rules, progress: as in `compile_zip`.
+        cuts: what `until` takes, each. None: up to twelve, evenly over the FLOPs, such that one tensor alone crosses
+            if there are as many.
+        score: a function of the multi-head network, say its accuracy on labelled inputs.
+        held_out: batches to measure agreement on. None: every fifth input of `data`, which then serves for nothing
+            else.
+
+    Raises:
+        DataError: fewer than ten inputs can be held out. CutError: a cut names nothing that is shared. And what
+        `compile_zip` raises.
+    """
+    name = method if isinstance(method, str) else repr(method)
+    lines = [_Line.of((method, refit), None, name)]
+    setting = _Setting.of(models, sample_input, data, held_out, progress, "`sweep`", verify, rules)
+    if cuts is None:
+        cuts = [cut.until for cut in cuts_and_trunks(setting.found, limit=SWEPT)[0]]
+    return setting.table(lines, cuts, score, strict=True)
+
+
+def compare(
+    models: Sequence[nn.Module],
+    sample_input: Any,
+    *,
+    data: Any = None,
+    score: Score | None = None,
+    methods: Sequence[Any] | None = None,
+    cuts: Sequence[str | float | None] = (None,),
+    refit: str | Refit | None = "repair",
+    held_out: Any = None,
+    verify: bool = True,
+    rules: Mapping[str, Rule] = RULES,
+    progress: bool | None = None,
+) -> Table:
+    """Every method at every cut, and all models side by side.
+
+    >>> import torch
+    >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
+    >>> x = torch.randn(100, 4)
+    >>> table = compare([a, b], x[:2], data=[x], methods=["average", ("zip", None)], progress=False)
+    >>> [(row["method"], row["refit"]) for row in table]
+    [('side by side', None), ('average', 'repair'), ('zip', None)]
+
+    Args:
+        models: two or more.
+        sample_input, data, verify, rules, progress: as in `compile_zip`.
+        score: a function of the multi-head network, say its accuracy on labelled inputs.
+        methods: names, methods with their settings, or pairs (method, refit). None: every name in `fxzip.METHODS`. One
+            that fails is a row with its message.
+        cuts: what `until` takes, each.
+        refit: of the methods that come without one.
+        held_out: as in `sweep`.
+
+    Raises:
+        DataError, CutError: as in `sweep`. InputError: a method or refit is unknown.
+    """
+    chosen = [_Line.of(entry, refit) for entry in (METHODS if methods is None else methods)]
+    setting = _Setting.of(models, sample_input, data, held_out, progress, "`compare`", verify, rules)
+    return setting.table(chosen, cuts, score, strict=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Line:
+    """A method with a refit, under the names that the table shows."""
+
+    method: str
+    refit: str | None
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, entry: Any, refit: str | Refit | None, name: str | None = None) -> _Line:
+        method, own = entry if isinstance(entry, tuple) else (entry, refit)
+        recipe = Recipe(resolve(method), refits(own), own)
+        shown = own if own is None or isinstance(own, str) else repr(own)
+        return cls(name or (method if isinstance(method, str) else repr(method)), shown, recipe)
+
+
+@dataclass(frozen=True, eq=False)
+class _Setting:
+    """What all rows have in common."""
+
+    models: Sequence[nn.Module]
+    sample: Any
+    found: Survey
+    calibration: Calibration
+    held: HeldOut
+    seconds: float
+
+    @classmethod
+    def of(
+        cls, models: Sequence[nn.Module], sample: Any, data: Any, held_out: Any, progress: bool | None, name: str,
+        verify: bool, rules: Mapping[str, Rule],
+    ) -> _Setting:  # fmt: skip
+        start = time.perf_counter()
+        models = list(models) if isinstance(models, (list, tuple)) else models
+        networks, call = models_and_sample((models, sample), name.strip("`"))
+        calibration = Calibration.of(data, call, len(networks), progress)
+        found = survey(networks, call, verify=verify, rules=rules)
+        programs = found.alignment.programs
+        if held_out is None:
+            calibration, held = hold_out(calibration, programs, name=name)
+        else:
+            given = Calibration.of(held_out, call, len(networks), progress)
+            held = HeldOut.of(list(given("holding out").labelled()), programs)
+        return cls(networks, sample, found, calibration, held, time.perf_counter() - start)
+
+    def table(
+        self, lines: Sequence[_Line], cuts: Sequence[str | float | None], score: Score | None, *, strict: bool
+    ) -> Table:
+        """All lines at all cuts. `strict`: an error ends it, else it is a row."""
+        start = time.perf_counter()
+        trunks = [self.found.trunk(cut) for cut in cuts]
+        statistics = observe_all(trunks, self.calibration("observing"))
+        seconds = self.seconds + time.perf_counter() - start
+        rows = [self._bound(score)]
+        places = [(place, line) for place in range(len(cuts)) for line in lines]
+        for place, line in tqdm(places, desc="zipping", unit="zip", disable=not self.calibration.show, leave=False):
+            row = {"method": line.method, "refit": line.refit, "until": cuts[place]}
+            try:
+                rows.append(row | self._measured(line, trunks[place], statistics[place], score))
+            except Exception as error:
+                if strict:
+                    raise
+                rows.append(row | {"error": f"{type(error).__name__}: {error}"})
+        note = (
+            f"agreement with the originals on {self.held.size} held-out inputs; tracing, checking and observing, once "
+            f"for all rows, took {seconds:.1f} s"
+        )
+        return Table(tuple({**dict.fromkeys(("cost", "error")), **row} for row in rows), note)
+
+    def _measured(self, line: _Line, trunk: Trunk, statistics: Any, score: Score | None) -> dict[str, Any]:
+        start = time.perf_counter()
+        zipped = assemble(self.found, trunk, statistics, self.calibration, line.recipe)
+        return self._values(zipped, score, time.perf_counter() - start)
+
+    def _bound(self, score: Score | None) -> dict[str, Any]:
+        """The row of the models themselves: nothing merged."""
+        whole = side_by_side(self.models, self.sample)
+        return {"method": "side by side", "refit": None, "until": None, **self._values(whole, score, None)}
+
+    def _values(self, network: Any, score: Score | None, seconds: float | None) -> dict[str, Any]:
+        heads = self.held.agreement(network)
+        costs = {
+            name: network.report[key]["total"] / max(network.report[key]["originals"][0], 1)
+            for name, key in (("cost", "flops"), ("parameters", "parameters"))
+        }
+        scores = {} if score is None else dict(_scores(score(network)))
+        return {**costs, "agreement": sum(heads) / len(heads), "worst": min(heads), **scores, "seconds": seconds}
+
+
+def _scores(found: Any) -> Iterator[tuple[str, float]]:
+    """What a score function returned, by name."""
+    named = found if isinstance(found, Mapping) else {"score": found}
+    for name, value in named.items():
+        try:
+            yield str(name), float(value)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"`score` must return a number, or a dict of numbers by name; found `{type(value).__name__}`"
+                f"{'' if named is not found else f' under {name!r}'}. Return one number per score."
+            ) from None
