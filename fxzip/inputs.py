@@ -190,6 +190,19 @@ def wrong_shape(batch: Call, index: int, sample: Call, cause: Exception) -> Data
     return DataError(f"Batch {index} of `data` has shape {found}; the models were traced with {traced}: {reason}")
 
 
+def not_finite(features: int, node: str, network: str, index: int) -> DataError:
+    """The error to raise when features on batch `index` are not finite.
+
+    >>> print(not_finite(3, "layer1_conv", "model 0", 7))
+    Features must be finite; node `layer1_conv` of model 0 gave 3 non-finite features on batch 7 of `data`. Look for \
+overflow, or for NaN in the data or the parameters.
+    """
+    return DataError(
+        f"Features must be finite; node `{node}` of {network} gave {features} non-finite features on batch {index} of "
+        "`data`. Look for overflow, or for NaN in the data or the parameters."
+    )
+
+
 def with_batch(call: Call, n: int, generator: torch.Generator | None = None) -> Call:
     """A fresh call with a batch of `n`, made of the rows of this one.
 

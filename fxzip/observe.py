@@ -20,8 +20,7 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import DataError
-from .inputs import Call, wrong_shape
+from .inputs import Call, not_finite, wrong_shape
 from .moments import SAMPLES, Moments
 from .places import Watch, watches
 from .tracing import Program, flat_inputs, quiet_execution
@@ -242,7 +241,4 @@ def _check_finite(places: list[Watch], watchers: list[_Watcher], batch: int) -> 
     for k, watcher in enumerate(watchers):
         for number, own in watcher.taken.items():  # in the order in which the model ran
             if not bool(own.sum().isfinite()) and (bad := int((~own.isfinite().all(0)).sum())):
-                raise DataError(
-                    f"Features must be finite; node `{places[number].node[k]}` of model {k} gave {bad} non-finite "
-                    f"features on batch {batch} of `data`. Look for overflow, or for NaN in the data or the parameters."
-                )
+                raise not_finite(bad, places[number].node[k], f"model {k}", batch)

@@ -8,8 +8,9 @@ from ..errors import InputError
 from ..inputs import Call
 from ..plan import ZipPlan
 from ..zipped import ZippedModule
+from .batchnorm import reset_batchnorm
 from .lstsq import Fit, LeastSquares, least_squares
-from .statistics import repair, reset_batchnorm
+from .statistics import repair
 
 __all__ = [
     "REFITS",

@@ -71,19 +71,22 @@ def live_bytes(program: Program) -> float:
 
 def within_memory(
     data: Iterable[tuple[int, Call]], programs: Sequence[Program], memory: int
-) -> tuple[list[tuple[int, Call]], bool]:
-    """As many batches as fit, taken evenly from all sources, at least one each; and whether any was left out."""
+) -> tuple[list[tuple[int, int, Call]], bool]:
+    """As many batches as fit, taken evenly from all sources, at least one each; and whether any was left out.
+
+    Each batch comes with the number of its source, and its own among all of them.
+    """
     per_row = sum(live_bytes(program) for program in programs) + live_bytes(programs[0])
-    by_source: dict[int, list[Call]] = {}
+    by_source: dict[int, list[tuple[int, Call]]] = {}
     rows: dict[int, int] = {}
     cut = False
     limit = memory / max(per_row, 1.0)
-    for source, call in data:
+    for number, (source, call) in enumerate(data):
         own = by_source.setdefault(source, [])
         size = batch_size(call) or 1
         if own and sum(rows.values()) + size > limit * (source + 1) / max(source + 1, len(programs)):
             cut = True
             continue
-        own.append(call)
+        own.append((number, call))
         rows[source] = rows.get(source, 0) + size
-    return [(source, call) for source, calls in sorted(by_source.items()) for call in calls], cut
+    return [(source, *own) for source, calls in sorted(by_source.items()) for own in calls], cut

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from ..inputs import Call
+from ..inputs import Call, not_finite
 from ..plan import ZipPlan
 from ..tracing import quiet_execution
 from ..zipped import ZippedModule, part_of
@@ -92,11 +92,12 @@ class _Walk:
     """The walk over the zipped network and the originals in lockstep."""
 
     def __init__(
-        self, net: ZippedModule, plan: ZipPlan, batches: Sequence[tuple[int, Call]], settings: LeastSquares
+        self, net: ZippedModule, plan: ZipPlan, batches: Sequence[tuple[int, int, Call]], settings: LeastSquares
     ) -> None:
         self.net, self.plan, self.settings = net, plan, settings
-        self.sources = [source for source, _ in batches]
-        calls = [call for _, call in batches]
+        self.sources = [source for source, _, _ in batches]
+        self.numbers = [number for _, number, _ in batches]
+        calls = [call for _, _, call in batches]
         self.zipped = Lockstep(net, calls)
         self.originals = [Lockstep(program.module, calls) for program in plan.trunk.alignment.programs]
         self.names = [plan.trunk.names(k) for k in range(len(self.originals))]
@@ -188,6 +189,9 @@ class _Walk:
             wanted = target(batch, places)
             ts.append(wanted if skip is None else wanted - skip)
             skips += [] if skip is None else [skip]
+            for value, network in ((wanted, "the originals"), (xs[-1], "the zipped network"), (ts[-1], "both")):
+                if not bool(value.sum().isfinite()) and (bad := int((~value.flatten(1).isfinite().all(0)).sum())):
+                    raise not_finite(bad, unit.call.name, network, self.numbers[batch])
         x, t, offset = torch.cat(xs), torch.cat(ts), torch.cat(skips) if skips else None
         if unit.linear:
             self._solve_linear(unit, x, t, offset)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import DataError
+
 
 def ridge_solution(
     x: Tensor,
@@ -61,6 +63,11 @@ def _scale(gram: Tensor) -> float:
 
 
 def _cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
+    if not bool(gram.isfinite().all()):
+        raise DataError(
+            f"The inputs of a regression must have a finite Gram matrix; that of {len(gram) - 1} inputs overflows. "
+            "Zip the models in a wider dtype, or look for features that are far too large."
+        )
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     while True:
         factor, info = torch.linalg.cholesky_ex(gram + ridge * _scale(gram) * identity)

@@ -1,4 +1,4 @@
-"""Refit by statistics: BatchNorm reset, and REPAIR (Jordan et al., ICLR 2023, section 4).
+"""Refit by statistics: REPAIR (Jordan et al., ICLR 2023, section 4).
 
 Averaged features vary less than the features they are averaged of. REPAIR gives every merged feature the mean and
 standard deviation that its members have on average in their own networks: y* ← (y* - μ*) / σ* · σ̄ + μ̄, with
@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from ..align import attribute
 from ..analysis.spaces import slots
-from ..inputs import Call
+from ..inputs import Call, not_finite
 from ..plan import ZipPlan, head_nodes
 from ..rules import varying
 from ..tracing import flat_inputs, quiet_execution
@@ -132,19 +132,25 @@ def _head_layers(plan: ZipPlan) -> list[_Layer]:
     return found
 
 
+def _check_finite(mean: Tensor, node: str, network: str, batch: int) -> None:
+    if bad := int((~mean.isfinite()).sum()):
+        raise not_finite(bad, node, network, batch)
+
+
 class _Original(fx.Interpreter):
     """Runs an original and takes in what its layers give: in all, and on the last batch."""
 
-    def __init__(self, module: fx.GraphModule, axes: dict[str, int]) -> None:
+    def __init__(self, module: fx.GraphModule, axes: dict[str, int], network: str) -> None:
         super().__init__(module)
-        self.axes = axes
+        self.axes, self.network, self.number = axes, network, 0
         self.sums = {name: _Sums() for name in axes}
         self.batch: dict[str, _MeanStd] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.axes:
-            self.batch[n.name] = self.sums[n.name].add(value, self.axes[n.name])
+            mean, _ = self.batch[n.name] = self.sums[n.name].add(value, self.axes[n.name])
+            _check_finite(mean, n.name, self.network, self.number)
         return value
 
 
@@ -190,6 +196,7 @@ class _Zipped(fx.Interpreter):
         self.layers = {layer.key: layer for layer in layers}
         self.sums = {key: _Sums() for key in self.layers}
         self.targets: dict[tuple[str, str], _MeanStd] = {}
+        self.number = 0  # of the batch
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "output":
@@ -199,6 +206,7 @@ class _Zipped(fx.Interpreter):
         layer = self.layers.get((made.get("part", ""), made.get("from", [""])[0]))
         if layer is not None:
             mean, std = self.sums[layer.key].add(value, layer.axis)
+            _check_finite(mean, n.name, "the zipped network", self.number)
             scale, shift = _correction(mean, std, *self.targets[layer.key])
             shape = [1] * value.ndim
             shape[layer.axis] = -1
@@ -224,13 +232,14 @@ def repair(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedM
         return result
     goals = [_Goal.of(plan, layer) for layer in layers]
     originals = [
-        _Original(program.module, {layer.twins[k]: layer.axis for layer in layers if k in layer.twins})
+        _Original(program.module, {layer.twins[k]: layer.axis for layer in layers if k in layer.twins}, f"model {k}")
         for k, program in enumerate(plan.trunk.alignment.programs)
     ]
     run = _Zipped(result, layers)
     with quiet_execution():
-        for call in data:
+        for run.number, call in enumerate(data):
             for original, program in zip(originals, plan.trunk.alignment.programs, strict=True):
+                original.number = run.number
                 original.run(*flat_inputs(program.module, call))
             for goal in goals:
                 run.targets[goal.layer.key] = goal([originals[k].batch[n] for k, n in goal.layer.twins.items()])
@@ -257,31 +266,3 @@ def _fold(result: ZippedModule, layer: _Layer, scale: Tensor, shift: Tensor) -> 
             bias.copy_(scale.to(bias) * bias + shift.to(bias))
         elif "bias" in owner._parameters:
             owner.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
-
-
-def reset_batchnorm(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
-    """BatchNorm statistics re-estimated on `data`: the mean over batches, in training mode. A new module."""
-    result = copy.deepcopy(zipped)
-    names = [
-        str(node.target)
-        for node in result.graph.nodes
-        if node.op == "call_module" and isinstance(attribute(result, str(node.target)), nn.modules.batchnorm._BatchNorm)
-    ]  # fmt: skip
-    norms = [attribute(result, name) for name in dict.fromkeys(names)]
-    norms = [norm for norm in norms if norm.running_mean is not None]
-    if not norms:
-        return result
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    run = _Zipped(result, [])
-    with quiet_execution():
-        for call in data:
-            run.run(*flat_inputs(result, call))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
-    del plan
-    return result
