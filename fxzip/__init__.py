@@ -32,6 +32,7 @@ from .report import Report
 from .rewrite import rewrite
 from .rules import RULES
 from .side_by_side import side_by_side
+from .soup import soup
 from .table import Table
 from .tracing import trace
 from .trunk import find_trunk
@@ -79,6 +80,7 @@ __all__ = [
     "self_check",
     "side_by_side",
     "solve",
+    "soup",
     "sweep",
     "trace",
 ]

@@ -28,11 +28,23 @@ def models_and_sample(arguments: Sequence[Any], name: str = "compile_zip") -> tu
         raise InputError(
             "`sample_input` must be a tensor, or a tuple or dict of tensors; found a module. Pass the models as a list."
         )
+    return check_models(networks, name), as_call(sample)
+
+
+def check_models(networks: Sequence[Any], name: str) -> list[nn.Module]:
+    """At least two models, eager, not quantised, on one device, of one dtype; `name` is who asks.
+
+    >>> len(check_models([nn.Linear(2, 2), nn.Linear(2, 3)], "soup"))
+    2
+
+    Raises:
+        InputError: they are not.
+    """
     if len(networks) < 2:
         raise InputError(f"`{name}` needs at least two models; found {len(networks)}.")
-    checked, call = [check_model(model, f"model {k}") for k, model in enumerate(networks)], as_call(sample)
+    checked = [check_model(model, f"model {k}") for k, model in enumerate(networks)]
     check_placement(checked)
-    return checked, call
+    return checked
 
 
 def _split(models: Sequence[Any], name: str) -> tuple[list[Any], Any]:

@@ -12,7 +12,7 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["cli", "__main__", "demo", "evaluation"],
     ["__init__"],
     ["compare"],
-    ["compiler", "side_by_side"],
+    ["compiler", "side_by_side", "soup"],
     ["frontier"],
     ["inspection", "report", "refit", "rewrite"],
     ["zipped", "basis"],
