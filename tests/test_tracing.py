@@ -300,6 +300,64 @@ def test_in_place_then_read(name, rung, monkeypatch):
     assert model.relu.inplace
 
 
+def through_a_view(model, x):
+    view = x[:, :2]
+    x.clamp_(max=100.0)
+    return view
+
+
+def through_its_base(model, x):
+    x[:, :2].clamp_(max=100.0)
+    return x * 2
+
+
+def through_an_idle_call(model, x):
+    y = model.idle(x)
+    y.clamp_(max=100.0)
+    return x * 2
+
+
+def through_a_reshape(model, x):
+    y = x.reshape(-1, 2)
+    x.clamp_(max=100.0)
+    return y.reshape(-1, 4)
+
+
+def beside(model, x):
+    first, second = x.chunk(2, 1)
+    return torch.cat([first.clamp_(max=100.0), second], 1)
+
+
+def at_two_calls(model, x):
+    y, z = x * 2, x * 3
+    view = z[:, :2]
+    return model.cap(y).sum(1, keepdim=True) + model.cap(z) + view.sum(1, keepdim=True)
+
+
+class NotShown(nn.Module):
+    """A write that moderate inputs do not show."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.idle, self.cap = change, nn.Dropout(), nn.Hardtanh(-100.0, 100.0, inplace=True)
+
+    def forward(self, x):
+        return self.change(self, x * 1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [(through_a_view, 1), (through_its_base, 1), (through_an_idle_call, 1), (through_a_reshape, 1), (beside, 0),
+     (at_two_calls, 2)],
+)  # fmt: skip
+def test_in_place_that_the_sample_does_not_show(change, kept):
+    model = NotShown(change).eval()
+    program = trace(model, torch.randn(3, 4))
+    assert len(program.mutators) == kept
+    large = 1000 * torch.randn(5, 4)
+    assert torch.equal(program.module(large.clone()), model(large.clone()))
+
+
 def test_in_place_on_the_input_spares_the_callers_tensor():
     model, sample = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)), torch.randn(3, 4)
     before = sample.clone()

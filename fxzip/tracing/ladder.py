@@ -126,7 +126,10 @@ def _traced(own: nn.Module, rung: str, reference: _Reference) -> fx.GraphModule:
 
 def _verified(module: fx.GraphModule, reference: _Reference) -> tuple[fx.GraphModule, Record, Record] | str:
     """The program, with in-place calls replaced if that is right, and what its runs showed; or why it is not right."""
-    changed = out_of_place(module)
+    try:
+        changed = out_of_place(module, (reference.sample, reference.fresh))
+    except Exception:  # the graph does not run: the comparison says why
+        changed = None
     if changed is not None:
         better, flagged = changed
         better.eval()
