@@ -106,8 +106,8 @@ def _store(state: State, out: Any, result: Fields | list[Fields] | None, static:
 
 
 def _note_sites(state: State, call: Invocation, inputs: list[Tensor]) -> None:
-    """Remember where features go into a parameter's sum, and where they come out of one."""
-    if call.name not in ("mm", "addmm", "bmm", "baddbmm", "convolution", "addmv", "mv"):
+    """Remember where features go into a parameter's sum, and where they come out of one or of a table."""
+    if call.name not in ("mm", "addmm", "bmm", "baddbmm", "convolution", "addmv", "mv", "embedding"):
         return
     values = [(place, t) for place, t in enumerate(call.args) if isinstance(t, Tensor)]
     moving = [(place, t) for place, t in values if not state.entry(t).static]
