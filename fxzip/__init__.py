@@ -23,6 +23,7 @@ from .errors import (
     SelfCheckError,
     TraceError,
 )
+from .interpolation import Barrier, barrier
 from .matching import METHODS, Average, Merge, Permute, Zip, resolve
 from .moments import Moments
 from .observe import observe
@@ -46,6 +47,7 @@ __all__ = [
     "RULES",
     "AlignError",
     "Average",
+    "Barrier",
     "BarrierError",
     "Calibration",
     "CutError",
@@ -66,6 +68,7 @@ __all__ = [
     "Zip",
     "ZippedModule",
     "align",
+    "barrier",
     "compare",
     "compile_zip",
     "find_trunk",

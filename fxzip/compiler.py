@@ -120,10 +120,10 @@ class Survey:
         """FLOPs of every node of every model on its sample."""
         return tuple(flops_by_node(program.module, program.call) for program in self.alignment.programs)
 
-    def trunk(self, until: str | float | None = None) -> Trunk:
-        """The trunk that ends at `until`."""
+    def trunk(self, until: str | float | None = None, *, whole: bool = False) -> Trunk:
+        """The trunk that ends at `until`, or (`whole`) at the outputs."""
         flops = self.flops[0] if isinstance(until, float) else None
-        return find_trunk(self.alignment, self.labellings, until=until, flops=flops, pinned=self.pinned)
+        return find_trunk(self.alignment, self.labellings, until=until, flops=flops, pinned=self.pinned, whole=whole)
 
 
 def survey(

@@ -51,9 +51,12 @@ class Trunk:
 
 def find_trunk(
     alignment: Alignment, labellings: Sequence[Labelling], *, until: str | float | None = None,
-    flops: Mapping[str, int] | None = None, pinned: Sequence[dict[int, str]] | None = None,
+    flops: Mapping[str, int] | None = None, pinned: Sequence[dict[int, str]] | None = None, whole: bool = False,
 ) -> Trunk:  # fmt: skip
     """Choose the trunk. `until`: a node name, a module path, a fraction of `flops` (per node of model 0), or None.
+
+    `whole`: the trunk goes on to the outputs, past calls without a rule too. That is the basis in which networks are
+    relabelled and interpolated; for sharing it would not do.
 
     Raises:
         AlignError: nothing can be shared.
@@ -63,7 +66,7 @@ def find_trunk(
     order = [node for node in program.module.graph.nodes if node.op != "output"]
     graph = dependencies(program)
     pinned = pinned or [{} for _ in labellings]
-    ends = _unsound(alignment, labellings, pinned, until_given=isinstance(until, str))
+    ends = {} if whole else _unsound(alignment, labellings, pinned, until_given=isinstance(until, str))
     shared = {name for name in alignment.pairs if name not in ends}
     names = _closed(graph, order, shared)
     if isinstance(until, str):

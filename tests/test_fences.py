@@ -11,7 +11,7 @@ ROOT = Path(fxzip.__file__).parent
 LAYERS = [  # a stage sees its own layer and those further down
     ["cli", "__main__", "demo", "evaluation"],
     ["__init__"],
-    ["compare"],
+    ["compare", "interpolation"],
     ["compiler", "side_by_side", "soup"],
     ["frontier"],
     ["inspection", "report", "refit", "rewrite"],
