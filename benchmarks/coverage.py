@@ -68,7 +68,21 @@ def measure(zoo: str, name: str) -> dict[str, Any]:
     row["warnings"] = [str(w.message) for w in caught if issubclass(w.category, fxzip.FxzipWarning)]
     row["barriers"] = list(dict.fromkeys(b.reason for b in labelling.barriers))
     row["probed"] = list(dict.fromkeys(p.reason for p in labelling.probed))
+    row |= {"labels": labelling.size, "behind": behind_barriers(program, labelling)}
     return {**row, **shares(program, labelling, found)}
+
+
+def behind_barriers(program: Any, labelling: Any) -> float:
+    """Share of FLOPs in calls without a rule and in what is computed from them."""
+    import networkx as nx
+
+    from fxzip.analysis import dependencies
+    from fxzip.report import flops_by_node
+
+    graph, flops = dependencies(program), flops_by_node(program.module, program.call)
+    nodes = {b.node for b in labelling.barriers}
+    nodes |= {other for node in nodes for other in nx.descendants(graph, node)}
+    return sum(flops[node] for node in nodes) / max(sum(flops.values()), 1)
 
 
 def moved_off(model: Any) -> None:
@@ -190,41 +204,6 @@ def run_one(zoo: str, name: str, out: Path, seconds: int, gigabytes: int) -> dic
     return row
 
 
-def _percent(row: dict[str, Any], what: str) -> str:
-    share = row.get(what)
-    return " / ".join(f"{100 * share[k]:.0f}" for k in ("zippable", "relabel", "pinned")) if share else ""
-
-
-def write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """docs/coverage.md."""
-    lines = [
-        "# Coverage", "",
-        "Written by `python benchmarks/coverage.py`; random weights, small inputs, one thread. *exact*: relative error",
-        "of the output after a random relabelling of all spaces. FLOPs and parameters: per cent that may be zipped /",
-        "only relabelled / are pinned. Seconds: trace, labels and spaces, self-check; *forward*: one forward pass.", "",
-    ]  # fmt: skip
-    for zoo in dict.fromkeys(row["zoo"] for row in rows):
-        own = [row for row in rows if row["zoo"] == zoo]
-        exact = sum(bool(row.get("exact")) for row in own)
-        zippable = sorted(row["flops"]["zippable"] for row in own if "flops" in row)
-        median = f"; median share of FLOPs zippable {100 * zippable[len(zippable) // 2]:.1f} %" if zippable else ""
-        lines += [f"## {zoo}: {exact} of {len(own)} exact{median}", ""]
-        lines += ["| model | rung | exact | FLOPs | parameters | trace | analysis | check | forward | notes |",
-                  "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-        for row in own:
-            said = [*row.get("warnings", []), *row.get("barriers", []), *row.get("probed", [])]
-            notes = row.get("error", "") or "; ".join(said[:3])
-            seconds = [row.get("trace_s"), row.get("label_s", 0) + row.get("solve_s", 0) if "label_s" in row else None,
-                       row.get("check_s"), row.get("forward_s")]  # fmt: skip
-            cells = [row["name"], row.get("rung", ""), f"{row['gap']:.0e}" if row.get("exact") else "no",
-                     _percent(row, "flops"), _percent(row, "params"),
-                     *("" if s is None else f"{s:.2f}" for s in seconds),
-                     " ".join(notes.split()).replace("|", "/")[:300]]  # fmt: skip
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    path.write_text("\n".join(lines))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--zoo", nargs="+", default=["torchvision", "timm", "transformers", "home-made"])
@@ -240,6 +219,7 @@ def main() -> int:
         print(json.dumps(measure(*settings.measure)))
         return 0
     from coverage_models import ZOOS
+    from coverage_page import page
 
     rows = []
     for zoo in settings.zoo:
@@ -251,7 +231,7 @@ def main() -> int:
                 print(f"{zoo:12} {name:40} {row.get('rung', ''):12} {state}", flush=True)
             if out.exists():
                 rows.append(json.loads(out.read_text()))
-    write_table(rows, settings.table)
+    settings.table.write_text(page(rows))
     inexact = [row["name"] for row in rows if not row.get("exact")]
     print(f"{len(rows) - len(inexact)} of {len(rows)} exact; not: {', '.join(inexact) or 'none'}")
     return 0

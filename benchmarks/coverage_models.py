@@ -24,15 +24,19 @@ def _size(name: str) -> int:
     return next((size for pattern, size in SIZES.items() if re.search(pattern, name)), 64)
 
 
-def torchvision_models() -> dict[str, Factory]:
-    """Classification, segmentation, video, optical flow and detection of torchvision."""
+def torchvision_kinds() -> dict[str, str]:
+    """All models of torchvision and what they are for."""
     from torchvision import models
 
-    found: dict[str, Factory] = {}
-    for kind in ("", "segmentation", "video", "optical_flow", "detection", "quantization"):
-        for name in models.list_models(module=getattr(models, kind) if kind else models):
-            found[name] = lambda name=name, kind=kind: _torchvision(name, kind)
-    return found
+    kinds = dict.fromkeys(models.list_models(module=models), "classification")
+    for kind in ("segmentation", "video", "optical_flow", "detection", "quantization"):
+        kinds |= dict.fromkeys(models.list_models(module=getattr(models, kind)), kind)
+    return kinds
+
+
+def torchvision_models() -> dict[str, Factory]:
+    """Classification, segmentation, video, optical flow and detection of torchvision."""
+    return {name: lambda name=name, kind=kind: _torchvision(name, kind) for name, kind in torchvision_kinds().items()}
 
 
 def _torchvision(name: str, kind: str) -> tuple[nn.Module, Any]:

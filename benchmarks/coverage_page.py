@@ -1,0 +1,162 @@
+"""docs/coverage.md from the results of the coverage sweep: what was asked and what was found, and a row a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+from coverage_models import torchvision_kinds
+
+Row = dict[str, Any]
+
+INTRODUCTION = """\
+# Coverage
+
+Written by `python benchmarks/coverage.py`. Random parameters and statistics, off their initial values; small inputs;
+CPU seconds of one thread.
+
+*exact*: largest movement of the output, relative to its largest magnitude, under a random relabelling of all spaces,
+in float64 (very large models in float32). *FLOPs*, *parameters*: per cent that may be zipped / only relabelled / are
+pinned. *trace*; *analysis*: labels and spaces, less one forward pass; *check*: self-check, less its forward passes;
+*forward*: one forward pass.
+"""
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The text of docs/coverage.md."""
+    lines = [INTRODUCTION, "## Asked and found", "", "| what | asked | found |", "|---|---|---|"]
+    lines += ["| " + " | ".join(line) + " |" for line in summary(rows)]
+    lines += ["", "## Seconds and nodes", "", *timing(rows), "", "## Behind barriers", "", *barriers(rows), ""]
+    for zoo in dict.fromkeys(row["zoo"] for row in rows):
+        own = [row for row in rows if row["zoo"] == zoo]
+        lines += [f"## {zoo}: {_exact(own)} of {len(own)} exact", "", *_table(own), ""]
+    return "\n".join(lines)
+
+
+def _exact(rows: Sequence[Row]) -> int:
+    return sum(bool(row.get("exact")) for row in rows)
+
+
+def _is_refused(row: Row) -> bool:
+    return "must have floating point weights" in row.get("error", "")
+
+
+def summary(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """(what, asked, found)."""
+    kinds = torchvision_kinds()
+    lines = []
+
+    def of(zoo: str, *wanted: str) -> list[Row]:
+        return [row for row in rows if row["zoo"] == zoo and (not wanted or kinds.get(row["name"]) in wanted)]
+
+    main = of("torchvision", "classification", "segmentation", "video")
+    if main:
+        zippable = {row["name"]: 100 * row["flops"]["zippable"] for row in main if "flops" in row}
+        least = min(zippable, key=lambda name: zippable[name])
+        lines += [
+            ("torchvision classification, segmentation, video: exact", "95 of 95", f"{_exact(main)} of {len(main)}"),
+            ("the same: median share of FLOPs zippable", "≥ 95 %", f"{median(zippable.values()):.1f} %"),
+            ("the same: least share", "≥ 60 %", f"{zippable[least]:.1f} % (`{least}`)"),
+        ]
+    for what, zoo, wanted, asked in [
+        ("torchvision detection, optical flow: exact", "torchvision", ("detection", "optical_flow"), "14 of 14"),
+        ("timm, a model of each module: exact", "timm", (), "≥ 97 of 98"),
+        ("transformers: exact", "transformers", (), "≥ 17 of 19"),
+        ("home-made: exact", "home-made", (), "all"),
+    ]:
+        if own := of(zoo, *wanted):
+            lines.append((what, asked, f"{_exact(own)} of {len(own)}"))
+    if quantised := of("torchvision", "quantization"):
+        refused = sum(map(_is_refused, quantised))
+        lines.append(("torchvision quantised: refused with a clear error", "all", f"{refused} of {len(quantised)}"))
+    small = [row for row in of("torchvision") if "passes_s" in row and row["parameters"] < 100e6]
+    for what, seconds in (
+        ("analysis", _analysis),
+        ("analysis and self-check", lambda row: _analysis(row) + _check(row)),
+    ):
+        if small:
+            worst = max(small, key=seconds)
+            text = f"{seconds(worst):.2f} s (`{worst['name']}`), median {median(map(seconds, small)):.2f} s"
+            lines.append((f"torchvision below 100 M parameters: {what} beyond forward passes", "≤ 2 s", text))
+    return lines
+
+
+def _analysis(row: Row) -> float:
+    return max(float(row["label_s"] + row["solve_s"] - row["forward_s"]), 0.0)
+
+
+def _check(row: Row) -> float:
+    return max(float(row["check_s"] - row["passes_s"]), 0.0)
+
+
+def fit(*columns: Sequence[float], to: Sequence[float]) -> tuple[list[float], float]:
+    """Coefficients and R² of the least-squares fit of `to` by the columns and a constant (the first coefficient).
+
+    >>> fit([1.0, 2.0, 3.0], to=[3.0, 5.0, 7.0])
+    ([1.0, 2.0], 1.0)
+    """
+    target = np.asarray(to)
+    matrix = np.stack([np.ones(len(target)), *map(np.asarray, columns)], 1)
+    found = np.linalg.lstsq(matrix, target, rcond=None)[0]
+    rest = float(((target - matrix @ found) ** 2).sum() / ((target - target.mean()) ** 2).sum())
+    return [round(float(value), 12) for value in found], round(1 - rest, 12)
+
+
+def timing(rows: Sequence[Row]) -> list[str]:
+    """How the seconds of the analysis grow with the number of nodes."""
+    timed = [row for row in rows if "passes_s" in row and "labels" in row]
+    if len(timed) < 4:
+        return ["Too few models for a fit."]
+    seconds = [_analysis(row) for row in timed]
+    nodes, labels = [row["nodes"] for row in timed], [row["labels"] for row in timed]
+    (base, slope), by_nodes = fit(nodes, to=seconds)
+    (base2, slope2, per_label), by_both = fit(nodes, labels, to=seconds)
+    large = [(n, s) for n, s in zip(nodes, seconds, strict=True) if n >= 50 and s > 0]
+    (_, power), _ = fit(np.log([n for n, _ in large]), to=np.log([s for _, s in large]))  # type: ignore[arg-type]
+    return [
+        f"Least squares over {len(timed)} models, {min(nodes)} to {max(nodes)} nodes; analysis less one forward pass:",
+        "",
+        f"- seconds = {base:.3f} + {1e3 * slope:.3f}·nodes/1000, R² = {by_nodes:.2f};",
+        f"- seconds = {base2:.3f} + {1e3 * slope2:.3f}·nodes/1000 + {1e6 * per_label:.3f}·labels/10⁶ (a label "
+        f"is an index of an axis of a parameter, or a block), R² = {by_both:.2f};",
+        f"- seconds ∝ nodes^{power:.2f} (fit of the logarithms, from 50 nodes on).",
+    ]
+
+
+def barriers(rows: Sequence[Row]) -> list[str]:
+    """What could be shared if the trunk went on after a call without a rule."""
+    seen = [row for row in rows if "behind" in row]
+    stopped = {row["name"]: row["behind"] for row in seen if row["barriers"]}
+    if not seen:
+        return ["No results."]
+    mean = 100 * sum(row["behind"] for row in seen) / len(seen)
+    others = [f"`{name}` {100 * share:.0f} %" for name, share in stopped.items()]
+    return [
+        f"A trunk ends in front of a call without a rule. Of {len(seen)} models {len(stopped)} have such a call: "
+        f"{', '.join(others) or 'none'} of their FLOPs lie in it or behind it. On average over all models that is "
+        f"{mean:.2f} % of the FLOPs, the most that a trunk which goes on behind it could gain.",
+    ]
+
+
+def _percent(row: Row, what: str) -> str:
+    share = row.get(what)
+    return " / ".join(f"{100 * share[k]:.0f}" for k in ("zippable", "relabel", "pinned")) if share else ""
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    lines = ["| model | rung | nodes | exact | FLOPs | parameters | trace | analysis | check | forward | notes |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        said = [*row.get("warnings", []), *row.get("barriers", []), *row.get("probed", [])]
+        notes = row.get("error", "") or "; ".join(said[:3]) + (f"; {len(said) - 3} more" if len(said) > 3 else "")
+        if row.get("variant", row["name"]) != row["name"]:
+            notes = f"{row['variant']}{'; ' if notes else ''}{notes}"
+        seconds = [row["trace_s"], _analysis(row), _check(row), row["forward_s"]] if "passes_s" in row else [None] * 4
+        gap = f"{row['gap']:.0e}" if row.get("exact") else "refused" if _is_refused(row) else "no"
+        cells = [row["name"], row.get("rung", ""), str(row.get("nodes", "")), gap, _percent(row, "flops"),
+                 _percent(row, "params"), *("" if s is None else f"{s:.2f}" for s in seconds),
+                 " ".join(notes.split()).replace("|", "/")[:400]]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
