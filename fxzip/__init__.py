@@ -28,7 +28,7 @@ from .matching import METHODS, Average, Merge, Permute, Zip, resolve
 from .moments import Moments
 from .observe import observe
 from .plan import plan
-from .refit import REFITS, LeastSquares, refits
+from .refit import REFITS, LeastSquares, RegMean, refits
 from .report import Report
 from .rewrite import rewrite
 from .rules import RULES
@@ -61,6 +61,7 @@ __all__ = [
     "PerModel",
     "Permute",
     "PinnedSpaceWarning",
+    "RegMean",
     "Report",
     "SelfCheckError",
     "Table",

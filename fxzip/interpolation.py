@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .aligned import aligned_tensors, check_paired
 from .arguments import models_and_sample
-from .basis import share
 from .calibration import Calibration
 from .compiler import survey
 from .errors import InputError
@@ -137,7 +137,7 @@ def barrier(
     trunk = found.trunk(whole=True)
     _check_shapes(trunk)
     aligned = plan(trunk, observe(trunk, calibration("observing")), chosen)
-    line = _Line.of(aligned, method)
+    line = _Line.of(aligned)
     places = [i / (points - 1) for i in range(points)]
     values = []
     for t in places:
@@ -152,26 +152,16 @@ class _Line:
 
     plan: ZipPlan
     ends: tuple[dict[str, Tensor], dict[str, Tensor]]
-    maps: tuple[dict[int, Tensor], dict[int, Tensor]]
 
     @classmethod
-    def of(cls, aligned: ZipPlan, method: Any) -> _Line:
-        trunk = aligned.trunk
-        lost = [s for s, merge in aligned.merges.items() if not (merge.bijective(0) and merge.bijective(1))]
-        if lost:
-            raise InputError(
-                "`barrier` needs a method that pairs features one to one; "
-                f"{method!r} does not in {len(lost)} of {len(aligned.merges)} spaces, first in "
-                f'`{trunk.spaces[0].spaces[lost[0]].name}`. Use `method="permute"`.'
-            )
-        maps = tuple({s: merge.U(k).T for s, merge in aligned.merges.items()} for k in range(2))
-        ends = tuple(_in_basis(trunk, k, maps[k]) for k in range(2))
-        return cls(aligned, (ends[0], ends[1]), (maps[0], maps[1]))
+    def of(cls, aligned: ZipPlan) -> _Line:
+        check_paired(aligned, "`barrier`")
+        return cls(aligned, (aligned_tensors(aligned, 0), aligned_tensors(aligned, 1)))
 
     def plan_at(self, t: float) -> ZipPlan:
         """The plan whose merged features are those of a and b, weighted by 1 - t and t."""
         merges = {
-            s: Merge(torch.cat([(1 - t) * self.maps[0][s], t * self.maps[1][s]], 1), merge.unmerge, merge.sizes,
+            s: Merge(torch.cat([(1 - t) * merge.U(0).T, t * merge.U(1).T], 1), merge.unmerge, merge.sizes,
                      merge.correlation)
             for s, merge in self.plan.merges.items()
         }  # fmt: skip
@@ -183,26 +173,6 @@ class _Line:
         for name, value in self.ends[0].items():
             set_tensor(result, f"trunk.{name}", torch.lerp(value, self.ends[1][name], t))
         return result
-
-
-def _in_basis(trunk: Trunk, k: int, maps: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    """Floating parameters and buffers of model k in the basis of the plan, in float64, by their names in model 0."""
-    module = trunk.alignment.programs[k].module
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    merges = {s: Merge(m, m.T, (m.shape[1],), 1.0) for s, m in maps.items()}
-    used = {param for node in trunk.nodes for param in trunk.labellings[0].touches[node]}
-    result = {}
-    for name in sorted(used):
-        twin = trunk.alignment.params[name][k]
-        value = tensors[twin].detach()
-        if not (value.is_floating_point() or value.is_complex()):
-            continue
-        value = value.to(torch.promote_types(value.dtype, torch.float64))
-        if name in trunk.spaces[0].labelling.params:
-            part = share(value, twin, name, trunk.spaces[k], trunk.spaces[0], trunk.partners[k], merges, 0)
-            value = part.value
-        result[name] = value
-    return result
 
 
 def _check_shapes(trunk: Trunk) -> None:

@@ -15,7 +15,7 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["compiler", "side_by_side", "soup"],
     ["frontier"],
     ["inspection", "report", "refit", "rewrite"],
-    ["zipped", "basis"],
+    ["zipped", "aligned", "basis"],
     ["plan"],
     ["matching"],
     ["agreement", "cuts"],

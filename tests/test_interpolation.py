@@ -162,7 +162,7 @@ def test_the_line_is_drawn():
      "found neither."),
     ({"loss": value, "score": value}, "found both."),
     ({"loss": value, "points": 2}, "`points` must be at least 3, with both ends; found 2."),
-    ({"loss": value, "method": "zip"}, "`barrier` needs a method that pairs features one to one; 'zip' does not in"),
+    ({"loss": value, "method": "zip"}, "`barrier` needs features that are paired one to one; the method does not in"),
     ({"loss": lambda network: None}, "`loss` must return a number; found `NoneType`."),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(settings, message):

@@ -1,4 +1,4 @@
-"""Refit the zipped network on unlabelled data: BatchNorm statistics, REPAIR, least squares."""
+"""Refit the zipped network on unlabelled data: BatchNorm statistics, REPAIR, least squares, RegMean."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..plan import ZipPlan
 from ..zipped import ZippedModule
 from .batchnorm import reset_batchnorm
 from .lstsq import Fit, LeastSquares, least_squares
+from .regmean import RegMean
 from .statistics import repair
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Fit",
     "LeastSquares",
     "Refit",
+    "RegMean",
     "fit_notes",
     "least_squares",
     "refits",
@@ -37,6 +39,7 @@ REFITS: dict[str | None, Refit] = {
     "batchnorm": reset_batchnorm,
     "repair": repair,
     "lstsq": least_squares,
+    "regmean": RegMean(),
 }
 
 

@@ -1,0 +1,139 @@
+"""RegMean (Jin et al., ICLR 2023, arXiv 2212.09849, section 3): the linear call nearest to those of all models.
+
+For inputs X_k that model k sees in its own run, with Gram matrix G_k = X_kᵀ X_k, the weights that minimise
+Σ_k ‖X_k W - X_k W_k‖² are
+
+    W* = (Σ_k G̃_k)⁻¹ Σ_k G̃_k W_k,        G̃_k = α G_k + (1 - α) diag(G_k)
+
+with the off-diagonal entries shrunk by α < 1. Linear calls and convolutions (through their patches); everything else,
+biases too, is the mean, as the zip has it. It asks for networks whose features correspond one to one: fine-tunes of one
+initialisation (method "average"), or networks aligned by permutations.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..align import attribute
+from ..aligned import aligned_tensors, check_paired
+from ..errors import InputError
+from ..inputs import Call
+from ..plan import ZipPlan
+from ..tracing import flat_inputs, quiet_execution
+from ..zipped import ZippedModule, part_of, set_tensor
+from .units import feature_axis, flat_weight, is_linear, patches, put_weight, sampled_places
+
+
+@dataclass(frozen=True)
+class RegMean:
+    """The refit with its settings.
+
+    >>> import fxzip
+    >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
+    >>> x = torch.randn(64, 4)
+    >>> fxzip.compile_zip(a, b, x, data=[x], method="average", refit=RegMean(alpha=0.5), progress=False).report["refit"]
+    RegMean(alpha=0.5, positions=4096)
+
+    Attributes:
+        alpha: how much of the off-diagonal entries of a Gram matrix counts, in [0, 1]; the paper's 0.9.
+        positions: sampled outputs per batch and call.
+    """
+
+    alpha: float = 0.9
+    positions: int = 4096
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"`RegMean` needs 0 <= alpha <= 1; found alpha={self.alpha}. The paper's is 0.9.")
+
+    def __call__(self, zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
+        """Refit the trunk. A new module; one pass over `data` per model.
+
+        With data per model, G_k is taken on the data of model k, as in the paper.
+        """
+        check_paired(plan, "`RegMean`")
+        result, own = copy.deepcopy(zipped), copy.deepcopy(zipped)
+        found: dict[str, _Sum] = {}
+        labelled = getattr(data, "labelled", None)
+        models = len(plan.trunk.alignment.programs)
+        with quiet_execution():
+            for k in range(models):
+                for name, value in aligned_tensors(plan, k).items():
+                    set_tensor(own, f"trunk.{name}", value)
+                numbered = list(labelled() if labelled is not None else ((0, call) for call in data))
+                several = len({source for source, _ in numbered}) == models
+                run = _Grams(own, self.positions)
+                for source, call in numbered:
+                    if not several or source == k:
+                        run.run(*flat_inputs(own, call))
+                for target, gram in run.grams.items():
+                    found.setdefault(target, _Sum()).add(self._shrunk(gram), flat_weight(attribute(own, target)))
+            for target, total in found.items():
+                put_weight(attribute(result, target), total.solution())
+        return result
+
+    def _shrunk(self, gram: Tensor) -> Tensor:
+        return self.alpha * gram + (1 - self.alpha) * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+
+
+@dataclass
+class _Sum:
+    """Σ G̃_k and Σ G̃_k W_k, [groups, inputs, inputs] and [groups, inputs, outputs], and Σ W_k."""
+
+    gram: Tensor | None = None
+    product: Tensor | None = None
+    weights: Tensor | None = None
+    count: int = 0
+
+    def add(self, gram: Tensor, flat: Tensor) -> None:
+        weight = flat.transpose(1, 2)
+        self.gram = gram if self.gram is None else self.gram + gram
+        self.product = gram @ weight if self.product is None else self.product + gram @ weight
+        self.weights = weight if self.weights is None else self.weights + weight
+        self.count += 1
+
+    def solution(self) -> Tensor:
+        """[groups, outputs, inputs]. Inputs that are always zero keep the mean of the weights."""
+        assert self.gram is not None
+        assert self.product is not None
+        assert self.weights is not None
+        mean = self.weights / self.count
+        scale = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=torch.finfo(torch.float64).tiny)
+        identity = torch.eye(self.gram.shape[-1], dtype=self.gram.dtype, device=self.gram.device)
+        ridge = 1e-12
+        while True:
+            factor, info = torch.linalg.cholesky_ex(self.gram + ridge * scale * identity)
+            if int(info.max()) == 0:
+                solved = torch.cholesky_solve(self.product + ridge * scale * mean, factor)
+                return solved.transpose(1, 2)
+            ridge *= 10
+
+
+class _Grams(fx.Interpreter):
+    """Runs the trunk and sums up the Gram matrix of the inputs of every linear call."""
+
+    def __init__(self, module: fx.GraphModule, positions: int) -> None:
+        super().__init__(module)
+        self.positions = positions
+        self.generator = torch.Generator().manual_seed(0)
+        self.grams: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "placeholder" and part_of(n) != "trunk":
+            return None
+        value = super().run_node(n)
+        module: nn.Module | None = attribute(self.module, str(n.target)) if n.op == "call_module" else None
+        if module is not None and is_linear(module):
+            axis = feature_axis(module, value.ndim)
+            places = sampled_places(value.shape, axis, self.positions, self.generator)
+            x = patches(module, self.env[n.all_input_nodes[0]], places).transpose(0, 1)  # [groups, places, inputs]
+            gram = (x.transpose(1, 2) @ x).double()
+            target = str(n.target)
+            self.grams[target] = self.grams[target] + gram if target in self.grams else gram
+        return value
