@@ -3,7 +3,8 @@
 import pytest
 import torch
 from networks import Mixed, PaddedResNet, Residual, randomise, torchvision_model
-from torchvision.models import VisionTransformer
+from torchvision.models import MaxVit, VisionTransformer, swin_transformer
+from torchvision.models.video import mvit
 
 import fxzip
 from fxzip.analysis import relative_difference
@@ -16,12 +17,16 @@ HEAVY = [
 ]  # fmt: skip
 
 
+def noise(count, shape, seed):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
 def images(count, size, dtype, seed):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def check(model, draw, method, dtype, cut=None, verify=False):
-    """`draw(count, seed)` gives one batch. The sample is another batch, of another size."""
+    """`draw(count, seed)` gives one batch: a tensor, a tuple or a dict. The sample is another one, of another size."""
     model = model.to(dtype)
     sample, data = draw(3, 0), [draw(6, seed) for seed in (1, 2, 3)]
     twin = fxzip.relabel(model, sample, seed=1, verify=verify)
@@ -29,7 +34,10 @@ def check(model, draw, method, dtype, cut=None, verify=False):
     for batch in (data[0], draw(5, 4)):
         inputs = batch if isinstance(batch, tuple) else (batch,)
         with torch.no_grad():
-            expected, found = model(*inputs), zipped(*inputs)
+            if isinstance(batch, dict):
+                expected, found = model(**batch), zipped(**batch)
+            else:
+                expected, found = model(*inputs), zipped(*inputs)
         for output in found:
             assert relative_difference(expected, output) <= BOUND[dtype]
     return zipped
@@ -95,10 +103,70 @@ def test_attention(method, dtype):
     check(small_vit(), lambda n, s: images(n, 32, dtype, s), method, dtype, verify=True)
 
 
+def swin_v2():
+    block, merging = swin_transformer.SwinTransformerBlockV2, swin_transformer.PatchMergingV2
+    return swin_transformer.SwinTransformer(
+        [4, 4], 24, [2, 2], [2, 4], [4, 4], block=block, downsample_layer=merging, num_classes=5
+    )
+
+
+def mvit_v2():
+    settings = [
+        mvit.MSBlockConfig(1, 16, 16, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 2, 2]),
+        mvit.MSBlockConfig(2, 16, 32, [3, 3, 3], [3, 3, 3], [1, 2, 2], [1, 1, 1]),
+        mvit.MSBlockConfig(2, 32, 32, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 1, 1]),
+    ]
+    return mvit.MViT(
+        (32, 32), 4, settings, residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True,
+        proj_after_attn=True, num_classes=5,
+    )  # fmt: skip
+
+
+def max_vit():
+    return MaxVit((32, 32), 8, 4, [8, 16], [1, 1], 8, 0.0, num_classes=5)
+
+
+SMALL = {"swin_v2": (swin_v2, (3, 32, 32)), "maxvit": (max_vit, (3, 32, 32)), "mvit_v2": (mvit_v2, (3, 4, 32, 32))}
+LARGE = {
+    "swin_v2_t": (3, 256, 256), "maxvit_t": (3, 224, 224), "vit_b_16": (3, 224, 224), "mvit_v2_s": (3, 16, 224, 224),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_transformers_for_images(name):
+    make, shape = SMALL[name]
+    check(randomise(make()), lambda n, s: noise(n, shape, s), "permute", torch.float32, verify=True)
+
+
 @pytest.mark.slow
 @pytest.mark.hours
-def test_vision_transformer():
-    check(torchvision_model("vit_b_16"), lambda n, s: images(n, 224, torch.float32, s), "permute", torch.float32)
+@pytest.mark.parametrize("name", LARGE)
+def test_large_transformers_for_images(name):
+    def draw(count, seed):
+        return noise(2 + seed % 2, LARGE[name], seed)
+
+    check(torchvision_model(name), draw, "permute", torch.float32)
+
+
+TEXT = {
+    "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "more"),
+    [("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 2, "use_cache": False}),
+     ("BertConfig", "BertForSequenceClassification", {})],
+)  # fmt: skip
+def test_transformers_for_text(config, kind, more):
+    transformers = pytest.importorskip("transformers")
+    model = randomise(getattr(transformers, kind)(getattr(transformers, config)(**TEXT, **more)))
+
+    def draw(count, seed):
+        return {"input_ids": torch.randint(1, 99, (count, 12), generator=torch.Generator().manual_seed(seed))}
+
+    zipped = check(model, draw, "permute", torch.float32, verify=True)
+    assert zipped.report["flops"]["heads"][0] < zipped.report["flops"]["trunk"]
 
 
 @pytest.mark.slow

@@ -46,8 +46,7 @@ class LabelMode(TorchDispatchMode):
         else:
             learned = any(state.entry(t).learned for t in inputs)
             _store(state, out, result, not dynamic, learned)
-        if dynamic:
-            _note_sites(state, call, inputs)
+        _note_sites(state, call)
         state.calls += 1
         return out
 
@@ -105,12 +104,25 @@ def _store(state: State, out: Any, result: Fields | list[Fields] | None, static:
                 _store(state, item, part, static, learned)
 
 
-def _note_sites(state: State, call: Invocation, inputs: list[Tensor]) -> None:
-    """Remember where features go into a parameter's sum, and where they come out of one or of a table."""
-    if call.name not in ("mm", "addmm", "bmm", "baddbmm", "convolution", "addmv", "mv", "embedding"):
+_SUMS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "convolution": 0, "addmv": 1, "mv": 0, "embedding": 1}
+"""Calls that sum over features, or take them out of a table, and the place of their first factor."""
+
+
+def _note_sites(state: State, call: Invocation) -> None:
+    """Remember where features go into a parameter's sum, and where they come out of one or of a table.
+
+    Where nothing depends on the input (a position bias computed by a small network from a table of coordinates) the
+    first factor counts as what moves, unless it is a parameter.
+    """
+    if call.name not in _SUMS:
         return
     values = [(place, t) for place, t in enumerate(call.args) if isinstance(t, Tensor)]
     moving = [(place, t) for place, t in values if not state.entry(t).static]
+    if not moving:
+        first = call.args[_SUMS[call.name]]
+        if call.name == "embedding" or not state.entry(first).fields or state.lies_in_parameter(first):
+            return
+        moving = [(_SUMS[call.name], first)]
     for place, tensor in [*moving, (-1, call.out)]:
         for labels in state.entry(tensor).fields:
             consumed = place >= 0 and len(moving) == 1

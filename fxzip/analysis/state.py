@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..rules import Fields, Ledger, Operand, Rule, varying
 
@@ -102,6 +102,14 @@ class State:
         if constant and loose and tensor.numel() <= _VALUES_COMPARED:
             loose = frozenset(a for a in loose if not _same_along(tensor, a))
         return Operand(tensor, entry.fields, entry.static, loose)
+
+    def lies_in_parameter(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter or a view of one."""
+        storage = tensor.untyped_storage()._cdata
+        return any(
+            isinstance(entry.tensor, nn.Parameter) and entry.tensor.untyped_storage()._cdata == storage
+            for entry in self.held.values()
+        )
 
     def restart(self, tensor: Tensor, fields: Any, groups: int) -> None:
         name = self.names.get(id(tensor))
