@@ -4,6 +4,9 @@ The oracle: run a call on random values, relabel its operands by a random relabe
 with the relabelled result.
 """
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -440,3 +443,14 @@ def test_reasons_of_pins(reason):
     call, shapes, axes = REASONS[reason]
     bench = Bench(call, [values(*shape) for shape in shapes], axes)
     assert reason in {pin.reason for pin in bench.facts.pins}
+
+
+def test_the_example_of_the_documentation_prints_what_it_says(capsys):
+    text = (Path(__file__).parent.parent / "docs" / "rules.md").read_text(encoding="utf-8")
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    exec(compile(program, "rules.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    said = re.findall(r"^print.*\n# (.*)$", program, re.MULTILINE)
+    assert len(printed) == len(said) == 3
+    for line, expected in zip(printed, said, strict=True):
+        assert re.fullmatch(re.escape(expected).replace(r"\.\.\.", ".*"), line)

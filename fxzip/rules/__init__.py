@@ -86,11 +86,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **_rows(reduction.grid_sample, "grid_sampler_2d grid_sampler_3d"),
         "im2col": reduction.im2col,
         "col2im": reduction.col2im,
-        **_rows(contraction.mm, "mm"),
-        **_rows(contraction.bmm, "bmm"),
-        **_rows(contraction.mv, "mv"),
-        **_rows(contraction.dot, "dot vdot"),
-        **_rows(contraction.addmm, "addmm baddbmm addmv"),
+        **_rows(contraction.product, "mm bmm mv dot vdot addmm baddbmm addmv"),
         **_rows(contraction.convolution, "convolution _convolution"),
     }
 )

@@ -87,32 +87,18 @@ def _plus(call: Invocation, bias: Tensor | None, fields: Fields, ndim: int, firs
     return meet(call.ledger, [result, b.place(axes, ndim)], f"`{call.name}`")
 
 
-def mm(call: Invocation) -> Fields:
-    x, y = call.operand(call.args[0]), call.operand(call.args[1])
-    return contract(call.ledger, x, y, "ik,kj->ij", f"`{call.name}`")
+_SPECS = {
+    "mm": "ik,kj->ij", "bmm": "bik,bkj->bij", "mv": "ik,k->i", "dot": "k,k->", "vdot": "k,k->",
+    "addmm": "ik,kj->ij", "baddbmm": "bik,bkj->bij", "addmv": "ik,k->i",
+}  # fmt: skip
 
 
-def bmm(call: Invocation) -> Fields:
-    x, y = call.operand(call.args[0]), call.operand(call.args[1])
-    return contract(call.ledger, x, y, "bik,bkj->bij", f"`{call.name}`")
-
-
-def mv(call: Invocation) -> Fields:
-    x, y = call.operand(call.args[0]), call.operand(call.args[1])
-    return contract(call.ledger, x, y, "ik,k->i", f"`{call.name}`")
-
-
-def dot(call: Invocation) -> Fields:
-    x, y = call.operand(call.args[0]), call.operand(call.args[1])
-    return contract(call.ledger, x, y, "k,k->", f"`{call.name}`")
-
-
-def addmm(call: Invocation) -> Fields:
-    """addmm(bias, x, y), baddbmm, addmv: a contraction plus a bias aligned from the right."""
-    x, y = call.operand(call.args[1]), call.operand(call.args[2])
-    spec = {"addmm": "ik,kj->ij", "baddbmm": "bik,bkj->bij", "addmv": "ik,k->i"}[call.name]
-    fields = contract(call.ledger, x, y, spec, f"`{call.name}`")
-    return _plus(call, call.args[0], fields, call.out.ndim)
+def product(call: Invocation) -> Fields:
+    """mm(x, y), bmm, mv, dot; addmm(bias, x, y), baddbmm, addmv: a bias is aligned from the right."""
+    biased = "add" in call.name
+    x, y = (call.operand(factor) for factor in call.args[biased : biased + 2])
+    fields = contract(call.ledger, x, y, _SPECS[call.name], f"`{call.name}`")
+    return _plus(call, call.args[0] if biased else None, fields, call.out.ndim)
 
 
 def _grouped(operand: Operand, axis: int, groups: int) -> Operand:
