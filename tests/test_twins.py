@@ -16,6 +16,8 @@ HEAVY = [
     "convnext_tiny",
 ]  # fmt: skip
 
+LIGHTER = ["densenet121", "resnext50_32x4d", "efficientnet_b0", "googlenet"]
+
 
 def noise(count, shape, seed):
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
@@ -79,6 +81,13 @@ def test_torchvision(name, method):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", LIGHTER)
+def test_torchvision_slow(name):
+    check(torchvision_model(name), lambda n, s: images(n, 64, torch.float32, s), "zip", torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("method", ["permute", "zip"])
 @pytest.mark.parametrize("name", HEAVY)
@@ -170,6 +179,7 @@ def test_transformers_for_text(config, kind, more):
 
 
 @pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.parametrize("method", ["permute", "zip"])
 def test_nothing_to_unmerge_in_a_full_zip(method):
     zipped = check(torchvision_model("resnet50"), lambda n, s: images(n, 64, torch.float32, s), method, torch.float32)
