@@ -24,7 +24,7 @@ from .errors import (
     TraceError,
 )
 from .interpolation import Barrier, barrier
-from .matching import METHODS, Average, Merge, Permute, Zip, resolve
+from .matching import METHODS, Average, Merge, Permute, WeightMatching, Zip, resolve
 from .moments import Moments
 from .observe import observe
 from .plan import plan
@@ -66,6 +66,7 @@ __all__ = [
     "SelfCheckError",
     "Table",
     "TraceError",
+    "WeightMatching",
     "Zip",
     "ZippedModule",
     "align",

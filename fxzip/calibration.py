@@ -60,6 +60,19 @@ class Calibration:
             return cls(sources, sample, f"calibrated on {len(sources)} sources of data, one per model", show)
         return cls((replayable(data),), sample, "calibrated on `data`", show)
 
+    @classmethod
+    def none(cls, sample: Call) -> Calibration:
+        """No data at all, for methods and refits that need none.
+
+        >>> list(Calibration.none(Call((Tensor(),), {}))("observing"))
+        []
+        """
+        note = (
+            "no `data` was given: features are matched by weights alone, variances of merged features estimated from "
+            "those stored in BatchNorms, nothing is measured; a few unlabelled batches (`data=...`) allow a refit"
+        )
+        return cls((), sample, "without data", False, [note])
+
     def __call__(self, stage: str) -> Replay:
         """All batches, named `stage` on the bar."""
         return Replay(lambda: self._calls(stage))

@@ -23,7 +23,7 @@ from .errors import AlignError, BarrierError, CutError
 from .frontier import Goal, deepest_agreeing, earliest_affordable
 from .inputs import Call, as_call
 from .inspection import Inspection
-from .matching import Method, resolve
+from .matching import JointMethod, Method, needs, resolve
 from .moments import Moments
 from .observe import observe, observe_all
 from .plan import plan
@@ -39,7 +39,7 @@ from .zipped import ZippedModule, reuse_memory
 def compile_zip(
     *models: Any,
     data: Any = None,
-    method: str | Method = "zip",
+    method: str | Method | JointMethod = "zip",
     until: str | float | None = None,
     min_agreement: float | None = None,
     max_cost: float | None = None,
@@ -64,17 +64,20 @@ def compile_zip(
         models: two models, or a sequence of any number of them, and then the sample input: a tensor, or a tuple or
             dict of tensors, with a batch on axis 0.
         data: unlabelled calibration data: an iterable of batches (a tensor; a tuple or list whose first item is the
-            input; a dict), or one such iterable per model. None: the sample input serves.
-        method: "zip" (ZipIt!, arXiv 2305.03053), "permute" (Git Re-Basin, arXiv 2209.04836), "average", or an object
-            with its settings such as `fxzip.Zip(alpha=0.1, beta=0.5)`.
+            input; a dict), or one such iterable per model. None: the sample input serves; a method that looks at
+            weights only ("weights") then runs without any data, with the refit "stored".
+        method: "zip" (ZipIt!, arXiv 2305.03053), "permute" (Git Re-Basin, arXiv 2209.04836), "average", "weights"
+            (Git Re-Basin on weights, no data needed), another of `fxzip.METHODS`, or an object with its settings
+            such as `fxzip.Zip(alpha=0.1, beta=0.5)`.
         until: where the trunk ends: None (at the heads), a module path or node name of the first model, or a fraction
             in (0, 1] of the FLOPs to share; or "auto", which looks for it (see `fxzip/frontier.py`).
         min_agreement: with `until="auto"`: the deepest cut at which every head agrees with its original on this share
             of held-out inputs, a fifth of `data` (see `fxzip/agreement.py`). The default, 0.98.
         max_cost: with `until="auto"`: the earliest cut at which the zip takes at most so many FLOPs, relative to the
             first model.
-        refit: None, "batchnorm" (statistics re-estimated), "repair" (REPAIR, arXiv 2211.08403), "lstsq" (least squares,
-            closed form, layer by layer), or an object with its settings such as `fxzip.LeastSquares(ridge=1e-3)`.
+        refit: None, "batchnorm" (statistics re-estimated), "repair" (REPAIR, arXiv 2211.08403), "stored" (without data,
+            from the statistics stored in BatchNorms), "lstsq" (least squares, closed form, layer by layer), or an
+            object with its settings such as `fxzip.LeastSquares(ridge=1e-3)`.
         verify: check the analysis by relabelling at random.
         strict: raise `BarrierError` where a call without a rule stops the sharing.
         progress: show a bar; None: on a terminal only.
@@ -88,14 +91,16 @@ def compile_zip(
         InputError, TraceError, AlignError, CutError, DataError, BarrierError, SelfCheckError: see `fxzip.errors`.
     """
     networks, call = models_and_sample(models)
-    recipe = Recipe(resolve(method), refits(refit), refit)
+    chosen = resolve(method)
+    free = data is None and "moments" not in needs(chosen)
+    recipe = Recipe(chosen, refits("stored" if free else refit), "stored" if free else refit)
     goal = Goal.of(until, min_agreement, max_cost)
-    calibration = Calibration.of(data, call, len(networks), progress)
+    calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress)
     found = survey(networks, call, verify=verify, strict=strict, rules=rules)
     if goal is not None:
         return _automatic(found, calibration, recipe, goal)
     trunk = found.trunk(until)
-    statistics = observe(trunk, calibration("observing"))
+    statistics = observe(trunk, calibration("observing") if "moments" in needs(chosen) else ())
     return assemble(found, trunk, statistics, calibration, recipe)
 
 
@@ -149,7 +154,7 @@ def survey(
 class Recipe:
     """How to merge and to correct. `refit_name` is what the report calls the refit."""
 
-    method: Method
+    method: Method | JointMethod
     refit: Refit
     refit_name: Any
 

@@ -7,7 +7,7 @@ own weights W, the gather is folded away: W U_k x* = W x_k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,9 +17,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from .analysis.spaces import FeatureSpaces, Layout
-from .matching import BlockMoments, Merge, Method, match_blocks
+from .matching import JointMethod, Merge, Method, Problem, Space, match_spaces, needs
 from .moments import Moments
 from .trunk import Trunk
+from .weights import weights_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,48 +42,30 @@ class ZipPlan:
     unobserved: frozenset[int] = field(default_factory=frozenset)
 
 
-def match_spaces(trunk: Trunk, statistics: Mapping[int, Moments], method: Method) -> dict[int, Merge]:
-    """A merge for every space: free ones on their own, tied ones block by block."""
-    merges: dict[int, Merge] = {}
-    first = trunk.spaces[0]
-    ties = sorted({space.tie for space in first.spaces if space.tie is not None})
-    for number, space in enumerate(first.spaces):
-        if space.tie is None:
-            own = method if space.legality == "free" else method.relabelling()
-            sizes = tuple(trunk.spaces[k].spaces[trunk.partners[k][number]].size for k in range(len(trunk.spaces)))
-            seen = statistics.get(number)
-            if seen is None or seen.count == 0:
-                merges[number] = _by_position(sizes)
-            else:
-                merges[number] = own(seen, space.size)
-    for tie in ties:
-        members = [number for number, space in enumerate(first.spaces) if space.tie == tie]
-        found, _ = match_blocks([_block_moments(trunk, number, statistics.get(number)) for number in members], method)
-        merges.update(zip(members, found, strict=True))
-    return merges
+def problem_of(trunk: Trunk, statistics: Mapping[int, Moments], method: Method | JointMethod) -> Problem:
+    """What the method gets to see: every space with its moments, and the weights if it asks for them."""
+    spaces = []
+    for number, first in enumerate(trunk.spaces[0].spaces):
+        own = [found.spaces[trunk.partners[k][number]] for k, found in enumerate(trunk.spaces)]
+        seen = statistics.get(number)
+        spaces.append(
+            Space(
+                tuple(space.size for space in own),
+                first.legality,
+                first.tie,
+                tuple(space.blocks for space in own if space.blocks is not None),
+                seen if seen is not None and seen.count else None,
+            )
+        )
+    return Problem(tuple(spaces), weights_of(trunk) if "weights" in needs(method) else ())
 
 
-def _by_position(sizes: Sequence[int]) -> Merge:
-    """Nothing was observed: feature i with feature i, those beyond the first model's with the last."""
-    labels = torch.cat([torch.arange(n).clamp(max=sizes[0] - 1) for n in sizes])
-    return Merge.from_clusters(labels, sizes)
-
-
-def _block_moments(trunk: Trunk, number: int, seen: Moments | None) -> BlockMoments:
-    spaces = [own.spaces[trunk.partners[k][number]] for k, own in enumerate(trunk.spaces)]
-    blocks = tuple(space.blocks for space in spaces if space.blocks is not None)
-    if seen is None:
-        sizes = tuple(space.size for space in spaces)
-        total = sum(sizes)
-        zero = torch.zeros(total, dtype=torch.float64)
-        seen = Moments(0.0, zero, torch.zeros(total, total, dtype=torch.float64), sizes)
-    return BlockMoments(seen, blocks, spaces[0].legality == "relabel only")
-
-
-def plan(trunk: Trunk, statistics: Mapping[int, Moments], method: Method) -> ZipPlan:
+def plan(trunk: Trunk, statistics: Mapping[int, Moments], method: Method | JointMethod) -> ZipPlan:
     """Match every space and decide which unmerges fold."""
-    merges = match_spaces(trunk, statistics, method)
-    unobserved = frozenset(s for s in merges if s not in statistics or statistics[s].count == 0)
+    problem = problem_of(trunk, statistics, method)
+    merges = dict(enumerate(match_spaces(problem, method)))
+    asks = "moments" in needs(method)
+    unobserved = frozenset(s for s, space in enumerate(problem.spaces) if asks and space.moments is None)
     folded, reach = [], []
     for k in range(len(trunk.spaces)):
         same = _reach(trunk, k)

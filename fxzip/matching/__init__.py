@@ -14,13 +14,20 @@ from fxzip.matching.average import Average
 from fxzip.matching.blockwise import BlockMoments, match_blocks
 from fxzip.matching.merge import Merge, Method, similarity
 from fxzip.matching.permute import Permute
+from fxzip.matching.problem import JointMethod, Problem, Run, Space, Weight, match_spaces, needs
+from fxzip.matching.weights import WeightMatching
 from fxzip.matching.zipping import Zip
 
-METHODS: dict[str, Callable[[], Method]] = {"zip": Zip, "permute": Permute, "average": Average}
+METHODS: dict[str, Callable[[], Method | JointMethod]] = {
+    "zip": Zip,
+    "permute": Permute,
+    "average": Average,
+    "weights": WeightMatching,
+}
 """The methods that have a name, with their default settings."""
 
 
-def resolve(method: str | Method) -> Method:
+def resolve(method: str | Method | JointMethod) -> Method | JointMethod:
     """The method of that name, or the method itself.
 
     >>> resolve("zip")
@@ -37,7 +44,8 @@ def resolve(method: str | Method) -> Method:
         near = difflib.get_close_matches(method, METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise InputError(f"`method` must be one of {', '.join(map(repr, METHODS))}; got {method!r}.{hint}")
-    if isinstance(method, type) or not callable(method) or not hasattr(method, "relabelling"):
+    joint = callable(getattr(method, "match", None))
+    if isinstance(method, type) or not (callable(method) or joint) or not hasattr(method, "relabelling"):
         raise InputError(
             f"`method` must be a name or a method with its settings, such as `Zip(alpha=0.1)`; got `{method!r}`."
         )
@@ -48,11 +56,19 @@ __all__ = [
     "METHODS",
     "Average",
     "BlockMoments",
+    "JointMethod",
     "Merge",
     "Method",
     "Permute",
+    "Problem",
+    "Run",
+    "Space",
+    "Weight",
+    "WeightMatching",
     "Zip",
     "match_blocks",
+    "match_spaces",
+    "needs",
     "resolve",
     "similarity",
 ]

@@ -99,9 +99,18 @@ def match_blocks(spaces: Sequence[BlockMoments], method: Method) -> tuple[list[M
 def _match_model(spaces: Sequence[BlockMoments], alike: Sequence[Tensor | None], k: int) -> Tensor:
     """The block of model k that goes with each block of model 0, int64 [n_blocks]."""
     tables = [_cross(space, table, k) for space, table in zip(spaces, alike, strict=True) if table is not None]
-    n = len(spaces[0].blocks[0])
     if not tables:
-        return torch.arange(n)
+        return torch.arange(len(spaces[0].blocks[0]))
+    return best_blocks(tables)
+
+
+def best_blocks(tables: Sequence[Tensor]) -> Tensor:
+    """The one-to-one pairs of blocks with the greatest total of `_value` over all tables, each [n, n, s_0, s_k].
+
+    >>> best_blocks([torch.tensor([[0.0, 2.0], [1.0, 0.0]])[:, :, None, None]])
+    tensor([1, 0])
+    """
+    n = len(tables[0])
     score = torch.stack([_bound(table) for table in tables]).sum(0)
     solved = torch.tensor([all(1 in (t.shape[2], t.shape[3]) for t in tables)]).expand(n, n).clone()
     while True:

@@ -12,6 +12,7 @@ from .batchnorm import reset_batchnorm
 from .lstsq import Fit, LeastSquares, least_squares
 from .regmean import RegMean
 from .statistics import repair
+from .stored import stored_statistics
 
 __all__ = [
     "REFITS",
@@ -24,6 +25,7 @@ __all__ = [
     "refits",
     "repair",
     "reset_batchnorm",
+    "stored_statistics",
 ]
 
 Refit = Callable[[ZippedModule, ZipPlan, Iterable[Call]], ZippedModule]
@@ -38,6 +40,7 @@ REFITS: dict[str | None, Refit] = {
     None: unchanged,
     "batchnorm": reset_batchnorm,
     "repair": repair,
+    "stored": stored_statistics,
     "lstsq": least_squares,
     "regmean": RegMean(),
 }
