@@ -328,6 +328,11 @@ def beside(model, x):
     return torch.cat([first.clamp_(max=100.0), second], 1)
 
 
+def beside_an_expanded_one(model, x):
+    first, second = x[:, :2], x[:1, 2:].expand(x.shape[0], 2)
+    return first.clamp_(max=100.0) + second
+
+
 def at_two_calls(model, x):
     y, z = x * 2, x * 3
     view = z[:, :2]
@@ -348,6 +353,7 @@ class NotShown(nn.Module):
 @pytest.mark.parametrize(
     ("change", "kept"),
     [(through_a_view, 1), (through_its_base, 1), (through_an_idle_call, 1), (through_a_reshape, 1), (beside, 0),
+     (beside_an_expanded_one, 0),
      (at_two_calls, 2)],
 )  # fmt: skip
 def test_in_place_that_the_sample_does_not_show(change, kept):

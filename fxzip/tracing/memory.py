@@ -21,27 +21,42 @@ _STATE = 0  # the memory of parameters and buffers, which outlives a call
 _MAYBE_COPIES = frozenset(["reshape", "flatten", "contiguous", "to", "type", "type_as", "float", "double", "half"])
 
 
+Elements = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+"""Bytes of one element, offset, shape, strides."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A tensor's place: the number of its memory, and its elements there (None: unknown)."""
 
     memory: int
-    elements: tuple[int, tuple[int, ...], tuple[int, ...]] | None
+    elements: Elements | None
 
     def meets(self, other: Piece) -> bool:
-        """Whether the two have an element in common."""
+        """Whether the two have an element in common, as far as can be told.
+
+        >>> left, right = Piece(1, (4, 0, (3, 2), (4, 1))), Piece(1, (4, 2, (3, 2), (4, 1)))
+        >>> left.meets(left), left.meets(right)
+        (True, False)
+        """
         if self.memory != other.memory:
             return False
-        if self.elements is None or other.elements is None:
+        if self.elements is None or other.elements is None or self.elements[0] != other.elements[0]:
             return True
-        ends = [offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1
-                for offset, shape, stride in (self.elements, other.elements)]  # fmt: skip
-        marks = torch.zeros(max(ends), dtype=torch.bool)
-        mine, theirs = (
-            marks.as_strided(shape, stride, offset) for offset, shape, stride in (self.elements, other.elements)
-        )
-        mine.fill_(True)
-        return bool(theirs.any())
+        mine, theirs = _places(*self.elements[1:]), _places(*other.elements[1:])
+        if not mine.numel() or not theirs.numel():
+            return False
+        marks = torch.zeros(int(max(mine.max(), theirs.max())) + 1, dtype=torch.bool)
+        marks[mine] = True
+        return bool(marks[theirs].any())
+
+
+def _places(offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """Where the elements lie, each once along axes of stride 0."""
+    places = torch.tensor([offset])
+    for size, step in zip(shape, stride, strict=True):
+        places = (places[:, None] + step * torch.arange(min(size, 1) if step == 0 else size)).reshape(-1)
+    return places
 
 
 @dataclass
@@ -51,7 +66,7 @@ class _Value:
 
 
 class Memory(fx.Interpreter):
-    """Runs a graph once and notes where each node's value lies and of what dtype it is."""
+    """Runs a graph once and notes where each node's value lies."""
 
     def __init__(self, module: fx.GraphModule, call: Call) -> None:
         super().__init__(module)
@@ -75,7 +90,8 @@ class Memory(fx.Interpreter):
                 self.count += 1
                 known[key] = self.count
             value.storages[key] = known[key]
-            value.pieces.append(Piece(known[key], (int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())))
+            elements = (tensor.element_size(), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+            value.pieces.append(Piece(known[key], elements))
         if getattr(n.target, "__name__", str(n.target)).split(".")[0] in _MAYBE_COPIES:
             own = {piece.memory for piece in value.pieces}
             value.pieces += [Piece(m, None) for given in inputs for m in {p.memory for p in given.pieces} - own]
