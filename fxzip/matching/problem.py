@@ -188,7 +188,7 @@ def match_spaces(problem: Problem, method: Method | JointMethod) -> list[Merge]:
         InputError, DataError: as the method does.
     """
     if not callable(method):
-        return list(method.match(problem))
+        return list(method.match(problem)) if problem.spaces else []
     merges: dict[int, Merge] = {}
     for spaces in problem.ties():
         first = problem.spaces[spaces[0]]
