@@ -38,6 +38,8 @@ class Space:
         moments: what was observed; None if nothing was.
         linear: whether maps that mix features keep their sense here (see `fxzip.linear`), so that a U which is no
             0/1 gather may be used.
+        readers: for every model the squared weights of each parameter that sums over the space, [outputs, n_k]; empty
+            unless the method `needs` readers.
     """
 
     sizes: tuple[int, ...]
@@ -46,6 +48,7 @@ class Space:
     blocks: tuple[Tensor, ...] = ()
     moments: Moments | None = None
     linear: bool = True
+    readers: tuple[tuple[Tensor, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,60 @@
+"""Who reads a space: the parameters that sum over its features, in the trunk and right behind it in the heads.
+
+It is what matching needs to know about the importance of features: a feature that no weight reads may be lost.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .align import attribute
+from .analysis.spaces import slots
+from .trunk import Trunk
+
+
+def readers(trunk: Trunk, reach: Sequence[Tensor]) -> list[tuple[tuple[Tensor, ...], ...]]:
+    """For each space and each model k the squared weights of its readers, float64 [outputs, n_k] each.
+
+    Squares are summed over the axes of a parameter that are neither its first free one nor that of the features (the
+    taps of a kernel). Grouped kernels are left out: their features are tied in blocks, which are matched as they are.
+
+    Args:
+        trunk: what is shared.
+        reach: for each model, label of a head -> the trunk's label that it is the same feature as, see `ZipPlan`.
+    """
+    found = [_of_model(trunk, k, own) for k, own in enumerate(reach)]
+    return [
+        tuple(tuple(own[partners[space]]) for own, partners in zip(found, trunk.partners, strict=True))
+        for space in range(len(trunk.spaces[0].spaces))
+    ]
+
+
+def _of_model(trunk: Trunk, k: int, reach: Tensor) -> dict[int, list[Tensor]]:
+    """Readers of model k by its own spaces."""
+    spaces, labelling = trunk.spaces[k], trunk.labellings[k]
+    module = trunk.alignment.programs[k].module
+    summed = torch.zeros(len(spaces.klass), dtype=torch.bool)
+    for fact in labelling.facts.values():
+        for labels in fact.consumed:
+            summed[labels] = True
+    result: dict[int, list[Tensor]] = defaultdict(list)
+    for name, labels in labelling.params.items():
+        if labels.groups > 1:
+            continue
+        for run in labels.fields:
+            if not bool(summed[run].any()):
+                continue
+            axis = next(a for a, n in enumerate(run.shape) if n > 1)
+            flat = run.reshape(-1)
+            layout = spaces.layout(torch.where(reach[flat] > 0, reach[flat], flat))
+            squares: Tensor | None = None
+            for space in layout.space[layout.space >= 0].unique().tolist():
+                if squares is None:
+                    value = attribute(module, name).detach().double().square().movedim(axis, -1)
+                    squares = value.reshape(len(value), -1, value.shape[-1]).sum(1) if value.ndim > 1 else value[None]
+                result[space].append(sum(squares[:, row] for row in slots(layout, space)))  # type: ignore[arg-type]
+    return result
