@@ -297,6 +297,8 @@ CALLS = {
     "convolution": (torch.conv2d, [(2, 4, 5, 5), (6, 4, 3, 3), (6,)], [(1,), (0, 1), (0,)], (1, 2)),
     "convolution_1d": (torch.conv1d, [(2, 4, 9), (6, 4, 3)], [(1,), (0, 1)], (1,)),
     "convolution_transposed": (torch.conv_transpose2d, [(2, 4, 5, 5), (4, 6, 3, 3)], [(1,), (0, 1)], (1,)),
+    "convolution_of_places": (torch.conv1d, [(2, 3, 6), (4, 3, 1), (4,)], [(1, 2), (0, 1), (0,)], (1, 2)),
+    "convolution_along_one_axis": (torch.conv2d, [(2, 3, 6, 5), (4, 3, 1, 3)], [(1, 2), (0, 1)], (1,)),
     "depthwise": (lambda x, w: torch.conv2d(x, w, groups=4), [(2, 4, 5, 5), (4, 1, 3, 3)], [(1,), (0,)], (1,)),
     "sum": (lambda x: x.sum(1), [(3, 5, 4)], [(1,)], ()),
     "mean": (lambda x: x.mean((0, 2)), [(3, 5, 4)], [(1,)], ()),

@@ -120,7 +120,8 @@ def _grouped(operand: Operand, axis: int, groups: int) -> Operand:
 def convolution(call: Invocation) -> Fields:
     """convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups), any dimension.
 
-    w is [O, C/g, *k], transposed [C, O/g, *k]. Kernel places are fixed; features may not vary over positions.
+    w is [O, C/g, *k], transposed [C, O/g, *k]. Kernel places are fixed; features may vary over positions only along
+    axes on which every place is computed from the same place alone.
     """
     x, w = call.operand(call.args[0]), call.operand(call.args[1])
     transposed, groups = bool(call.args[6]), int(call.args[8])
@@ -130,8 +131,12 @@ def convolution(call: Invocation) -> Fields:
         call.restart(call.args[1], lambda: _group_fields(ledger, own, groups), groups)
         w = call.operand(call.args[1])
     spatial = frozenset(range(2, x.ndim))
-    flat = []
+    apart = _places_apart(call, w.tensor)
+    flat, passed = [], []
     for labels in x.fields:
+        if varying(labels) <= apart:
+            passed.append(labels)
+            continue
         ledger.fix(labels, spatial, "`convolution` mixes neighbouring places")
         rest = ledger.project(labels, varying(labels) - spatial)
         if rest is not None:
@@ -150,7 +155,18 @@ def convolution(call: Invocation) -> Fields:
         if varying(labels) & {1, 2}:
             labels = labels.expand(labels.shape[0], *channels)
         joined.append(labels.reshape([labels.shape[0], -1, *ones]))
-    return _plus(call, call.args[2], tuple(joined), call.out.ndim, first=1)
+    return _plus(call, call.args[2], (*joined, *passed), call.out.ndim, first=1)
+
+
+def _places_apart(call: Invocation, kernel: Tensor) -> frozenset[int]:
+    """Spatial axes along which every place is computed from the same place alone: kernel and stride 1, no padding."""
+    stride, padding, output_padding = call.args[3], call.args[4], call.args[7]
+    sizes = zip(kernel.shape[2:], *(_each(v, kernel.ndim - 2) for v in (stride, padding, output_padding)), strict=True)
+    return frozenset(axis + 2 for axis, found in enumerate(sizes) if found == (1, 1, 0, 0))
+
+
+def _each(amounts: list[int], count: int) -> list[int]:
+    return list(amounts) * (count if len(amounts) == 1 else 1)
 
 
 def _first_place(operand: Operand, fields: Fields) -> Operand:
