@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .stems import Stem
 from .tracing import Program
 
 
@@ -27,12 +28,27 @@ class Alignment:
         pairs: node name in model 0 -> its K node names.
         params: parameter or buffer name in model 0 -> its K names.
         parting: for each model after the first, where it parts from the first, in words; "" if it never does.
+        stems: what each model computes on its own before the trunk begins; empty if it begins at the input.
     """
 
     programs: tuple[Program, ...]
     pairs: Mapping[str, tuple[str, ...]]
     params: Mapping[str, tuple[str, ...]]
     parting: tuple[str, ...]
+    stems: tuple[Stem, ...] = ()
+
+    def stem(self, k: int) -> frozenset[str]:
+        """Names of the nodes that model k computes on its own before the trunk begins."""
+        return self.stems[k].nodes if self.stems else frozenset()
+
+    @property
+    def entries(self) -> list[tuple[str, ...]]:
+        """The values that enter the trunk from the stems: their K node names, each."""
+        return list(zip(*(stem.entries for stem in self.stems), strict=True))
+
+    def entering(self, k: int) -> dict[str, int]:
+        """Node of model k -> number of the entry."""
+        return {twins[k]: number for number, twins in enumerate(self.entries)}
 
 
 @dataclass
@@ -118,8 +134,8 @@ def _tensors(node: fx.Node, names: _Names) -> list[tuple[str, Tensor]]:
     return []
 
 
-def align(programs: Sequence[Program]) -> Alignment:
-    """Pair the nodes of all programs with those of the first.
+def align(programs: Sequence[Program], stems: tuple[Stem, ...] = ()) -> Alignment:
+    """Pair the nodes of all programs with those of the first; with `stems`, those behind them.
 
     >>> from fxzip.tracing import trace
     >>> a, b = (trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.ones(2, 3)) for _ in range(2))
@@ -127,10 +143,14 @@ def align(programs: Sequence[Program]) -> Alignment:
     3
     """
     first = programs[0]
-    maps = [_pair(first, other) for other in programs[1:]]
-    kept = _closed(
-        first, set.intersection(*({*m[0]} for m in maps)) if maps else {n.name for n in first.module.graph.nodes}
-    )
+    none = Stem(frozenset(), ())
+    maps = [
+        _pair(first, other, *((stems[0], stems[k]) if stems else (none, none)))
+        for k, other in enumerate(programs[1:], 1)
+    ]
+    own_stem = stems[0] if stems else none
+    whole = {n.name for n in first.module.graph.nodes if n.name not in own_stem.nodes}
+    kept = _closed(first, set.intersection(*({*m[0]} for m in maps)) if maps else whole, own_stem)
     names = [n.name for n in first.module.graph.nodes if n.op != "output" and n.name in kept]
     pairs = {name: (name, *(m[0][name] for m in maps)) for name in names}
     own = {
@@ -140,33 +160,36 @@ def align(programs: Sequence[Program]) -> Alignment:
         for name, _ in _tensors(node, _Names(first.module))
     }
     params = {name: (name, *(m[1][name] for m in maps)) for name in sorted(own)}
-    return Alignment(tuple(programs), pairs, params, tuple(m[2] for m in maps))
+    return Alignment(tuple(programs), pairs, params, tuple(m[2] for m in maps), stems)
 
 
-def _closed(program: Program, names: set[str]) -> set[str]:
-    """The nodes of `names` whose inputs are in it too, all the way up."""
+def _closed(program: Program, names: set[str], stem: Stem) -> set[str]:
+    """The nodes of `names` whose inputs are in it or enter from the stem, all the way up."""
     result: set[str] = set()
     for node in program.module.graph.nodes:
-        if node.name in names and all(source.name in result for source in node.all_input_nodes):
+        if node.name in names and all(s.name in result or s.name in stem.entries for s in node.all_input_nodes):
             result.add(node.name)
     return result
 
 
-def _pair(first: Program, other: Program) -> tuple[dict[str, str], dict[str, str], str]:
-    """Pairs of nodes and of parameters, and where the two programs part."""
-    numbers: dict[fx.Node, int] = {}
+def _pair(
+    first: Program, other: Program, left_stem: Stem, right_stem: Stem
+) -> tuple[dict[str, str], dict[str, str], str]:
+    """Pairs of nodes and of parameters, and where the two programs part. What enters from the stems is paired."""
+    numbers = _entry_numbers(first, left_stem)
     waiting: dict[Hashable, list[fx.Node]] = defaultdict(list)
-    nodes = [n for n in first.module.graph.nodes if n.op != "output"]
+    nodes = [n for n in first.module.graph.nodes if n.op != "output" and n.name not in left_stem.nodes]
     for place, node in enumerate(nodes):
         numbers[node] = place
         waiting[_key(node, first.module, numbers, place)].append(node)
-    theirs: dict[fx.Node, int] = {}
+    theirs = _entry_numbers(other, right_stem)
     pairs: dict[str, str] = {}
     params: dict[str, str] = {}
     back: dict[str, str] = {}
     left, right = _Names(first.module), _Names(other.module)
     rest: fx.Node | None = None
-    for place, node in enumerate(n for n in other.module.graph.nodes if n.op != "output"):
+    rights = (n for n in other.module.graph.nodes if n.op != "output" and n.name not in right_stem.nodes)
+    for place, node in enumerate(rights):
         queue = waiting.get(_key(node, other.module, theirs, place), [])
         if queue and _same_tensors(_tensors(queue[0], left), _tensors(node, right), first, other, params, back):
             twin = queue.pop(0)
@@ -177,6 +200,12 @@ def _pair(first: Program, other: Program) -> tuple[dict[str, str], dict[str, str
     lone = next((n for n in nodes if n.name not in pairs), None)
     parting = "" if rest is None and lone is None else f"{_says(first, lone)}, {_says(other, rest)}"
     return pairs, params, parting
+
+
+def _entry_numbers(program: Program, stem: Stem) -> dict[fx.Node, int]:
+    """Value numbers of what enters from the stem: the same for the same entry of all programs."""
+    nodes = {node.name: node for node in program.module.graph.nodes}
+    return {nodes[name]: -(1 << 40) - place for place, name in enumerate(stem.entries)}
 
 
 def _same_tensors(

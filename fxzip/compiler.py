@@ -31,6 +31,7 @@ from .refit import Refit, fit_notes, refits
 from .report import flops_by_node, make_report
 from .rewrite import rewrite
 from .rules import RULES, Rule
+from .stems import find_stems
 from .tracing import check_model, trace
 from .trunk import Trunk, find_trunk
 from .zipped import ZippedModule, reuse_memory
@@ -40,6 +41,7 @@ def compile_zip(
     *models: Any,
     data: Any = None,
     method: str | Method | JointMethod = "zip",
+    start: str | Sequence[str] | None = None,
     until: str | float | None = None,
     min_agreement: float | None = None,
     max_cost: float | None = None,
@@ -69,6 +71,9 @@ def compile_zip(
         method: "zip" (ZipIt!, arXiv 2305.03053), "permute" (Git Re-Basin, arXiv 2209.04836), "average", "weights"
             (Git Re-Basin on weights, no data needed), another of `fxzip.METHODS`, or an object with its settings
             such as `fxzip.Zip(alpha=0.1, beta=0.5)`.
+        start: where the trunk begins: None (at the input), or a module path or node name of all models, or one name
+            for each. What is in front each model computes on its own, a stem for another kind of input say; the
+            features that enter the trunk are merged.
         until: where the trunk ends: None (at the heads), a module path or node name of the first model, or a fraction
             in (0, 1] of the FLOPs to share; or "auto", which looks for it (see `fxzip/frontier.py`).
         min_agreement: with `until="auto"`: the deepest cut at which every head agrees with its original on this share
@@ -96,7 +101,7 @@ def compile_zip(
     recipe = Recipe(chosen, refits("stored" if free else refit), "stored" if free else refit)
     goal = Goal.of(until, min_agreement, max_cost)
     calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress)
-    found = survey(networks, call, verify=verify, strict=strict, rules=rules)
+    found = survey(networks, call, start=start, verify=verify, strict=strict, rules=rules)
     if goal is not None:
         return _automatic(found, calibration, recipe, goal)
     trunk = found.trunk(until)
@@ -135,16 +140,17 @@ def survey(
     networks: Sequence[nn.Module],
     call: Call,
     *,
+    start: str | Sequence[str] | None = None,
     verify: bool = True,
     strict: bool = False,
     rules: Mapping[str, Rule] = RULES,
 ) -> Survey:
-    """The stages that depend on neither cut nor method: trace -> align -> label, self-check."""
+    """The stages that depend on neither cut nor method: trace -> label, self-check -> align."""
     programs = [trace(model, call, name=f"model {k}") for k, model in enumerate(networks)]
-    alignment = align(programs)
     labellings = tuple(label(program, rules) for program in programs)
     if strict:
         _no_barriers(labellings)
+    alignment = align(programs, () if start is None else find_stems(labellings, start))
     checks = [self_check(labelling) if verify else None for labelling in labellings]
     pinned = tuple(check[2] if check else {} for check in checks)
     return Survey(alignment, labellings, pinned, tuple(check[1] if check else None for check in checks))

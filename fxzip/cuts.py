@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from .analysis.graph import dependencies
-from .trunk import Trunk, before, module_path, named
+from .naming import module_path, named
+from .trunk import Trunk, before, shareable
 
 _CROSSED = 0.1  # weight of a cut that several tensors cross
 _Entry = tuple[int, float, int, fx.Node]  # FLOPs of the trunk, weight, its nodes as bits, where it ends
@@ -40,9 +40,7 @@ def find_cuts(full: Trunk, flops: Sequence[Mapping[str, int]], *, limit: int = 3
 
     In: the trunk that goes as far as sharing can, and the FLOPs of each node of each model.
     """
-    program = full.alignment.programs[0]
-    order = [node for node in program.module.graph.nodes if node.op != "output"]
-    graph = dependencies(program)
+    graph, order = shareable(full.alignment)
     bits = {node.name: 1 << place for place, node in enumerate(order)}
     sets: dict[str, int] = {}
     found: list[_Entry] = []

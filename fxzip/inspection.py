@@ -9,7 +9,7 @@ import networkx as nx
 from .analysis.graph import relations
 from .analysis.labelling import Barrier, Labelling
 from .analysis.spaces import FeatureSpace, FeatureSpaces, solve
-from .trunk import cut_names
+from .naming import cut_names
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,8 +75,8 @@ def plan(trunk: Trunk, statistics: Mapping[int, Moments], method: Method | Joint
 
 
 def head_nodes(trunk: Trunk, k: int) -> list[str]:
-    """Names of model k's nodes outside of the trunk."""
-    shared = set(trunk.names(k).values())
+    """Names of model k's nodes behind the trunk."""
+    shared = set(trunk.names(k).values()) | trunk.alignment.stem(k)
     return [node.name for node in trunk.alignment.programs[k].module.graph.nodes if node.name not in shared]
 
 
@@ -132,10 +132,20 @@ def _foldable(trunk: Trunk, k: int, reach: torch.Tensor, merges: Mapping[int, Me
             layout = spaces.layout(reach[run.reshape(-1)].clamp(min=0))
             held = layout.space[layout.space >= 0]
             met |= {numbers[int(s)] for s in held.unique() if not _whole(spaces, layout, int(s))}
+    for labels in _past_the_trunk(trunk, k):
+        met |= reached(labels)
     fused = spaces.space_of[spaces.klass[(reach == -1).nonzero().flatten()]]
     met |= {numbers[int(s)] for s in fused.unique() if s >= 0}
     narrow = {s for s, merge in merges.items() if merge.sizes[k] != merge.merge.shape[0]}
     return frozenset(set(merges) - met - narrow)
+
+
+def _past_the_trunk(trunk: Trunk, k: int) -> list[torch.Tensor]:
+    """Labels of values that head k reads from its own stem: there they are in the model's own basis."""
+    stem, own = trunk.alignment.stem(k), set(head_nodes(trunk, k))
+    nodes = trunk.alignment.programs[k].module.graph.nodes
+    read = {source.name for node in nodes if node.name in own for source in node.all_input_nodes} & stem
+    return [labels for name in sorted(read) for labels in trunk.labellings[k].fields.get(name, ())]
 
 
 def _whole(spaces: FeatureSpaces, layout: Layout, space: int) -> bool:

@@ -10,9 +10,9 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from .inputs import Call
+from .naming import module_path
 from .plan import ZipPlan
 from .tracing import Program, flat_inputs, quiet_execution
-from .trunk import module_path
 from .zipped import ZippedModule
 
 
@@ -66,9 +66,10 @@ class Report(Mapping[str, Any]):
     __repr__ = __str__
 
 
-def _costs(trunk: int, heads: list[int], originals: list[int]) -> dict[str, Any]:
+def _costs(trunk: int, heads: list[int], stems: list[int], originals: list[int]) -> dict[str, Any]:
+    own = {"stems": stems} if any(stems) else {}
     return {
-        "trunk": trunk, "heads": heads, "total": trunk + sum(heads), "originals": originals,
+        "trunk": trunk, "heads": heads, **own, "total": trunk + sum(heads) + sum(stems), "originals": originals,
         "side_by_side": sum(originals),
     }  # fmt: skip
 
@@ -79,15 +80,20 @@ def _flops(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, Any
     for node in zipped.graph.nodes:
         part = node.meta.get("fxzip", {}).get("part", "trunk")
         parts[part] = parts.get(part, 0) + by_node[node.name]
-    heads = [parts.get(f"head {k}", 0) for k in range(len(programs))]
-    return _costs(parts.get("trunk", 0), heads, [sum(flops_by_node(p.module, p.call).values()) for p in programs])
+    heads, stems = ([parts.get(f"{part} {k}", 0) for k in range(len(programs))] for part in ("head", "stem"))
+    return _costs(
+        parts.get("trunk", 0), heads, stems, [sum(flops_by_node(p.module, p.call).values()) for p in programs]
+    )
 
 
 def _parameters(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, Any]:
     named = [(name, p.numel()) for name, p in zipped.named_parameters()]
     trunk = sum(n for name, n in named if name.startswith("trunk."))
-    heads = [sum(n for name, n in named if name.startswith(f"head_{k}.")) for k in range(len(programs))]
-    return _costs(trunk, heads, [sum(p.numel() for p in program.module.parameters()) for program in programs])
+    heads, stems = (
+        [sum(n for name, n in named if name.startswith(f"{part}_{k}.")) for k in range(len(programs))]
+        for part in ("head", "stem")
+    )
+    return _costs(trunk, heads, stems, [sum(p.numel() for p in program.module.parameters()) for program in programs])
 
 
 def costs(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, dict[str, Any]]:
@@ -121,6 +127,7 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
             "modules": [module_path(node) for node in edge],
             "parting": [text for text in trunk.alignment.parting if text],
             "ends": dict(trunk.ends),
+            "merged": [list(twins) for twins in trunk.alignment.entries],
         },
         "spaces": spaces,
         **costs(zipped, programs),
@@ -140,14 +147,19 @@ def _lines(v: Mapping[str, Any]) -> list[str]:
     """The text of a report."""
     lines = [f"zip of {v['models']} models by {v.get('method')}, refit {v.get('refit')}, {v.get('data')}"]
     cut = v["cut"]
+    merged = [", ".join(f"`{name}`" for name in twins) for twins in cut.get("merged", [])]
+    lines += [f"trunk begins at {names}, merged; what is in front each model computes on its own" for names in merged]
     lines.append("trunk ends after " + (", ".join(f"`{name}`" for name in cut["after"]) or "nothing"))
     lines += [f"  the models part: the first {text}" for text in cut["parting"]]
     lines += [f"  `{name}` is not shared: {why}" for name, why in list(cut["ends"].items())[:8]]
-    lines.append(f"{'':12}{'trunk':>14}{'heads':>14}{'total':>14}{'of one':>8}{'of all':>8}")
+    stems = any("stems" in v[what] for what in ("flops", "parameters"))
+    first = f"{'stems':>14}" if stems else ""
+    lines.append(f"{'':12}{first}{'trunk':>14}{'heads':>14}{'total':>14}{'of one':>8}{'of all':>8}")
     for what in ("flops", "parameters"):
         c = v[what]
+        first = f"{sum(c.get('stems', [])):>14,}" if stems else ""
         lines.append(
-            f"{what:12}{c['trunk']:>14,}{sum(c['heads']):>14,}{c['total']:>14,}"
+            f"{what:12}{first}{c['trunk']:>14,}{sum(c['heads']):>14,}{c['total']:>14,}"
             f"{_ratio(c['total'], c['originals'][0]):>8}{_ratio(c['total'], c['side_by_side']):>8}"
         )
     lines.append(f"{'space':40}{'size':>6}  {'legality':14}{'corr.':>7}  folded into the heads")

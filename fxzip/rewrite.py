@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from .align import attribute
 from .analysis.spaces import Layout
 from .basis import PlaceMap, merged_param
+from .entering import copied_node, emit_entries, emit_stems
 from .plan import ZipPlan, head_nodes, head_params
 from .rules import varying
 from .tracing import Program
@@ -60,14 +61,24 @@ class _Emitter:
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.env: dict[str, fx.Node] = {}
+        self.stems: list[dict[str, fx.Node]] = []
 
     def trunk(self) -> None:
         trunk = self.plan.trunk
         program = trunk.alignment.programs[0]
         self.root.add_module("trunk", trunk_module(self.plan))
         shared = set(trunk.nodes)
+        inputs = []
         for node in program.module.graph.nodes:
-            if node.op == "placeholder" or node.name in shared:
+            if node.op == "placeholder":
+                inputs.append(copied_node(self.graph, node, "", self.env, "trunk", False))
+                inputs[-1].meta["fxzip"]["from"] = list(trunk.alignment.pairs.get(node.name, (node.name,)))
+                self.env[node.name] = inputs[-1]
+        if trunk.alignment.stems:
+            self.stems = emit_stems(self.graph, self.root, self.plan, inputs)
+            self.env |= emit_entries(self.graph, self.root, self.plan, self.stems)
+        for node in program.module.graph.nodes:
+            if node.op != "placeholder" and node.name in shared:
                 new = copied_node(self.graph, node, "trunk", self.env, "trunk", node.name in program.mutators)
                 new.meta["fxzip"]["from"] = list(trunk.alignment.pairs.get(node.name, (node.name,)))
                 self.env[node.name] = new
@@ -121,6 +132,10 @@ class _Head:
         if node.name in given:
             tensor = node.name in self.program.shapes
             self.env[node.name] = self._own_memory(given[node.name]) if tensor else given[node.name]
+        elif node.name in self.trunk.alignment.stem(self.k) and node.name in self.emitter.stems[self.k]:
+            tensor = node.name in self.program.shapes
+            value = self.emitter.stems[self.k][node.name]
+            self.env[node.name] = self._own_memory(value) if tensor else value
         elif node.name in self.trunk.labellings[self.k].dynamic and node.name in self.program.shapes:
             self.env[node.name] = self._handed(node)
         else:
@@ -172,18 +187,6 @@ class _Head:
         return None if index.equal(index.new_tensor(range(places.width))) else index.to(device)
 
 
-def copied_node(
-    graph: fx.Graph, node: fx.Node, prefix: str, env: dict[str, fx.Node], part: str, writes: bool
-) -> fx.Node:
-    """Append a copy of a node that finds its parameters under `prefix` and its inputs in `env`."""
-    new = graph.node_copy(node, lambda n: env[n.name])
-    if node.op in ("call_module", "get_attr"):
-        new.target = f"{prefix}.{node.target}"
-    new.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
-    new.meta["fxzip"] = {"part": part, "from": [node.name], "writes": writes}
-    return new
-
-
 def rewrite(plan: ZipPlan) -> ZippedModule:
     """Emit the zipped network of a plan. In: K programs and a plan; out: one module; nothing is modified."""
     emitter = _Emitter(plan)
@@ -200,7 +203,8 @@ def forget_buffers(result: ZippedModule, programs: Sequence[Program]) -> None:
     """Buffers that were not in a model's state dict are not in the result's. In place."""
     for name, _ in list(result.named_buffers()):
         part, _, path = name.partition(".")
-        program = programs[0] if part == "trunk" else programs[int(part[5:])] if part.startswith("head_") else None
+        own = part.startswith(("head_", "stem_"))
+        program = programs[0] if part == "trunk" else programs[int(part[5:])] if own else None
         if program is not None and path not in program.persistent:
             owner = attribute(result, name.rpartition(".")[0])
             owner._non_persistent_buffers_set.add(name.rpartition(".")[2])

@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx, nn
 
 from .arguments import models_and_sample
+from .entering import copied_node
 from .report import Report, costs
-from .rewrite import copied_node, forget_buffers
+from .rewrite import forget_buffers
 from .tracing import Program, trace
 from .zipped import ZippedModule, reuse_memory
 

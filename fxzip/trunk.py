@@ -7,20 +7,20 @@ rule makes the features in front of it free.
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .align import Alignment
 from .analysis.graph import dependencies
 from .analysis.labelling import Labelling
 from .analysis.spaces import FeatureSpaces, solve
 from .errors import AlignError, CutError
+from .naming import cut_names, named
 from .rules import varying
 
 
@@ -62,15 +62,14 @@ def find_trunk(
         AlignError: nothing can be shared.
         CutError: `until` names nothing, or something that the models do not share.
     """
-    program = alignment.programs[0]
-    order = [node for node in program.module.graph.nodes if node.op != "output"]
-    graph = dependencies(program)
+    graph, order = shareable(alignment)
     pinned = pinned or [{} for _ in labellings]
     ends = {} if whole else _unsound(alignment, labellings, pinned, until_given=isinstance(until, str))
     shared = {name for name in alignment.pairs if name not in ends}
     names = _closed(graph, order, shared)
+    _check_entries(alignment, labellings)
     if isinstance(until, str):
-        wanted = before(graph, named(order, until))
+        wanted = before(graph, _behind_the_start(alignment, order, until))
         missing = [node for node in order if node.name in wanted and node.name not in names]
         if missing:
             raise CutError(_beyond(until, missing[0], alignment, ends, names))
@@ -82,11 +81,33 @@ def find_trunk(
     if not any(labellings[0].touches[n.name] for n in dynamic):
         raise AlignError(_nothing(alignment, order, ends, names))
     spaces = tuple(
-        solve(label, {alignment.pairs[name][k] for name in names}, pinned=pinned[k])
+        solve(label, {alignment.pairs[name][k] for name in names}, pinned=pinned[k], entering=alignment.entering(k))
         for k, label in enumerate(labellings)
     )
     nodes = tuple(n.name for n in order if n.name in names)
     return Trunk(alignment, tuple(labellings), nodes, spaces, _partners(alignment, spaces), ends)
+
+
+def shareable(alignment: Alignment) -> tuple[nx.DiGraph, list[fx.Node]]:
+    """What model 0 computes behind its stem: the graph of dependencies, and the nodes in order."""
+    program = alignment.programs[0]
+    graph = dependencies(program)
+    stem = alignment.stem(0)
+    graph.remove_nodes_from(stem)
+    return graph, [node for node in program.module.graph.nodes if node.op != "output" and node.name not in stem]
+
+
+def _behind_the_start(alignment: Alignment, order: Sequence[fx.Node], until: str) -> list[fx.Node]:
+    """The nodes that `until` names, none of which may lie in the stem."""
+    stem = alignment.stem(0)
+    nodes = named([n for n in alignment.programs[0].module.graph.nodes if n.op != "output"], until)
+    found = [node for node in nodes if node.name not in stem]
+    if not found:
+        raise CutError(
+            f"`until` must lie behind `start`; {until!r} lies in front of it. The first names behind it are "
+            f"{', '.join(repr(name) for name in cut_names(order)[:3])}."
+        )
+    return found
 
 
 def _unsound(
@@ -106,6 +127,17 @@ def _unsound(
         if reason:
             ends[name] = reason
     return ends
+
+
+def _check_entries(alignment: Alignment, labellings: Sequence[Labelling]) -> None:
+    """What enters the trunk from the stems must look alike, but for the number of features."""
+    for twins in alignment.entries:
+        reason = _different_shapes(labellings, twins)
+        if reason:
+            raise CutError(
+                f"Values that are merged at `start` must look alike in all models, but for their features; of "
+                f"`{twins[0]}` {reason}. Choose another place, or another size of the sample input."
+            )
 
 
 def _different_shapes(labellings: Sequence[Labelling], twins: tuple[str, ...]) -> str:
@@ -156,47 +188,6 @@ def _unpacked(graph: nx.DiGraph, order: Sequence[fx.Node], names: set[str], shar
     return _closed(graph, order, names | {name for name in items if names.issuperset(graph.predecessors(name))})
 
 
-def module_path(node: fx.Node) -> str:
-    """Path of the module inside which a node was recorded, its own for a module call; "" at the top."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(value[0]) for value in stack.values()]
-    return paths[-1].removeprefix("L['self'].") if paths else ""
-
-
-def cut_names(program_nodes: Sequence[fx.Node]) -> list[str]:
-    """All names that `until` takes: node names and module paths, in order."""
-    names: dict[str, None] = {}
-    for node in program_nodes:
-        if node.op in ("placeholder", "get_attr", "output"):
-            continue
-        path = module_path(node)
-        parts = path.split(".") if path else []
-        for end in range(1, len(parts) + 1):
-            names.setdefault(".".join(parts[:end]))
-        names.setdefault(node.name)
-    return list(names)
-
-
-def named(order: Sequence[fx.Node], until: str) -> list[fx.Node]:
-    """The nodes that `until` names: one node, or all nodes of a module.
-
-    Raises:
-        CutError: there is no such node.
-    """
-    inside = [n for n in order if module_path(n) == until or module_path(n).startswith(until + ".")]
-    found = inside or [n for n in order if n.name == until]
-    if not found:
-        names = cut_names(order)
-        near = difflib.get_close_matches(until, names, n=3, cutoff=0.4) or names[-3:]
-        raise CutError(
-            f"`until` must name a module or a node of the first model; found {until!r}. "
-            f"The nearest valid names are {', '.join(repr(name) for name in near)}."
-        )
-    return found
-
-
 def _fraction(
     graph: nx.DiGraph, order: Sequence[fx.Node], names: set[str], share: float, flops: Mapping[str, int]
 ) -> set[str]:
@@ -234,13 +225,15 @@ def _nothing(alignment: Alignment, order: Sequence[fx.Node], ends: Mapping[str, 
         why = f"they part at the first node: the first {parting}"
     else:
         why = "no node with parameters lies before the cut"
-    return f"`compile_zip` needs models that agree from the input on; {why}."
+    place = "`start`" if alignment.stems else "the input"
+    return f"`compile_zip` needs models that agree from {place} on; {why}."
 
 
 def _partners(alignment: Alignment, spaces: Sequence[FeatureSpaces]) -> tuple[tuple[int, ...], ...]:
     """Pair the spaces of all models by the parameters on which they occur."""
     signatures = [
-        _signatures(own, {twins[k]: name for name, twins in alignment.params.items()}) for k, own in enumerate(spaces)
+        _signatures(own, {twins[k]: name for name, twins in alignment.params.items()}, alignment.entering(k))
+        for k, own in enumerate(spaces)
     ]
     result = []
     for k, own in enumerate(signatures):
@@ -254,17 +247,27 @@ def _partners(alignment: Alignment, spaces: Sequence[FeatureSpaces]) -> tuple[tu
     return tuple(result)
 
 
-def _signatures(spaces: FeatureSpaces, names: Mapping[str, str]) -> list[tuple]:
-    """Per space: on which parameters, in which field, how often each feature occurs, and in how many blocks."""
+def _signatures(spaces: FeatureSpaces, names: Mapping[str, str], entering: Mapping[str, int]) -> list[tuple]:
+    """Per space: on which parameters, in which field, how often each feature occurs, and in how many blocks.
+
+    Values that enter from the stem (`entering`: their nodes and numbers) count as parameters.
+    """
     found: list[dict[tuple[str, int], int]] = [{} for _ in spaces.spaces]
+
+    def count(labels: Tensor, name: str, place: int) -> None:
+        layout = spaces.layout(labels)
+        for number in torch.unique(layout.space[layout.space >= 0]).tolist():
+            here = layout.space == number
+            found[number][name, place] = int(layout.occurrence[here].max()) + 1
+
     for param, twin in names.items():
         if param not in spaces.labelling.params:
             continue
         for place, labels in enumerate(spaces.labelling.params[param].fields):
-            layout = spaces.layout(labels)
-            for number in torch.unique(layout.space[layout.space >= 0]).tolist():
-                here = layout.space == number
-                found[number][twin, place] = int(layout.occurrence[here].max()) + 1
+            count(labels, twin, place)
+    for node, entry in entering.items():
+        for labels in spaces.labelling.fields.get(node, ()):
+            count(labels, f"entry {entry}", min(varying(labels)))
     return [
         (
             space.legality,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from typing import Any
 
@@ -39,8 +40,31 @@ def mix(x: Tensor, matrix: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]
     return moved.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return]
 
 
+def merge(
+    values: tuple[Tensor, ...], rows: Tensor, columns: Tensor, weights: Tensor, axes: tuple[int, ...],
+    sizes: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """Σ_k M_k x_k along `axes`, seen as one run: the features of K models into merged ones; without axes the mean.
+
+    M is sparse: row, column and weight of each entry, columns counted through all models.
+
+    >>> import torch
+    >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 3.0]])
+    >>> merge((a, b), torch.tensor([0, 1, 1, 0]), torch.arange(4), torch.full((4,), 0.5), (1,), (2,))
+    tensor([[2., 3.]])
+    """
+    if not axes:
+        return torch.stack(values).mean(0)
+    ends = tuple(range(values[0].ndim - len(axes), values[0].ndim))
+    joint = torch.cat([value.movedim(axes, ends).flatten(-len(axes)) for value in values], -1)
+    taken = joint.index_select(-1, columns) * weights.to(joint.dtype)
+    merged = taken.new_zeros((*joint.shape[:-1], math.prod(sizes))).index_add(-1, rows, taken)
+    return merged.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return]
+
+
 def part_of(node: fx.Node) -> str:
-    """Which part of a zipped module a node belongs to: "trunk", "head 0", ..."""
+    """Which part of a zipped module a node belongs to: "trunk", "head 0", ...; with `start` also "stem 0", ... and
+    "merge"."""
     return str(node.meta.get("fxzip", {}).get("part", "trunk"))
 
 
@@ -73,7 +97,8 @@ class ZippedModule(fx.GraphModule):
         own = f"head {i % len(heads)}"
         for node in reversed(list(graph.nodes)):
             kept = node.op in ("output", "placeholder") or node.users
-            writes = node.meta.get("fxzip", {}).get("writes") and part_of(node) in ("trunk", own)
+            needed = part_of(node) in ("trunk", own) or part_of(node).startswith("stem ")
+            writes = node.meta.get("fxzip", {}).get("writes") and needed
             if not kept and not writes:
                 graph.erase_node(node)
         result = fx.GraphModule(_holder(self), graph)

@@ -122,11 +122,16 @@ def _occurrences(classes: Tensor) -> Tensor:
 
 
 def solve(
-    labelling: Labelling, nodes: Collection[str] | None = None, *, pinned: Mapping[int, str] | None = None
+    labelling: Labelling,
+    nodes: Collection[str] | None = None,
+    *,
+    pinned: Mapping[int, str] | None = None,
+    entering: Collection[str] = (),
 ) -> FeatureSpaces:
     """The feature spaces of the part of the graph made of `nodes` (all if None).
 
-    `pinned` maps further labels to a reason to leave them alone.
+    `pinned` maps further labels to a reason to leave them alone. `entering`: nodes in front of that part whose values
+    enter it; their features are written there, as those of a parameter are.
     """
     chosen = [name for name in labelling.facts if nodes is None or name in nodes]
     facts = [labelling.facts[name] for name in chosen]
@@ -139,6 +144,8 @@ def solve(
     )
     fields = {id(run): run for name in sorted(params) for run in labelling.params[name].fields}
     fields |= {id(run): run for name in chosen for run in labelling.seen[name]}
+    written = {name: labelling.fields.get(name, ()) for name in entering}
+    fields |= {id(run): run for runs in written.values() for run in runs}
     runs = Runs.of([run.reshape(-1).numpy() for run in fields.values()], labelling.size)
     more = np.zeros(labelling.size, np.uint64)
     while True:
@@ -155,7 +162,7 @@ def solve(
             solver.merge(rigid + deep)
         else:
             break
-    return _assemble(labelling, solver, kinds, units, facts, params)
+    return _assemble(labelling, solver, kinds, units, facts, params, written)
 
 
 def _joined(pairs: list[Tensor]) -> Ints:
@@ -213,9 +220,14 @@ def _assemble(
     units: Sequence[Unit],
     facts: Sequence[Facts],
     params: Collection[str],
+    written: Mapping[str, Sequence[Tensor]],
 ) -> FeatureSpaces:
     """Group classes and units of one kind into spaces."""
     consumed, first_param, summed = _roles(labelling, solver.klass, facts, params)
+    for name, entered in written.items():
+        for labels in entered:
+            for c in np.unique(solver.klass[labels[labels > 0].numpy()]).tolist():
+                first_param.setdefault(c, name)
     both = [labels.numpy() for fact in facts for how, labels in fact.touched if how == "dual"]
     dual = set(solver.klass[np.concatenate([np.zeros(0, np.int64), *both])].tolist())
     space_of, feature_of = torch.full((solver.count,), -1), torch.full((solver.count,), -1)

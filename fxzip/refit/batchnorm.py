@@ -13,7 +13,7 @@ from ..align import attribute
 from ..inputs import Call, not_finite
 from ..plan import ZipPlan
 from ..tracing import flat_inputs, quiet_execution
-from ..zipped import ZippedModule
+from ..zipped import ZippedModule, part_of
 
 
 class _Estimating(fx.Interpreter):
@@ -37,7 +37,8 @@ class _Estimating(fx.Interpreter):
 def reset_batchnorm(zipped: ZippedModule, _plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
     """BatchNorm statistics re-estimated on `data`: the mean over batches, in training mode. A new module."""
     result = copy.deepcopy(zipped)
-    called = [attribute(result, str(node.target)) for node in result.graph.nodes if node.op == "call_module"]
+    shared = [n for n in result.graph.nodes if n.op == "call_module" and not part_of(n).startswith("stem ")]
+    called = [attribute(result, str(node.target)) for node in shared]
     norms = [norm for norm in dict.fromkeys(called) if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.running_mean is not None]
     if not norms:

@@ -115,6 +115,7 @@ class _Walk:
 
     def trunk(self) -> None:
         """Run the trunk of all networks node by node and fit each unit when its inputs are there."""
+        self._stems()
         nodes = [n for n in self.net.graph.nodes if n.op != "output" and part_of(n) == "trunk"]
         units = find_units(self.net, nodes)
         for node in nodes:
@@ -128,6 +129,19 @@ class _Walk:
             for net, twin in zip(self.originals, twins, strict=False):
                 net.release(twin)
             self._release(node, units)
+
+    def _stems(self) -> None:
+        """What the models compute on their own in front of the trunk, and where it is merged: nothing is fitted."""
+        ahead = [n for n in self.net.graph.nodes if part_of(n).startswith("stem ") or part_of(n) == "merge"]
+        for node in ahead:
+            self.zipped.run(node)
+            self.zipped.release(node)
+        for net, stem in zip(self.originals, self.plan.trunk.alignment.stems, strict=False):
+            for name, node in net.nodes.items():
+                if name in stem.nodes | stem.reads:
+                    net.run(node)
+                    if name in stem.nodes:
+                        net.release(node)
 
     def _fit_trunk(self, unit: Unit) -> None:
         name = unit.target.meta["fxzip"]["from"][0]
