@@ -75,7 +75,7 @@ class Calibration:
 
     def __call__(self, stage: str) -> Replay:
         """All batches, named `stage` on the bar."""
-        return Replay(lambda: self._calls(stage))
+        return Replay(lambda: self._calls(stage), max(len(self.sources), 1))
 
     def _calls(self, stage: str) -> Iterator[tuple[int, Call]]:
         for number, source in enumerate(self.sources):
@@ -90,6 +90,7 @@ class Replay:
     """Batches of all sources, as often as they are asked for."""
 
     start: Callable[[], Iterator[tuple[int, Call]]]
+    sources: int = 1
 
     def __iter__(self) -> Iterator[Call]:
         return (call for _, call in self.start())

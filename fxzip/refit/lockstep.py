@@ -70,9 +70,9 @@ def live_bytes(program: Program) -> float:
 
 
 def within_memory(
-    data: Iterable[tuple[int, Call]], programs: Sequence[Program], memory: int
+    data: Iterable[tuple[int, Call]], programs: Sequence[Program], memory: int, sources: int = 1
 ) -> tuple[list[tuple[int, int, Call]], bool]:
-    """As many batches as fit, taken evenly from all sources, at least one each; and whether any was left out.
+    """As many batches as fit, taken evenly from all `sources`, at least one each; and whether any was left out.
 
     Each batch comes with the number of its source, and its own among all of them.
     """
@@ -84,7 +84,7 @@ def within_memory(
     for number, (source, call) in enumerate(data):
         own = by_source.setdefault(source, [])
         size = batch_size(call) or 1
-        if own and sum(rows.values()) + size > limit * (source + 1) / max(source + 1, len(programs)):
+        if own and sum(rows.values()) + size > limit * (source + 1) / max(source + 1, sources):
             cut = True
             continue
         own.append((number, call))

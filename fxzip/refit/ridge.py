@@ -43,7 +43,7 @@ def ridge_solution(
         W in float64, [d + 1, n], and the ridge used.
     """
     ones = torch.cat([x, x.new_ones(len(x), 1)], 1)
-    gram = (ones.T @ ones).double()
+    gram = _gram(ones)
     factor, ridge = _cholesky(gram, ridge)
     pull = ridge * _scale(gram) * prior.double()
 
@@ -56,6 +56,19 @@ def ridge_solution(
         present = ones @ solution.to(ones) + base
         solution = solve(torch.where(t + base > 0, t, present.clamp(max=0) - base))
     return solution, ridge
+
+
+_BLOCK = 256  # rows of the Gram matrix that are computed at a time
+
+
+def _gram(x: Tensor) -> Tensor:
+    """xᵀx in float64 from products in x's precision; blocks above the diagonal only, the rest is their mirror image."""
+    gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for start in range(0, len(gram), _BLOCK):
+        stop = start + _BLOCK
+        gram[start:stop, start:] = (x[:, start:stop].T @ x[:, start:]).double()
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
 
 
 def _scale(gram: Tensor) -> float:
