@@ -7,7 +7,7 @@ own weights W, the gather is folded away: W U_k x* = W x_k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from .analysis.spaces import FeatureSpaces, Layout
 from .matching import JointMethod, Merge, Method, Problem, Space, match_spaces, needs
 from .moments import Moments
+from .readers import readers
 from .trunk import Trunk
 from .weights import weights_of
 
@@ -42,9 +43,17 @@ class ZipPlan:
     unobserved: frozenset[int] = field(default_factory=frozenset)
 
 
-def problem_of(trunk: Trunk, statistics: Mapping[int, Moments], method: Method | JointMethod) -> Problem:
-    """What the method gets to see: every space with its moments, and the weights if it asks for them."""
+def problem_of(
+    trunk: Trunk,
+    statistics: Mapping[int, Moments],
+    method: Method | JointMethod,
+    reach: Sequence[torch.Tensor] | None = None,
+) -> Problem:
+    """What the method gets to see: every space with its moments, and readers and weights if it asks for them."""
     spaces = []
+    read: Sequence[tuple[tuple[torch.Tensor, ...], ...]] = [()] * len(trunk.spaces[0].spaces)
+    if "readers" in needs(method):
+        read = readers(trunk, [_reach(trunk, k) for k in range(len(trunk.spaces))] if reach is None else reach)
     for number, first in enumerate(trunk.spaces[0].spaces):
         own = [found.spaces[trunk.partners[k][number]] for k, found in enumerate(trunk.spaces)]
         seen = statistics.get(number)
@@ -55,6 +64,7 @@ def problem_of(trunk: Trunk, statistics: Mapping[int, Moments], method: Method |
                 first.tie,
                 tuple(space.blocks for space in own if space.blocks is not None),
                 seen if seen is not None and seen.count else None,
+                readers=read[number],
             )
         )
     return Problem(tuple(spaces), weights_of(trunk) if "weights" in needs(method) else ())
@@ -62,16 +72,13 @@ def problem_of(trunk: Trunk, statistics: Mapping[int, Moments], method: Method |
 
 def plan(trunk: Trunk, statistics: Mapping[int, Moments], method: Method | JointMethod) -> ZipPlan:
     """Match every space and decide which unmerges fold."""
-    problem = problem_of(trunk, statistics, method)
+    reach = tuple(_reach(trunk, k) for k in range(len(trunk.spaces)))
+    problem = problem_of(trunk, statistics, method, reach)
     merges = dict(enumerate(match_spaces(problem, method)))
     asks = "moments" in needs(method)
     unobserved = frozenset(s for s, space in enumerate(problem.spaces) if asks and space.moments is None)
-    folded, reach = [], []
-    for k in range(len(trunk.spaces)):
-        same = _reach(trunk, k)
-        folded.append(_foldable(trunk, k, same, merges))
-        reach.append(same)
-    return ZipPlan(trunk, merges, tuple(folded), tuple(reach), unobserved)
+    folded = tuple(_foldable(trunk, k, same, merges) for k, same in enumerate(reach))
+    return ZipPlan(trunk, merges, folded, reach, unobserved)
 
 
 def head_nodes(trunk: Trunk, k: int) -> list[str]:

@@ -77,7 +77,7 @@ class LeastSquares:
         labelled = getattr(data, "labelled", None)
         numbered = labelled() if labelled is not None else ((0, call) for call in data)
         programs = plan.trunk.alignment.programs
-        batches, cut = within_memory(numbered, programs, self.memory)
+        batches, cut = within_memory(numbered, programs, self.memory, getattr(data, "sources", 1))
         with quiet_execution():
             walk = _Walk(result, plan, batches, self)
             walk.trunk()
@@ -123,9 +123,13 @@ class _Walk:
             twins = [net.nodes[own[name]] for net, own in zip(self.originals, self.names, strict=True) if name in own]
             for net, twin in zip(self.originals, twins, strict=False):
                 net.run(twin)
-            self.zipped.run(node)
-            if node in units:
-                self._fit_trunk(units[node])
+            if node in units and units[node].linear:
+                shapes = [value.shape for value in self.originals[0].values(twins[0])]
+                self._fit_trunk(units[node], shapes)
+            elif only_user(node) not in units or units[only_user(node)].call is not node:
+                self.zipped.run(node)
+                if node in units:
+                    self._fit_trunk(units[node], [value.shape for value in self.zipped.values(node)])
             for net, twin in zip(self.originals, twins, strict=False):
                 net.release(twin)
             self._release(node, units)
@@ -143,11 +147,13 @@ class _Walk:
                     if name in stem.nodes:
                         net.release(node)
 
-    def _fit_trunk(self, unit: Unit) -> None:
+    def _fit_trunk(self, unit: Unit, shapes: Sequence[torch.Size]) -> None:
+        """Fit one unit, whose output has these shapes, if that can be done, and run it."""
         name = unit.target.meta["fxzip"]["from"][0]
         found = find_targets(self.plan, name, max(self.sources) + 1)
         if found is None:
             self.fit.left[unit.call.name] = "its features do not lie along one axis"
+            self._run(unit)
             return
         twins = self.plan.trunk.alignment.pairs[name]
         wanted = [net.values(net.nodes[twin]) for net, twin in zip(self.originals, twins, strict=True)]
@@ -158,7 +164,7 @@ class _Walk:
         def target(batch: int, places: Places) -> Tensor:
             return found.at(self.sources[batch], [values[batch] for values in wanted], places)
 
-        self._solve(unit, found.axis, target, other)
+        self._solve(unit, shapes, found.axis, target, other)
 
     def head(self, k: int) -> None:
         """Run head k and fit the linear calls that no other linear call of it comes before."""
@@ -185,21 +191,28 @@ class _Walk:
         assert module is not None
         axis = feature_axis(module, wanted[0].ndim)
         alone = Unit(unit.call, unit.norm, None, unit.rectified and unit.total is None, unit.linear)
-        self._solve(alone, axis, lambda batch, places: take(wanted[batch], axis, places), None)
+        shapes = [value.shape for value in wanted]
+        self._solve(alone, shapes, axis, lambda batch, places: take(wanted[batch], axis, places), None)
 
-    def _solve(self, unit: Unit, axis: int, target: Target, other: list[Tensor] | None) -> None:
-        """Fit one unit from sampled places of all batches, and run it again."""
+    def _run(self, unit: Unit) -> None:
+        for node in (unit.call, unit.norm):
+            if node is not None:
+                self.zipped.run(node)
+
+    def _solve(
+        self, unit: Unit, shapes: Sequence[torch.Size], axis: int, target: Target, other: list[Tensor] | None
+    ) -> None:
+        """Fit one unit from sampled places of all batches, and run it."""
         module, norm = called(self.net, unit.call), called(self.net, unit.norm) if unit.norm is not None else None
         assert module is not None
         inputs = effective(module, norm)[0].shape[-1] if unit.linear else 1
         count = math.ceil(max(self.settings.least, self.settings.positions * inputs) / len(self.zipped))
         xs, ts, skips = [], [], []
         for batch, env in enumerate(self.zipped.envs):
-            output = env[unit.output]
-            places = sampled_places(output.shape, axis, count, self.generator)
+            places = sampled_places(shapes[batch], axis, count, self.generator)
             source = env[unit.call.all_input_nodes[0]]
-            xs.append(patches(module, source, places) if unit.linear else take(output, axis, places))
-            skip = None if other is None else take(other[batch].expand_as(output), axis, places)
+            xs.append(patches(module, source, places) if unit.linear else take(env[unit.output], axis, places))
+            skip = None if other is None else take(other[batch].expand(shapes[batch]), axis, places)
             wanted = target(batch, places)
             ts.append(wanted if skip is None else wanted - skip)
             skips += [] if skip is None else [skip]
@@ -217,9 +230,7 @@ class _Walk:
             weight.mul_(scale.to(weight))
             bias.copy_(scale.to(bias) * bias + shift.to(bias))
         self.fit.fitted.append(unit.call.name)
-        for node in (unit.call, unit.norm):
-            if node is not None:
-                self.zipped.run(node)
+        self._run(unit)
 
     def _solve_linear(self, unit: Unit, x: Tensor, t: Tensor, offset: Tensor | None) -> None:
         """x [places, groups, inputs], t [places, outputs]: one regression per group."""
