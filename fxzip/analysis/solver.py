@@ -145,26 +145,35 @@ def units_of(solver: Solver, kinds: Ints) -> tuple[list[Unit], list[list[int]], 
     if not edges.size:
         return [], [], []
     component = components(edges, solver.count)
-    groups: dict[int, list[int]] = defaultdict(list)
-    for klass in np.unique(edges).tolist():
-        groups[int(component[klass])].append(klass)
-    parents: dict[int, list[int]] = defaultdict(list)
-    for block, member in edges.T.tolist():
-        parents[member].append(block)
-    units, deep, tangles = [], [], []
-    for classes in groups.values():
-        roots = [c for c in classes if c not in parents]
-        if len(roots) != 1 or any(len(parents[c]) > 1 for c in classes if c != roots[0]):
-            tangles.append(classes)
-        elif any(p in parents for c in classes if c != roots[0] for p in parents[c]):
-            deep.append(classes)
-        else:
-            cells: dict[int, list[int]] = defaultdict(list)
-            for c in classes:
-                if c != roots[0]:
-                    cells[int(kinds[c])].append(c)
-            units.append(Unit(roots[0], tuple((kind, tuple(sorted(items))) for kind, items in sorted(cells.items()))))
+    parents = np.bincount(edges[1], minlength=solver.count)  # in how many blocks a class lies
+    classes = np.unique(edges)
+    count = int(component.max()) + 1
+    tangled = np.bincount(component[classes[parents[classes] == 0]], minlength=count) != 1  # other than one root
+    tangled[component[classes[parents[classes] > 1]]] = True
+    nested = np.zeros(count, bool)
+    nested[component[edges[0][parents[edges[0]] > 0]]] = True
+    deep, tangles = (
+        [part.tolist() for part in _runs(classes[which[component[classes]]], component)]
+        for which in (nested & ~tangled, tangled)
+    )
+    flat = classes[~(nested | tangled)[component[classes]]]
+    cells: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
+    for part in _runs(flat[parents[flat] == 1], component, kinds):
+        cells[int(component[part[0]])].append((int(kinds[part[0]]), tuple(part.tolist())))
+    roots = _runs(flat[parents[flat] == 0], component)
+    units = [Unit(int(root[0]), tuple(cells[int(component[root[0]])])) for root in roots]
     return units, deep, tangles
+
+
+def _runs(classes: Ints, *keys: Ints) -> list[Ints]:
+    """The classes (sorted) grouped by keys of theirs; groups in the order of the keys."""
+    if not classes.size:
+        return []
+    classes = classes[np.lexsort([classes, *(key[classes] for key in reversed(keys))])]
+    changes = np.zeros(len(classes) - 1, bool)
+    for key in keys:
+        changes |= key[classes[1:]] != key[classes[:-1]]
+    return np.split(classes, np.flatnonzero(changes) + 1)
 
 
 def _partners(solver: Solver, kinds: Ints) -> list[list[int]]:
@@ -172,15 +181,16 @@ def _partners(solver: Solver, kinds: Ints) -> list[list[int]]:
 
     What lies in one of the two only is still told apart by its kind.
     """
-    parents: dict[int, list[int]] = defaultdict(list)
-    for block, member in solver.free_edges().T.tolist():
-        parents[member].append(block)
+    edges = solver.free_edges()
+    edges = edges[:, np.argsort(edges[1], kind="stable")]
+    times = np.bincount(edges[1], minlength=solver.count)[edges[1]]
     overlaps: dict[tuple[int, int], set[int]] = defaultdict(set)
-    for blocks in {tuple(blocks) for blocks in parents.values() if len(blocks) > 1}:
-        for a in blocks:
-            for b in blocks:
-                if kinds[a] != kinds[b]:
-                    overlaps[a, int(kinds[b])].add(b)
+    for several in np.unique(times[times > 1]).tolist():
+        for blocks in np.unique(edges[0, times == several].reshape(-1, several), axis=0).tolist():
+            for a in blocks:
+                for b in blocks:
+                    if kinds[a] != kinds[b]:
+                        overlaps[a, int(kinds[b])].add(b)
     pairs = []
     for (a, _), others in overlaps.items():
         if len(others) == 1:
@@ -194,7 +204,7 @@ def hold_unique(solver: Solver, kinds: Ints, groups: list[list[int]]) -> bool:
     """Pin blocks that are the only ones of their kind, so that what they hold may move on its own; whether any was."""
     alone = np.unique(kinds, return_counts=True)
     once = set(alone[0][alone[1] == 1].tolist())
-    blocks = set(solver.free_edges()[0].tolist())
+    blocks = set(np.unique(solver.free_edges()[0]).tolist())
     held = [c for classes in groups for c in classes if c in blocks and int(kinds[c]) in once]
     if held:
         solver.pin(held, ("it is the only block of its kind", "fixed"))
@@ -207,7 +217,7 @@ def untangle(solver: Solver, kinds: Ints, tangles: list[list[int]]) -> None:
     if partners:
         solver.merge(partners)
         return
-    blocks = set(solver.edges[0].tolist())
+    blocks = set(np.unique(solver.edges[0]).tolist())
     held: list[int] = []
     for classes in tangles:
         tally = Counter(int(kinds[c]) for c in classes if c in blocks)
