@@ -10,7 +10,8 @@ Head k is compared with model k output tensor by output tensor, over all held-ou
     integers and booleans:                  the share of equal entries
 
 The agreement of a head is the mean over its tensors. Where there is one source of data per model, a head is compared on
-the inputs of its own model.
+the inputs of its own model. That is what to give for models of different tasks: what a head says of inputs of another
+task is nearly chance, and agrees much less.
 """
 
 from __future__ import annotations

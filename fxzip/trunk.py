@@ -81,11 +81,17 @@ def find_trunk(
     if not any(labellings[0].touches[n.name] for n in dynamic):
         raise AlignError(_nothing(alignment, order, ends, names))
     spaces = tuple(
-        solve(label, {alignment.pairs[name][k] for name in names}, pinned=pinned[k], entering=alignment.entering(k))
+        solve(label, {alignment.pairs[name][k] for name in names} | (_output(label) if whole else set()),
+              pinned=pinned[k], entering=alignment.entering(k))
         for k, label in enumerate(labellings)
-    )
+    )  # fmt: skip
     nodes = tuple(n.name for n in order if n.name in names)
     return Trunk(alignment, tuple(labellings), nodes, spaces, _partners(alignment, spaces), ends)
+
+
+def _output(label: Labelling) -> set[str]:
+    """The node that returns: it pins what the model returns."""
+    return {label.program.module.graph.output_node().name}
 
 
 def shareable(alignment: Alignment) -> tuple[nx.DiGraph, list[fx.Node]]:

@@ -90,6 +90,22 @@ def test_the_ends_are_the_networks():
         assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("method", ["permute", "weights"])
+def test_outputs_keep_their_order(method):
+    """Networks that name the classes in other orders: what they return is never relabelled."""
+    a, b = randomise(Residual(4), 1), randomise(Residual(4), 2)
+    with torch.no_grad():
+        b.linear.weight.copy_(a.linear.weight[[1, 2, 3, 0]])
+        b.linear.bias.copy_(a.linear.bias[[1, 2, 3, 0]])
+    wanted = b(X)
+    line = fxzip.barrier(
+        a, b, X, loss=lambda net: (net(X) - wanted).norm() / wanted.norm(), data=[X], method=method, points=3,
+        progress=False,
+    )  # fmt: skip
+    assert line.values[2] < 1e-4
+    assert line.values[0] > 0.1
+
+
 @pytest.mark.parametrize("refit", ["repair", "batchnorm"])
 def test_a_refit_at_every_point(refit):
     """On the same data a refit leaves the ends as they are if their statistics were those of the data."""
