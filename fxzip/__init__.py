@@ -24,7 +24,19 @@ from .errors import (
     TraceError,
 )
 from .interpolation import Barrier, barrier
-from .matching import METHODS, Average, Merge, Permute, WeightMatching, Zip, resolve
+from .matching import (
+    METHODS,
+    Agglomerative,
+    Average,
+    CycleConsistent,
+    KMeans,
+    Merge,
+    MuDSC,
+    Permute,
+    WeightMatching,
+    Zip,
+    resolve,
+)
 from .moments import Moments
 from .observe import observe
 from .plan import plan
@@ -45,19 +57,23 @@ __all__ = [
     "METHODS",
     "REFITS",
     "RULES",
+    "Agglomerative",
     "AlignError",
     "Average",
     "Barrier",
     "BarrierError",
     "Calibration",
     "CutError",
+    "CycleConsistent",
     "DataError",
     "FxzipError",
     "FxzipWarning",
     "InputError",
+    "KMeans",
     "LeastSquares",
     "Merge",
     "Moments",
+    "MuDSC",
     "PerModel",
     "Permute",
     "PinnedSpaceWarning",

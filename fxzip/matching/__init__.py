@@ -1,7 +1,19 @@
-"""Matching: from the moments of one feature space to its change of basis, `Merge(M, U)`. Knows nothing of graphs.
+"""Matching: from what was observed of a feature space to its change of basis, `Merge(M, U)`. Knows nothing of graphs.
 
-A method is a small frozen dataclass, called with `(moments, size)`. To add one, write it (see `Method`) and either
-pass an instance or enter it under a name: `METHODS["mine"] = Mine`.
+A method is a small frozen dataclass. It sees one space at a time and is called with `(moments, size)` (see `Method`),
+or it has `match(problem)` and sees all spaces, and the weights if it `needs` them (see `JointMethod`). To add one,
+write it and either pass an instance or enter it under a name, `METHODS["mine"] = Mine`:
+
+    @dataclass(frozen=True)
+    class First:
+        name: ClassVar[str] = "first"
+
+        def __call__(self, moments, size):  # the first model's features, in the place of the nearest of the others
+            alike, eye = similarity(moments), torch.eye(size, sum(moments.sizes)).double()
+            return Merge(eye, eye[:, :size][alike[:, :size].argmax(1)], moments.sizes, 1.0)
+
+        def relabelling(self):  # the method where only relabellings are legal
+            return Permute()
 """
 
 from __future__ import annotations
@@ -12,6 +24,9 @@ from collections.abc import Callable
 from fxzip.errors import InputError
 from fxzip.matching.average import Average
 from fxzip.matching.blockwise import BlockMoments, match_blocks
+from fxzip.matching.clustering import Agglomerative, KMeans
+from fxzip.matching.cycles import CycleConsistent
+from fxzip.matching.dualspace import MuDSC
 from fxzip.matching.merge import Merge, Method, similarity
 from fxzip.matching.permute import Permute
 from fxzip.matching.problem import JointMethod, Problem, Run, Space, Weight, match_spaces, needs
@@ -23,6 +38,10 @@ METHODS: dict[str, Callable[[], Method | JointMethod]] = {
     "permute": Permute,
     "average": Average,
     "weights": WeightMatching,
+    "c2m3": CycleConsistent,
+    "mudsc": MuDSC,
+    "kmeans": KMeans,
+    "agglomerative": Agglomerative,
 }
 """The methods that have a name, with their default settings."""
 
@@ -54,11 +73,15 @@ def resolve(method: str | Method | JointMethod) -> Method | JointMethod:
 
 __all__ = [
     "METHODS",
+    "Agglomerative",
     "Average",
     "BlockMoments",
+    "CycleConsistent",
     "JointMethod",
+    "KMeans",
     "Merge",
     "Method",
+    "MuDSC",
     "Permute",
     "Problem",
     "Run",

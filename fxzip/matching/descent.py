@@ -8,13 +8,13 @@ if the true objective grows. So it never falls, and the descent ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fxzip.matching.permute import best_pairs
-from fxzip.matching.problem import Problem, Space, Weight
+from fxzip.matching.problem import Problem, Run, Space, Weight
 from fxzip.matching.ties import BlockAssignment, Product, match_tie
 
 Matching = dict[int, Tensor]  # space -> int64 [n_0], see `problem.Assignment`
@@ -198,3 +198,21 @@ def product_of(problem: Problem, weight: Weight, target: Tensor, k: int) -> Prod
         )  # fmt: skip
 
     return Product(row, column, cut(target, 0), cut(weight.values[k], k))
+
+
+def transformed(weight: Weight, k: int, matrix: Callable[[int, Run], Tensor], skip: Run | None = None) -> Tensor:
+    """Model k's value in model 0's layout, mixed by `matrix(space, run)`, [n_0, n_k], on all runs but `skip`."""
+    value = weight.values[k]
+    for run in weight.runs:
+        if run is skip:
+            continue
+        moved = value.movedim(run.axis, 0)
+        width = run.rest[0].numel() + sum(slots[0].numel() for slots in run.slots.values())
+        result = moved.new_zeros(width, *moved.shape[1:])
+        result[run.rest[0]] = moved[run.rest[k]]
+        for space, slots in run.slots.items():
+            mixing = matrix(space, run).to(moved)
+            for first, own in zip(slots[0], slots[k], strict=True):
+                result[first] = (mixing @ moved[own].reshape(len(own), -1)).reshape(len(first), *moved.shape[1:])
+        value = result.movedim(0, run.axis)
+    return value
