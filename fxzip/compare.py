@@ -20,7 +20,7 @@ from .compiler import Recipe, Survey, assemble, cuts_and_trunks, survey
 from .errors import InputError
 from .matching import METHODS, Method, resolve
 from .observe import observe_all
-from .refit import Refit, refits
+from .refit import Refit
 from .rules import RULES, Rule
 from .side_by_side import side_by_side
 from .table import Table
@@ -39,7 +39,7 @@ def sweep(
     data: Any = None,
     cuts: Sequence[str | float | None] | None = None,
     method: str | Method = "zip",
-    refit: str | Refit | None = "repair",
+    refit: str | Refit | None = "auto",
     score: Score | None = None,
     held_out: Any = None,
     verify: bool = True,
@@ -70,7 +70,8 @@ def sweep(
         `compile_zip` raises.
     """
     name = method if isinstance(method, str) else repr(method)
-    lines = [_Line.of((method, refit), None, name)]
+    recipe = Recipe.of(method, refit, calibrated=data is not None)
+    lines = [_Line(name, _shown(recipe.refit_name), recipe)]
     setting = _Setting.of(models, sample_input, data, held_out, progress, "`sweep`", verify, rules)
     if cuts is None:
         cuts = [cut.until for cut in cuts_and_trunks(setting.found, limit=SWEPT)[0]]
@@ -85,7 +86,7 @@ def compare(
     score: Score | None = None,
     methods: Sequence[Any] | None = None,
     cuts: Sequence[str | float | None] = (None,),
-    refit: str | Refit | None = "repair",
+    refit: str | Refit | None = "auto",
     held_out: Any = None,
     verify: bool = True,
     rules: Mapping[str, Rule] = RULES,
@@ -113,7 +114,8 @@ def compare(
     Raises:
         DataError, CutError: as in `sweep`. InputError: a method or refit is unknown.
     """
-    chosen = [_Line.of(entry, refit) for entry in (METHODS if methods is None else methods)]
+    entries = METHODS if methods is None else methods
+    chosen = [_Line.of(entry, refit, calibrated=data is not None) for entry in entries]
     setting = _Setting.of(models, sample_input, data, held_out, progress, "`compare`", verify, rules)
     return setting.table(chosen, cuts, score, strict=False)
 
@@ -127,11 +129,16 @@ class _Line:
     recipe: Recipe
 
     @classmethod
-    def of(cls, entry: Any, refit: str | Refit | None, name: str | None = None) -> _Line:
+    def of(cls, entry: Any, refit: str | Refit | None, *, calibrated: bool) -> _Line:
+        """A name stands for the method of `METHODS` itself, whatever the refit."""
         method, own = entry if isinstance(entry, tuple) else (entry, refit)
-        recipe = Recipe(resolve(method), refits(own), own)
-        shown = own if own is None or isinstance(own, str) else repr(own)
-        return cls(name or (method if isinstance(method, str) else repr(method)), shown, recipe)
+        recipe = Recipe.of(resolve(method), own, calibrated=calibrated)
+        return cls(method if isinstance(method, str) else repr(method), _shown(recipe.refit_name), recipe)
+
+
+def _shown(refit: Any) -> str | None:
+    """A refit as the table shows it."""
+    return refit if refit is None or isinstance(refit, str) else repr(refit)
 
 
 @dataclass(frozen=True, eq=False)

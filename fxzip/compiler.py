@@ -23,11 +23,11 @@ from .errors import AlignError, BarrierError, CutError
 from .frontier import Goal, deepest_agreeing, earliest_affordable
 from .inputs import Call, as_call
 from .inspection import Inspection
-from .matching import JointMethod, Method, needs, resolve
+from .matching import Energy, JointMethod, Method, needs, resolve
 from .moments import Moments
 from .observe import observe, observe_all
 from .plan import plan
-from .refit import Refit, fit_notes, refits
+from .refit import LeastSquares, Refit, fit_notes, least_squares, refits
 from .report import flops_by_node, make_report
 from .rewrite import rewrite
 from .rules import RULES, Rule
@@ -45,7 +45,7 @@ def compile_zip(
     until: str | float | None = None,
     min_agreement: float | None = None,
     max_cost: float | None = None,
-    refit: str | Refit | None = "repair",
+    refit: str | Refit | None = "auto",
     verify: bool = True,
     strict: bool = False,
     progress: bool | None = None,
@@ -68,7 +68,8 @@ def compile_zip(
         data: unlabelled calibration data: an iterable of batches (a tensor; a tuple or list whose first item is the
             input; a dict), or one such iterable per model. None: the sample input serves; a method that looks at
             weights only ("weights") then runs without any data, with the refit "stored".
-        method: "zip" (ZipIt!, arXiv 2305.03053), "permute" (Git Re-Basin, arXiv 2209.04836), "average", "weights"
+        method: "zip" (features merged within and across models: ZipIt!, arXiv 2305.03053; under least squares
+            `fxzip.Energy`), "permute" (Git Re-Basin, arXiv 2209.04836), "average", "weights"
             (Git Re-Basin on weights, no data needed), another of `fxzip.METHODS`, or an object with its settings
             such as `fxzip.Zip(alpha=0.1, beta=0.5)`.
         start: where the trunk begins: None (at the input), or a module path or node name of all models, or one name
@@ -80,7 +81,8 @@ def compile_zip(
             of held-out inputs, a fifth of `data` (see `fxzip/agreement.py`). The default, 0.98.
         max_cost: with `until="auto"`: the earliest cut at which the zip takes at most so many FLOPs, relative to the
             first model.
-        refit: None, "batchnorm" (statistics re-estimated), "repair" (REPAIR, arXiv 2211.08403), "stored" (without data,
+        refit: "auto" ("lstsq" where `data` is given, else "repair"), None, "batchnorm" (statistics re-estimated),
+            "repair" (REPAIR, arXiv 2211.08403), "stored" (without data,
             from the statistics stored in BatchNorms), "lstsq" (least squares, closed form, layer by layer), or an
             object with its settings such as `fxzip.LeastSquares(ridge=1e-3)`.
         verify: check the analysis by relabelling at random.
@@ -96,16 +98,15 @@ def compile_zip(
         InputError, TraceError, AlignError, CutError, DataError, BarrierError, SelfCheckError: see `fxzip.errors`.
     """
     networks, call = models_and_sample(models)
-    chosen = resolve(method)
-    free = data is None and "moments" not in needs(chosen)
-    recipe = Recipe(chosen, refits("stored" if free else refit), "stored" if free else refit)
+    free = data is None and "moments" not in needs(resolve(method))
+    recipe = Recipe.of(method, "stored" if free else refit, calibrated=data is not None)
     goal = Goal.of(until, min_agreement, max_cost)
     calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress)
     found = survey(networks, call, start=start, verify=verify, strict=strict, rules=rules)
     if goal is not None:
         return _automatic(found, calibration, recipe, goal)
     trunk = found.trunk(until)
-    statistics = observe(trunk, calibration("observing") if "moments" in needs(chosen) else ())
+    statistics = observe(trunk, calibration("observing") if "moments" in needs(recipe.method) else ())
     return assemble(found, trunk, statistics, calibration, recipe)
 
 
@@ -163,6 +164,19 @@ class Recipe:
     method: Method | JointMethod
     refit: Refit
     refit_name: Any
+
+    @classmethod
+    def of(cls, method: str | Method | JointMethod, refit: str | Refit | None, *, calibrated: bool) -> Recipe:
+        """The defaults filled in: `refit="auto"` is least squares where there is data; "zip" is then `Energy`.
+
+        >>> Recipe.of("zip", "auto", calibrated=True).method, Recipe.of("zip", "repair", calibrated=True).method
+        (Energy(floor=0.01), Zip(alpha=1.0, beta=1.0))
+        """
+        if isinstance(refit, str) and refit == "auto":
+            refit = "lstsq" if calibrated else "repair"
+        corrected = refits(refit)
+        fitted = corrected is least_squares or isinstance(corrected, LeastSquares)
+        return cls(Energy() if fitted and method == "zip" else resolve(method), corrected, refit)
 
 
 def assemble(

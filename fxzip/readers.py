@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .align import attribute
-from .analysis.spaces import slots
 from .trunk import Trunk
 
 
@@ -56,5 +55,8 @@ def _of_model(trunk: Trunk, k: int, reach: Tensor) -> dict[int, list[Tensor]]:
                 if squares is None:
                     value = attribute(module, name).detach().double().square().movedim(axis, -1)
                     squares = value.reshape(len(value), -1, value.shape[-1]).sum(1) if value.ndim > 1 else value[None]
-                result[space].append(sum(squares[:, row] for row in slots(layout, space)))  # type: ignore[arg-type]
+                here = (layout.space == space).nonzero().flatten().to(squares.device)
+                own = squares.new_zeros(len(squares), spaces.spaces[space].size)
+                feature = layout.feature[here.cpu()].to(squares.device)
+                result[space].append(own.index_add_(1, feature, squares[:, here]))
     return result

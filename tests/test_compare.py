@@ -51,7 +51,7 @@ def test_a_row_for_each_method_and_cut(compared):
             (name, refit, cut)
             for cut in (None, "layer1")
             for name, refit in (
-                ("average", "repair"), ("Fails()", "repair"), ("permute", None), ("Zip(alpha=0.5, beta=1.0)", "repair"),
+                ("average", "lstsq"), ("Fails()", "lstsq"), ("permute", None), ("Zip(alpha=0.5, beta=1.0)", "lstsq"),
             )
         ),
     ]  # fmt: skip
@@ -106,7 +106,7 @@ def test_a_table_prints_in_columns(compared):
 def test_a_table_is_drawn(compared):
     ax = compared.plot()
     assert [line.get_label() for line in ax.lines] == [
-        "side by side", "average + repair", "permute", "Zip(alpha=0.5, beta=1.0) + repair"]  # fmt: skip
+        "side by side", "average + lstsq", "permute", "Zip(alpha=0.5, beta=1.0) + lstsq"]  # fmt: skip
     assert ax.get_ylabel() == "score"
     line = ax.lines[2]
     rows = sorted((row["cost"], row["score"]) for row in compared if row["method"] == "permute")

@@ -189,7 +189,7 @@ def test_a_twin_is_shared_to_the_heads(pair):
 def test_the_deepest_cut_that_agrees(relatives):
     """The next deeper cut does not agree, and the zip is that of a fixed `until` without the held-out inputs."""
     pair, minimum = relatives, 0.58
-    settings = {"method": "permute", "progress": False}
+    settings = {"method": "permute", "refit": "repair", "progress": False}
     zipped = fxzip.compile_zip(*pair, X, data=DATA, until="auto", min_agreement=minimum, **settings)
     auto = zipped.report["auto"]
     found = survey(pair, as_call(X))

@@ -27,6 +27,7 @@ from fxzip.matching.blockwise import BlockMoments, match_blocks
 from fxzip.matching.clustering import Agglomerative, KMeans
 from fxzip.matching.cycles import CycleConsistent
 from fxzip.matching.dualspace import MuDSC
+from fxzip.matching.energy import Energy
 from fxzip.matching.merge import Merge, Method, similarity
 from fxzip.matching.permute import Permute
 from fxzip.matching.problem import JointMethod, Problem, Run, Space, Weight, match_spaces, needs
@@ -37,6 +38,7 @@ METHODS: dict[str, Callable[[], Method | JointMethod]] = {
     "zip": Zip,
     "permute": Permute,
     "average": Average,
+    "energy": Energy,
     "weights": WeightMatching,
     "c2m3": CycleConsistent,
     "mudsc": MuDSC,
@@ -77,6 +79,7 @@ __all__ = [
     "Average",
     "BlockMoments",
     "CycleConsistent",
+    "Energy",
     "JointMethod",
     "KMeans",
     "Merge",

@@ -66,12 +66,16 @@ class Energy:
         Raises:
             DataError: the moments are not finite.
         """
-        merges = match_spaces(problem, Permute())
-        for number, space in enumerate(problem.spaces):
+        merges: dict[int, Merge] = {}
+        for together in problem.ties():
+            space = problem.spaces[together[0]]
             if space.tie is None and space.legality == "free" and space.moments is not None:
                 share = energies(space.moments, space.readers)
-                merges[number] = energy_merge(space.moments, share, space.sizes[0], self.floor)
-        return merges
+                merges[together[0]] = energy_merge(space.moments, share, space.sizes[0], self.floor)
+            else:
+                others = Problem(tuple(problem.spaces[number] for number in together))
+                merges.update(zip(together, match_spaces(others, self.relabelling()), strict=True))
+        return [merges[number] for number in range(len(problem.spaces))]
 
     def relabelling(self) -> Permute:
         """`Permute`: zipping joins features of one model, which no relabelling undoes."""

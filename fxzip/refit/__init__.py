@@ -55,7 +55,7 @@ def refits(name: str | Refit | None) -> Refit:
     if callable(name):
         return name
     if name not in REFITS:
-        known = ", ".join(repr(key) for key in REFITS)
+        known = ", ".join([repr("auto"), *(repr(key) for key in REFITS)])
         raise InputError(f"`refit` must be one of {known}; found {name!r}.")
     return REFITS[name]
 
