@@ -143,7 +143,7 @@ def _foldable(trunk: Trunk, k: int, reach: torch.Tensor, merges: Mapping[int, Me
         met |= reached(labels)
     fused = spaces.space_of[spaces.klass[(reach == -1).nonzero().flatten()]]
     met |= {numbers[int(s)] for s in fused.unique() if s >= 0}
-    narrow = {s for s, merge in merges.items() if merge.sizes[k] != merge.merge.shape[0]}
+    narrow = {s for s, merge in merges.items() if merge.sizes[k] != merge.merge.shape[0] or merge.assignment(k) is None}
     return frozenset(set(merges) - met - narrow)
 
 

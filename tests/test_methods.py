@@ -4,12 +4,15 @@ import dataclasses
 import doctest
 import importlib
 import itertools
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from networks import Residual, randomise
+from scipy.optimize import linprog
 from test_matching import as_sets, features, observed, shuffle
 from test_weight_matching import mlp, permutations, problem
 
@@ -23,6 +26,7 @@ from fxzip.matching import (
     Merge,
     MuDSC,
     Permute,
+    Transport,
     WeightMatching,
     Zip,
     resolve,
@@ -218,6 +222,83 @@ def test_c2m3_recovers_three_twins_without_data():
         assert relative_difference(model(sample), output) <= 1e-4
 
 
+# Optimal transport
+
+
+@pytest.fixture
+def _pot():
+    pytest.importorskip("ot")
+
+
+@pytest.mark.usefixtures("_pot")
+@pytest.mark.parametrize("seed", range(4))
+def test_transport_between_equal_widths_is_the_best_of_all_assignments_of_six_features(seed):
+    statistics = observed(6, 6, seed=seed)
+    cross = statistics.correlation[:6, 6:]
+    best = max(permutations(6), key=lambda order: float(cross[torch.arange(6), order].sum()))
+    merge = Transport()(statistics, 6)
+    close(merge.assignment(1)[best], torch.arange(6))
+    close(merge.merge, Permute()(statistics, 6).merge)
+    assert merge.bijective(1)
+    assert merge.correlation == pytest.approx(float(cross[torch.arange(6), best].mean()))
+
+
+@pytest.mark.usefixtures("_pot")
+@pytest.mark.parametrize("sizes", [(4, 6), (6, 4)])
+def test_transport_between_different_widths_is_the_cheapest_coupling(sizes):
+    statistics = observed(*sizes)
+    n, m = sizes
+    cost = (1 - statistics.correlation[:n, n:]).numpy()
+    sums = np.concatenate([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
+    masses = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
+    cheapest = linprog(cost.reshape(-1), A_eq=sums, b_eq=masses).fun
+    merge = Transport()(statistics, n)
+    coupling = merge.U(1).T / m
+    close(coupling.sum(1), torch.full((n,), 1 / n).double())
+    close(merge.M(1), n * coupling / 2)
+    assert float((coupling * torch.from_numpy(cost)).sum()) == pytest.approx(cheapest)
+    close(merge.merge.sum(1), torch.ones(n).double())
+    close(merge.unmerge.sum(1), torch.ones(n + m).double())
+
+
+@pytest.mark.usefixtures("_pot")
+def test_transport_with_little_entropy_is_nearly_the_exact_one_and_with_much_it_spreads():
+    (x,) = features(5)
+    statistics = moments([x, x[:, shuffle(5)]])
+    exact = Transport()(statistics, 5).U(1)
+    close(Transport(entropy=0.01)(statistics, 5).U(1), exact, atol=1e-3, rtol=0)
+    spread_out = Transport(entropy=100.0)(statistics, 5).U(1)
+    close(spread_out, torch.full((5, 5), 0.2).double(), atol=0.01, rtol=0)
+
+
+@pytest.mark.usefixtures("_pot")
+def test_heads_read_features_that_are_spread_through_a_matrix():
+    """Exact where the trunk is linear: both heads then see U x*, not U applied behind their own nonlinearity."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(3, 5), torch.nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    nets, sample = [Net().double(), Net().double()], torch.randn(20, 3, dtype=torch.double)
+    method = Transport(entropy=0.3)
+    zipped = fxzip.compile_zip(*nets, sample, method=method, until="first", refit=None)
+    merge = method(moments([net.first(sample).detach() for net in nets]), 5)
+    inner = sum(merge.M(k) @ net.first(sample).detach().T for k, net in enumerate(nets)).T
+    for k, (net, output) in enumerate(zip(nets, zipped(sample), strict=True)):
+        close(output.detach(), net.last((inner @ merge.U(k).T).relu()).detach(), atol=1e-6, rtol=1e-6)
+    assert zipped.report["unmerges"]
+
+
+def test_transport_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ot", None)
+    with pytest.raises(fxzip.InputError, match=r"needs the package POT, which is not installed. Install it with `pip"):
+        Transport()(observed(3, 3), 3)
+
+
 # A method of one's own, names and messages
 
 
@@ -247,6 +328,8 @@ def test_a_method_of_ones_own_by_name(monkeypatch):
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_name_zips(name):
+    if name == "transport":
+        pytest.importorskip("ot")
     model, other = (randomise(Residual(), seed) for seed in (0, 1))
     sample = torch.randn(4, 3, 8, 8)
     zipped = fxzip.compile_zip(model, other, sample, data=[torch.randn(16, 3, 8, 8)], method=name)
@@ -266,6 +349,8 @@ def test_every_name_zips(name):
         (lambda: Agglomerative("ward"), "`linkage` must be one of 'average', 'complete', 'single'; got 'ward'"),
         (lambda: KMeans()(observed(3, 3), 7), "`kmeans` can keep 1 to 6 of the 6 features of this space; got `size` 7"),
         (lambda: Agglomerative()(observed(3, 3), 0), "`agglomerative` can keep 1 to 6 of the 6 features"),
+        (lambda: Transport(entropy=-1), "`Transport` needs entropy >= 0; got entropy=-1"),
+        (lambda: Transport()(observed(3, 3), 4), "`transport` keeps the features of the first model: `size` must be 3"),
         (lambda: CycleConsistent(start="middle"), "`starts` must name one or more of"),
         (
             lambda: CycleConsistent().match(
@@ -285,3 +370,9 @@ def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module("fxzip.matching." + module), extraglobs={"torch": torch})
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_the_page_of_methods_names_them_all():
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    for name in (*METHODS, *fxzip.REFITS):
+        assert name is None or f'`"{name}"`' in page, name

@@ -31,6 +31,7 @@ from fxzip.matching.energy import Energy
 from fxzip.matching.merge import Merge, Method, similarity
 from fxzip.matching.permute import Permute
 from fxzip.matching.problem import JointMethod, Problem, Run, Space, Weight, match_spaces, needs
+from fxzip.matching.transport import Transport
 from fxzip.matching.weights import WeightMatching
 from fxzip.matching.zipping import Zip
 
@@ -42,6 +43,7 @@ METHODS: dict[str, Callable[[], Method | JointMethod]] = {
     "weights": WeightMatching,
     "c2m3": CycleConsistent,
     "mudsc": MuDSC,
+    "transport": Transport,
     "kmeans": KMeans,
     "agglomerative": Agglomerative,
 }
@@ -89,6 +91,7 @@ __all__ = [
     "Problem",
     "Run",
     "Space",
+    "Transport",
     "Weight",
     "WeightMatching",
     "Zip",
