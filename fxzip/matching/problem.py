@@ -167,7 +167,7 @@ class JointMethod(Protocol):
         """A merge for every space of the problem, in order."""
         ...
 
-    def relabelling(self) -> JointMethod:
+    def relabelling(self) -> Method | JointMethod:
         """The method to use where only relabellings are legal."""
         ...
 
