@@ -10,7 +10,7 @@ from .analysis import label, self_check, solve
 from .analysis.twin import relabel
 from .calibration import Calibration, PerModel
 from .compare import compare, sweep
-from .compiler import compile_zip, inspect
+from .compiler import Recipe, assemble, compile_zip, inspect, survey
 from .errors import (
     AlignError,
     BarrierError,
@@ -80,6 +80,7 @@ __all__ = [
     "PerModel",
     "Permute",
     "PinnedSpaceWarning",
+    "Recipe",
     "RegMean",
     "Report",
     "SelfCheckError",
@@ -90,6 +91,7 @@ __all__ = [
     "Zip",
     "ZippedModule",
     "align",
+    "assemble",
     "barrier",
     "compare",
     "compile_zip",
@@ -106,6 +108,7 @@ __all__ = [
     "side_by_side",
     "solve",
     "soup",
+    "survey",
     "sweep",
     "trace",
 ]
