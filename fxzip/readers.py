@@ -38,8 +38,8 @@ def _of_model(trunk: Trunk, k: int, reach: Tensor) -> dict[int, list[Tensor]]:
     module = trunk.alignment.programs[k].module
     summed = torch.zeros(len(spaces.klass), dtype=torch.bool)
     for fact in labelling.facts.values():
-        for labels in fact.consumed:
-            summed[labels] = True
+        for contracted in fact.consumed:
+            summed[contracted] = True
     result: dict[int, list[Tensor]] = defaultdict(list)
     for name, labels in labelling.params.items():
         if labels.groups > 1:

@@ -104,10 +104,15 @@ class _Walk:
         self.generator = torch.Generator().manual_seed(0)
         self.fit = Fit()
 
+    @staticmethod
+    def _waits(node: fx.Node, units: dict[fx.Node, Unit]) -> bool:
+        """Whether this is a linear call that is fitted together with the BatchNorm behind it."""
+        behind = only_user(node)
+        return behind is not None and behind in units and units[behind].call is node
+
     def _release(self, node: fx.Node, units: dict[fx.Node, Unit]) -> None:
         """Free what is not needed any more; inputs of a call wait until the BatchNorm behind it has been fitted."""
-        behind = only_user(node)
-        if behind is not None and behind in units and units[behind].call is node:
+        if self._waits(node, units):
             return
         if node in units and units[node].norm is not None:
             self.zipped.release(units[node].call)
@@ -126,7 +131,7 @@ class _Walk:
             if node in units and units[node].linear:
                 shapes = [value.shape for value in self.originals[0].values(twins[0])]
                 self._fit_trunk(units[node], shapes)
-            elif only_user(node) not in units or units[only_user(node)].call is not node:
+            elif not self._waits(node, units):
                 self.zipped.run(node)
                 if node in units:
                     self._fit_trunk(units[node], [value.shape for value in self.zipped.values(node)])

@@ -1,0 +1,82 @@
+"""The plan: what folds, what matches, and the same result whichever way a head gets its features back."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from networks import Residual, randomise
+
+import fxzip
+from fxzip.plan import head_nodes, head_params, plan
+
+X = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def observed(until=None, models=None):
+    models = models or [randomise(Residual(4), 1).double(), randomise(Residual(5, 12), 2).double()]
+    programs = [fxzip.trace(model, X[:2]) for model in models]
+    labellings = [fxzip.label(program, fxzip.RULES) for program in programs]
+    trunk = fxzip.find_trunk(fxzip.align(programs), labellings, until=until)
+    return trunk, fxzip.observe(trunk, fxzip.Calibration.of([X], programs[0].call, 2, False)("observing"))
+
+
+@pytest.mark.parametrize("until", [None, "layer1", "layer1.0", "layer2_0_relu"])
+def test_folding_a_gather_changes_nothing_but_the_place_where_it_happens(until):
+    """The zip with everything folded that can be, against the same zip with nothing folded: equal outputs."""
+    models = [randomise(Residual(4), 1).double(), randomise(Residual(5), 2).double()]
+    trunk, statistics = observed(until, models)
+    planned = plan(trunk, statistics, fxzip.Zip())
+    assert any(planned.folded)
+    plain = replace(planned, folded=(frozenset(), frozenset()))
+    folded, gathered = fxzip.rewrite(planned), fxzip.rewrite(plain)
+    assert sum(bool(n.meta["fxzip"].get("unmerge")) for n in gathered.graph.nodes if "fxzip" in n.meta) > 0
+    for one, other in zip(folded(X), gathered(X), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_model_of_another_width_does_not_fold():
+    """Its features are more than the trunk has, so that its head needs the gather."""
+    trunk, statistics = observed()
+    planned = plan(trunk, statistics, fxzip.Zip())
+    wide = [s for s, merge in planned.merges.items() if merge.sizes[1] != merge.sizes[0]]
+    assert wide
+    assert not planned.folded[1] & set(wide)
+
+
+def test_every_space_has_a_merge_of_the_first_models_size():
+    trunk, statistics = observed()
+    planned = plan(trunk, statistics, fxzip.Zip())
+    assert sorted(planned.merges) == list(range(len(trunk.spaces[0].spaces)))
+    for number, merge in planned.merges.items():
+        sizes = [own.spaces[partners[number]].size for own, partners in zip(trunk.spaces, trunk.partners, strict=True)]
+        assert merge.sizes == tuple(sizes)
+        assert merge.merge.shape == (sizes[0], sum(sizes))
+    assert not planned.unobserved
+
+
+def test_what_the_data_does_not_reach_is_merged_by_position_and_said_so():
+    models = [randomise(Residual(4), seed).double() for seed in (1, 2)]
+    trunk, statistics = observed(models=models)
+    missing = min(statistics)
+    planned = plan(trunk, {s: seen for s, seen in statistics.items() if s != missing}, fxzip.Permute())
+    assert planned.unobserved == {missing}
+    identity = torch.arange(planned.merges[missing].sizes[0])
+    for k in range(2):
+        torch.testing.assert_close(planned.merges[missing].assignment(k), identity)
+
+
+def test_the_head_is_what_the_trunk_is_not():
+    trunk, _ = observed("layer1")
+    for k, program in enumerate(trunk.alignment.programs):
+        nodes = {node.name for node in program.module.graph.nodes}
+        assert set(head_nodes(trunk, k)) == nodes - set(trunk.names(k).values())
+        assert "linear.weight" in head_params(trunk, k)
+        assert not any(name.startswith("layer1.0") for name in head_params(trunk, k))
+
+
+def test_planning_twice_gives_the_same():
+    trunk, statistics = observed()
+    first, second = (plan(trunk, statistics, fxzip.Energy()) for _ in range(2))
+    for number, merge in first.merges.items():
+        assert torch.equal(merge.merge, second.merges[number].merge)
+        assert torch.equal(merge.unmerge, second.merges[number].unmerge)
