@@ -61,20 +61,21 @@ def test_inspect(benchmark, name, size, device):
     assert str(inspection)
 
 
-@pytest.fixture(scope="module")
-def trunk(models, batches):
+@pytest.fixture(scope="module", params=["resnet18", "resnet50"])
+def pair(request, batches, device):
+    """Two networks, their trunk, and the data."""
+    models = [build(request.param, seed, device) for seed in (0, 1)]
     programs = [fxzip.trace(model, batches[0][:2]) for model in models]
-    return fxzip.find_trunk(fxzip.align(programs), [fxzip.label(program, fxzip.RULES) for program in programs])
-
-
-@pytest.fixture(scope="module")
-def calibration(batches, trunk):
-    return fxzip.Calibration.of(batches, trunk.alignment.programs[0].call, models=2, progress=False)
+    labellings = [fxzip.label(program, fxzip.RULES) for program in programs]
+    trunk = fxzip.find_trunk(fxzip.align(programs), labellings)
+    return models, trunk, fxzip.Calibration.of(batches, programs[0].call, models=2, progress=False)
 
 
 @pytest.mark.parametrize("stage", ["forward passes", "observe"])
 @pytest.mark.benchmark(group="observation")
-def test_observe(benchmark, models, batches, trunk, calibration, device, stage):
+def test_observe(benchmark, pair, batches, device, stage):
+    models, trunk, calibration = pair
+
     def forward():
         with torch.no_grad():
             for batch in batches:
