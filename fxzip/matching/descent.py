@@ -146,8 +146,8 @@ def _summed(
         for run in weight.runs if weight.groups == 1 else ():
             if space in run.slots:
                 slots = run.slots[space]
-                part = slices(target, run.axis, slots[0]) @ slices(value, run.axis, slots[k]).T
-                total = part if total.ndim == 0 else total.add_(part)
+                first, other = slices(target, run.axis, slots[0]), slices(value, run.axis, slots[k]).T
+                total = first @ other if total.ndim == 0 else total.addmm_(first, other)
     return torch.zeros(own.sizes[0], own.sizes[k]).double() if total.ndim == 0 else total.double().cpu()
 
 
