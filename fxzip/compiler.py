@@ -66,8 +66,8 @@ def compile_zip(
         models: two models, or a sequence of any number of them, and then the sample input: a tensor, or a tuple or
             dict of tensors, with a batch on axis 0.
         data: unlabelled calibration data: an iterable of batches (a tensor; a tuple or list whose first item is the
-            input; a dict), or one such iterable per model. None: the sample input serves; a method that looks at
-            weights only ("weights") then runs without any data, with the refit "stored".
+            input; a dict), or `fxzip.PerModel` of one such iterable per model. None: the sample input serves; a method
+            that looks at weights only ("weights") then runs without any data, with the refit "stored".
         method: "zip" (features merged within and across models: ZipIt!, arXiv 2305.03053; under least squares
             `fxzip.Energy`), "permute" (Git Re-Basin, arXiv 2209.04836), "average", "weights"
             (Git Re-Basin on weights, no data needed), another of `fxzip.METHODS`, or an object with its settings
