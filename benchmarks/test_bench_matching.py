@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 
-from fxzip.matching import BlockMoments, Permute, Zip, match_blocks
+from fxzip.compiler import survey
+from fxzip.inputs import as_call
+from fxzip.matching import BlockMoments, Permute, WeightMatching, Zip, match_blocks
 from fxzip.moments import Moments, moments
+from fxzip.plan import plan
 
 
 def rectified(n: int, models: int = 2) -> Moments:
@@ -35,3 +39,14 @@ def test_one_space_of_blocks(benchmark, method, n_blocks: int, s: int) -> None:
     blocks = torch.arange(n_blocks * s).view(n_blocks, s)
     space = BlockMoments(rectified(n_blocks * s), (blocks, blocks))
     benchmark.pedantic(match_blocks, ([space], method), rounds=3)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_weights_of_two_networks(benchmark, name: str) -> None:
+    """To convergence, from random initialisations, which takes the most steps."""
+    networks = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        networks.append(getattr(torchvision.models, name)())
+    trunk = survey(networks, as_call(torch.randn(2, 3, 64, 64)), verify=False).trunk()
+    benchmark.pedantic(plan, (trunk, {}, WeightMatching()), rounds=1)
