@@ -1,8 +1,8 @@
-"""The clusterings of ZipIt!'s ablation: k-means and hierarchical, from the same similarities as the greedy matching.
+"""Two other clusterings: k-means and hierarchical, from the same similarities as the greedy matching.
 
 Standardised features are points z with <z_i, z_j> = S_ij, their correlation, so |z_i - z_j|² = 2 - 2 S_ij, and both
-clusterings can be had from S alone. ZipIt! (Stoica et al., ICLR 2024, arXiv 2305.03053), section 5.3, finds them worse
-than the greedy loop under averaging, because they form large clusters; a refit by least squares may think otherwise.
+clusterings can be had from S alone. They are alternatives to the greedy loop of ZipIt! (Stoica et al., ICLR 2024,
+arXiv 2305.03053); some of their clusters may grow large, which averaging does not forgive.
 """
 
 from __future__ import annotations

@@ -36,8 +36,6 @@ class Space:
         tie: number of the tie group whose blocks move together, or None.
         blocks: for every model the features of its blocks, int64 [n_blocks, s_k]; empty without a tie.
         moments: what was observed; None if nothing was.
-        linear: whether maps that mix features keep their sense here (see `fxzip.linear`), so that a U which is no
-            0/1 gather may be used.
         readers: for every model the squared weights of each parameter that sums over the space, [outputs, n_k]; empty
             unless the method `needs` readers.
     """
@@ -47,7 +45,6 @@ class Space:
     tie: int | None = None
     blocks: tuple[Tensor, ...] = ()
     moments: Moments | None = None
-    linear: bool = True
     readers: tuple[tuple[Tensor, ...], ...] = ()
 
 
