@@ -26,7 +26,6 @@ from torch import Tensor
 
 VOID = 0  # "no feature": padding, the same value everywhere
 FIXED = -1  # a place that no relabelling moves
-
 _LOOKED_AT = 1 << 14
 
 Fields = tuple[Tensor, ...]
