@@ -505,7 +505,7 @@ PAIR = (blocks_of(2, 1), blocks_of(2, 1))
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: resolve("zipp"), InputError, r"one of 'zip', 'permute', 'average', .*; got 'zipp'. Did you mean 'zip'\?"),
+        (lambda: resolve("zipp"), InputError, r"one of 'zip', 'permute', .*; got 'zipp'. Did you mean 'zip'\?"),
         (lambda: resolve("soup"), InputError, r"one of 'zip', 'permute', 'average', .*; got 'soup'.$"),
         (lambda: resolve(Zip), InputError, r"with its settings, such as `Zip\(alpha=0.1\)`; got `<class"),
         (lambda: resolve(3), InputError, "a name or a method with its settings.*; got `3`"),
@@ -547,7 +547,22 @@ def test_messages(call, error: type[Exception], message: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("module", ["", ".merge", ".zipping", ".permute", ".average", ".blockwise", ".problem", ".descent", ".signatures", ".ties", ".weights"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "",
+        ".merge",
+        ".zipping",
+        ".permute",
+        ".average",
+        ".blockwise",
+        ".problem",
+        ".descent",
+        ".signatures",
+        ".ties",
+        ".weights",
+    ],
+)
 def test_examples_in_docstrings(module: str) -> None:
     found = importlib.import_module("fxzip.matching" + module)
     result = doctest.testmod(found, extraglobs={"torch": torch})

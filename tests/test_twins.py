@@ -32,9 +32,7 @@ def check(model, draw, method, dtype, cut=None, verify=False):
     model = model.to(dtype)
     sample, data = draw(3, 0), [draw(6, seed) for seed in (1, 2, 3)]
     twin = fxzip.relabel(model, sample, seed=1, verify=verify)
-    zipped = fxzip.compile_zip(
-        model, twin, sample, data=data, method=method, until=cut, verify=verify, refit="repair", progress=False
-    )
+    zipped = fxzip.compile_zip(model, twin, sample, data=data, method=method, until=cut, verify=verify, progress=False)
     for batch in (data[0], draw(5, 4)):
         inputs = batch if isinstance(batch, tuple) else (batch,)
         with torch.no_grad():

@@ -1,8 +1,9 @@
 """Ridge regression towards a prior, in closed form, and its variant for targets behind a ReLU.
 
-    W = argmin Σ ‖x W - t‖² + λ ‖W - W_0‖²  =  (Σ xᵀx + λ)⁻¹ (Σ xᵀt + λ W_0),      λ = ridge · mean diagonal
+    W = argmin Σ ‖x W - t‖² + λ ‖W - W_0‖²  =  W_0 + (Σ xᵀx + λ)⁻¹ Σ xᵀ(t - x W_0),      λ = ridge · mean diagonal
 
-with a constant 1 as last input, so that the last row of W is the bias.
+with a constant 1 as last input, so that the last row of W is the bias. The second form is the one to compute: where
+W_0 is right already nothing is added to it, however badly the Gram matrix is conditioned.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def ridge_solution(
     ones = torch.cat([x, x.new_ones(len(x), 1)], 1)
     gram = _gram(ones)
     factor, ridge = _cholesky(gram, ridge)
-    pull = ridge * _scale(gram) * prior.double()
+    start = ones @ prior.to(ones)
 
     def solve(target: Tensor) -> Tensor:
-        return torch.cholesky_solve((ones.T @ target).double() + pull, factor)
+        return prior.double() + torch.cholesky_solve((ones.T @ (target - start)).double(), factor)
 
     solution = solve(t)
     for _ in range(rounds):
