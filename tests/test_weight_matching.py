@@ -20,10 +20,8 @@ from fxzip.plan import plan
 
 close = torch.testing.assert_close
 QUICK = ["squeezenet1_0", "mobilenet_v3_small", "shufflenet_v2_x1_0", "resnet18"]
-HEAVY = [
-    "resnet50", "vgg16_bn", "alexnet", "densenet121", "resnext50_32x4d", "efficientnet_b0", "googlenet",
-    "convnext_tiny",
-]  # fmt: skip
+HEAVY = ["resnet50", "densenet121", "resnext50_32x4d", "efficientnet_b0", "googlenet"]
+LARGE = ["vgg16_bn", "alexnet", "convnext_tiny"]
 
 
 class Listening:
@@ -274,6 +272,13 @@ def test_torchvision_twins(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HEAVY)
 def test_heavy_torchvision_twins(name):
+    check_twin(torchvision_model(name), image())
+
+
+@pytest.mark.slow
+@pytest.mark.hours
+@pytest.mark.parametrize("name", LARGE)
+def test_large_torchvision_twins(name):
     check_twin(torchvision_model(name), image())
 
 
