@@ -16,7 +16,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from fxzip.errors import InputError
-from fxzip.matching.merge import Merge, cluster_merge, in_first_layout, similarity
+from fxzip.matching.merge import Merge, cluster_merge, in_first_layout, kept, similarity
 from fxzip.matching.permute import Permute
 from fxzip.moments import Moments
 
@@ -51,7 +51,7 @@ class KMeans:
             DataError: nothing was observed, or the moments are not finite.
         """
         alike = similarity(moments)
-        size = _checked(size, moments, self.name)
+        size = kept(size, moments, self.name)
         labels = torch.arange(len(alike), device=alike.device).clamp(max=size - 1)
         labels[size:] = alike[size:, :size].argmax(1)
         for _ in range(self.rounds):
@@ -113,7 +113,7 @@ class Agglomerative:
             DataError: nothing was observed, or the moments are not finite.
         """
         alike = similarity(moments)
-        size = _checked(size, moments, self.name)
+        size = kept(size, moments, self.name)
         if len(alike) == 1:
             return Merge.identity(1, 1)
         distance = (1 - (alike + alike.T) / 2).clamp(min=0).fill_diagonal_(0).cpu().numpy()
@@ -132,11 +132,3 @@ def _cut(joins: Any, count: int) -> Tensor:
     for number, pair in enumerate(joins.astype(int).tolist()):
         labels[torch.isin(labels, torch.tensor(pair))] = count + number
     return labels
-
-
-def _checked(size: int | None, moments: Moments, name: str) -> int:
-    total = sum(moments.sizes)
-    size = moments.sizes[0] if size is None else size
-    if not 1 <= size <= total:
-        raise InputError(f"`{name}` can keep 1 to {total} of the {total} features of this space; got `size` {size}.")
-    return size

@@ -229,6 +229,23 @@ def cluster_merge(labels: Tensor, sizes: Sequence[int], alike: Tensor | None) ->
     return Merge(merge, unmerge, sizes, correlation)
 
 
+def kept(size: int | None, moments: Moments, name: str) -> int:
+    """How many features the method of that name is to keep: `size`, by default those of the first model.
+
+    >>> from fxzip.moments import moments
+    >>> kept(None, moments([torch.ones(4, 3), torch.ones(4, 5)]), "zip")
+    3
+
+    Raises:
+        InputError: it is not between 1 and all features there are.
+    """
+    total = sum(moments.sizes)
+    size = moments.sizes[0] if size is None else size
+    if not 1 <= size <= total:
+        raise InputError(f"`{name}` can keep 1 to {total} of the {total} features of this space; got `size` {size}.")
+    return size
+
+
 def mean_similarity(labels: Tensor, alike: Tensor) -> float:
     """Mean, over clusters with at least two members, of the mean similarity [N, N] of their pairs; 1.0 without any.
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from fxzip.errors import InputError
-from fxzip.matching.merge import Merge, cluster_merge, in_first_layout, model_index, similarity
+from fxzip.matching.merge import Merge, cluster_merge, in_first_layout, kept, model_index, similarity
 from fxzip.matching.permute import Permute
 from fxzip.moments import Moments
 
@@ -76,10 +76,7 @@ class Zip:
             InputError: `size` is not between 1 and N.
             DataError: nothing was observed, or the moments are not finite.
         """
-        sizes, total = moments.sizes, sum(moments.sizes)
-        size = sizes[0] if size is None else size
-        if not 1 <= size <= total:
-            raise InputError(f"`zip` can keep 1 to {total} of the {total} features of this space; got `size` {size}.")
+        sizes, size = moments.sizes, kept(size, moments, self.name)
         alike = similarity(moments)
         clusters = zip_clusters(alike.cpu().numpy(), sizes, size, self.alpha, self.beta)
         labels = in_first_layout(torch.as_tensor(clusters, device=alike.device), sizes)
