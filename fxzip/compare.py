@@ -99,7 +99,7 @@ def compare(
     >>> x = torch.randn(100, 4)
     >>> table = compare([a, b], x[:2], data=[x], methods=["average", ("zip", None)], progress=False)
     >>> [(row["method"], row["refit"]) for row in table]
-    [('side by side', None), ('average', 'repair'), ('zip', None)]
+    [('side by side', None), ('average', 'lstsq'), ('zip', None)]
 
     Args:
         models: two or more.

@@ -88,6 +88,7 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
 def folded_linear(module: nn.Module, found: FoldedNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of a linear call with the BatchNorm behind it folded in.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
     >>> weight, bias = folded_linear(net, FoldedNorm("1", "0"))
     >>> x = torch.randn(5, 3)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from networks import Residual, randomise
 from torch import nn
 
 import fxzip
@@ -10,7 +11,6 @@ from fxzip.matching.energy import Energy, energies, energy_clusters, energy_merg
 from fxzip.matching.problem import Problem, Space
 from fxzip.moments import moments
 from fxzip.plan import problem_of
-from tests.networks import Residual, randomise
 
 
 def textbook(alike, share, size):
