@@ -183,6 +183,7 @@ def train_models(settings: argparse.Namespace, train: Images) -> list[Path]:
             epochs=settings.epochs,
             seed=settings.seed + i,
             device=settings.device,
+            bfloat16=settings.bfloat16,
             progress=False if settings.quiet else None,
         )
         save_checkpoint(trained, path, settings.architecture, settings.width)
@@ -264,6 +265,7 @@ def parser() -> argparse.ArgumentParser:
     )
     training.add_argument("--epochs", type=int, default=40)
     training.add_argument("--train-images", type=int, help="train on so many images only")
+    training.add_argument("--bfloat16", action="store_true", help="train in mixed precision")
     training.add_argument("--overwrite", action="store_true", help="replace checkpoints that are there")
     training.add_argument(
         "--tasks",

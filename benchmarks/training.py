@@ -54,16 +54,20 @@ def train_network(
     batch_size: int = 128,
     seed: int = 0,
     device: str = "cpu",
+    bfloat16: bool = False,
     progress: bool | None = None,
 ) -> Trained:
-    """Train one network on the images of `classes`. Deterministic for a seed on the CPU, RNG state aside."""
+    """Train one network on the images of `classes`. Deterministic for a seed on the CPU, RNG state aside.
+
+    `bfloat16`: forward and backward passes in mixed precision; about twice as fast where the processor supports it.
+    """
     own = train.of(classes)
     lookup = torch.full((max(classes) + 1,), -1)
     lookup[torch.tensor(classes)] = torch.arange(len(classes))
     pixels, targets = own.pixels.to(device), lookup[own.labels].to(device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = NETWORKS[architecture](len(classes), width=width).to(device)
+        network = NETWORKS[architecture](len(classes), width=width).to(device, memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(own) // batch_size)
     optimizer, peak = _optimizer(architecture, network)
@@ -73,7 +77,10 @@ def train_network(
         for _ in range(epochs):
             for index in torch.randperm(len(own), generator=generator).to(device).split(batch_size):
                 images = normalise(augment(pixels[index], generator))
-                loss = F.cross_entropy(network(images), targets[index])
+                images = images.contiguous(memory_format=torch.channels_last)
+                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16):
+                    logits = network(images)
+                loss = F.cross_entropy(logits.float(), targets[index])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(network.parameters(), 5.0)
