@@ -9,21 +9,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Norm = Callable[[int], nn.Module]
+
+
+def layer_norm(channels: int) -> nn.Module:
+    """LayerNorm over channels and positions, with a scale and a bias for each channel."""
+    return nn.GroupNorm(1, channels)
+
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut, with the ReLU after the sum."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
+        self.bn1 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.bn2 = norm(outputs)
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False),
-                nn.BatchNorm2d(outputs),
+                norm(outputs),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,21 +42,20 @@ class BasicBlock(nn.Module):
 class ResNet20(nn.Module):
     """ResNet-20 for 32×32 images (He et al. 2016, section 4.2); `width` multiplies the 16/32/64 channels."""
 
-    def __init__(self, classes: int, width: float = 2) -> None:
+    def __init__(self, classes: int, width: float = 2, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
         w = int(16 * width)
         self.conv1 = nn.Conv2d(3, w, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(w)
-        self.layer1 = self._stage(w, w, 1)
-        self.layer2 = self._stage(w, 2 * w, 2)
-        self.layer3 = self._stage(2 * w, 4 * w, 2)
+        self.bn1 = norm(w)
+        self.layer1 = self._stage(w, w, 1, norm)
+        self.layer2 = self._stage(w, 2 * w, 2, norm)
+        self.layer3 = self._stage(2 * w, 4 * w, 2, norm)
         self.linear = nn.Linear(4 * w, classes)
 
     @staticmethod
-    def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(
-            BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1), BasicBlock(outputs, outputs, 1)
-        )
+    def _stage(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Sequential:
+        steps = ((inputs, stride), (outputs, 1), (outputs, 1))
+        return nn.Sequential(*(BasicBlock(channels, outputs, step, norm) for channels, step in steps))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -178,6 +184,7 @@ class SmallViT(nn.Module):
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": ResNet20,
+    "resnet20-layernorm": partial(ResNet20, norm=layer_norm),
     "vgg11": VGG11,
     "mobilenet": MobileNet,
     "vit": partial(SmallViT, depth=6),
