@@ -67,7 +67,8 @@ def compile_zip(
             dict of tensors, with a batch on axis 0.
         data: unlabelled calibration data: an iterable of batches (a tensor; a tuple or list whose first item is the
             input; a dict), or `fxzip.PerModel` of one such iterable per model. None: the sample input serves; a method
-            that looks at weights only ("weights") then runs without any data, with the refit "stored".
+            that looks at weights only ("weights") then runs without any data, with the refit "stored" unless another
+            is asked for.
         method: "zip" (features merged within and across models: ZipIt!, arXiv 2305.03053; under least squares
             `fxzip.Energy`), "permute" (Git Re-Basin, arXiv 2209.04836), "average", "weights"
             (Git Re-Basin on weights, no data needed), another of `fxzip.METHODS`, or an object with its settings
@@ -98,8 +99,8 @@ def compile_zip(
         InputError, TraceError, AlignError, CutError, DataError, BarrierError, SelfCheckError: see `fxzip.errors`.
     """
     networks, call = models_and_sample(models)
-    free = data is None and "moments" not in needs(resolve(method))
-    recipe = Recipe.of(method, "stored" if free else refit, calibrated=data is not None)
+    free = data is None and "moments" not in needs(resolve(method)) and refit in ("auto", "stored", None)
+    recipe = Recipe.of(method, "stored" if free and refit == "auto" else refit, calibrated=data is not None)
     goal = Goal.of(until, min_agreement, max_cost)
     calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress)
     found = survey(networks, call, start=start, verify=verify, strict=strict, rules=rules)

@@ -13,7 +13,7 @@ from .inputs import Call
 from .naming import module_path
 from .plan import ZipPlan
 from .tracing import Program, flat_inputs, quiet_execution
-from .zipped import ZippedModule
+from .zipped import ZippedModule, mix
 
 
 class _Counting(fx.Interpreter):
@@ -40,9 +40,10 @@ def flops_by_node(module: fx.GraphModule, call: Call) -> dict[str, int]:
 class Report(Mapping[str, Any]):
     """A read-only dict of plain values; `str(report)` is a text for people.
 
-    Keys: "models", "method", "refit", "data", "cut", "spaces", "flops", "parameters", "unmerges", "barriers",
+    Keys: "models", "method", "refit", "data", "cut", "spaces", "flops", "parameters", "unmerges", "mixed", "barriers",
     "self_check", "tracing", "notes". "flops" and "parameters" hold "trunk", "heads", "total", "originals",
-    "side_by_side".
+    "side_by_side". "unmerges" are the nodes that give a head its own features; "mixed" those of them that take a matrix
+    product, the others gather.
     """
 
     values_: dict[str, Any]
@@ -119,6 +120,7 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
         for n in last
         if any(user.name not in set(trunk.nodes) for user in n.users) and n.name in trunk.labellings[0].dynamic
     ]
+    left = [node for node in zipped.graph.nodes if node.meta.get("fxzip", {}).get("unmerge")]
     values = {
         "models": len(programs),
         **settings,
@@ -131,7 +133,8 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
         },
         "spaces": spaces,
         **costs(zipped, programs),
-        "unmerges": [n.name for n in zipped.graph.nodes if n.meta.get("fxzip", {}).get("unmerge")],
+        "unmerges": [node.name for node in left],
+        "mixed": [node.name for node in left if node.target is mix],
         "barriers": [b.reason for label in trunk.labellings for b in label.barriers],
         "probed": [p.reason for label in trunk.labellings for p in label.probed],
         "tracing": [{"rung": p.rung, "failures": list(p.failures)} for p in programs],
@@ -166,8 +169,13 @@ def _lines(v: Mapping[str, Any]) -> list[str]:
     for space in v["spaces"]:
         seen = "-" if space["correlation"] is None else f"{space['correlation']:.3f}"
         lines.append(f"{space['name'][:40]:40}{space['size']:>6}  {space['legality']:14}{seen:>7}  {_folded(space)}")
-    if v["unmerges"]:
-        lines.append("unmerged by a gather: " + ", ".join(f"`{name}`" for name in v["unmerges"]))
+    mixed = set(v.get("mixed", []))
+    for how, names in (
+        ("a gather", [name for name in v["unmerges"] if name not in mixed]),
+        ("a matrix product", v.get("mixed", [])),
+    ):
+        if names:
+            lines.append(f"unmerged by {how}: " + ", ".join(f"`{name}`" for name in names))
     lines += [f"barrier: {reason}" for reason in dict.fromkeys(v["barriers"])]
     lines += [f"probed: {reason}" for reason in dict.fromkeys(v["probed"])]
     for k, tracing in enumerate(v["tracing"]):

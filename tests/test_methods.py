@@ -290,7 +290,10 @@ def test_heads_read_features_that_are_spread_through_a_matrix():
     inner = sum(merge.M(k) @ net.first(sample).detach().T for k, net in enumerate(nets)).T
     for k, (net, output) in enumerate(zip(nets, zipped(sample), strict=True)):
         close(output.detach(), net.last((inner @ merge.U(k).T).relu()).detach(), atol=1e-6, rtol=1e-6)
-    assert zipped.report["unmerges"]
+    assert zipped.report["mixed"] == zipped.report["unmerges"]
+    names = ", ".join(f"`{name}`" for name in zipped.report["mixed"])
+    assert f"unmerged by a matrix product: {names}" in str(zipped.report)
+    assert "unmerged by a gather" not in str(zipped.report)
 
 
 def test_transport_says_what_to_install(monkeypatch):

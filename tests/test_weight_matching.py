@@ -365,6 +365,25 @@ def test_with_data_the_refit_uses_it():
     assert not zipped.report["notes"]
 
 
+@pytest.mark.parametrize("refit", ["repair", "lstsq", "batchnorm", fxzip.LeastSquares(ridge=1e-3)])
+def test_a_refit_that_is_asked_for_without_data_runs_on_the_sample(refit):
+    nets = [randomise(Residual(), seed) for seed in (0, 1)]
+    zipped = fxzip.compile_zip(*nets, torch.randn(2, 3, 8, 8), method="weights", refit=refit)
+    assert zipped.report["refit"] == refit
+    assert zipped.report["data"] == "calibrated on `sample_input`"
+
+
+def test_no_refit_without_data_is_no_refit():
+    nets = [randomise(Residual(), seed) for seed in (0, 1)]
+    sample = torch.randn(2, 3, 8, 8)
+    plain, stored = (fxzip.compile_zip(*nets, sample, method="weights", refit=refit) for refit in (None, "stored"))
+    assert plain.report["refit"] is None
+    assert plain.report["data"] == "without data"
+    assert not torch.equal(
+        plain.state_dict()["trunk.stem.1.running_var"], stored.state_dict()["trunk.stem.1.running_var"]
+    )
+
+
 def test_other_methods_without_data_use_the_sample():
     nets = [randomise(Residual(), seed) for seed in (0, 1)]
     zipped = fxzip.compile_zip(*nets, torch.randn(2, 3, 8, 8), method="permute")
