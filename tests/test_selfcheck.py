@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from zoo import ZOO, Attention, Transformer, head, image, randomise, tokens
 
-from fxzip.analysis import checking, label, relative_difference, self_check
+from fxzip.analysis import label, relative_difference, self_check, trial
 from fxzip.errors import PinnedSpaceWarning, RuleError, SelfCheckError
 from fxzip.rules import RULES
 from fxzip.rules import elementwise as elementwise_rules
@@ -155,7 +155,7 @@ def test_two_culprits_in_one_network():
 @pytest.mark.filterwarnings("ignore::fxzip.errors.PinnedSpaceWarning")
 def test_what_pinning_does_not_cure_raises(monkeypatch):
     """When every relabelling is broken, the check must not end well."""
-    monkeypatch.setattr(checking, "relabelled", lambda values, *_: {k: v * 1.5 for k, v in values.items()})
+    monkeypatch.setattr(trial, "relabelled", lambda values, *_: {k: v * 1.5 for k, v in values.items()})
     labelling = labelled(Flipped(), tokens())
     with pytest.raises(
         SelfCheckError,
@@ -199,13 +199,13 @@ def test_integer_outputs_are_compared():
 
 def test_large_batches_are_cut_to_two(monkeypatch):
     sizes = []
-    original = checking.run_with
+    original = trial.run_with
 
     def spy(program, values, call, dtype):
         sizes.append((call.args[0].shape[0], dtype))
         return original(program, values, call, dtype)
 
-    monkeypatch.setattr(checking, "run_with", spy)
+    monkeypatch.setattr(trial, "run_with", spy)
     self_check(labelled(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(64, 3)))
     assert sizes == [(2, torch.float64), (2, torch.float64)]
 

@@ -1,13 +1,13 @@
 """Which features of a program may change places: `label` → `solve`, and the self-check of the result.
 
 `labelling` pushes labels through one run, `solver` and `spaces` solve what the rules said, `relabel` makes legal
-relabellings, `checking` proves the analysis on the program itself.
+relabellings, `trial` runs the program before and after one, `checking` proves the analysis by that.
 """
 
 from .checking import relative_difference, self_check
 from .graph import dependencies, relations
 from .labelling import Barrier, Labelling, ParamLabels, Site, label
-from .relabel import group_run, random_relabelling, relabelled, targets
+from .relabel import group_run, random_relabelling, relabelled
 from .spaces import FeatureSpace, FeatureSpaces, Layout, solve
 
 __all__ = [
@@ -27,5 +27,4 @@ __all__ = [
     "relative_difference",
     "self_check",
     "solve",
-    "targets",
 ]

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .labelling import ParamLabels
-from .spaces import FeatureSpaces, Layout
+from .solver import Ints
+from .spaces import FeatureSpaces
+
+_PART = 1 << 17  # elements
 
 
 def _shuffle(size: int, generator: torch.Generator) -> Tensor:
@@ -49,24 +53,6 @@ def random_relabelling(
     return perms
 
 
-def _keys(layout: Layout, feature: Tensor) -> Tensor:
-    """One number per place from space, feature and occurrence; places without a feature keep their own."""
-    places = torch.arange(len(feature))
-    key = ((layout.space + 1) << 48) + (feature.clamp(min=0) << 24) + layout.occurrence
-    return torch.where(layout.space >= 0, key, places)
-
-
-def targets(layout: Layout, perms: list[Tensor]) -> Tensor:
-    """Where each place of a labelled run goes, shape [places]."""
-    sizes = torch.tensor([0, *(len(perm) for perm in perms)])
-    table = torch.cat([torch.zeros(1, dtype=torch.int64), *perms])
-    held = layout.space >= 0
-    places = torch.where(held, sizes.cumsum(0)[layout.space.clamp(min=0)] + layout.feature + 1, 0)
-    moved = torch.where(held, table[places], layout.feature)
-    keys, order = _keys(layout, layout.feature).sort()
-    return order[torch.searchsorted(keys, _keys(layout, moved))]
-
-
 def group_run(labels: ParamLabels) -> Tensor:
     """The second field of a grouped kernel as one run over (group, axis 1)."""
     rows = labels.fields[1].shape[0] // labels.groups
@@ -82,25 +68,84 @@ def dense_kernel(value: Tensor, groups: int) -> Tensor:
     return result.reshape(rows, groups * columns, *value.shape[2:])
 
 
-def relabel_tensor(value: Tensor, labels: ParamLabels, spaces: FeatureSpaces, perms: list[Tensor]) -> Tensor:
-    """A parameter after the relabelling."""
-    if labels.groups > 1:
-        rows, columns = value.shape[0] // labels.groups, value.shape[1]
-        first = targets(spaces.layout(labels.fields[0]), perms)
-        second = targets(spaces.layout(group_run(labels)), perms).reshape(labels.groups, columns) % columns
-        result = torch.empty_like(value)
-        own = second.repeat_interleave(rows, 0)
-        result[first[:, None], own] = value
-        return result
-    for run in labels.fields:
-        axis = next(a for a, n in enumerate(run.shape) if n > 1)
-        source = torch.argsort(targets(spaces.layout(run), perms))
-        if bool((source != torch.arange(len(source))).any()):
-            value = value.index_select(axis, source.to(value.device))
-    return value
+def _origins(spaces: FeatureSpaces, perms: list[Tensor]) -> Ints:
+    """For each class (and, last, for what is none) the class that comes to its places, shape [classes + 1]."""
+    origin = np.arange(len(spaces.space_of) + 1)
+    for space, perm in zip(spaces.spaces, perms, strict=True):
+        origin[space.classes[perm].numpy()] = space.classes.numpy()
+    return origin
 
 
-def relabelled(values: Mapping[str, Tensor], spaces: FeatureSpaces, perms: list[Tensor]) -> dict[str, Tensor]:
-    """All parameters and buffers in `values` (by name) after the relabelling."""
+class _Runs:
+    """Where the places of a run of labels get what they hold from; `origin` is that of `_origins`."""
+
+    def __init__(self, spaces: FeatureSpaces, origin: Ints) -> None:
+        self.klass, self.origin = spaces.klass.numpy(), origin
+        self.place = np.empty_like(origin)
+
+    def sources(self, run: Tensor) -> Tensor | None:
+        """For each place of a run the place whose content it gets; None if all stay. Shape [places]."""
+        labels = run.reshape(-1).numpy()
+        classes = self.klass[np.maximum(labels, 0)]
+        classes[labels <= 0] = len(self.origin) - 1
+        wanted = self.origin[classes]
+        if np.array_equal(wanted, classes):
+            return None
+        places = np.arange(len(classes))
+        self.place[classes] = places
+        if np.array_equal(self.place[classes], places):  # each class once
+            return torch.from_numpy(self.place[wanted])
+        order = np.argsort(classes, kind="stable")
+        ranked = classes[order]
+        occurrence = np.empty_like(places)
+        occurrence[order] = places - np.searchsorted(ranked, ranked)
+        return torch.from_numpy(order[np.searchsorted(ranked, wanted) + occurrence])
+
+
+def relabelled(
+    values: Mapping[str, Tensor],
+    spaces: FeatureSpaces,
+    perms: list[Tensor],
+    into: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """All parameters and buffers in `values` (by name) after the relabelling.
+
+    Those in `into` are written there, in its dtypes.
+    """
     params = spaces.labelling.params
-    return {k: relabel_tensor(v, params[k], spaces, perms) if k in params else v for k, v in values.items()}
+    runs = _Runs(spaces, _origins(spaces, perms))
+    result = {}
+    for name, value in values.items():
+        room = None if into is None else into.get(name)
+        labels = params.get(name, ParamLabels(()))
+        if labels.groups > 1:
+            moved = _grouped_kernel(value, labels, runs)
+        else:
+            axes = {next(a for a, n in enumerate(run.shape) if n > 1): runs.sources(run) for run in labels.fields}
+            sources = {a: s.to(value.device) for a, s in axes.items() if s is not None}
+            moved = _moved(value, sources, torch.empty_like(value) if room is None else room) if sources else value
+        result[name] = moved if room is None or moved is room else room.copy_(moved)
+    return result
+
+
+def _moved(value: Tensor, sources: Mapping[int, Tensor], room: Tensor) -> Tensor:
+    """`room`, filled with a tensor whose places along the axes get what is at their sources; part by part, so that
+    what is in between stays in the cache."""
+    length = len(value)
+    step = max(_PART * length // max(value.numel(), 1), 1)
+    for start in range(0, length, step):
+        rows = slice(start, min(start + step, length))
+        part = value.index_select(0, sources[0][rows]) if 0 in sources else value[rows]
+        for axis, source in sources.items():
+            part = part.index_select(axis, source) if axis else part
+        room[rows] = part
+    return room
+
+
+def _grouped_kernel(value: Tensor, labels: ParamLabels, runs: _Runs) -> Tensor:
+    rows, columns = value.shape[0] // labels.groups, value.shape[1]
+    first, second = runs.sources(labels.fields[0]), runs.sources(group_run(labels))
+    first = torch.arange(len(value)) if first is None else first
+    second = torch.arange(labels.groups * columns) if second is None else second
+    own = second.reshape(labels.groups, columns).remainder(columns).repeat_interleave(rows, 0)
+    return value[first[:, None].to(value.device), own.to(value.device)]
