@@ -38,7 +38,8 @@ class Runs:
 
     @classmethod
     def of(cls, fields: Sequence[Ints], size: int) -> Runs:
-        runs = tuple(run[run > 0] for run in fields)
+        known = {run.tobytes(): run for run in (run[run > 0] for run in fields)}  # a copy would tell nothing new
+        runs = tuple(known.values())
         salts = np.random.default_rng(0).integers(1, 2**63, len(runs), dtype=np.uint64)
         marks = np.zeros(size, np.uint64)
         distinct = []

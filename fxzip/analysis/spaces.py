@@ -25,6 +25,7 @@ from torch import Tensor
 from ..rules import Facts
 from .kinds import Runs, kinds_of
 from .labelling import Labelling
+from .roles import Roles
 from .solver import Ints, Solver, Unit, hold_unique, units_of, untangle
 
 
@@ -181,38 +182,6 @@ def _pins(size: int, facts: Sequence[Facts], further: Mapping[int, str]) -> tupl
     return pins, list(numbers)
 
 
-def _roles(
-    labelling: Labelling, klass: Ints, facts: Sequence[Facts], params: Collection[str]
-) -> tuple[frozenset[tuple[str, int]], dict[int, str], dict[int, str]]:
-    """The parameter axes that are summed over against activations; the first parameter of each class on another axis;
-    and that of each class on these.
-
-    Classes that no call uses (rows of a position table beyond the sample's length) are left out: they are no features.
-    """
-    unmerged = np.zeros(labelling.size, bool)
-    for fact in facts:
-        for labels in fact.consumed:
-            unmerged[labels.numpy()] = True
-    used = np.zeros(labelling.size, bool)
-    for fact in facts:
-        for labels in (*fact.consumed, *(labels for _, labels in fact.touched)):
-            used[klass[labels.numpy()]] = True
-    consumed: set[tuple[str, int]] = set()
-    first: dict[int, str] = {}
-    summed: dict[int, str] = {}
-    for name, own in labelling.params.items():
-        for place, labels in enumerate(own.fields if name in params else ()):
-            flat = labels.reshape(-1).numpy()
-            mine = first
-            if unmerged[flat].any():
-                consumed.add((name, place))
-                mine = summed
-            classes = np.unique(klass[flat[flat > 0]])
-            for c in classes[used[classes]].tolist():
-                mine.setdefault(c, name)
-    return frozenset(consumed), first, summed
-
-
 def _assemble(
     labelling: Labelling,
     solver: Solver,
@@ -223,33 +192,25 @@ def _assemble(
     written: Mapping[str, Sequence[Tensor]],
 ) -> FeatureSpaces:
     """Group classes and units of one kind into spaces."""
-    consumed, first_param, summed = _roles(labelling, solver.klass, facts, params)
-    for name, entered in written.items():
-        for labels in entered:
-            for c in np.unique(solver.klass[labels[labels > 0].numpy()]).tolist():
-                first_param.setdefault(c, name)
-    both = [labels.numpy() for fact in facts for how, labels in fact.touched if how == "dual"]
-    dual = set(solver.klass[np.concatenate([np.zeros(0, np.int64), *both])].tolist())
+    roles = Roles.of(labelling, solver, facts, params, written)
+    dual = np.zeros(solver.count, bool)
+    for labels in (labels for fact in facts for how, labels in fact.touched if how == "dual"):
+        dual[solver.klass[labels.numpy()]] = True
     space_of, feature_of = torch.full((solver.count,), -1), torch.full((solver.count,), -1)
     spaces: list[FeatureSpace] = []
 
-    def add(classes: Sequence[int], tie: int | None = None, blocks: Tensor | None = None) -> None:
-        named = next((names[c] for names in (first_param, summed) for c in classes if c in names), None)
+    def add(classes: Ints, tie: int | None = None, blocks: Tensor | None = None) -> None:
+        named = roles.name(classes)
         if named is None:
             return
-        index = torch.tensor(classes)
+        index = torch.from_numpy(classes)
         space_of[index], feature_of[index] = len(spaces), torch.arange(len(classes))
         legality, reason = ("free", "") if tie is None else ("blockwise", _TIED)
-        if not dual.isdisjoint(classes):
+        if dual[classes].any():
             legality, reason = "relabel only", _DUAL
         spaces.append(FeatureSpace(named, index, legality, reason, tie, blocks))
 
-    in_units = {c for unit in units for c in unit.classes}
-    singles: dict[int, list[int]] = defaultdict(list)
-    for c in sorted(first_param):
-        if c not in in_units and not solver.pinned[c]:
-            singles[int(kinds[c])].append(c)
-    for classes in singles.values():
+    for classes in _singles(roles, solver, kinds, units):
         add(classes)
     families: dict[tuple[object, ...], list[Unit]] = defaultdict(list)
     for unit in units:
@@ -261,11 +222,22 @@ def _assemble(
             order = np.argsort(rows, axis=None)
             places = np.empty(rows.size, np.int64)
             places[order] = np.arange(rows.size)
-            add(rows.reshape(-1)[order].tolist(), tie, torch.from_numpy(places.reshape(rows.shape)))
-        add([unit.root for unit in family], tie, torch.arange(len(family))[:, None])
-    pins = {int(c): solver.reasons[solver.pinned[c]] for c in np.flatnonzero(solver.pinned)}
+            add(rows.reshape(-1)[order], tie, torch.from_numpy(places.reshape(rows.shape)))
+        add(np.array([unit.root for unit in family]), tie, torch.arange(len(family))[:, None])
+    held = np.flatnonzero(solver.pinned)
+    pins = {c: solver.reasons[why] for c, why in zip(held.tolist(), solver.pinned[held].tolist(), strict=True)}
     klass = torch.from_numpy(solver.klass)
-    return FeatureSpaces(labelling, tuple(spaces), klass, space_of, feature_of, pins, consumed)
+    return FeatureSpaces(labelling, tuple(spaces), klass, space_of, feature_of, pins, roles.consumed)
+
+
+def _singles(roles: Roles, solver: Solver, kinds: Ints, units: Sequence[Unit]) -> list[Ints]:
+    """The classes that a parameter writes and that move on their own, by kind, in order."""
+    alone = (roles.first < len(roles.names)) & (solver.pinned == 0)
+    alone[[c for unit in units for c in unit.classes]] = False
+    classes = np.flatnonzero(alone)
+    _, start, which = np.unique(kinds[classes], return_index=True, return_inverse=True)
+    order = np.argsort(start[which], kind="stable")
+    return np.split(classes[order], np.flatnonzero(np.diff(start[which][order])) + 1) if classes.size else []
 
 
 _DUAL = "two activations are multiplied and summed over it: both sides share one map"

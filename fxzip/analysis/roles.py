@@ -1,0 +1,73 @@
+"""What the parameters do with each class: which of them write it, and which sum over it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..rules import Facts
+from .labelling import Labelling
+from .solver import Ints, Solver
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What parameters have to do with classes.
+
+    Attributes:
+        consumed: the parameter axes that are summed over against activations, as (parameter, field number).
+        names: of the parameters, and of what enters.
+        first: for each class the number of the first name that has it on another axis, `len(names)` if none has.
+        named: the same, or if there is none the first that has it on a consumed axis.
+
+    Classes that no call uses (rows of a position table beyond the sample's length) are left out: they are no features.
+    """
+
+    consumed: frozenset[tuple[str, int]]
+    names: tuple[str, ...]
+    first: Ints
+    named: Ints
+
+    @classmethod
+    def of(
+        cls,
+        labelling: Labelling,
+        solver: Solver,
+        facts: Sequence[Facts],
+        params: Collection[str],
+        written: Mapping[str, Sequence[Tensor]],
+    ) -> Roles:
+        unmerged, used = np.zeros(labelling.size, bool), np.zeros(solver.count, bool)
+        for fact in facts:
+            for labels in fact.consumed:
+                unmerged[labels.numpy()] = True
+            for labels in (*fact.consumed, *(labels for _, labels in fact.touched)):
+                used[solver.klass[labels.numpy()]] = True
+        names = (*(name for name in labelling.params if name in params), *written)
+        first, summed = np.full(solver.count, len(names)), np.full(solver.count, len(names))
+        consumed: set[tuple[str, int]] = set()
+        for number, name in reversed(list(enumerate(names))):  # the first one stays
+            entering = number >= len(names) - len(written)
+            for place, labels in enumerate(written[name] if entering else labelling.params[name].fields):
+                flat = labels.reshape(-1).numpy()
+                classes = solver.klass[flat[flat > 0]]
+                if entering:
+                    first[classes] = number
+                elif unmerged[flat[flat > 0]].any():
+                    consumed.add((name, place))
+                    summed[classes[used[classes]]] = number
+                else:
+                    first[classes[used[classes]]] = number
+        return cls(frozenset(consumed), names, first, np.where(first < len(names), first, summed))
+
+    def name(self, classes: Ints) -> str | None:
+        """The name by which features are called, None if nothing has them: that of the first class which has one."""
+        for found in (self.first, self.named):
+            numbers = found[classes]
+            numbers = numbers[numbers < len(self.names)]
+            if numbers.size:
+                return self.names[int(numbers[0])]
+        return None
