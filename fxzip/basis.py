@@ -19,10 +19,18 @@ from torch import Tensor
 
 from .analysis.labelling import ParamLabels
 from .analysis.relabel import dense_kernel, group_run
+from .analysis.resizing import resized
 from .analysis.spaces import FeatureSpaces, Layout, slots
 from .matching import Merge
 
 Merges = Mapping[int, Merge]  # by space number of model 0
+
+
+def merged_layout(first: FeatureSpaces, labels: Tensor, merges: Merges) -> Layout:
+    """Where merged features sit along a run of model 0: as there, but for spaces that keep another number of them."""
+    layout = first.layout(labels)
+    here = [int(s) for s in layout.space.unique() if int(s) in merges]
+    return resized(layout, {s: merges[s].size for s in here if merges[s].size != first.spaces[s].size})
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +114,10 @@ def _runs(labels: ParamLabels) -> list[tuple[int, Tensor]]:
     return [(next(a for a, n in enumerate(run.shape) if n > 1), run.reshape(-1)) for run in labels.fields]
 
 
-def _grouped(value: Tensor, groups: int) -> Tensor:
-    """The blocks on the diagonal of a dense kernel: inverse of `dense_kernel`."""
-    rows, columns = value.shape[0] // groups, value.shape[1] // groups
+def _grouped(value: Tensor, columns: int) -> Tensor:
+    """The blocks on the diagonal of a dense kernel, so many columns in each: inverse of `dense_kernel`."""
+    groups = value.shape[1] // columns
+    rows = value.shape[0] // groups
     blocks = value.reshape(groups, rows, groups, columns, *value.shape[2:])
     index = torch.arange(groups)
     return blocks[index, :, index].reshape(groups * rows, columns, *value.shape[2:])
@@ -139,7 +148,7 @@ def share(
     weights: dict[int, Tensor] = {}
     for place, ((axis, run), (_, other)) in enumerate(zip(_runs(labels), _runs(target), strict=True)):
         consumed = (target_name, place) in first.consumed
-        layout, wanted = own.layout(run), first.layout(other)
+        layout, wanted = own.layout(run), merged_layout(first, other, merges)
         spaces = [int(s) for s in wanted.space.unique() if int(s) in merges]
         matrices = {(partners[s], s): merges[s].U(k).T if consumed else merges[s].M(k) for s in spaces}
         if matrices:
@@ -148,7 +157,7 @@ def share(
             if not consumed:
                 weights[axis] = places.totals
     if labels.groups > 1:
-        value = _grouped(value, labels.groups)
+        value = _grouped(value, len(group_run(target)) // target.groups)
         weights.pop(1, None)
     return Share(value, weights)
 
@@ -157,7 +166,7 @@ def merged_param(
     names: Sequence[str], values: Sequence[Tensor], spaces: Sequence[FeatureSpaces], partners: Sequence[Sequence[int]],
     merges: Merges,
 ) -> Tensor:  # fmt: skip
-    """W* for one parameter of the trunk (`names[k]` in model k), in model 0's layout, float32 or wider.
+    """W* for one parameter of the trunk (`names[k]` in model k), in the merged layout, float32 or wider.
 
     Tensors without labels are averaged; integers are those of model 0.
     """

@@ -34,6 +34,7 @@ from .rules import RULES, Rule
 from .stems import find_stems
 from .tracing import check_model, trace
 from .trunk import Trunk, find_trunk
+from .widths import Width, check_width, choose_widths
 from .zipped import ZippedModule, reuse_memory
 
 
@@ -43,6 +44,7 @@ def compile_zip(
     method: str | Method | JointMethod = "zip",
     start: str | Sequence[str] | None = None,
     until: str | float | None = None,
+    width: float | str | Mapping[str, float] = 1.0,
     min_agreement: float | None = None,
     max_cost: float | None = None,
     refit: str | Refit | None = "auto",
@@ -78,10 +80,14 @@ def compile_zip(
             features that enter the trunk are merged.
         until: where the trunk ends: None (at the heads), a module path or node name of the first model, or a fraction
             in (0, 1] of the FLOPs to share; or "auto", which looks for it (see `fxzip/frontier.py`).
+        width: how many features the spaces of the trunk keep, relative to the first model; or a dict of that by the
+            name of a space (see `inspect`); or "auto", by need, so that the zip takes `max_cost` FLOPs (default 1.0) of
+            the first model (see `fxzip/widths.py`). Spaces whose size is written into the code, or matters to it, keep
+            it, and the report says so.
         min_agreement: with `until="auto"`: the deepest cut at which every head agrees with its original on this share
             of held-out inputs, a fifth of `data` (see `fxzip/agreement.py`). The default, 0.98.
         max_cost: with `until="auto"`: the earliest cut at which the zip takes at most so many FLOPs, relative to the
-            first model.
+            first model. With `width="auto"`: what the zip may take.
         refit: "auto" ("lstsq" where `data` is given, else "repair"), None, "batchnorm" (statistics re-estimated),
             "repair" (REPAIR, arXiv 2211.08403), "stored" (without data,
             from the statistics stored in BatchNorms), "lstsq" (least squares, closed form, layer by layer), or an
@@ -100,14 +106,21 @@ def compile_zip(
     """
     networks, call = models_and_sample(models)
     free = data is None and "moments" not in needs(resolve(method)) and refit in ("auto", "stored", None)
-    recipe = Recipe.of(method, "stored" if free and refit == "auto" else refit, calibrated=data is not None)
-    goal = Goal.of(until, min_agreement, max_cost)
+    by_need = width == "auto" and until != "auto"
+    check_width(width, max_cost if by_need else None, len(networks))
+    recipe = Recipe.of(
+        method,
+        "stored" if free and refit == "auto" else refit,
+        calibrated=data is not None,
+        sizing=(width, max_cost if by_need else None),
+    )
+    goal = Goal.of(until, min_agreement, None if by_need else max_cost)
     calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress)
     found = survey(networks, call, start=start, verify=verify, strict=strict, rules=rules)
     if goal is not None:
         return _automatic(found, calibration, recipe, goal)
     trunk = found.trunk(until)
-    statistics = observe(trunk, calibration("observing") if "moments" in needs(recipe.method) else ())
+    statistics = observe(trunk, calibration("observing") if recipe.observes else ())
     return assemble(found, trunk, statistics, calibration, recipe)
 
 
@@ -160,14 +173,28 @@ def survey(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to merge and to correct. `refit_name` is what the report calls the refit."""
+    """How to merge and to correct. `refit_name` is what the report calls the refit; `sizing` is width and cost, as
+    `choose_widths` takes them."""
 
     method: Method | JointMethod
     refit: Refit
     refit_name: Any
+    sizing: tuple[Width, float | None] = (1.0, None)
+
+    @property
+    def observes(self) -> bool:
+        """Whether anything that is to be decided depends on what the data show."""
+        return "moments" in needs(self.method) or self.sizing[0] != 1
 
     @classmethod
-    def of(cls, method: str | Method | JointMethod, refit: str | Refit | None, *, calibrated: bool) -> Recipe:
+    def of(
+        cls,
+        method: str | Method | JointMethod,
+        refit: str | Refit | None,
+        *,
+        calibrated: bool,
+        sizing: tuple[Width, float | None] = (1.0, None),
+    ) -> Recipe:
         """The defaults filled in: `refit="auto"` is least squares where there is data; "zip" is then `Energy`.
 
         >>> Recipe.of("zip", "auto", calibrated=True).method, Recipe.of("zip", "repair", calibrated=True).method
@@ -177,14 +204,15 @@ class Recipe:
             refit = "lstsq" if calibrated else "repair"
         corrected = refits(refit)
         fitted = corrected is least_squares or isinstance(corrected, LeastSquares)
-        return cls(Energy() if fitted and method == "zip" else resolve(method), corrected, refit)
+        return cls(Energy() if fitted and method == "zip" else resolve(method), corrected, refit, sizing)
 
 
 def assemble(
     found: Survey, trunk: Trunk, statistics: Mapping[int, Moments], calibration: Calibration, recipe: Recipe
 ) -> ZippedModule:
     """The stages behind the observation: plan -> rewrite -> refit -> report."""
-    zipping = plan(trunk, statistics, recipe.method)
+    widths = choose_widths(trunk, statistics, *recipe.sizing, found.flops)
+    zipping = plan(trunk, statistics, recipe.method, widths.kept)
     zipped = rewrite(zipping)
     zipped = recipe.refit(zipped, zipping, calibration("refitting"))
     reuse_memory(zipped)
@@ -193,7 +221,7 @@ def assemble(
         "refit": recipe.refit_name,
         "data": calibration.description,
         "self_check": list(found.errors),
-        "notes": [*calibration.notes, *fit_notes(zipped)],
+        "notes": [*calibration.notes, *widths.notes, *fit_notes(zipped)],
     }
     zipped.meta["fxzip_report"] = make_report(zipped, zipping, settings)
     return zipped

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from .basis import PlaceMap
+from .basis import PlaceMap, merged_layout
 from .errors import CutError
 from .plan import ZipPlan
 from .rules import varying
@@ -76,7 +76,8 @@ def _merged(graph: fx.Graph, root: nn.Module, plan: ZipPlan, twins: Sequence[str
     programs = trunk.alignment.programs
     node = next(n for n in programs[0].module.graph.nodes if n.name == twins[0])
     stem, dynamic = trunk.alignment.stem(0), trunk.labellings[0].dynamic
-    if len(set(values)) == 1 or not any(u.name in dynamic and u.name not in stem for u in node.users):
+    common = len(set(values)) == 1 and values[0].op == "placeholder"
+    if common or not any(u.name in dynamic and u.name not in stem for u in node.users):
         return values[0]  # an input of all models, or read for its size only
     runs = [trunk.labellings[k].fields.get(twin, ()) for k, twin in enumerate(twins)]
     axes = sorted({tuple(sorted(varying(run))) for own in runs for run in own})
@@ -88,12 +89,15 @@ def _merged(graph: fx.Graph, root: nn.Module, plan: ZipPlan, twins: Sequence[str
     along = axes[0] if axes else ()
     sizes = [tuple(trunk.labellings[k].program.shapes[twin][a] for a in along) for k, twin in enumerate(twins)]
     like = next((p for p in programs[0].module.parameters() if p.is_floating_point()), torch.zeros(()))
-    rows, columns, weights = _entry_matrix(plan, runs, sizes)
+    rows, columns, weights, height = _entry_matrix(plan, runs, sizes)
+    if height != math.prod(sizes[0]) and len(along) > 1:
+        raise CutError(f"Features of `{twins[0]}` lie along axes {along} together; their number cannot change.")
+    wanted = sizes[0] if height == math.prod(sizes[0]) else (height,)
     tables = []
     for name, table in (("rows", rows), ("columns", columns), ("weights", weights.to(like.dtype))):
         root.register_buffer(f"merge_{twins[0]}_{name}", table.to(like.device))
         tables.append(graph.get_attr(f"merge_{twins[0]}_{name}"))
-    result = graph.call_function(merge, (tuple(values), *tables, along, sizes[0]))
+    result = graph.call_function(merge, (tuple(values), *tables, along, wanted))
     for made in (*tables, result):
         made.meta["fxzip"] = {"part": "merge", "from": list(twins), "writes": False}
     return result
@@ -101,21 +105,23 @@ def _merged(graph: fx.Graph, root: nn.Module, plan: ZipPlan, twins: Sequence[str
 
 def _entry_matrix(
     plan: ZipPlan, runs: Sequence[Sequence[Tensor]], sizes: Sequence[tuple[int, ...]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns (counted through all models) and weights of M; places without a feature are averaged."""
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Rows, columns (counted through all models) and weights of M, and its height; places without a feature are
+    averaged."""
     trunk = plan.trunk
     labels = [
         own[0] if own else torch.zeros(math.prod(n), dtype=torch.int64) for own, n in zip(runs, sizes, strict=True)
     ]
     layouts = [spaces.layout(own) for spaces, own in zip(trunk.spaces, labels, strict=True)]
-    here = [int(s) for s in layouts[0].space.unique() if s >= 0]
+    merged = merged_layout(trunk.spaces[0], labels[0], plan.merges)
+    here = [int(s) for s in merged.space.unique() if s >= 0]
     rows, columns, weights, start = [], [], [], 0
     for k, layout in enumerate(layouts):
         matrices = {(trunk.partners[k][s], s): plan.merges[s].M(k) for s in here}
-        places = PlaceMap.between(layout, layouts[0], matrices)
-        plain = layouts[0].space[places.rows] < 0
+        places = PlaceMap.between(layout, merged, matrices)
+        plain = merged.space[places.rows] < 0
         rows.append(places.rows)
         columns.append(places.columns + start)
         weights.append(torch.where(plain, places.weights / len(layouts), places.weights))
         start += places.width
-    return torch.cat(rows), torch.cat(columns), torch.cat(weights)
+    return torch.cat(rows), torch.cat(columns), torch.cat(weights), len(merged.space)

@@ -17,6 +17,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from .analysis.spaces import FeatureSpaces, Layout
+from .errors import InputError
 from .matching import JointMethod, Merge, Method, Problem, Space, match_spaces, needs
 from .moments import Moments
 from .readers import readers
@@ -34,6 +35,7 @@ class ZipPlan:
         folded: for each model, the spaces whose unmerge goes into the head's weights.
         reach: for each model, label of a head -> the trunk's label that it is the same feature as (0: none).
         unobserved: spaces for which the data showed nothing; they are merged by position.
+        kept: space number of model 0 -> how many features it keeps, where that is not the number of model 0.
     """
 
     trunk: Trunk
@@ -41,6 +43,7 @@ class ZipPlan:
     folded: tuple[frozenset[int], ...]
     reach: tuple[torch.Tensor, ...]
     unobserved: frozenset[int] = field(default_factory=frozenset)
+    kept: Mapping[int, int] = field(default_factory=dict)
 
 
 def problem_of(
@@ -48,12 +51,16 @@ def problem_of(
     statistics: Mapping[int, Moments],
     method: Method | JointMethod,
     reach: Sequence[torch.Tensor] | None = None,
+    kept: Mapping[int, int] | None = None,
 ) -> Problem:
-    """What the method gets to see: every space with its moments, and readers and weights if it asks for them."""
+    """What the method gets to see: every space with its moments, and readers and weights if it asks for them.
+
+    `kept`: how many features a space is to keep, where that is not the number of model 0.
+    """
     spaces = []
     read: Sequence[tuple[tuple[torch.Tensor, ...], ...]] = [()] * len(trunk.spaces[0].spaces)
     if "readers" in needs(method):
-        read = readers(trunk, [_reach(trunk, k) for k in range(len(trunk.spaces))] if reach is None else reach)
+        read = readers(trunk, reaches(trunk) if reach is None else reach)
     for number, first in enumerate(trunk.spaces[0].spaces):
         own = [found.spaces[trunk.partners[k][number]] for k, found in enumerate(trunk.spaces)]
         seen = statistics.get(number)
@@ -65,20 +72,54 @@ def problem_of(
                 tuple(space.blocks for space in own if space.blocks is not None),
                 seen if seen is not None and seen.count else None,
                 readers=read[number],
+                kept=(kept or {}).get(number, 0),
             )
         )
     return Problem(tuple(spaces), weights_of(trunk) if "weights" in needs(method) else ())
 
 
-def plan(trunk: Trunk, statistics: Mapping[int, Moments], method: Method | JointMethod) -> ZipPlan:
-    """Match every space and decide which unmerges fold."""
-    reach = tuple(_reach(trunk, k) for k in range(len(trunk.spaces)))
-    problem = problem_of(trunk, statistics, method, reach)
+def plan(
+    trunk: Trunk,
+    statistics: Mapping[int, Moments],
+    method: Method | JointMethod,
+    kept: Mapping[int, int] | None = None,
+) -> ZipPlan:
+    """Match every space and decide which unmerges fold. `kept` as in `problem_of`.
+
+    Raises:
+        InputError: the method cannot keep another number of features than model 0 has; and as the method does.
+    """
+    kept = kept or {}
+    reach = reaches(trunk)
+    problem = problem_of(trunk, statistics, method, reach, kept)
     merges = dict(enumerate(match_spaces(problem, method)))
+    for number, size in kept.items():
+        if merges[number].size != size:
+            raise InputError(
+                f"`width` needs a method that keeps any number of features; {method!r} keeps {merges[number].size} of "
+                f"`{trunk.spaces[0].spaces[number].name}` instead of {size}. Use `zip`, `energy` or `permute`."
+            )
     asks = "moments" in needs(method)
     unobserved = frozenset(s for s, space in enumerate(problem.spaces) if asks and space.moments is None)
-    folded = tuple(_foldable(trunk, k, same, merges) for k, same in enumerate(reach))
-    return ZipPlan(trunk, merges, folded, reach, unobserved)
+    return planned(trunk, merges, reach, unobserved, kept)
+
+
+def reaches(trunk: Trunk) -> tuple[torch.Tensor, ...]:
+    """`ZipPlan.reach` of a trunk."""
+    return tuple(_reach(trunk, k) for k in range(len(trunk.spaces)))
+
+
+def planned(
+    trunk: Trunk,
+    merges: Mapping[int, Merge],
+    reach: tuple[torch.Tensor, ...],
+    unobserved: frozenset[int] = frozenset(),
+    kept: Mapping[int, int] | None = None,
+) -> ZipPlan:
+    """The plan for given merges: which unmerges fold."""
+    kept = kept or {}
+    folded = tuple(_foldable(trunk, k, same, merges, kept) for k, same in enumerate(reach))
+    return ZipPlan(trunk, merges, folded, reach, unobserved, kept)
 
 
 def head_nodes(trunk: Trunk, k: int) -> list[str]:
@@ -113,11 +154,14 @@ def _first_of(klass: NDArray[np.int64]) -> NDArray[np.int64]:
     return result
 
 
-def _foldable(trunk: Trunk, k: int, reach: torch.Tensor, merges: Mapping[int, Merge]) -> frozenset[int]:
+def _foldable(
+    trunk: Trunk, k: int, reach: torch.Tensor, merges: Mapping[int, Merge], kept: Mapping[int, int]
+) -> frozenset[int]:
     """Spaces (of model 0) whose unmerge goes into the weights of head k.
 
     Features that the head only moves, maps one by one, and sums over with weights of its own: so whatever the head
-    computes from them is in the model's own basis.
+    computes from them is in the model's own basis. Where the head sees another number of features than its own, its
+    code must bear that: it has been tried for those in `kept` (see `elastic`).
     """
     spaces = trunk.spaces[k]
     numbers = {own: s for s, own in enumerate(trunk.partners[k])}
@@ -143,8 +187,8 @@ def _foldable(trunk: Trunk, k: int, reach: torch.Tensor, merges: Mapping[int, Me
         met |= reached(labels)
     fused = spaces.space_of[spaces.klass[(reach == -1).nonzero().flatten()]]
     met |= {numbers[int(s)] for s in fused.unique() if s >= 0}
-    narrow = {s for s, merge in merges.items() if merge.sizes[k] != merge.merge.shape[0] or merge.assignment(k) is None}
-    return frozenset(set(merges) - met - narrow)
+    narrow = {s for s, merge in merges.items() if s not in kept and merge.sizes[k] != merge.size}
+    return frozenset(s for s in set(merges) - met - narrow if merges[s].assignment(k) is not None)
 
 
 def _past_the_trunk(trunk: Trunk, k: int) -> list[torch.Tensor]:

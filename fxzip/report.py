@@ -108,7 +108,8 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
     programs = trunk.alignment.programs
     spaces = [
         {
-            "name": space.name, "size": space.size, "legality": space.legality, "reason": space.reason,
+            "name": space.name, "size": space.size, "kept": plan.merges[number].size,
+            "legality": space.legality, "reason": space.reason,
             "correlation": None if number in plan.unobserved else round(plan.merges[number].correlation, 4),
             "folded": [number in folded for folded in plan.folded],
         }
@@ -165,10 +166,13 @@ def _lines(v: Mapping[str, Any]) -> list[str]:
             f"{what:12}{first}{c['trunk']:>14,}{sum(c['heads']):>14,}{c['total']:>14,}"
             f"{_ratio(c['total'], c['originals'][0]):>8}{_ratio(c['total'], c['side_by_side']):>8}"
         )
-    lines.append(f"{'space':40}{'size':>6}  {'legality':14}{'corr.':>7}  folded into the heads")
+    lines.append(f"{'space':40}{'size':>6}{'kept':>6}  {'legality':14}{'corr.':>7}  folded into the heads")
     for space in v["spaces"]:
         seen = "-" if space["correlation"] is None else f"{space['correlation']:.3f}"
-        lines.append(f"{space['name'][:40]:40}{space['size']:>6}  {space['legality']:14}{seen:>7}  {_folded(space)}")
+        lines.append(
+            f"{space['name'][:40]:40}{space['size']:>6}{space['kept']:>6}  {space['legality']:14}{seen:>7}  "
+            f"{_folded(space)}"
+        )
     mixed = set(v.get("mixed", []))
     for how, names in (
         ("a gather", [name for name in v["unmerges"] if name not in mixed]),

@@ -14,11 +14,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .align import attribute
+from .analysis.resizing import resized
 from .analysis.spaces import Layout
-from .basis import PlaceMap, merged_param
+from .basis import PlaceMap, merged_layout, merged_param
 from .entering import copied_node, emit_entries, emit_stems
 from .plan import ZipPlan, head_nodes, head_params
 from .rules import varying
+from .sizes import adopt_sizes
 from .tracing import Program
 from .zipped import ZippedModule, mix, set_tensor, unmerge
 
@@ -33,6 +35,7 @@ def trunk_module(plan: ZipPlan) -> fx.GraphModule:
         twins = trunk.alignment.params[name]
         values = [tensors[k][twin] for k, twin in enumerate(twins)]
         set_tensor(module, name, merged_param(twins, values, trunk.spaces, trunk.partners, plan.merges))
+    adopt_sizes(module)
     return module
 
 
@@ -42,6 +45,7 @@ def head_module(plan: ZipPlan, k: int) -> fx.GraphModule:
     program, spaces = trunk.alignment.programs[k], trunk.spaces[k]
     module = copy.deepcopy(program.module)
     matrices = {(trunk.partners[k][s],) * 2: plan.merges[s].U(k).T for s in sorted(plan.folded[k])}
+    sizes = {own: matrix.shape[0] for (own, _), matrix in matrices.items()}
     for name in sorted(head_params(trunk, k) & set(spaces.labelling.params)):
         for run in spaces.labelling.params[name].fields:
             layout = spaces.layout(plan.reach[k][run.reshape(-1)].clamp(min=0))
@@ -49,7 +53,8 @@ def head_module(plan: ZipPlan, k: int) -> fx.GraphModule:
             if held:
                 axis = next(a for a, n in enumerate(run.shape) if n > 1)
                 value = attribute(module, name).detach()
-                set_tensor(module, name, PlaceMap.between(layout, layout, held).apply(value, axis))
+                set_tensor(module, name, PlaceMap.between(layout, resized(layout, sizes), held).apply(value, axis))
+    adopt_sizes(module)
     return module
 
 
@@ -159,7 +164,9 @@ class _Head:
         mine, theirs = (trunk.labellings[i].fields.get(n, ()) for i, n in ((self.k, node.name), (0, name)))
         for labels, target in zip(mine, theirs, strict=True):
             axes = tuple(sorted(varying(labels)))
-            matrix = self._matrix(trunk.spaces[self.k].layout(labels), trunk.spaces[0].layout(target))
+            matrix = self._matrix(
+                trunk.spaces[self.k].layout(labels), merged_layout(trunk.spaces[0], target, self.plan.merges)
+            )
             if matrix is None:
                 continue
             held = f"unmerge_{self.k}_{node.name}_{'_'.join(map(str, axes))}"

@@ -13,7 +13,8 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["__init__"],
     ["compare", "interpolation"],
     ["compiler", "side_by_side", "soup"],
-    ["frontier"],
+    ["frontier", "widths"],
+    ["elastic"],
     ["inspection", "report", "refit", "rewrite"],
     ["entering"],
     ["zipped", "aligned", "basis"],
@@ -24,7 +25,7 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["trunk", "folding"],
     ["align", "analysis", "stems"],
     ["rules", "tracing"],
-    ["moments", "inputs", "naming", "table"],
+    ["moments", "inputs", "naming", "table", "sizes"],
     ["figures"],
     ["errors"],
 ]

@@ -71,7 +71,7 @@ class Energy:
             space = problem.spaces[together[0]]
             if space.tie is None and space.legality == "free" and space.moments is not None:
                 share = energies(space.moments, space.readers)
-                merges[together[0]] = energy_merge(space.moments, share, space.sizes[0], self.floor)
+                merges[together[0]] = energy_merge(space.moments, share, space.size, self.floor)
             else:
                 others = Problem(tuple(problem.spaces[number] for number in together))
                 merges.update(zip(together, match_spaces(others, self.relabelling()), strict=True))
@@ -143,6 +143,24 @@ def energy_clusters(alike: Floats, share: Floats, size: int) -> tuple[Ints, Floa
     return state.cluster, state.coefficients**2 * share
 
 
+def energy_losses(moments: Moments, share: Tensor, floor: float) -> Floats:
+    """Energy lost with m features kept, for m = 0, ..., N: float64 [N + 1], falling to 0; of K models all is K.
+
+    >>> from fxzip.moments import moments
+    >>> x = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])
+    >>> energy_losses(moments([x, x]), torch.full((4,), 0.5), 0.01).round(6).tolist()  # two pairs, uncorrelated
+    [2.0, 1.0, 0.0, 0.0, 0.0]
+    """
+    alike = similarity(moments).cpu().numpy()
+    share = share.clamp(min=floor * float(share.mean()))
+    state = _Clusters(alike, share.cpu().numpy())
+    losses = np.zeros(len(share) + 1)
+    for size in range(len(share) - 1, 0, -1):
+        losses[size] = losses[size + 1] + state.step()
+    losses[0] = float(share.sum())
+    return losses
+
+
 class _Clusters:
     """The greedy loop: S[r, s] = <r, s>; each row remembers the partner with which it loses the least.
 
@@ -162,12 +180,14 @@ class _Clusters:
         for r in range(n):
             self._look(r)
 
-    def step(self) -> None:
-        """Merge the pair that loses the least."""
+    def step(self) -> float:
+        """Merge the pair that loses the least. Out: the energy that this loses."""
         while True:
             r = int(self.loss.argmin())
             if not self.stale[r]:
-                return self._merge(r, int(self.partner[r]))
+                lost = float(self.loss[r])
+                self._merge(r, int(self.partner[r]))
+                return max(lost, 0.0)
             self._look(r)
 
     def _losses(self, r: int) -> Floats:

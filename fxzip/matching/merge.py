@@ -81,6 +81,15 @@ class Merge:
         device = None if moments is None else moments.outer.device
         return cls.from_clusters(torch.arange(n, device=device).repeat(models), (n,) * models, moments)
 
+    @property
+    def size(self) -> int:
+        """How many features are kept, m.
+
+        >>> Merge.from_clusters(torch.tensor([0, 1, 1]), sizes=(2, 1)).size
+        2
+        """
+        return self.merge.shape[0]
+
     def M(self, k: int) -> Tensor:
         """Columns of the merge matrix that belong to model k, [m, n_k].
 

@@ -42,27 +42,46 @@ class Permute:
 
         Args:
             moments: of the space, N features of K models.
-            size: features to keep: n_0.
+            size: features to keep, n_0 by default. With more, the features of the other models that fit their partners
+                least stay apart (PLeaS, arXiv 2407.02447, section 3.1).
 
         Raises:
-            InputError: `size` is not n_0.
+            InputError: `size` is not between n_0 and N.
             DataError: nothing was observed, or the moments are not finite.
         """
         n = moments.sizes[0]
-        if size not in (None, n):
+        if size is not None and not n <= size <= sum(moments.sizes):
             raise InputError(
-                f"`permute` keeps the features of the first model: `size` must be {n}; got {size}. "
-                'Use `method="zip"` to merge to another size.'
+                f"`permute` keeps the features of the first model, and apart what matches badly: `size` must be "
+                f'{n} to {sum(moments.sizes)}; got {size}. Use `method="zip"` to merge to fewer.'
             )
         alike = similarity(moments)
         labels = [torch.arange(n, device=alike.device)]
         for start, end in pairwise(moments.offsets()[1:]):
             labels.append(_align(alike[:n, start:end], alike[start:end, start:end]))
-        return cluster_merge(torch.cat(labels), moments.sizes, alike)
+        return cluster_merge(_apart(torch.cat(labels), alike, n, (size or n) - n), moments.sizes, alike)
 
     def relabelling(self) -> Permute:
         """Itself."""
         return self
+
+
+def _apart(labels: Tensor, alike: Tensor, first: int, count: int) -> Tensor:
+    """The `count` features behind the first model's that are least like the rest of their cluster get one of their own.
+
+    >>> alike = torch.tensor([[1.0, 0.0, 0.9, 0.0], [0.0, 1.0, 0.0, 0.1], [0.9, 0.0, 1.0, 0.0], [0.0, 0.1, 0.0, 1.0]])
+    >>> _apart(torch.tensor([0, 1, 0, 1]), alike, 2, 1)
+    tensor([0, 1, 0, 2])
+    """
+    if not count:
+        return labels
+    same = labels[:, None] == labels[None, :]
+    same.fill_diagonal_(False)
+    fit = torch.where(same, alike, 0).sum(1) / same.sum(1).clamp(min=1)
+    lone = fit[first:].argsort(stable=True)[:count].sort().values + first
+    labels = labels.clone()
+    labels[lone] = int(labels.max()) + 1 + torch.arange(count, device=labels.device)
+    return labels
 
 
 def best_pairs(score: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ class Space:
         moments: what was observed; None if nothing was.
         readers: for every model the squared weights of each parameter that sums over the space, [outputs, n_k]; empty
             unless the method `needs` readers.
+        kept: how many features to keep; 0: those of the first model.
     """
 
     sizes: tuple[int, ...]
@@ -46,6 +47,12 @@ class Space:
     blocks: tuple[Tensor, ...] = ()
     moments: Moments | None = None
     readers: tuple[tuple[Tensor, ...], ...] = ()
+    kept: int = 0
+
+    @property
+    def size(self) -> int:
+        """How many features are to be kept."""
+        return self.kept or self.sizes[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +206,7 @@ def match_spaces(problem: Problem, method: Method | JointMethod) -> list[Merge]:
             merges[spaces[0]] = _by_position(first.sizes)
         else:
             own = method if first.legality == "free" else method.relabelling()
-            merges[spaces[0]] = own(first.moments, first.sizes[0])
+            merges[spaces[0]] = own(first.moments, first.size)
     return [merges[s] for s in range(len(problem.spaces))]
 
 

@@ -169,7 +169,8 @@ class _Walk:
         def target(batch: int, places: Places) -> Tensor:
             return found.at(self.sources[batch], [values[batch] for values in wanted], places)
 
-        self._solve(unit, shapes, found.axis, target, other)
+        merged = [torch.Size([found.size if a == found.axis else n for a, n in enumerate(s)]) for s in shapes]
+        self._solve(unit, merged, found.axis, target, other)
 
     def head(self, k: int) -> None:
         """Run head k and fit the linear calls that no other linear call of it comes before."""

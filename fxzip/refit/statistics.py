@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from ..align import attribute
 from ..analysis.spaces import slots
+from ..basis import merged_layout
 from ..inputs import Call, not_finite
 from ..plan import ZipPlan, head_nodes
 from ..rules import varying
@@ -167,11 +168,12 @@ class _Goal:
             return cls(layer, ())
         trunk = plan.trunk
         layouts = [trunk.spaces[k].layout(trunk.labellings[k].fields[twin][0]) for k, twin in layer.twins.items()]
+        merged = merged_layout(trunk.spaces[0], trunk.labellings[0].fields[layer.twins[0]][0], plan.merges)
         moves = []
-        for space in layouts[0].space.unique().tolist():
+        for space in merged.space.unique().tolist():
             sources = tuple(slots(layout, trunk.partners[k][space]) for k, layout in enumerate(layouts))
             merges = tuple(plan.merges[space].M(k) for k in range(len(layouts)))
-            moves.append((slots(layouts[0], space), sources, merges))
+            moves.append((slots(merged, space), sources, merges))
         return cls(layer, tuple(moves))
 
     def __call__(self, seen: Sequence[_MeanStd]) -> _MeanStd:

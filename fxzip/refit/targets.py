@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.spaces import Layout, slots
+from ..basis import merged_layout
 from ..plan import ZipPlan
 from ..rules import varying
 from .units import Places, take
@@ -16,10 +17,15 @@ from .units import Places, take
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Merging of the originals' outputs at a node: matrices[source][model] is [n, n_k], features along `axis`."""
+    """Merging of the originals' outputs at a node: matrices[source][model] is [m, n_k], features along `axis`."""
 
     axis: int
     matrices: tuple[tuple[Tensor, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """How many merged features there are."""
+        return self.matrices[0][0].shape[0]
 
     def at(self, source: int, values: Sequence[Tensor], places: Places) -> Tensor:
         """Σ_k M_k y_k at places of the output, [places, n], for a batch of the given source."""
@@ -46,18 +52,19 @@ def find_targets(plan: ZipPlan, name: str, sources: int) -> Targets | None:
     if not bool((layouts[0].space >= 0).all()):
         return None
     (axis,) = varying(fields[0][0])
+    merged = merged_layout(trunk.spaces[0], fields[0][0], plan.merges)
     models = range(len(layouts))
     matrices = [
-        tuple(_merge_matrix(plan, layouts, k, source if sources == len(models) else None) for k in models)
+        tuple(_merge_matrix(plan, merged, layouts, k, source if sources == len(models) else None) for k in models)
         for source in range(sources)
     ]
     return Targets(axis, tuple(matrices))
 
 
-def _merge_matrix(plan: ZipPlan, layouts: Sequence[Layout], k: int, source: int | None) -> Tensor:
+def _merge_matrix(plan: ZipPlan, merged: Layout, layouts: Sequence[Layout], k: int, source: int | None) -> Tensor:
     """M_k over the places of a run; with a source, restricted to that model's members of each cluster."""
-    result = torch.zeros(len(layouts[0].space), len(layouts[k].space))
-    for space in layouts[0].space.unique().tolist():
+    result = torch.zeros(len(merged.space), len(layouts[k].space))
+    for space in merged.space.unique().tolist():
         merge = plan.merges[space]
         matrix = merge.M(k)
         if source is not None:
@@ -65,7 +72,7 @@ def _merge_matrix(plan: ZipPlan, layouts: Sequence[Layout], k: int, source: int 
             lone = share <= 1e-12
             mine = matrix / share.clamp(min=1e-12)[:, None] if k == source else torch.zeros_like(matrix)
             matrix = torch.where(lone[:, None], matrix, mine)
-        rows, columns = slots(layouts[0], space), slots(layouts[k], plan.trunk.partners[k][space])
+        rows, columns = slots(merged, space), slots(layouts[k], plan.trunk.partners[k][space])
         for row, column in zip(rows, columns, strict=True):
             result[row[:, None], column[None, :]] = matrix.to(result)
     return result

@@ -1,0 +1,223 @@
+"""How many features each space of the zipped trunk keeps: as many as the first model, a share more, or by need.
+
+By need: space s with m_s features kept loses the energy L_s(m_s) (see `matching/energy.py`), and the network takes the
+FLOPs C(m). Starting with all features of all models, the space that loses the least per FLOP saved gives up some, until
+C is what is wanted: the greedy solution of  min Σ_s r_s L_s(m_s)  with  C(m) ≤ `max_cost` · C of the first model,
+where r_s is the number of weights that read the space, each of which sees the loss.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from .analysis.relabel import group_run
+from .elastic import stiff_spaces
+from .errors import InputError
+from .matching import Energy
+from .matching.energy import energies, energy_losses
+from .moments import Moments
+from .plan import head_nodes, head_params, problem_of, reaches
+from .trunk import Trunk
+
+Width = float | str | Mapping[str, float]
+Flops = Sequence[Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Features to keep, by space number of model 0, where that is not the first model's number; and for the report, why
+    the others did not change."""
+
+    kept: Mapping[int, int]
+    notes: tuple[str, ...] = ()
+
+
+def check_width(width: Width, max_cost: float | None, models: int) -> None:
+    """Raises an InputError for what `choose_widths` would not understand.
+
+    >>> check_width(1.25, None, 2)
+    """
+    if isinstance(width, str):
+        if width != "auto":
+            raise InputError(f'`width` must be a number, a dict of numbers by space, or "auto"; found {width!r}.')
+        if max_cost is not None and not max_cost > 0:
+            raise InputError(f"`max_cost` must be positive; found {max_cost!r}. Try 1.3, or 1.0 for the cost of one.")
+        return
+    for value in width.values() if isinstance(width, Mapping) else (width,):
+        if not 0 < value <= models:
+            raise InputError(
+                f"`width` must lie in (0, {models}], at {models} nothing of {models} models need be merged; found "
+                f"{value!r}. Try 1.25."
+            )
+
+
+def choose_widths(
+    trunk: Trunk, statistics: Mapping[int, Moments], width: Width, max_cost: float | None, flops: Flops
+) -> Widths:
+    """The numbers of features to keep.
+
+    Args:
+        trunk: what is shared.
+        statistics: moments by space number; spaces that were not observed keep their size.
+        width: of every space, relative to the first model; a dict of that by the name of a space; or "auto", by need.
+        max_cost: with "auto": FLOPs of the zipped network relative to the first model; None: 1.
+        flops: of every node of every model.
+
+    Raises:
+        InputError: a name is no space of the trunk, or cannot have another size.
+    """
+    if not isinstance(width, (str, Mapping)) and width == 1:
+        return Widths({})
+    spaces = trunk.spaces[0].spaces
+    able = {s: space for s, space in enumerate(spaces) if space.legality == "free" and space.tie is None}
+    asked = _asked(trunk, width) if isinstance(width, Mapping) else dict.fromkeys(able, width)
+    tried = [s for s in asked if s in able and s in statistics and statistics[s].count]
+    stiff = stiff_spaces(trunk, tried)
+    reasons = {
+        s: stiff.get(s) or spaces[s].reason or "it was not observed" for s in asked if s not in tried or s in stiff
+    }
+    free = [s for s in tried if s not in stiff]
+    if isinstance(width, str):
+        kept = _by_need(trunk, statistics, free, 1.0 if max_cost is None else max_cost, flops)
+    else:
+        most = {s: sum(own.spaces[trunk.partners[k][s]].size for k, own in enumerate(trunk.spaces)) for s in free}
+        kept = {s: min(max(1, round(float(asked[s]) * spaces[s].size)), most[s]) for s in free}
+    notes = tuple(
+        f"`{spaces[s].name}` keeps its {spaces[s].size} features: {why}" for s, why in sorted(reasons.items())
+    )
+    return Widths({s: m for s, m in kept.items() if m != spaces[s].size}, notes)
+
+
+def _asked(trunk: Trunk, width: Mapping[str, float]) -> dict[int, float]:
+    spaces = trunk.spaces[0].spaces
+    names = [space.name for space in spaces]
+    for name in width:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise InputError(f"`width` must name spaces of the trunk (see `fxzip.inspect`); found {name!r}.{hint}")
+    return {s: width[name] for s, name in enumerate(names) if name in width}
+
+
+# by need ------------------------------------------------------------------------------------------------------------
+
+
+def _by_need(
+    trunk: Trunk, statistics: Mapping[int, Moments], free: Sequence[int], max_cost: float, flops: Flops
+) -> dict[int, int]:
+    """Give up features where that loses the least per FLOP saved, until the cost is right; then use what is left."""
+    losses = _losses(trunk, statistics, free)
+    costs = _Costs(trunk, flops)
+    base = {s: trunk.spaces[0].spaces[s].size for s in free}
+    kept = {s: len(losses[s]) - 1 for s in free}
+    budget, one = max_cost * sum(flops[0].values()), sum(flops[0].values())
+    total = costs.total({s: kept[s] / base[s] for s in free})
+
+    def steps(sign: int) -> list[tuple[float, int, int, float]]:
+        """(loss per FLOP, space, its new size, new total) of all steps by a sixteenth of a space, cheapest first."""
+        ratio = {s: kept[s] / base[s] for s in free}
+        result = []
+        for s in free:
+            size = min(kept[s] + sign * math.ceil(base[s] / 16), len(losses[s]) - 1)
+            if size < 1 or size == kept[s]:
+                continue
+            saved = costs.saved(ratio, s, size / base[s])
+            if sign * saved < 0:
+                result.append(((losses[s][size] - losses[s][kept[s]]) / saved, s, size, total - saved))
+        return sorted(result, key=lambda step: step[0], reverse=sign > 0)
+
+    while total > budget:
+        possible = steps(-1)
+        if not possible:
+            raise InputError(
+                f"`max_cost={max_cost}` cannot be reached: what has to keep its size takes {total / one:.2f} of the "
+                "first model's FLOPs. Raise it, or choose a later cut."
+            )
+        _, space, kept[space], total = possible[0]
+    while affordable := [step for step in steps(+1) if step[3] <= budget]:
+        _, space, kept[space], total = affordable[0]
+    return kept
+
+
+def _losses(trunk: Trunk, statistics: Mapping[int, Moments], free: Sequence[int]) -> dict[int, npt.NDArray[np.float64]]:
+    """For each space r_s L_s(m), m = 0, ..., N."""
+    problem = problem_of(trunk, statistics, Energy(), reaches(trunk))
+    result = {}
+    for s in free:
+        space = problem.spaces[s]
+        assert space.moments is not None
+        readers = max((len(own) for own in space.readers), default=1)
+        share = energies(space.moments, space.readers)
+        result[s] = max(readers, 1) * energy_losses(space.moments, share, Energy().floor)
+    return result
+
+
+class _Costs:
+    """FLOPs as a function of the spaces' sizes relative to the first model's.
+
+    A call with a parameter takes FLOPs in proportion to the parameter's length along each of its labelled axes; a run
+    that is shared out among several spaces has the length of all of them.
+    """
+
+    def __init__(self, trunk: Trunk, flops: Flops) -> None:
+        self.calls: list[tuple[int, list[dict[int, float]]]] = []
+        self.fixed = 0
+        for node, cost in flops[0].items():
+            if node in set(trunk.nodes):
+                self._add(cost, _lengths(trunk, 0, trunk.labellings[0].touches[node]))
+        for k, own in enumerate(flops):
+            shared = set(trunk.names(k).values())
+            self.fixed += sum(own[name] for name in trunk.alignment.stem(k) if name in own and name not in shared)
+            reach, params = reaches(trunk)[k], head_params(trunk, k)
+            for name in head_nodes(trunk, k):
+                touched = trunk.labellings[k].touches[name] & params if own.get(name) else frozenset()
+                self._add(own.get(name, 0), _lengths(trunk, k, touched, reach))
+
+    def _add(self, cost: int, lengths: list[dict[int, float]]) -> None:
+        if cost and lengths:
+            self.calls.append((cost, lengths))
+        else:
+            self.fixed += cost
+
+    def total(self, ratio: Mapping[int, float]) -> float:
+        return self.fixed + sum(_scaled(cost, lengths, ratio) for cost, lengths in self.calls)
+
+    def saved(self, ratio: Mapping[int, float], space: int, less: float) -> float:
+        """FLOPs saved by making one space that small."""
+        after = {**ratio, space: less}
+        return sum(
+            _scaled(cost, lengths, ratio) - _scaled(cost, lengths, after)
+            for cost, lengths in self.calls
+            if any(space in length for length in lengths)
+        )
+
+
+def _scaled(cost: int, lengths: Sequence[Mapping[int, float]], ratio: Mapping[int, float]) -> float:
+    return cost * math.prod(1 + sum(f * (ratio.get(s, 1.0) - 1) for s, f in length.items()) for length in lengths)
+
+
+def _lengths(
+    trunk: Trunk, k: int, params: frozenset[str] | set[str], reach: Tensor | None = None
+) -> list[dict[int, float]]:
+    """For each labelled axis of the largest parameter of a call: space of model 0 -> its share of the places."""
+    spaces = trunk.spaces[k]
+    numbers = {own: s for s, own in enumerate(trunk.partners[k])}
+    labelled = [spaces.labelling.params[name] for name in sorted(params) if name in spaces.labelling.params]
+    if not labelled:
+        return []
+    largest = max(labelled, key=lambda own: math.prod(run.numel() for run in own.fields))
+    runs = largest.fields[:1] if largest.groups > 1 and len(group_run(largest)) == largest.groups else largest.fields
+    result = []
+    for run in runs:
+        flat = run.reshape(-1)
+        layout = spaces.layout(flat if reach is None else reach[flat].clamp(min=0))
+        found = {int(s): int((layout.space == s).sum()) / len(flat) for s in layout.space.unique() if s >= 0}
+        result.append({numbers[s]: share for s, share in found.items() if s in numbers})
+    return [length for length in result if length]
