@@ -18,7 +18,8 @@ from fxzip.analysis.calls import LabelMode
 from fxzip.analysis.solver import Solver, units_of
 from fxzip.analysis.state import State
 from fxzip.rules import FIXED, RULES, VOID, Facts, Ledger, Operand, compress, varying
-from fxzip.rules.fields import along, merged_fields
+from fxzip.rules.fields import along
+from fxzip.rules.meeting import merged_fields
 
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 

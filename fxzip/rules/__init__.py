@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from . import contraction, elementwise, movement, reduction, scattering
-from .fields import FIXED, VOID, Facts, Fields, Ledger, Operand, Pin, compress, meet, varying
+from .fields import FIXED, VOID, Facts, Fields, Ledger, Operand, Pin, compress, varying
 from .invocation import Invocation, Rule, is_pointwise
+from .meeting import meet
 
 __all__ = [
     "FIXED", "RULES", "VOID", "Facts", "Fields", "Invocation", "Ledger", "Operand", "Pin", "Rule",

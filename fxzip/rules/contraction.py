@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .fields import Fields, Ledger, Operand, compress, meet, merged_fields, varying
+from .fields import Fields, Ledger, Operand, compress, varying
 from .invocation import Invocation
+from .meeting import meet, merged_fields
 
 
 def _spread(ledger: Ledger, labels: Tensor, axes: frozenset[int]) -> Tensor:

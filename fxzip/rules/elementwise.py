@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .fields import Fields, meet
+from .fields import Fields
 from .invocation import Invocation
+from .meeting import meet
 
 
 def elementwise(call: Invocation) -> Fields:

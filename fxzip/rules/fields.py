@@ -108,19 +108,22 @@ class Ledger:
         if a is b:
             return
         pairs = self._pairs(a, b)
-        both = (pairs > 0).all(0)
-        if not bool(both.all()):
-            other = pairs.max(0).values
-            fixed = (pairs.min(0).values == FIXED) & (other > 0)
-            void = (pairs.min(0).values == VOID) & (other > 0)
-            self.pin(other[fixed], "it is added to values that carry no feature")
-            if bool(void.any()):
-                mates = self.fresh(1)
-                self.pin(mates, "padded places keep to themselves")
-                self.block(mates, other[void])
-        pairs = pairs[:, both & (pairs[0] != pairs[1])]
-        if pairs.numel():
-            self.facts.equal.append(self._distinct(pairs))
+        if int(pairs.min()) <= 0:
+            pairs = self._held(pairs)
+        differ = pairs[0] != pairs[1]
+        if bool(differ.any()):
+            self.facts.equal.append(self._distinct(pairs if bool(differ.all()) else pairs[:, differ]))
+
+    def _held(self, pairs: Tensor) -> Tensor:
+        """Pin the partners of FIXED and tie those of VOID; the pairs that are left."""
+        least, other = pairs.min(0).values, pairs.max(0).values
+        self.pin(other[(least == FIXED) & (other > 0)], "it is added to values that carry no feature")
+        void = (least == VOID) & (other > 0)
+        if bool(void.any()):
+            mates = self.fresh(1)
+            self.pin(mates, "padded places keep to themselves")
+            self.block(mates, other[void])
+        return pairs[:, least > 0]
 
     def block(self, blocks: Tensor, members: Tensor) -> None:
         """Each label of `blocks` (broadcast) is a block with the label of `members` at the same place as a member."""
@@ -134,8 +137,9 @@ class Ledger:
     def _those(self, labels: Tensor) -> Tensor:
         """The distinct features among the labels, in order."""
         labels = labels.reshape(-1)
-        labels = labels[labels > 0]
-        if labels.numel() < self.size:
+        if labels.numel() and int(labels.min()) <= 0:
+            labels = labels[labels > 0]
+        if labels.numel() < self.size >> 7:  # sorting takes as long as a look at a hundred times as many flags
             return torch.as_tensor(labels.unique())
         found = torch.zeros(self.size, dtype=torch.bool)
         found[labels] = True
@@ -254,47 +258,3 @@ class Operand:
                 shape[axes[i]] = labels.shape[i]
             fields.append(labels.permute(order).reshape(shape))
         return Operand(self.tensor, tuple(fields), self.static, frozenset(axes[i] for i in self.loose))
-
-
-def merged_fields(groups: Sequence[Fields]) -> Fields:
-    """Fields of the result where operands met: of fields that are related, the finer one is kept.
-
-    `groups` holds one tuple of fields per operand, in the result's axes. Fields of one operand are never related.
-    """
-    kept: list[tuple[int, Tensor]] = []
-    entries = [(index, labels) for index, fields in enumerate(groups) for labels in fields]
-    entries.sort(key=lambda entry: -len(varying(entry[1])))
-    for index, labels in entries:
-        for at, (owner, other) in enumerate(kept):
-            if owner != index and varying(labels) <= varying(other):
-                if varying(labels) == varying(other):
-                    kept[at] = (owner, torch.where(other > 0, other, labels))
-                break
-        else:
-            if varying(labels):
-                kept.append((index, labels))
-    return tuple(labels for _, labels in kept)
-
-
-def meet(ledger: Ledger, operands: Sequence[Operand], what: str) -> Fields:
-    """Operands (placed in the same axes) meet elementwise: relate their fields, return the result's fields.
-
-    A field that cannot move any more is dropped: its axes count as unlabelled from here on, which says the same.
-    """
-    dead: set[int] = set()
-    for i, x in enumerate(operands):
-        for y in operands[:i]:
-            for f in x.fields:
-                for g in y.fields:
-                    ledger.relate(f, g)
-        for j, y in enumerate(operands):
-            if i != j:
-                for f in x.fields:
-                    if ledger.fix(f, y.loose, f"{what} meets it with values that carry no feature"):
-                        dead.add(id(f))
-    if any(not x.static for x in operands):
-        for x in operands:
-            if x.static:
-                for f in x.fields:
-                    ledger.touch("param", f)
-    return merged_fields([tuple(f for f in x.fields if id(f) not in dead) for x in operands])

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fields import Fields, along, merged_fields, varying
+from .fields import Fields, along, varying
 from .invocation import Invocation
+from .meeting import merged_fields
 
 TRIALS = 3
 _TOLERANCE = 1e-9

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fields import Fields, Operand, along, compress, meet, varying
+from .fields import Fields, Operand, along, compress, varying
 from .invocation import Invocation, axes_of
+from .meeting import meet
 
 
 def _outputs(call: Invocation, fields: Fields) -> Fields | list[Fields]:

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from .fields import Fields, Operand, meet, varying
+from .fields import Fields, Operand, varying
 from .invocation import Invocation
+from .meeting import meet
 from .movement import joined
 
 

@@ -1,0 +1,66 @@
+"""Operands that meet at the same places: which of their fields are related, and what the result carries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .fields import Fields, Ledger, Operand, varying
+
+
+def merged_fields(groups: Sequence[Fields]) -> Fields:
+    """Fields of the result where operands met: of fields that are related, the finer one is kept.
+
+    `groups` holds one tuple of fields per operand, in the result's axes. Fields of one operand are never related.
+    """
+    kept: list[tuple[int, Tensor]] = []
+    entries = [(index, labels) for index, fields in enumerate(groups) for labels in fields]
+    entries.sort(key=lambda entry: -len(varying(entry[1])))
+    for index, labels in entries:
+        for at, (owner, other) in enumerate(kept):
+            if owner != index and varying(labels) <= varying(other):
+                if varying(labels) == varying(other):
+                    kept[at] = (owner, torch.where(other > 0, other, labels))
+                break
+        else:
+            if varying(labels):
+                kept.append((index, labels))
+    return tuple(labels for _, labels in kept)
+
+
+def _relate_all(ledger: Ledger, operands: Sequence[Operand]) -> None:
+    """Relate the fields of all pairs. Those over the same axes become equal: of n, n - 1 pairs say it all, as long as
+    all their places hold features."""
+    alike: dict[frozenset[int], set[int]] = {}  # ids of fields that are known to be equal
+    for i, x in enumerate(operands):
+        for g in (g for y in operands[:i] for g in y.fields):
+            for f in x.fields:
+                known = alike.setdefault(varying(f), set())
+                if id(f) in known and id(g) in known:
+                    continue
+                ledger.relate(f, g)
+                if varying(f) == varying(g) and (not known or known & {id(f), id(g)}):
+                    known |= {id(h) for h in (f, g) if int(h.min()) > 0}
+
+
+def meet(ledger: Ledger, operands: Sequence[Operand], what: str) -> Fields:
+    """Operands (placed in the same axes) meet elementwise: relate their fields, return the result's fields.
+
+    A field that cannot move any more is dropped: its axes count as unlabelled from here on, which says the same.
+    """
+    dead: set[int] = set()
+    _relate_all(ledger, operands)
+    for i, x in enumerate(operands):
+        for j, y in enumerate(operands):
+            if i != j:
+                for f in x.fields:
+                    if ledger.fix(f, y.loose, f"{what} meets it with values that carry no feature"):
+                        dead.add(id(f))
+    if any(not x.static for x in operands):
+        for x in operands:
+            if x.static:
+                for f in x.fields:
+                    ledger.touch("param", f)
+    return merged_fields([tuple(f for f in x.fields if id(f) not in dead) for x in operands])
