@@ -13,33 +13,18 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from cifar_data import DEFAULT_CACHE, Images, draw_calibration, holdout_split, load_cifar, mixed_batches, normalise
 from cifar_networks import NETWORKS
+from cifar_table import Result, averaged, format_table
 from training import Trained, load_checkpoint, save_checkpoint, train_network
 
 from fxzip.evaluation import HeadAccuracy, evaluate_heads
-
-COLUMNS = ("network", "until", "refit", "per task", "average", "joint", "FLOPs / one", "parameters / one", "seconds")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row of the table. Ratios are to the first model; seconds are those of `compile_zip`."""
-
-    network: str
-    until: str
-    refit: str
-    per_task: tuple[float, ...]
-    average: float
-    joint: float | None
-    flops: float
-    parameters: float
-    seconds: float | None
 
 
 def parse_method(text: str) -> Any:
@@ -61,11 +46,11 @@ def evaluate_originals(models: Sequence[Trained], images: Images, device: str) -
     sizes = [sum(p.numel() for p in model.network.parameters()) for model in models]
     flops = [count_flops(model, device) for model in models]
     rows = [
-        Result(f"model {i + 1} alone", "", "", (own,), own, None, flops[i] / flops[0], sizes[i] / sizes[0], None)
+        Result(f"model {i + 1} alone", "", "", "", (own,), own, None, flops[i] / flops[0], sizes[i] / sizes[0], None)
         for i, own in enumerate(accuracy.per_task)
     ]
     ratios = (sum(flops) / flops[0], sum(sizes) / sizes[0])
-    return [*rows, Result("side by side", "", "", *astuple(accuracy), *ratios, None)]
+    return [*rows, Result("side by side", "", "", "", *astuple(accuracy), *ratios, None)]
 
 
 def evaluate_zipped(
@@ -75,16 +60,18 @@ def evaluate_zipped(
     settings: argparse.Namespace,
     method: str,
     until: str,
+    width: str,
     refit: str,
+    seed: int,
 ) -> Result:
-    """Zip by one method, cut and refit, and evaluate."""
+    """Zip by one method, cut, width and refit, and evaluate. `seed`: of the order of mixed batches."""
     import fxzip
 
     device = settings.device
     if settings.data_per_model:
         data: Any = fxzip.PerModel(*([batch.to(device) for batch in own.split(settings.batch_size)] for own in drawn))
     else:
-        data = [batch.to(device) for batch in mixed_batches(drawn, settings.batch_size, settings.seed)]
+        data = [batch.to(device) for batch in mixed_batches(drawn, settings.batch_size, seed)]
     start = time.perf_counter()
     zipped = fxzip.compile_zip(
         [model.network for model in models],
@@ -92,13 +79,14 @@ def evaluate_zipped(
         data=data,
         method=parse_method(method),
         until=parse_until(until),
+        **parse_width(width),
         refit=None if refit == "none" else refit,
         progress=False if settings.quiet else None,
     )
     seconds = time.perf_counter() - start
     accuracy = evaluate(zipped, models, images, device)
     ratios = [zipped.report[key]["total"] / zipped.report[key]["originals"][0] for key in ("flops", "parameters")]
-    return Result(method, until, refit, *astuple(accuracy), *ratios, seconds)
+    return Result(method, until, width, refit, *astuple(accuracy), *ratios, seconds)
 
 
 def evaluate(forward: Any, models: Sequence[Trained], images: Images, device: str) -> HeadAccuracy:
@@ -121,6 +109,12 @@ def parse_until(text: str) -> str | float | None:
         return text
 
 
+def parse_width(text: str) -> dict[str, Any]:
+    """Arguments of `compile_zip` for a number, or `auto:COST`."""
+    name, _, cost = text.partition(":")
+    return {"width": "auto", "max_cost": float(cost or 1)} if name == "auto" else {"width": float(text)}
+
+
 def count_flops(model: Trained, device: str) -> int:
     """FLOPs of one image."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -128,36 +122,6 @@ def count_flops(model: Trained, device: str) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.network(torch.zeros(1, 3, 32, 32, device=device))
     return counter.get_total_flops()
-
-
-def format_table(rows: Sequence[Result], markdown: bool = False) -> str:
-    """Aligned columns; accuracies in per cent."""
-
-    def cells(row: Result) -> list[str]:
-        return [
-            row.network,
-            row.until,
-            row.refit,
-            " / ".join(f"{100 * value:.2f}" for value in row.per_task),
-            f"{100 * row.average:.2f}",
-            "" if row.joint is None else f"{100 * row.joint:.2f}",
-            f"{row.flops:.3f}",
-            f"{row.parameters:.3f}",
-            "" if row.seconds is None else f"{row.seconds:.1f}",
-        ]
-
-    table = [list(COLUMNS), *map(cells, rows)]
-    if markdown:
-        lines = [f"| {' | '.join(line)} |" for line in table]
-        return "\n".join([lines[0], "|" + "---|" * len(COLUMNS), *lines[1:]])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(_pad(line, widths)) for line in table)
-
-
-def _pad(line: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-    """Words to the left, numbers to the right."""
-    for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
-        yield cell.ljust(width) if column < 3 else cell.rjust(width)
 
 
 def checkpoint_paths(settings: argparse.Namespace, count: int) -> list[Path]:
@@ -215,11 +179,12 @@ def run(settings: argparse.Namespace) -> Iterator[Result]:
     models = find_models(settings)
     images = cifar.test if settings.split == "test" else held
     yield from evaluate_originals(models, images, settings.device)
-    drawn = draw_calibration(calibration, [model.classes for model in models], settings.images, settings.seed)
-    for refit in settings.refit:
-        for method in settings.methods:
-            for until in settings.cuts:
-                yield evaluate_zipped(models, drawn, images, settings, method, until, refit)
+    seeds = range(settings.seed, settings.seed + settings.draws)
+    tasks = [model.classes for model in models]
+    drawn = {seed: draw_calibration(calibration, tasks, settings.images, seed) for seed in seeds}
+    for refit, method, until, width in product(settings.refit, settings.methods, settings.cuts, settings.widths):
+        kind = (method, until, width, refit)
+        yield averaged([evaluate_zipped(models, drawn[seed], images, settings, *kind, seed) for seed in seeds])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -244,8 +209,10 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=float, default=2)
     add("--methods", nargs="+", default=["zip:0.1,0.5", "zip:1,1", "permute", "average"], help="zip:ALPHA,BETA, …")
     add("--cuts", nargs="+", default=["none", "layer2", "layer1"], help="values of `until`")
+    add("--widths", nargs="+", default=["1"], help="values of `width`: a number, or auto:COST for `max_cost=COST`")
     add("--refit", nargs="+", default=["repair"], help="repair, batchnorm, none, …")
     add("--images", type=int, default=1000, help="unlabelled calibration images of all tasks together")
+    add("--draws", type=int, default=1, help="draws of them, with seeds from --seed on; rows then show mean ± spread")
     add("--data-per-model", action="store_true", help="give `data` as one iterable per model instead of mixed batches")
     add("--batch-size", type=int, default=125, help="of the calibration batches")
     add("--seed", type=int, default=0, help="of the calibration images; with --train, of the first network")
@@ -286,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for row in run(settings):
         rows.append(row)
-        name = " ".join(filter(None, (row.network, row.until, row.refit)))
+        name = " ".join(filter(None, (row.network, row.until, row.width, row.refit)))
         print(f"{name}: {100 * row.average:.2f}", flush=True)
     print("\n" + format_table(rows, settings.markdown))
     if settings.json:

@@ -145,3 +145,21 @@ def test_the_shared_pair_loads():
     models = [training.load_checkpoint(path) for path in SHARED_PAIR]
     assert [model.classes for model in models] == [(0, 2, 4, 6, 8), (1, 3, 5, 7, 9)]
     assert all(model.network(torch.zeros(1, 3, 32, 32)).shape == (1, 5) for model in models)
+
+
+def test_several_draws_make_one_row_of_means_and_spreads():
+    from cifar_table import Result, averaged, format_table
+
+    rows = [Result("zip", "none", "1", "repair", (a, a), a, a / 2, 1.0, 1.0, 2 * a) for a in (0.5, 0.6, 0.7)]
+    row = averaged(rows)
+    assert (row.average, row.joint, row.seconds) == pytest.approx((0.6, 0.3, 1.2))
+    assert row.spread == pytest.approx((0.1, 0.05))
+    assert "60.00 ± 10.00  30.00 ± 5.00" in format_table([row])
+    assert averaged(rows[:1]) is rows[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("1.25", {"width": 1.25}), ("auto:1.4", {"width": "auto", "max_cost": 1.4})]
+)
+def test_widths_are_numbers_or_a_cost(text, wanted):
+    assert cifar.parse_width(text) == wanted
