@@ -25,6 +25,7 @@ from .errors import (
 )
 from .interpolation import Barrier, barrier
 from .matching import (
+    CCA,
     METHODS,
     Agglomerative,
     Average,
@@ -33,6 +34,7 @@ from .matching import (
     KMeans,
     Merge,
     MuDSC,
+    Optimal,
     Permute,
     Transport,
     WeightMatching,
@@ -56,6 +58,7 @@ from .zipped import ZippedModule
 __version__ = "0.1.0"
 
 __all__ = [
+    "CCA",
     "METHODS",
     "REFITS",
     "RULES",
@@ -77,6 +80,7 @@ __all__ = [
     "Merge",
     "Moments",
     "MuDSC",
+    "Optimal",
     "PerModel",
     "Permute",
     "PinnedSpaceWarning",

@@ -18,6 +18,7 @@ from .analysis.resizing import resized
 from .analysis.spaces import Layout
 from .basis import PlaceMap, merged_layout, merged_param
 from .entering import copied_node, emit_entries, emit_stems
+from .mixing import mix_norms
 from .plan import ZipPlan, head_nodes, head_params
 from .rules import varying
 from .sizes import adopt_sizes
@@ -35,6 +36,7 @@ def trunk_module(plan: ZipPlan) -> fx.GraphModule:
         twins = trunk.alignment.params[name]
         values = [tensors[k][twin] for k, twin in enumerate(twins)]
         set_tensor(module, name, merged_param(twins, values, trunk.spaces, trunk.partners, plan.merges))
+    mix_norms(module, plan)
     adopt_sizes(module)
     return module
 

@@ -24,11 +24,13 @@ from collections.abc import Callable
 from fxzip.errors import InputError
 from fxzip.matching.average import Average
 from fxzip.matching.blockwise import BlockMoments, match_blocks
+from fxzip.matching.cca import CCA
 from fxzip.matching.clustering import Agglomerative, KMeans
 from fxzip.matching.cycles import CycleConsistent
 from fxzip.matching.dualspace import MuDSC
 from fxzip.matching.energy import Energy
 from fxzip.matching.merge import Merge, Method, similarity
+from fxzip.matching.optimal import Optimal
 from fxzip.matching.permute import Permute
 from fxzip.matching.problem import JointMethod, Problem, Run, Space, Weight, match_spaces, needs
 from fxzip.matching.transport import Transport
@@ -44,6 +46,8 @@ METHODS: dict[str, Callable[[], Method | JointMethod]] = {
     "c2m3": CycleConsistent,
     "mudsc": MuDSC,
     "transport": Transport,
+    "cca": CCA,
+    "optimal": Optimal,
     "kmeans": KMeans,
     "agglomerative": Agglomerative,
 }
@@ -76,6 +80,7 @@ def resolve(method: str | Method | JointMethod) -> Method | JointMethod:
 
 
 __all__ = [
+    "CCA",
     "METHODS",
     "Agglomerative",
     "Average",
@@ -87,6 +92,7 @@ __all__ = [
     "Merge",
     "Method",
     "MuDSC",
+    "Optimal",
     "Permute",
     "Problem",
     "Run",

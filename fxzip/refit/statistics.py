@@ -11,7 +11,7 @@ heads read merged features too: their BatchNorms are corrected to what they give
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +155,17 @@ class _Original(fx.Interpreter):
         return value
 
 
+def _mean(values: Tensor, matrix: Tensor) -> Tensor:
+    return values @ matrix.T
+
+
+def _spread(deviations: Tensor, matrix: Tensor) -> Tensor:
+    """M_k σ_k; where M_k is no mean, the deviations of M_k x_k with the features of the model taken as uncorrelated."""
+    if bool((matrix >= 0).all()):
+        return _mean(deviations, matrix)
+    return _mean(deviations.square(), matrix.square()).sqrt()
+
+
 @dataclass(frozen=True)
 class _Goal:
     """What a layer of the zipped network should give: Σ_k M_k v_k, of values v_k that its twins give."""
@@ -178,14 +189,14 @@ class _Goal:
 
     def __call__(self, seen: Sequence[_MeanStd]) -> _MeanStd:
         """Mean and standard deviation, from those of the twins."""
-        return self._merged([mean for mean, _ in seen]), self._merged([std for _, std in seen])
+        return self._merged([mean for mean, _ in seen]), self._merged([std for _, std in seen], _spread)
 
-    def _merged(self, values: Sequence[Tensor]) -> Tensor:
+    def _merged(self, values: Sequence[Tensor], mapped: Callable[[Tensor, Tensor], Tensor] = _mean) -> Tensor:
         if not self.moves:
             return values[0]
         result = values[0].new_zeros(sum(sink.numel() for sink, _, _ in self.moves))
         for sink, sources, merges in self.moves:
-            parts = [v[at.to(v.device)] @ m.T.to(v) for v, at, m in zip(values, sources, merges, strict=True)]
+            parts = [mapped(v[at.to(v.device)], m.to(v)) for v, at, m in zip(values, sources, merges, strict=True)]
             result[sink.to(result.device)] = torch.stack(parts).sum(0)
         return result
 
