@@ -11,6 +11,7 @@ as JSON, one file a model; a model that has one is not run again without `--agai
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import resource
@@ -45,10 +46,14 @@ def measure(zoo: str, name: str) -> dict[str, Any]:
         return {**row, "exact": False, "error": f"{type(error).__name__}: {error}"}
     row |= {"rung": program.rung, "trace_s": time.process_time() - clock, "nodes": len(program.module.graph.nodes)}
     row["failures"] = program.failures
+    gc.collect()  # what tracing has left would else be looked at by the first stage that is timed
     with quiet_execution():
-        clock = time.process_time()
-        program.module(*program.call.args, **program.call.kwargs)
-        row["forward_s"] = time.process_time() - clock
+        seconds = []
+        for _ in range(2):
+            clock = time.process_time()
+            program.module(*program.call.args, **program.call.kwargs)
+            seconds.append(time.process_time() - clock)
+        row["forward_s"] = min(seconds)
     clock = time.process_time()
     labelling = fxzip.label(program, fxzip.RULES)
     row["label_s"] = time.process_time() - clock

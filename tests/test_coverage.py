@@ -38,7 +38,7 @@ TIMM = [
 
 
 def row(name, **more):
-    times = dict.fromkeys(["trace_s", "label_s", "solve_s", "check_s"], 1.0)
+    times = dict.fromkeys(["trace_s", "label_s", "solve_s"], 1.0) | {"check_s": 2.0}
     share = {"zippable": 0.9, "relabel": 0.06, "pinned": 0.04}
     found = {
         "zoo": "torchvision",
@@ -69,6 +69,9 @@ def test_the_page_says_what_was_asked_and_found():
     assert found["torchvision quantised: refused with a clear error"] == "1 of 1"
     name = "torchvision below 100 M parameters: analysis beyond forward passes"
     assert found[name] == "5.00 s (`raft_small`), median 1.75 s"
+    assert found["torchvision below 100 M parameters: analysis and self-check beyond forward passes"] == (
+        "5.25 s (`raft_small`), median 2.00 s"
+    )
     text = page(rows)
     assert "| resnet18 | symbolic | 60 | 1e-15 | 90 / 6 / 4 | 90 / 6 / 4 | 1.00 | 1.75 | 0.25 | 0.25 |  |" in text
     assert "`raft_small` 50 %" in text

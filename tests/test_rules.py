@@ -19,7 +19,7 @@ from fxzip.analysis.solver import Solver, units_of
 from fxzip.analysis.state import State
 from fxzip.rules import FIXED, RULES, VOID, Facts, Ledger, Operand, compress, varying
 from fxzip.rules.fields import along
-from fxzip.rules.meeting import merged_fields
+from fxzip.rules.meeting import meet, merged_fields
 
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
@@ -74,6 +74,40 @@ def test_project_keeps_members_apart(drawn, data):
     (pairs,) = ledger.facts.blocks
     assert sorted(pairs[1].tolist()) == sorted(labels.unique().tolist())
     assert len(pairs[0].unique()) == blocks.numel()
+
+
+def test_places_with_the_same_members_are_one_block():
+    """Heads laid behind one another for every sample: a block is a head, wherever it occurs."""
+    ledger = Ledger()
+    heads = ledger.fresh(1, 2, 3)
+    rows = heads.expand(4, 2, 3).reshape(8, 3)
+    blocks = ledger.project(rows, frozenset({0}))
+    assert torch.equal(blocks.reshape(4, 2), blocks[:2].reshape(1, 2).expand(4, 2))
+    assert len(blocks.unique()) == 2
+    (pairs,) = ledger.facts.blocks
+    assert {tuple(pair) for pair in pairs.T.tolist()} == {(7 + h, 1 + 3 * h + d) for h in range(2) for d in range(3)}
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_operands_over_the_same_axes_are_related_once(held):
+    """Of four operands three pairs say it all; one with a place that holds no feature meets all others."""
+    ledger = Ledger()
+    fields = [ledger.fresh(1, 5) for _ in range(4)]
+    if not held:
+        fields[1] = fields[1].clone()
+        fields[1][0, 0] = FIXED
+    operands = [Operand(torch.zeros(2, 5), (labels,), False, frozenset()) for labels in fields]
+    meet(ledger, operands, "`add`")
+    assert len(ledger.facts.equal) == (3 if held else 5)
+    solver = Solver(
+        ledger.size, torch.cat(ledger.facts.equal, 1).numpy(), np.zeros((2, 0), np.int64),
+        np.zeros(ledger.size, np.int64), [("", "")],
+    )  # fmt: skip
+    for place in range(5):
+        together = {int(solver.klass[labels[0, place]]) for labels in fields if labels[0, place] > 0}
+        assert len(together) == 1
+    pinned = {label for pin in ledger.facts.pins for label in pin.labels.tolist()}
+    assert pinned == (set() if held else {int(labels[0, 0]) for k, labels in enumerate(fields) if k != 1})
 
 
 @given(SIZES, st.data())

@@ -27,6 +27,7 @@ from torch import Tensor
 VOID = 0  # "no feature": padding, the same value everywhere
 FIXED = -1  # a place that no relabelling moves
 _LOOKED_AT = 1 << 14
+_SCRAMBLE = -0x61C8864680B583EB  # an odd number without structure
 
 Fields = tuple[Tensor, ...]
 
@@ -165,15 +166,23 @@ class Ledger:
     # relations of fields -------------------------------------------------------------------------------------------
 
     def project(self, labels: Tensor, axes: frozenset[int]) -> Tensor | None:
-        """A new block label per place on `axes`, with the field's labels there as members; None if `axes` is empty."""
+        """A new block label per place on `axes`, with the field's labels there as members; None if `axes` is empty.
+
+        Places with the same members are one block, so that it is seen where blocks do not change: along the batch, or
+        along windows that were laid behind one another.
+        """
         axes = axes & varying(labels)
         if not axes:
             return None
         if axes == varying(labels):
             return labels
-        blocks = self.fresh(*(size if axis in axes else 1 for axis, size in enumerate(labels.shape)))
-        self.block(blocks, labels)
-        return blocks
+        inner = [axis for axis in range(labels.ndim) if axis not in axes]
+        shape = [labels.shape[axis] for axis in sorted(axes)]
+        rows = labels.permute(*sorted(axes), *inner).reshape(torch.Size(shape).numel(), -1)
+        first, which = _same_members(rows)
+        blocks = self.fresh(len(first))
+        self.block(blocks[:, None], rows[first])
+        return compress(blocks[which].reshape([n if axis in axes else 1 for axis, n in enumerate(labels.shape)]))
 
     def relate(self, f: Tensor, g: Tensor) -> None:
         """Two fields (same number of axes) whose tensors meet elementwise on all axes."""
@@ -214,6 +223,20 @@ class Ledger:
             return labels
         self.touch("mix", labels)
         return self.project(labels, varying(labels) - axes)
+
+
+def _same_members(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For rows of labels [n, members] the first of each kind, in order, and for each row its kind; by hashes."""
+    if len(rows) == 1:
+        return torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    marks = rows * _SCRAMBLE  # mod 2**64
+    marks = (marks ^ (marks >> 29)) * _SCRAMBLE
+    marks = (marks ^ (marks >> 32)).sum(1)
+    found, which = marks.unique(return_inverse=True)
+    places = torch.arange(len(rows))
+    first = torch.full((len(found),), len(rows)).scatter_reduce_(0, which, places, "amin")
+    order = first.argsort()
+    return first[order], order.argsort()[which]
 
 
 def _told_apart(labels: Tensor, axes: frozenset[int]) -> bool:
