@@ -236,7 +236,8 @@ def main() -> int:
                 print(f"{zoo:12} {name:40} {row.get('rung', ''):12} {state}", flush=True)
             if out.exists():
                 rows.append(json.loads(out.read_text()))
-    settings.table.write_text(page(rows))
+    growth = settings.results / "growth.json"
+    settings.table.write_text(page(rows, json.loads(growth.read_text()) if growth.exists() else ()))
     inexact = [row["name"] for row in rows if not row.get("exact")]
     print(f"{len(rows) - len(inexact)} of {len(rows)} exact; not: {', '.join(inexact) or 'none'}")
     return 0

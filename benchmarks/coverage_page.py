@@ -30,11 +30,12 @@ these forward passes.
 """
 
 
-def page(rows: Sequence[Row]) -> str:
-    """The text of docs/coverage.md."""
+def page(rows: Sequence[Row], growth: Sequence[Row] = ()) -> str:
+    """The text of docs/coverage.md; `growth`: the rows of coverage_growth.py."""
     lines = [INTRODUCTION, "## Asked and found", "", "| what | asked | found |", "|---|---|---|"]
     lines += ["| " + " | ".join(line) + " |" for line in summary(rows)]
-    lines += ["", "## Seconds and nodes", "", *timing(rows), "", "## Behind barriers", "", *barriers(rows), ""]
+    lines += ["", *below(rows), "## Seconds and nodes", "", *timing(rows), *growing(growth), ""]
+    lines += ["## Behind barriers", "", *barriers(rows), ""]
     for zoo in dict.fromkeys(row["zoo"] for row in rows):
         own = [row for row in rows if row["zoo"] == zoo]
         lines += [f"## {zoo}: {_exact(own)} of {len(own)} exact", "", *_table(own), ""]
@@ -129,6 +130,56 @@ def timing(rows: Sequence[Row]) -> list[str]:
         f"is an index of an axis of a parameter, or a block), R² = {by_both:.2f};",
         f"- seconds ∝ nodes^{power:.2f} (fit of the logarithms, from 50 nodes on).",
     ]
+
+
+def growing(growth: Sequence[Row]) -> list[str]:
+    """The same for one architecture that gets deeper and deeper."""
+    lines = []
+    for family in dict.fromkeys(row["family"] for row in growth):
+        own = [row for row in growth if row["family"] == family]
+        nodes, seconds = [row["nodes"] for row in own], [row["seconds"] for row in own]
+        (base, slope), quality = fit(nodes, to=seconds)
+        lines.append(
+            f"- {family}, {min(nodes)} to {max(nodes)} nodes: seconds = {base:.3f} + {1e3 * slope:.3f}·nodes/1000, "
+            f"R² = {quality:.4f}."
+        )
+    if not lines:
+        return []
+    return [
+        "",
+        "Across the zoo widths, resolutions and kinds of calls change together with the number of nodes; wide layers "
+        "have more labels, and that is most of the spread about the line. With nothing but depth changing "
+        "(`benchmarks/coverage_growth.py`):",
+        "",
+        *lines,
+    ]
+
+
+def below(rows: Sequence[Row]) -> list[str]:
+    """Why one model is below the share of FLOPs that is asked for."""
+    kinds = torchvision_kinds()
+    asked = ("classification", "segmentation", "video")
+    low = [r for r in rows if "flops" in r and kinds.get(r["name"]) in asked and r["flops"]["zippable"] < 0.6]
+    if not low:
+        return []
+    lines = ["## Below 60 %", ""]
+    for row in low:
+        shares = [f"{100 * row['flops'][k]:.1f} %" for k in ("zippable", "relabel", "pinned")]
+        why = REASONS.get(row["name"], "Not looked into.")
+        lines += [f"`{row['name']}`: {' / '.join(shares)} of its FLOPs. {why}", ""]
+    return lines
+
+
+REASONS = {
+    "mvit_v2_s": "No call is a barrier. Its attention adds the pooled q to the product of attention and v (residual "
+    "pooling), so the features of v are those of q; and those of q and k are multiplied with one another, so they may "
+    "only be relabelled. All of the packed q, k, v projection and of the products of attention thus falls outside of "
+    "what may be zipped, and there is no rule that could make it free without being wrong: the sum is elementwise. "
+    "Tables of relative positions, shared by all heads, are multiplied with q of every head, so features of different "
+    "heads at the same place are one feature. The heads themselves could still change places as a whole, which a label "
+    "per feature cannot say; this is the share that counts as pinned: it is that of the products of q and k, whose "
+    "result has no features but the heads.",
+}
 
 
 def barriers(rows: Sequence[Row]) -> list[str]:

@@ -12,8 +12,10 @@ import fxzip
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from coverage import behind_barriers, measure, moved_off, shares
+from coverage_growth import FAMILIES
+from coverage_growth import measure as measure_growth
 from coverage_models import TRANSFORMERS, torchvision_kinds, torchvision_models
-from coverage_page import fit, page, summary, timing
+from coverage_page import below, fit, growing, page, summary, timing
 
 TORCHVISION = [
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
@@ -89,6 +91,26 @@ def test_the_fit_finds_a_line():
     assert any("nodes^1.00" in line for line in lines)
 
 
+def test_growth_and_what_is_below_the_line():
+    growth = [{"family": "attention", "nodes": n, "seconds": 0.25 + 0.5 * n / 1000} for n in (10, 40, 90)]
+    assert growing(growth)[-1] == "- attention, 10 to 90 nodes: seconds = 0.250 + 0.500·nodes/1000, R² = 1.0000."
+    assert growing([]) == []
+    low = {"zippable": 0.55, "relabel": 0.35, "pinned": 0.1}
+    text = "\n".join(below([row("resnet18"), row("mvit_v2_s", flops=low)]))
+    assert "`mvit_v2_s`: 55.0 % / 35.0 % / 10.0 % of its FLOPs. No call is a barrier." in text
+    assert below([row("resnet18")]) == []
+    assert "Not looked into." in below([row("resnet18", flops=low)])[2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_architecture_grows(family):
+    """A deeper network of a family has more nodes, as many more per block, and an analysis without barriers."""
+    shallow, middle, deep = (measure_growth(family, depth) for depth in (1, 2, 3))
+    assert deep["nodes"] - middle["nodes"] == middle["nodes"] - shallow["nodes"] > 0
+    assert deep["labels"] - middle["labels"] == middle["labels"] - shallow["labels"] > 0
+    assert is_exact_model(FAMILIES[family][0](2), FAMILIES[family][1]())
+
+
 class Stopped(nn.Module):
     """A quarter of the FLOPs in front of a call without a rule, three quarters behind it."""
 
@@ -121,6 +143,11 @@ def test_parameters_and_statistics_are_moved_off():
     moved_off(model)
     assert all(float(t.std()) > 0.05 for t in (*model.parameters(), model[1].running_mean, model[1].running_var))
     assert not model.training
+
+
+def is_exact_model(model, sample):
+    labelling = fxzip.label(fxzip.trace(model, sample), fxzip.RULES)
+    return not labelling.barriers and not fxzip.self_check(labelling)[2]
 
 
 def is_exact(zoo, name):

@@ -210,6 +210,17 @@ def test_large_batches_are_cut_to_two(monkeypatch):
     assert sizes == [(2, torch.float64), (2, torch.float64)]
 
 
+def test_the_dtype_may_be_chosen():
+    """As for models that are too large for float64."""
+    model, sample = ZOO["resnet"]()
+    labelling = labelled(model, sample)
+    _, error, pinned = self_check(labelling, dtype=torch.float32)
+    assert 1e-12 < error < 1e-4
+    assert not pinned
+    with pytest.warns(PinnedSpaceWarning, match="`first.weight`"):
+        self_check(labelled(Flipped(), tokens(), RULES | {"flip": reversed_flip}), dtype=torch.float32)
+
+
 def test_a_call_that_insists_on_its_batch_and_dtype():
     """Batch size and dtype are the model's own where nothing else runs."""
 

@@ -64,7 +64,7 @@ class Trial:
     def _set(self, values: Mapping[str, Tensor]) -> None:
         self.values = {name: value.detach() for name, value in values.items()}
         floats = {name: value for name, value in self.values.items() if value.is_floating_point()}
-        if next(iter(self._room.values()), torch.empty(0)).dtype != self.dtype:
+        if any(name not in self._room or self._room[name].dtype != self.dtype for name in floats):
             self._room = {name: torch.empty_like(value, dtype=self.dtype) for name, value in floats.items()}
         wide = {name: self._room[name].copy_(value) for name, value in floats.items()}
         self.expected = run_with(self.program, self.values | wide, self.call, self.dtype)
