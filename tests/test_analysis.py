@@ -68,6 +68,35 @@ def test_large_images_are_exact(name):
     assert moved(randomise(model), (image(3, 224, 1).double(),)) < 1e-11
 
 
+class SharedInside(nn.Module):
+    """Attention whose heads share what scales the features inside a head, as pooled attention does."""
+
+    def __init__(self, heads, inner):
+        super().__init__()
+        self.heads, self.inner = heads, inner
+        self.first, self.qkv = nn.Linear(8, 6), nn.Linear(6, 3 * heads * inner)
+        self.norms = nn.ModuleList(nn.LayerNorm(inner) for _ in range(3))
+        self.last = nn.Linear(heads * inner, 2)
+
+    def forward(self, x):
+        parts = self.qkv(torch.relu(self.first(x))).view(*x.shape[:2], 3, self.heads, self.inner)
+        q, k, v = (norm(part.transpose(1, 2)) for norm, part in zip(self.norms, parts.unbind(2), strict=True))
+        return self.last((torch.softmax(q @ k.transpose(-1, -2), -1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("heads", "inner", "expected"),
+    [
+        (3, 4, [(4, "free"), (4, "relabel only"), (6, "free")]),  # places inside heads move, in all heads alike
+        (4, 3, [(4, "relabel only"), (6, "free")]),  # heads move as a whole
+    ],
+)
+def test_the_kind_with_fewer_blocks_is_held(heads, inner, expected):
+    model = randomise(SharedInside(heads, inner))
+    assert outline(analysed(model, tokens())[1]) == expected
+    assert moved(model, (tokens().double(),)) < 1e-12
+
+
 FREE, BLOCKS, DUAL = "free", "blockwise", "relabel only"
 
 EXPECTED = {

@@ -212,7 +212,11 @@ def hold_unique(solver: Solver, kinds: Ints, groups: list[list[int]]) -> bool:
 
 
 def untangle(solver: Solver, kinds: Ints, tangles: list[list[int]]) -> None:
-    """Give up one of several blockings across each other: the kind with the most blocks keeps its places."""
+    """Give up one of several blockings across each other: the kind with the fewest blocks keeps its places.
+
+    Blocks of the other kinds then move along inside these: of heads and places inside a head, where the same parameters
+    serve all heads, the places may move, in all heads alike.
+    """
     partners = _partners(solver, kinds)
     if partners:
         solver.merge(partners)
@@ -221,6 +225,6 @@ def untangle(solver: Solver, kinds: Ints, tangles: list[list[int]]) -> None:
     held: list[int] = []
     for classes in tangles:
         tally = Counter(int(kinds[c]) for c in classes if c in blocks)
-        kind = min(tally, key=lambda k: (-tally[k], k))
+        kind = min(tally, key=lambda k: (tally[k], k))
         held += [c for c in classes if c in blocks and int(kinds[c]) == kind]
     solver.pin(held, ("it lies in several blockings across each other", "fixed"))

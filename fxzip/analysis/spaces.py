@@ -9,7 +9,7 @@ Simplifications, each to a smaller set of relabellings and so never to a wrong o
 * A block is its set of members: blocks with the same members are one, a block with one member is that member.
 * Members of a pinned block take the block as part of their kind and leave it.
 * A unit whose members are all of different kinds moves rigidly: it becomes one class.
-* A unit that is no tree (two blockings across each other) gives up the blocking with the most blocks.
+* A unit that is no tree (two blockings across each other) gives up the blocking with the fewest blocks.
 """
 
 from __future__ import annotations
