@@ -33,15 +33,14 @@ def resized(layout: Layout, sizes: Mapping[int, int]) -> Layout:
         IrregularLayoutError: features of a space that changes its size lie among others.
     """
     for space, size in sizes.items():
-        if bool((layout.space == space).any()):
+        here = layout.feature[layout.space == space]
+        if here.numel() and int(here.max()) + 1 != size:
             layout = _resized(layout, space, size)
     return layout
 
 
 def _resized(layout: Layout, space: int, size: int) -> Layout:
     starts, inner, order = _segments(layout, space)
-    if size == len(order):
-        return layout
     features = torch.cat([order[order < size], torch.arange(len(order), max(len(order), size))])
     length = len(order) * inner
     pieces: list[tuple[Tensor, Tensor, Tensor]] = []
