@@ -97,6 +97,26 @@ def test_the_kind_with_fewer_blocks_is_held(heads, inner, expected):
     assert moved(model, (tokens().double(),)) < 1e-12
 
 
+class EmptyPrefix(nn.Module):
+    """No token of so many is in front of what is rotated; the prefix is cut off and put back all the same."""
+
+    def __init__(self, prefix):
+        super().__init__()
+        self.prefix = prefix
+        self.first, self.last = nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(torch.cat([y[:, : self.prefix], torch.tanh(y[:, self.prefix :])], 1))
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_an_empty_part_of_a_concatenation_holds_nothing(prefix):
+    model = randomise(EmptyPrefix(prefix))
+    assert outline(analysed(model, tokens())[1]) == [(6, "free")]
+    assert moved(model, (tokens().double(),)) < 1e-12
+
+
 FREE, BLOCKS, DUAL = "free", "blockwise", "relabel only"
 
 EXPECTED = {

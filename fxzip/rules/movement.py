@@ -126,8 +126,9 @@ def _filler(operand: Operand, dim: int) -> int:
 
 def cat(call: Invocation) -> Fields:
     """cat: labels are concatenated along `dim`; features along other axes are the same in all parts."""
-    parts = [call.operand(part) for part in call.args[0]]
-    parts = [part for part in parts if part.tensor.numel() or part.ndim > 1]
+    parts = [call.operand(part) for part in call.args[0] if part.numel()]  # what is empty says nothing
+    if not parts:
+        return ()
     dim = call.arg(1, "dim", 0) % parts[0].ndim
     return joined(call, parts, dim)
 
