@@ -120,6 +120,8 @@ def timing(rows: Sequence[Row]) -> list[str]:
     nodes, labels = [row["nodes"] for row in timed], [row["labels"] for row in timed]
     (base, slope), by_nodes = fit(nodes, to=seconds)
     (base2, slope2, per_label), by_both = fit(nodes, labels, to=seconds)
+    passes = [row["forward_s"] for row in timed]
+    (base3, slope3, per_label3, per_pass), by_three = fit(nodes, labels, passes, to=seconds)
     large = [(n, s) for n, s in zip(nodes, seconds, strict=True) if n >= 50 and s > 0]
     (_, power), _ = fit(np.log([n for n, _ in large]), to=np.log([s for _, s in large]))  # type: ignore[arg-type]
     return [
@@ -128,6 +130,8 @@ def timing(rows: Sequence[Row]) -> list[str]:
         f"- seconds = {base:.3f} + {1e3 * slope:.3f}·nodes/1000, R² = {by_nodes:.2f};",
         f"- seconds = {base2:.3f} + {1e3 * slope2:.3f}·nodes/1000 + {1e6 * per_label:.3f}·labels/10⁶ (a label "
         f"is an index of an axis of a parameter, or a block), R² = {by_both:.2f};",
+        f"- seconds = {base3:.3f} + {1e3 * slope3:.3f}·nodes/1000 + {1e6 * per_label3:.3f}·labels/10⁶ + {per_pass:.3f}·"
+        f"forward (attention is run as its matrix products, which takes longer than fused), R² = {by_three:.2f};",
         f"- seconds ∝ nodes^{power:.2f} (fit of the logarithms, from 50 nodes on).",
     ]
 
@@ -147,9 +151,9 @@ def growing(growth: Sequence[Row]) -> list[str]:
         return []
     return [
         "",
-        "Across the zoo widths, resolutions and kinds of calls change together with the number of nodes; wide layers "
-        "have more labels, and that is most of the spread about the line. With nothing but depth changing "
-        "(`benchmarks/coverage_growth.py`):",
+        "Across the zoo widths, resolutions and kinds of calls change together with the number of nodes: the spread "
+        "about the first line is that of widths (labels) and of the work in a call (forward). With nothing but depth "
+        "changing (`benchmarks/coverage_growth.py`) it is a line:",
         "",
         *lines,
     ]
