@@ -413,6 +413,25 @@ def test_messages(starts):
         WeightMatching(starts=starts)
 
 
+def test_biases_must_count_for_something():
+    with pytest.raises(fxzip.InputError, match="`vectors` must be above 0"):
+        WeightMatching(vectors=0)
+
+
+def test_large_biases_do_not_decide_how_features_are_matched():
+    """Kernels of a relabelled copy, but biases in an order of their own: with all weights alike these win."""
+    first, order = mlp(6, 8, 3), torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
+    second = mlp(6, 8, 3)
+    for net in (first, second):
+        net[0].bias.data = torch.linspace(-20, 20, 8, dtype=torch.float64)
+    second[0].weight.data, second[2].weight.data = first[0].weight[order], first[2].weight[:, order]
+    own = problem(first, second, sample=torch.randn(2, 6).double())
+    [merge] = WeightMatching().match(own)
+    assert torch.equal(merge.assignment(1), order)
+    [merge] = WeightMatching(vectors=1).match(own)
+    assert torch.equal(merge.assignment(1), torch.arange(8))
+
+
 def test_a_run_brings_features_into_the_layout_of_the_first_model():
     run = Run(1, {0: (torch.tensor([[0, 2]]), torch.tensor([[1, 2]]))}, (torch.tensor([1]), torch.tensor([0])))
     weight = Weight("w", (torch.zeros(1, 3), torch.tensor([[5.0, 6.0, 7.0]])), (run,))

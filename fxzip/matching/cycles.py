@@ -26,7 +26,7 @@ from fxzip.errors import InputError
 from fxzip.matching.descent import Matching, assigned, slices, transformed
 from fxzip.matching.merge import Merge
 from fxzip.matching.problem import Problem, Run, Weight
-from fxzip.matching.weights import WeightMatching, based_on_first, begin, identity, merge_of
+from fxzip.matching.weights import WeightMatching, based_on_first, begin, identity, merge_of, weighted
 
 Relaxed = list[dict[int, Tensor]]  # by model, then space: doubly stochastic, [n, n]
 
@@ -47,6 +47,7 @@ class CycleConsistent:
     Attributes:
         start: "signatures" or "identity", as for `WeightMatching`.
         steps: most steps.
+        vectors: how much parameters with one axis count, as for `WeightMatching`.
     """
 
     name: ClassVar[str] = "c2m3"
@@ -54,9 +55,10 @@ class CycleConsistent:
 
     start: str = "signatures"
     steps: int = 50
+    vectors: float = 0.01
 
     def __post_init__(self) -> None:
-        WeightMatching(starts=(self.start,))  # the same names, the same error
+        WeightMatching(starts=(self.start,), vectors=self.vectors)  # the same names, the same errors
 
     def match(self, problem: Problem) -> list[Merge]:
         """A merge for every space: every model relabelled.
@@ -70,7 +72,7 @@ class CycleConsistent:
                 f"`c2m3` relabels models of equal widths; a space has {list(widths)} features. "
                 'Use `method="weights"`, which matches different widths.'
             )
-        matchings = self._matchings(problem)
+        matchings = self._matchings(weighted(problem, self.vectors))
         return [merge_of(problem, number, matchings) for number in range(len(problem.spaces))]
 
     def relabelling(self) -> CycleConsistent:

@@ -10,6 +10,11 @@ the axes whose features may still change places, does not depend on how these ar
 inequality the inner product of two sorted slices bounds that of the slices under any matching. Matching the sorted
 slices of every space by itself, one assignment problem each, maximises this bound; for a relabelled copy it is the
 answer. The paper starts from the models as they are.
+
+Biases. What a BatchNorm adds becomes a bias when it is folded into the call in front of it, and all biases of a network
+may then weigh as much in the sum as all its kernels. A space where they decide is matched by how active its features
+are, not by what they look at. So parameters with one axis count `vectors` times in the sum; the paper, whose networks
+have LayerNorms, counts them like all others.
 """
 
 from __future__ import annotations
@@ -46,9 +51,10 @@ class WeightMatching:
         starts: where descents start: "signatures", "identity" (the models as they are, the paper's), or both; the end
             with the greatest objective is kept.
         sweeps: most visits to all spaces; the descent usually ends long before.
+        vectors: how much parameters with one axis (biases, scales) count in the sum; 1: as in the paper.
 
     Raises:
-        InputError: no start, or an unknown one.
+        InputError: no start, or an unknown one; `vectors` is not above 0.
     """
 
     name: ClassVar[str] = "weights"
@@ -57,19 +63,41 @@ class WeightMatching:
     seed: int = 0
     starts: tuple[str, ...] = ("signatures",)
     sweeps: int = 100
+    vectors: float = 0.01
 
     def __post_init__(self) -> None:
+        if not self.vectors > 0:
+            raise InputError(
+                f"`vectors` must be above 0: biases tell features apart that are alike else; got {self.vectors}."
+            )
         if not self.starts or not set(self.starts) <= set(STARTS):
             raise InputError(f"`starts` must name one or more of {', '.join(map(repr, STARTS))}; got {self.starts!r}.")
 
     def match(self, problem: Problem) -> list[Merge]:
         """A merge for every space: every model relabelled to fit the first."""
-        matchings = match_weights(problem, self)
+        matchings = match_weights(weighted(problem, self.vectors), self)
         return [merge_of(problem, number, matchings) for number in range(len(problem.spaces))]
 
     def relabelling(self) -> WeightMatching:
         """Itself."""
         return self
+
+
+def weighted(problem: Problem, vectors: float) -> Problem:
+    """The problem with parameters of one axis scaled so that they count `vectors` times in inner products.
+
+    >>> from fxzip.matching.problem import Run
+    >>> run = Run(0, {0: (torch.arange(2)[None],) * 2}, (torch.zeros(0).long(),) * 2)
+    >>> weighted(Problem((), (Weight("bias", (torch.ones(2), torch.ones(2)), (run,)),)), 0.25).weights[0].values[0]
+    tensor([0.5000, 0.5000])
+    """
+    weights = tuple(
+        replace(weight, values=tuple(value * vectors**0.5 for value in weight.values))
+        if weight.values[0].ndim == 1 and vectors != 1
+        else weight
+        for weight in problem.weights
+    )
+    return replace(problem, weights=weights)
 
 
 def match_weights(problem: Problem, settings: WeightMatching) -> list[Matching]:
