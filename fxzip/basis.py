@@ -127,7 +127,11 @@ def _grouped(value: Tensor, columns: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """One model's part of a merged parameter, in model 0's layout: Σ M W U and, by axis written, the row sums of M."""
+    """One model's part of a merged parameter, in model 0's layout: Σ M W U and, by axis written, the row sums of M.
+
+    The sums are along their axis; those of a grouped kernel's second axis, which differ from group to group, [rows,
+    columns].
+    """
 
     value: Tensor
     weights: Mapping[int, Tensor]
@@ -136,7 +140,8 @@ class Share:
         """The denominator's part, in a shape that broadcasts against `value`."""
         result = self.value.new_ones([1] * self.value.ndim)
         for axis, sums in self.weights.items():
-            result = result * sums.to(result).reshape([-1 if a == axis else 1 for a in range(self.value.ndim)])
+            ends = [1] * (self.value.ndim - axis - 1)
+            result = result * sums.to(result).reshape([*([1] * axis if sums.ndim == 1 else sums.shape[:-1]), -1, *ends])
         return result
 
 
@@ -162,7 +167,9 @@ def share(
                     weights[axis][slots(wanted, s)] = shares(merges[s], k).to(places.weights)
     if labels.groups > 1:
         value = _grouped(value, len(group_run(target)) // target.groups)
-        weights.pop(1, None)
+        if 1 in weights:  # a transposed one
+            groups = len(weights[1]) // value.shape[1]
+            weights[1] = weights[1].reshape(groups, -1).repeat_interleave(len(value) // groups, 0)
     return Share(value, weights)
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import fxzip
+from fxzip.refit.kernels import effective, install, module_kernel, sampled_places, take
 from fxzip.refit.ridge import affine_solution, ridge_solution
-from fxzip.refit.units import effective, feature_axis, install, patches, sampled_places, take
 
 
 def test_ridge_is_least_squares_where_lambda_vanishes() -> None:
@@ -79,22 +79,24 @@ def test_patches_times_weight_is_the_call(name: str) -> None:
     module, shape = LINEAR[name]
     module = module.double()
     x = torch.randn(*shape, dtype=torch.float64)
-    y = module(x)
-    axis = feature_axis(module, y.ndim)
-    places = sampled_places(y.shape, axis, 50, torch.Generator().manual_seed(0))
-    flat, bias = effective(module, None)
-    found = torch.einsum("pgd,gnd->pgn", patches(module, x, places), flat).flatten(1) + bias
-    torch.testing.assert_close(found, take(y, axis, places))
+    x, y = (x, module(x)) if name != "linear" else (x.flatten(0, -2), module(x.flatten(0, -2)))
+    kernel = module_kernel(module)
+    places = sampled_places(y.shape, kernel.axes, 50, torch.Generator().manual_seed(0))
+    flat, bias = effective(kernel, None)
+    found = torch.einsum("pgd,gnd->pgn", kernel.patches(x, places), flat).flatten(1) + bias
+    torch.testing.assert_close(found, take(y, kernel.axes, places))
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_install_writes_what_effective_reads(name: str) -> None:
     module, _ = LINEAR[name]
     module = module.double()
-    flat, bias = (torch.randn_like(v) for v in effective(module, None))
+    kernel = module_kernel(module)
+    flat, bias = (torch.randn_like(v) for v in effective(kernel, None))
+    bias = bias if kernel.bias is not None else torch.zeros_like(bias)
     with torch.no_grad():
-        install(module, None, flat, bias)
-    for found, wanted in zip(effective(module, None), (flat, bias), strict=True):
+        install(kernel, None, flat, bias)
+    for found, wanted in zip(effective(module_kernel(module), None), (flat, bias), strict=True):
         torch.testing.assert_close(found, wanted)
 
 
@@ -106,7 +108,7 @@ def test_install_makes_the_batchnorm_the_identity() -> None:
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     wanted = norm(conv(x))
     with torch.no_grad():
-        install(conv, norm, *effective(conv, norm))
+        install(module_kernel(conv), norm, *effective(module_kernel(conv), norm))
     torch.testing.assert_close(norm(conv(x)), wanted)
     torch.testing.assert_close(norm.running_mean, torch.zeros(5, dtype=torch.float64))
 

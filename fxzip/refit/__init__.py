@@ -66,7 +66,9 @@ def fit_notes(zipped: ZippedModule) -> list[str]:
     if not isinstance(fit, Fit):
         return []
     notes = [f"least squares fitted {len(fit.fitted)} calls"]
-    notes += [f"`{name}` was left as zipped: {why}" for name, why in fit.left.items()]
+    for why in dict.fromkeys(fit.left.values()):
+        names = [f"`{name}`" for name, own in fit.left.items() if own == why]
+        notes.append(f"left as zipped, since {why}: " + ", ".join(names))
     notes += [
         f"`{name}` needed a ridge of {ridge:.0e}: its inputs are rank-deficient" for name, ridge in fit.raised.items()
     ]

@@ -11,6 +11,8 @@ from torch import fx
 from ..inputs import Call, batch_size
 from ..tracing import Program, flat_inputs
 
+Env = dict[fx.Node, Any]
+
 
 class Lockstep:
     """One network and the values of its nodes on every batch; values are freed after their last use."""
@@ -18,30 +20,50 @@ class Lockstep:
     def __init__(self, module: fx.GraphModule, calls: Sequence[Call]) -> None:
         self.module = module
         self.nodes = {node.name: node for node in module.graph.nodes}
+        self._order = {node: place for place, node in enumerate(module.graph.nodes)}
         self._interpreter = fx.Interpreter(module)
         self._waiting = {node: len(node.users) for node in module.graph.nodes}
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        self.envs = [dict(zip(placeholders, flat_inputs(module, call), strict=True)) for call in calls]
+        self.envs: list[Env] = [dict(zip(placeholders, flat_inputs(module, call), strict=True)) for call in calls]
 
     def __len__(self) -> int:
         return len(self.envs)
 
     def run(self, node: fx.Node) -> None:
-        """Compute a node on all batches; placeholders are there from the start."""
-        if node.op != "placeholder":
-            for env, value in zip(self.envs, self.values(node, again=True), strict=True):
-                env[node] = value
-
-    def values(self, node: fx.Node, *, again: bool = False) -> list[Any]:
-        """The node's values; computed, but not kept, if it has not run yet (or `again`)."""
-        result = []
+        """Compute a node on all batches where it is not there yet."""
         for env in self.envs:
-            if again or node not in env:
-                self._interpreter.env = env
-                result.append(self._interpreter.run_node(node))
-            else:
-                result.append(env[node])
-        return result
+            if node not in env:
+                env[node] = self.call(env, node)
+
+    def call(self, env: Env, node: fx.Node) -> Any:
+        """What a node whose inputs are there gives; nothing is kept."""
+        self._interpreter.env = env
+        return self._interpreter.run_node(node)
+
+    def value(self, env: Env, node: fx.Node) -> Any:
+        """The value of a node; what it needs and is not there yet is computed ahead of time, and kept in `env`."""
+        for missing in self._missing(env, node):
+            env[missing] = self.call(env, missing)
+        return env[node]
+
+    def inputs(self, env: Env, node: fx.Node) -> None:
+        """Compute what a node reads and is not there yet."""
+        for source in node.all_input_nodes:
+            self.value(env, source)
+
+    def _missing(self, env: Env, node: fx.Node) -> list[fx.Node]:
+        waiting, found = [node], set[fx.Node]()
+        while waiting:
+            own = waiting.pop()
+            if own not in env and own not in found:
+                found.add(own)
+                waiting += own.all_input_nodes
+        return sorted(found, key=self._order.__getitem__)
+
+    def forget(self, node: fx.Node) -> None:
+        """A node is going to be computed anew."""
+        for env in self.envs:
+            env.pop(node, None)
 
     def release(self, node: fx.Node) -> None:
         """The node is done: free those of its inputs that no later node needs."""

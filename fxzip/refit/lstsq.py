@@ -11,35 +11,23 @@ are fitted feature by feature. Then the first linear calls of each head are fitt
 from __future__ import annotations
 
 import copy
-import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from ..inputs import Call, not_finite
+from ..inputs import Call
 from ..plan import ZipPlan
-from ..tracing import quiet_execution
 from ..zipped import ZippedModule, part_of
+from .goals import Goal, TrunkGoals, head_goal
+from .kernels import effective, install
 from .lockstep import Lockstep, within_memory
 from .ridge import affine_solution, ridge_solution
-from .targets import find_targets
-from .units import (
-    Places,
-    Unit,
-    called,
-    effective,
-    feature_axis,
-    find_units,
-    install,
-    only_user,
-    patches,
-    sampled_places,
-    take,
-)
-
-Target = Callable[[int, Places], Tensor]
+from .samples import Sample, Sampler
+from .survey import decomposed, survey
+from .units import Unit, called, find_units
 
 
 @dataclass
@@ -78,7 +66,7 @@ class LeastSquares:
         numbered = labelled() if labelled is not None else ((0, call) for call in data)
         programs = plan.trunk.alignment.programs
         batches, cut = within_memory(numbered, programs, self.memory, getattr(data, "sources", 1))
-        with quiet_execution():
+        with decomposed():
             walk = _Walk(result, plan, batches, self)
             walk.trunk()
             for k in range(len(programs)):
@@ -96,48 +84,42 @@ class _Walk:
     ) -> None:
         self.net, self.plan, self.settings = net, plan, settings
         self.sources = [source for source, _, _ in batches]
-        self.numbers = [number for _, number, _ in batches]
         calls = [call for _, _, call in batches]
+        programs = plan.trunk.alignment.programs
+        self.survey = survey(net, programs[0].call)
         self.zipped = Lockstep(net, calls)
-        self.originals = [Lockstep(program.module, calls) for program in plan.trunk.alignment.programs]
+        self.originals = [Lockstep(program.module, calls) for program in programs]
         self.names = [plan.trunk.names(k) for k in range(len(self.originals))]
-        self.generator = torch.Generator().manual_seed(0)
+        self.goals = TrunkGoals(plan, self.originals, max(self.sources) + 1)
+        numbers = [number for _, number, _ in batches]
+        self.sampler = Sampler(self.zipped, self.survey, numbers, settings.positions, settings.least)
         self.fit = Fit()
 
-    @staticmethod
-    def _waits(node: fx.Node, units: dict[fx.Node, Unit]) -> bool:
-        """Whether this is a linear call that is fitted together with the BatchNorm behind it."""
-        behind = only_user(node)
-        return behind is not None and behind in units and units[behind].call is node
-
-    def _release(self, node: fx.Node, units: dict[fx.Node, Unit]) -> None:
-        """Free what is not needed any more; inputs of a call wait until the BatchNorm behind it has been fitted."""
-        if self._waits(node, units):
-            return
-        if node in units and units[node].norm is not None:
-            self.zipped.release(units[node].call)
-        self.zipped.release(node)
-
     def trunk(self) -> None:
-        """Run the trunk of all networks node by node and fit each unit when its inputs are there."""
+        """Run the trunk of all networks node by node and fit each unit when the inputs of its first call are there."""
         self._stems()
         nodes = [n for n in self.net.graph.nodes if n.op != "output" and part_of(n) == "trunk"]
-        units = find_units(self.net, nodes)
+        starts = self._units(nodes)
         for node in nodes:
             name = node.meta["fxzip"]["from"][0]
             twins = [net.nodes[own[name]] for net, own in zip(self.originals, self.names, strict=True) if name in own]
             for net, twin in zip(self.originals, twins, strict=False):
                 net.run(twin)
-            if node in units and units[node].linear:
-                shapes = [value.shape for value in self.originals[0].values(twins[0])]
-                self._fit_trunk(units[node], shapes)
-            elif not self._waits(node, units):
-                self.zipped.run(node)
-                if node in units:
-                    self._fit_trunk(units[node], [value.shape for value in self.zipped.values(node)])
+            for unit in starts.get(node, ()):
+                self._fit(unit, [self.goals.of(unit, site) for site in unit.sites], self.originals, self.goals.at)
+            self.zipped.run(node)
             for net, twin in zip(self.originals, twins, strict=False):
                 net.release(twin)
-            self._release(node, units)
+            self.zipped.release(node)
+
+    def _units(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, list[Unit]]:
+        """Units by the node of their first call."""
+        units, left = find_units(self.net, self.survey, set(nodes))
+        self.fit.left |= left
+        starts: dict[fx.Node, list[Unit]] = defaultdict(list)
+        for unit in units:
+            starts[unit.sites[0].node].append(unit)
+        return starts
 
     def _stems(self) -> None:
         """What the models compute on their own in front of the trunk, and where it is merged: nothing is fitted."""
@@ -152,110 +134,105 @@ class _Walk:
                     if name in stem.nodes:
                         net.release(node)
 
-    def _fit_trunk(self, unit: Unit, shapes: Sequence[torch.Size]) -> None:
-        """Fit one unit, whose output has these shapes, if that can be done, and run it."""
-        name = unit.target.meta["fxzip"]["from"][0]
-        found = find_targets(self.plan, name, max(self.sources) + 1)
-        if found is None:
-            self.fit.left[unit.call.name] = "its features do not lie along one axis"
-            self._run(unit)
-            return
-        twins = self.plan.trunk.alignment.pairs[name]
-        wanted = [net.values(net.nodes[twin]) for net, twin in zip(self.originals, twins, strict=True)]
-        other = None
-        if unit.total is not None:
-            other = self.zipped.values(next(n for n in unit.total.all_input_nodes if n is not unit.output))
-
-        def target(batch: int, places: Places) -> Tensor:
-            return found.at(self.sources[batch], [values[batch] for values in wanted], places)
-
-        merged = [torch.Size([found.size if a == found.axis else n for a, n in enumerate(s)]) for s in shapes]
-        self._solve(unit, merged, found.axis, target, other)
-
     def head(self, k: int) -> None:
         """Run head k and fit the linear calls that no other linear call of it comes before."""
         original, own = self.originals[k], set(self.names[k].values())
         nodes = [n for n in self.net.graph.nodes if part_of(n) == f"head {k}"]
-        units = find_units(self.net, nodes)
+        left = dict(self.fit.left)
+        starts = self._units(nodes)
+        self.fit.left = left
         behind: set[fx.Node] = set()
         for node in nodes:
             name = node.meta["fxzip"]["from"][0]
-            self.zipped.run(node)
             twin = original.nodes.get(name)
             if twin is not None and name not in own:
                 original.run(twin)
-            first = node in units and units[node].linear and units[node].call not in behind
-            if first:
-                self._fit_head(units[node], original)
-            if first or any(source in behind for source in node.all_input_nodes):
+            first = [unit for unit in starts.get(node, ()) if unit.kernel is not None]
+            if any(source in behind for source in node.all_input_nodes):
                 behind.add(node)
-            self._release(node, units)
+            elif first:
+                behind.add(node)
+                for unit in first:
+                    self._fit(unit, [head_goal(original, unit, site) for site in unit.sites], [original], _no_sum)
+            self.zipped.run(node)
+            self.zipped.release(node)
 
-    def _fit_head(self, unit: Unit, original: Lockstep) -> None:
-        wanted = original.values(original.nodes[unit.output.meta["fxzip"]["from"][0]])
-        module = called(self.net, unit.call)
-        assert module is not None
-        axis = feature_axis(module, wanted[0].ndim)
-        alone = Unit(unit.call, unit.norm, None, unit.rectified and unit.total is None, unit.linear)
-        shapes = [value.shape for value in wanted]
-        self._solve(alone, shapes, axis, lambda batch, places: take(wanted[batch], axis, places), None)
+    def _fit(
+        self, unit: Unit, goals: Sequence[Goal | None], originals: Sequence[Lockstep],
+        sums: Callable[[fx.Node], Goal | None],
+    ) -> None:  # fmt: skip
+        """Fit one unit, from samples of all its calls."""
+        samples = []
+        for place, (site, goal) in enumerate(zip(unit.sites, goals, strict=True)):
+            if goal is None:
+                self.fit.left[unit.name] = "its features are fixed, or lie in several orders"
+                return
+            for batch, source in enumerate(self.sources):
+                envs = [net.envs[batch] for net in (self.zipped, *originals)]
+                if place:  # a call further on: what lies in between is computed ahead and forgotten
+                    envs = [dict(env) for env in envs]
+                samples.append(self.sampler.draw(unit, site, batch, source, envs, goal, sums))
+        per_feature = next((t for t in (unit.scale, unit.shift) if t is not None), None)
+        if unit.kernel is None and per_feature is not None and per_feature.numel() != samples[0].x.shape[1]:
+            self.fit.left[unit.name] = "several features share one parameter"
+            return
+        solve(self.net, unit, samples, self.settings, self.fit)
+        self.zipped.forget(unit.sites[0].node)
 
-    def _run(self, unit: Unit) -> None:
-        for node in (unit.call, unit.norm):
-            if node is not None:
-                self.zipped.run(node)
 
-    def _solve(
-        self, unit: Unit, shapes: Sequence[torch.Size], axis: int, target: Target, other: list[Tensor] | None
-    ) -> None:
-        """Fit one unit from sampled places of all batches, and run it."""
-        module, norm = called(self.net, unit.call), called(self.net, unit.norm) if unit.norm is not None else None
-        assert module is not None
-        inputs = effective(module, norm)[0].shape[-1] if unit.linear else 1
-        count = math.ceil(max(self.settings.least, self.settings.positions * inputs) / len(self.zipped))
-        xs, ts, skips = [], [], []
-        for batch, env in enumerate(self.zipped.envs):
-            places = sampled_places(shapes[batch], axis, count, self.generator)
-            source = env[unit.call.all_input_nodes[0]]
-            xs.append(patches(module, source, places) if unit.linear else take(env[unit.output], axis, places))
-            skip = None if other is None else take(other[batch].expand(shapes[batch]), axis, places)
-            wanted = target(batch, places)
-            ts.append(wanted if skip is None else wanted - skip)
-            skips += [] if skip is None else [skip]
-            for value, network in ((wanted, "the originals"), (xs[-1], "the zipped network"), (ts[-1], "both")):
-                if not bool(value.sum().isfinite()) and (bad := int((~value.flatten(1).isfinite().all(0)).sum())):
-                    raise not_finite(bad, unit.call.name, network, self.numbers[batch])
-        x, t, offset = torch.cat(xs), torch.cat(ts), torch.cat(skips) if skips else None
-        if unit.linear:
-            self._solve_linear(unit, x, t, offset)
-        else:
-            scale, shift = affine_solution(x, t, self.settings.ridge)
-            weight, bias = module.weight, module.bias
-            assert isinstance(weight, Tensor)
-            assert isinstance(bias, Tensor)
-            weight.mul_(scale.to(weight))
-            bias.copy_(scale.to(bias) * bias + shift.to(bias))
-        self.fit.fitted.append(unit.call.name)
-        self._run(unit)
+def _no_sum(node: fx.Node) -> None:
+    """Heads are fitted to what their own calls give."""
+    return
 
-    def _solve_linear(self, unit: Unit, x: Tensor, t: Tensor, offset: Tensor | None) -> None:
-        """x [places, groups, inputs], t [places, outputs]: one regression per group."""
-        module, norm = called(self.net, unit.call), called(self.net, unit.norm) if unit.norm is not None else None
-        assert module is not None
-        flat, bias = effective(module, norm)
-        groups, rows, _ = flat.shape
-        rounds = self.settings.rounds if unit.rectified else 0
-        for g in range(groups):
-            mine = slice(g * rows, (g + 1) * rows)
-            prior = torch.cat([flat[g].T, bias[None, mine]])
-            part = None if offset is None else offset[:, mine]
-            solution, ridge = ridge_solution(
-                x[:, g], t[:, mine], prior, self.settings.ridge, rounds=rounds, offset=part
+
+def solve(net: ZippedModule, unit: Unit, samples: Sequence[Sample], settings: LeastSquares, fit: Fit) -> None:
+    """Solve the regression of one unit and write the solution into its parameters."""
+    x, t = torch.cat([sample.x for sample in samples]), torch.cat([sample.t for sample in samples])
+    if unit.kernel is not None:
+        _solve_linear(net, unit, x, t, samples, settings, fit)
+    else:
+        scale, shift = affine_solution(
+            x, t, settings.ridge, scaled=unit.scale is not None, shifted=unit.shift is not None
+        )
+        if unit.scale is not None:
+            unit.scale.mul_(scale.reshape(unit.scale.shape).to(unit.scale))
+        if unit.shift is not None:
+            unit.shift.copy_(
+                scale.reshape(unit.shift.shape).to(unit.shift) * unit.shift
+                + shift.reshape(unit.shift.shape).to(unit.shift)
             )
-            flat[g], bias[mine] = solution[:-1].T, solution[-1]
-            if ridge > self.settings.ridge:
-                self.fit.raised[unit.call.name] = ridge
-        install(module, norm, flat, bias)
+    fit.fitted.append(unit.name)
+
+
+def _solve_linear(
+    net: ZippedModule, unit: Unit, x: Tensor, t: Tensor, samples: Sequence[Sample], settings: LeastSquares, fit: Fit
+) -> None:
+    """x [places, groups, inputs], t [places, outputs]: one regression per group."""
+    kernel = unit.kernel
+    assert kernel is not None
+    norm = called(net, unit.norm) if unit.norm is not None else None
+    flat, bias = effective(kernel, norm)
+    groups, rows, _ = flat.shape
+    rounds = settings.rounds if all(sample.rectified for sample in samples) else 0
+    offsets = [sample.offset for sample in samples]
+    offset = torch.cat([own for own in offsets if own is not None]) if all(own is not None for own in offsets) else None
+    constant = kernel.bias is not None or norm is not None or unit.owner is not None
+    for g in range(groups):
+        mine = slice(g * rows, (g + 1) * rows)
+        prior = torch.cat([flat[g].T, bias[None, mine]]) if constant else flat[g].T
+        part = None if offset is None else offset[:, mine]
+        solution, ridge = ridge_solution(
+            x[:, g], t[:, mine], prior, settings.ridge, rounds=rounds, offset=part, constant=constant
+        )
+        flat[g] = (solution[:-1] if constant else solution).T
+        if constant:
+            bias[mine] = solution[-1]
+        if ridge > settings.ridge:
+            fit.raised[unit.name] = ridge
+    install(kernel, norm, flat, bias)
+    if unit.owner is not None and norm is None:
+        weight = kernel.weight
+        unit.owner.bias = nn.Parameter(bias.to(weight), requires_grad=weight.requires_grad)
 
 
 def least_squares(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:

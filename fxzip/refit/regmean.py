@@ -27,7 +27,7 @@ from ..inputs import Call
 from ..plan import ZipPlan
 from ..tracing import flat_inputs, quiet_execution
 from ..zipped import ZippedModule, part_of, set_tensor
-from .units import feature_axis, flat_weight, is_linear, patches, put_weight, sampled_places
+from .kernels import module_kernel, sampled_places
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,13 @@ class RegMean:
                     if not several or source == k:
                         run.run(*flat_inputs(own, call))
                 for target, gram in run.grams.items():
-                    found.setdefault(target, _Sum()).add(self._shrunk(gram), flat_weight(attribute(own, target)))
+                    kernel = module_kernel(attribute(own, target))
+                    assert kernel is not None
+                    found.setdefault(target, _Sum()).add(self._shrunk(gram), kernel.flat)
             for target, total in found.items():
-                put_weight(attribute(result, target), total.solution())
+                kernel = module_kernel(attribute(result, target))
+                assert kernel is not None
+                kernel.put(total.solution())
         return result
 
     def _shrunk(self, gram: Tensor) -> Tensor:
@@ -129,10 +133,13 @@ class _Grams(fx.Interpreter):
             return None
         value = super().run_node(n)
         module: nn.Module | None = attribute(self.module, str(n.target)) if n.op == "call_module" else None
-        if module is not None and is_linear(module):
-            axis = feature_axis(module, value.ndim)
-            places = sampled_places(value.shape, axis, self.positions, self.generator)
-            x = patches(module, self.env[n.all_input_nodes[0]], places).transpose(0, 1)  # [groups, places, inputs]
+        kernel = module_kernel(module)
+        if kernel is not None:
+            source, out = self.env[n.all_input_nodes[0]], value
+            if isinstance(module, nn.Linear):
+                source, out = source.flatten(0, -2), out.flatten(0, -2)
+            places = sampled_places(out.shape, kernel.axes, self.positions, self.generator)
+            x = kernel.patches(source, places).transpose(0, 1)  # [groups, places, inputs]
             gram = (x.transpose(1, 2) @ x).double()
             target = str(n.target)
             self.grams[target] = self.grams[target] + gram if target in self.grams else gram

@@ -22,6 +22,7 @@ def ridge_solution(
     *,
     rounds: int = 0,
     offset: Tensor | None = None,
+    constant: bool = True,
 ) -> tuple[Tensor, float]:
     """The regression, and the ridge that it took.
 
@@ -39,11 +40,12 @@ def ridge_solution(
         rounds: if positive, a ReLU follows (after `offset`, [positions, n], is added): where the target is ≤ 0 any
             value ≤ 0 serves. Each round replaces such targets by the present value or 0: the sum of squares that
             forgives values ≤ 0 there never grows.
+        constant: whether 1 is an input too; else W_0 and W are [d, n].
 
     Returns:
         W in float64, [d + 1, n], and the ridge used.
     """
-    ones = torch.cat([x, x.new_ones(len(x), 1)], 1)
+    ones = torch.cat([x, x.new_ones(len(x), 1)], 1) if constant else x
     gram = _gram(ones)
     factor, ridge = _cholesky(gram, ridge)
     start = ones @ prior.to(ones)
@@ -90,18 +92,23 @@ def _cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
         ridge = max(ridge, 1e-12) * 10
 
 
-def affine_solution(y: Tensor, t: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def affine_solution(
+    y: Tensor, t: Tensor, ridge: float, *, scaled: bool = True, shifted: bool = True
+) -> tuple[Tensor, Tensor]:
     """Scale c and shift d per feature: argmin Σ (c y + d - t)² + λ (c - 1)², λ = ridge · var y. Float64, [n] each.
+
+    Where only one of them is there, the other stays at 1 or 0; without a shift λ = ridge · mean y².
 
     >>> y = torch.tensor([[0.0], [1.0], [2.0]])
     >>> affine_solution(y, 3 * y + 1, 0.0)
     (tensor([3.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     y, t = y.double(), t.double()
-    mean, target = y.mean(0), t.mean(0)
+    mean, target = (y.mean(0), t.mean(0)) if shifted else (y.new_zeros(y.shape[1]),) * 2
     variance = (y - mean).square().mean(0)
     covariance = ((y - mean) * (t - target)).mean(0)
     alive = variance > 1e-12 * y.square().mean(0).clamp(min=torch.finfo(torch.float64).tiny)
     safe = torch.where(alive, variance, torch.ones_like(variance)) * (1 + ridge)
     scale = torch.where(alive, (covariance + ridge * variance) / safe, torch.ones_like(variance))
+    scale = scale if scaled else torch.ones_like(scale)
     return scale, target - scale * mean

@@ -8,57 +8,68 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..analysis import Labelling
 from ..analysis.spaces import Layout, slots
 from ..basis import merged_layout
 from ..plan import ZipPlan
 from ..rules import varying
-from .units import Places, take
+from .kernels import Places, take
 
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Merging of the originals' outputs at a node: matrices[source][model] is [m, n_k], features along `axis`."""
+    """Merging of the originals' outputs: matrices[source][model] is [m, n_k], features along `axes`, as one run."""
 
-    axis: int
+    axes: tuple[int, ...]
     matrices: tuple[tuple[Tensor, ...], ...]
 
     @property
     def size(self) -> int:
-        """How many merged features there are."""
-        return self.matrices[0][0].shape[0]
+        """The number of merged features, m."""
+        return len(self.matrices[0][0])
 
     def at(self, source: int, values: Sequence[Tensor], places: Places) -> Tensor:
         """Σ_k M_k y_k at places of the output, [places, n], for a batch of the given source."""
         total: Tensor | None = None
         for value, matrix in zip(values, self.matrices[source], strict=True):
-            part = take(value, self.axis, places) @ matrix.to(value).T
+            part = take(value, self.axes, places) @ matrix.to(value).T
             total = part if total is None else total + part
         assert total is not None
         return total
 
 
-def find_targets(plan: ZipPlan, name: str, sources: int) -> Targets | None:
-    """Targets at a trunk node (named as in model 0); None where its features do not all lie along one axis.
+def find_targets(plan: ZipPlan, name: str, call: int | None, sources: int) -> Targets | None:
+    """Targets at a trunk node (named as in model 0), or at the result of one of its ATen calls.
+
+    None where the features do not lie in one order, along one axis or several.
 
     With several sources of data, one per model, a cluster's target on the data of model k is the mean of its members
     in model k, where it has any: on its own domain a model knows best.
     """
     trunk = plan.trunk
     twins = trunk.alignment.pairs[name]
-    fields = [label.fields.get(twin, ()) for label, twin in zip(trunk.labellings, twins, strict=True)]
-    if any(len(f) != 1 or len(varying(f[0])) != 1 for f in fields):
+    fields = [_labels(label, twin, call) for label, twin in zip(trunk.labellings, twins, strict=True)]
+    axes = [tuple(sorted(varying(own[0]))) if len(own) == 1 else () for own in fields]
+    if not axes[0] or any(own != axes[0] for own in axes):
         return None
     layouts = [trunk.spaces[k].layout(f[0]) for k, f in enumerate(fields)]
     if not bool((layouts[0].space >= 0).all()):
         return None
-    (axis,) = varying(fields[0][0])
     merged = merged_layout(trunk.spaces[0], fields[0][0], plan.merges)
     models = range(len(layouts))
     matrices = [
         tuple(_merge_matrix(plan, merged, layouts, k, source if sources == len(models) else None) for k in models)
         for source in range(sources)
     ]
-    return Targets(axis, tuple(matrices))
+    return Targets(axes[0], tuple(matrices))
+
+
+def _labels(label: Labelling, node: str, call: int | None) -> Sequence[Tensor]:
+    """The fields of what a node returns, or of the result of a linear call inside it."""
+    if call is None:
+        return label.fields.get(node, ())
+    found = {id(s.labels): s.labels for s in label.sites if (s.node, s.call, s.arg) == (node, call, -1)}
+    return list(found.values())
 
 
 def _merge_matrix(plan: ZipPlan, merged: Layout, layouts: Sequence[Layout], k: int, source: int | None) -> Tensor:

@@ -1,58 +1,74 @@
-"""What can be refitted: linear calls with the BatchNorm and the residual sum behind them; scales of normalisations."""
+"""What can be refitted: linear calls with the bias and the BatchNorm behind them; scales and shifts of other calls.
+
+Calls that share parameters make one unit and get one solution. What reads a parameter but cannot be refitted is named,
+with the reason.
+"""
 
 from __future__ import annotations
 
-import math
-import operator
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from ..align import attribute
+from .kernels import Kernel
+from .survey import Extent, Survey, Use, extent, overlap, storage_of
 
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-Places = tuple[Tensor, ...]
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_SCALES = (nn.LayerNorm, nn.GroupNorm, *_NORMS)
-_ADDS = (operator.add, torch.add, torch.ops.aten.add.Tensor)
-_RELUS = (F.relu, torch.relu, torch.ops.aten.relu.default)
+_OWNERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One call of a unit.
+
+    Attributes:
+        node, call, at: the ATen call, and the place of the activations among its arguments.
+        end: node and number of the call that gives the result: `call`, or the one that adds the bias.
+        norm: the BatchNorm right behind a linear call, which takes part.
+        final: whether the result is what the node of `end` returns.
+    """
+
+    node: fx.Node
+    call: int
+    at: int
+    end: tuple[fx.Node, int]
+    norm: fx.Node | None
+    final: bool
+
+    @property
+    def output(self) -> fx.Node:
+        return self.norm or self.end[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """A call that is fitted at `output`, to the target at `target`.
+    """Calls that are fitted together.
 
     Attributes:
-        call: the node of the linear call, or of a normalisation with scale and bias of its own.
-        norm: the BatchNorm right behind a linear call, which takes part.
-        total: the residual sum behind, whose other path is there already.
-        rectified: nothing but ReLUs follow.
-        linear: whether `call` is a linear call.
+        name: for the report.
+        sites: the calls that share the parameters, in order.
+        kernel: of a linear call.
+        scale, shift: parameters that multiply or are added to features one by one.
+        owner: a module that could get a bias.
     """
 
-    call: fx.Node
-    norm: fx.Node | None
-    total: fx.Node | None
-    rectified: bool
-    linear: bool
+    name: str
+    sites: tuple[Site, ...]
+    kernel: Kernel | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    owner: nn.Module | None = None
 
     @property
-    def output(self) -> fx.Node:
-        return self.norm or self.call
-
-    @property
-    def target(self) -> fx.Node:
-        return self.total or self.output
+    def norm(self) -> fx.Node | None:
+        return self.sites[0].norm
 
 
 def called(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -60,188 +76,142 @@ def called(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return attribute(net, str(node.target)) if node.op == "call_module" else None
 
 
-def is_linear(module: nn.Module | None) -> bool:
-    """Linear, and convolutions with zero padding, transposed ones too."""
-    if isinstance(module, (*_CONVS, *_TRANSPOSED)):
-        return module.padding_mode == "zeros"
-    return isinstance(module, nn.Linear)
-
-
-def feature_axis(module: nn.Module, ndim: int) -> int:
-    """The axis of the features in a module's output."""
-    return 1 if isinstance(module, (*_CONVS, *_TRANSPOSED, *_NORMS, nn.GroupNorm)) else ndim - 1
-
-
-def _is_scale(module: nn.Module | None) -> bool:
-    return isinstance(module, _SCALES) and module.weight is not None and getattr(module, "bias", None) is not None
-
-
 def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _is_sum(node: fx.Node | None) -> bool:
-    if node is None or len(node.all_input_nodes) != 2 or len(node.args) != 2 or node.kwargs:
-        return False
-    if node.op == "call_method":
-        return node.target in ("add", "add_")
-    return node.op == "call_function" and node.target in _ADDS
-
-
-def _is_relu(net: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("relu", "relu_")
-    return isinstance(called(net, node), nn.ReLU) or (node.op == "call_function" and node.target in _RELUS)
-
-
-def find_units(net: fx.GraphModule, nodes: Sequence[fx.Node]) -> dict[fx.Node, Unit]:
-    """Units among `nodes` by the node at which they are fitted. Modules that are called twice are left alone.
-
-    A residual sum belongs to the unit that is computed last in front of it; the other path is taken as it is.
-    """
-    order = {node: place for place, node in enumerate(net.graph.nodes)}
-    used = Counter(str(node.target) for node in net.graph.nodes if node.op == "call_module")
-    inside = set(nodes)
-    result: dict[fx.Node, Unit] = {}
-    taken: set[fx.Node] = set()
-    for node in nodes:
-        module = called(net, node)
-        linear = is_linear(module)
-        if node in taken or used[str(node.target)] > 1 or not (linear or _is_scale(module)):
-            continue
-        norm = _norm_behind(net, node, used, inside) if linear else None
-        output = norm or node
-        total = only_user(output)
-        if total is not None and _is_sum(total) and total in inside:
-            other = next(n for n in total.all_input_nodes if n is not output)
-            total = total if order[other] < order[output] else None
+def find_units(net: fx.GraphModule, found: Survey, nodes: Collection[fx.Node]) -> tuple[list[Unit], dict[str, str]]:
+    """The units whose calls all lie in `nodes`, in order of their first calls; and what is left, with the reason."""
+    uses = {number: use for number, use in enumerate(found.uses) if use.node in nodes}
+    names = _names(net, uses)
+    left = {names[number]: why for number, use in uses.items() if (why := _why_not(use))}
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for number, use in uses.items():
+        if use.kernel is not None:
+            groups[_key(use)].append(number)
+    joined: dict[int, int] = {}
+    norms: dict[int, fx.Node] = {}
+    for numbers in groups.values():
+        joined |= _biases_apart(uses, numbers)
+        norms |= _norms_behind(net, uses, numbers, nodes)
+    absorbed = {*joined.values(), *(n for n, use in uses.items() if use.node in norms.values())}
+    for number, use in uses.items():
+        if use.kernel is None and (use.scale is not None or use.shift is not None):
+            if number in absorbed:
+                left.pop(names[number], None)
+            elif not _why_not(use):
+                groups[_key(use)].append(number)
+    units = []
+    for numbers in sorted(groups.values()):
+        mine = {*numbers, *(joined[number] for number in numbers if number in joined)}
+        other = _other_reader(found, mine, [uses[number] for number in mine])
+        if other is not None:
+            left |= {names[number]: f"`{other.name}` reads its parameters too" for number in numbers}
         else:
-            total = None
-        users = list((total or output).users)
-        rectified = bool(users) and all(_is_relu(net, user) for user in users)
-        result[output] = Unit(node, norm, total, rectified, linear)
-        taken.add(output)
-    return result
+            units.append(_unit(net, uses, numbers, names[numbers[0]], joined, norms))
+    return units, left
 
 
-def _norm_behind(net: fx.GraphModule, node: fx.Node, used: Counter[str], inside: set[fx.Node]) -> fx.Node | None:
-    behind = only_user(node)
-    if behind is None or behind not in inside or behind.op != "call_module" or used[str(behind.target)] > 1:
-        return None
+def _why_not(use: Use) -> str:
+    if use.sums and use.kernel is None:
+        return f"`{use.name}` is no linear call with a parameter as its weight"
+    if use.kernel is None and (use.scale is not None or use.shift is not None) and not use.final:
+        return f"the result of `{use.name}` is not what the node returns"
+    held = next((t for t in (use.scale, use.shift) if t is not None), None)
+    if use.kernel is None and held is not None and sum(n > 1 for n in held.shape) != 1:
+        return "it has no parameter per feature"
+    return ""
+
+
+def _key(use: Use) -> Hashable:
+    """Equal for calls that take the same parameters in the same way."""
+    if use.kernel is None:
+        return use.name, *(None if t is None else (extent(t), t.shape) for t in (use.scale, use.shift))
+    k = use.kernel
+    bias = None if k.bias is None else extent(k.bias)
+    geometry = k.form, k.axes, k.groups, k.stride, k.padding, k.dilation
+    return extent(k.weight), k.weight.shape, k.weight.stride(), bias, geometry
+
+
+def _other_reader(found: Survey, mine: Collection[int], uses: Sequence[Use]) -> fx.Node | None:
+    """A node that reads the parameters of a unit, but is not one of its calls."""
+    held = [t for use in uses for t in (use.scale, use.shift) if t is not None]
+    held += [t for use in uses if use.kernel for t in (use.kernel.weight, use.kernel.bias) if t is not None]
+    own = [extent(t) for t in held]
+
+    def reads(extents: Sequence[Extent]) -> bool:
+        return any(overlap(a, b) for a in own for b in extents)
+
+    others = [use.node for number, use in enumerate(found.uses) if number not in mine and reads(use.reads)]
+    others += [node for node, read in found.static_reads if reads((read,))]
+    return next(iter(others), None)
+
+
+def _biases_apart(uses: dict[int, Use], numbers: Sequence[int]) -> dict[int, int]:
+    """For linear calls whose bias another call adds, the same at all of them: number of the one -> of the other."""
+    result = {}
+    for number, use in uses.items():
+        if use.name != "add" or use.follows not in numbers or use.shift is None or use.shift.ndim != 1:
+            continue  # a normalisation has a shift too
+        source = uses[use.follows]
+        assert source.kernel is not None
+        last = source.kernel.axes == (len(source.shape) - 1,) and source.kernel.bias is None
+        if (
+            last
+            and use.shape.numel() == source.shape.numel()
+            and use.shape[-1:] == source.shape[-1:] == use.shift.shape
+        ):
+            result[use.follows] = number
+    same = {extent(shift) for number in result.values() if (shift := uses[number].shift) is not None}
+    return result if len(result) == len(numbers) and len(same) == 1 else {}
+
+
+def _norms_behind(
+    net: fx.GraphModule, uses: dict[int, Use], numbers: Sequence[int], inside: Collection[fx.Node]
+) -> dict[int, fx.Node]:
+    """The BatchNorm that alone reads the result of a linear module, both called once."""
+    use = uses[numbers[0]]
+    behind = only_user(use.node)
+    if len(numbers) > 1 or behind is None or behind not in inside or not use.final:
+        return {}
+    if not isinstance(called(net, use.node), _OWNERS) or behind.op != "call_module":
+        return {}
     found = called(net, behind)
-    usable = isinstance(found, _NORMS) and found.running_mean is not None and found.affine
-    return behind if usable else None
+    twice = sum(node.op == "call_module" and node.target == behind.target for node in net.graph.nodes) > 1
+    usable = isinstance(found, _NORMS) and found.running_mean is not None and found.affine and not twice
+    return {numbers[0]: behind} if usable else {}
 
 
-# inputs at places of the output --------------------------------------------------------------------------------------
+def _unit(
+    net: fx.GraphModule, uses: dict[int, Use], numbers: Sequence[int], name: str, joined: dict[int, int],
+    norms: dict[int, fx.Node],
+) -> Unit:  # fmt: skip
+    """The unit made of these uses."""
+    first = uses[numbers[0]]
+    sites = []
+    for number in numbers:
+        use = uses[number]
+        last = uses[joined.get(number, number)]
+        sites.append(Site(use.node, use.call, use.at, (last.node, last.call), norms.get(number), last.final))
+    if first.kernel is None:
+        return Unit(name, tuple(sites), scale=first.scale, shift=first.shift)
+    kernel = first.kernel
+    if numbers[0] in joined:
+        kernel = replace(kernel, bias=uses[joined[numbers[0]]].shift)
+    module = called(net, first.node)
+    own = isinstance(module, _OWNERS) and all(uses[number].node.target == first.node.target for number in numbers)
+    owner = module if own and kernel.bias is None and getattr(module, "bias", None) is None else None
+    return Unit(name, tuple(sites), kernel, owner=owner)
 
 
-def sampled_places(shape: Sequence[int], axis: int, count: int, generator: torch.Generator) -> Places:
-    """At most `count` random places over all axes but `axis`: one index tensor per axis."""
-    sizes = [n for a, n in enumerate(shape) if a != axis]
-    total = math.prod(sizes)
-    flat = torch.arange(total) if count >= total else torch.randint(total, (count,), generator=generator)
-    result: list[Tensor] = []
-    for size in reversed(sizes):
-        result.append(flat % size)
-        flat = flat // size
-    return tuple(reversed(result))
-
-
-def take(value: Tensor, axis: int, places: Places) -> Tensor:
-    """Features at the places, [places, n]."""
-    moved: Tensor = value.movedim(axis, -1)[tuple(p.to(value.device) for p in places)]
-    return moved
-
-
-def patches(module: nn.Module, x: Tensor, places: Places) -> Tensor:
-    """Inputs of a linear call at output places, [places, groups, inputs per group], in the order of `flat_weight`."""
-    if isinstance(module, nn.Linear):
-        return take(x, x.ndim - 1, places)[:, None]
-    assert isinstance(module, (*_CONVS, *_TRANSPOSED))
-    dims = len(module.kernel_size)
-    valid: Tensor | None = None
-    index: list[Any] = [places[0].to(x.device).reshape(-1, *[1] * dims), slice(None)]
-    for axis in range(dims):
-        run, inside = _taps(module, axis, places[1 + axis].to(x.device), x.shape[2 + axis])
-        shape = (-1, *[module.kernel_size[axis] if a == axis else 1 for a in range(dims)])
-        index.append(run.reshape(shape))
-        valid = inside.reshape(shape) if valid is None else valid & inside.reshape(shape)
-    taken = x[tuple(index)]  # [places, *kernel, channels]
-    assert valid is not None
-    taken = taken * valid.expand(taken.shape[:-1])[..., None].to(taken)
-    return taken.movedim(-1, 1).reshape(len(places[0]), module.groups, -1)
-
-
-def _taps(module: Conv | Transposed, axis: int, place: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Input places along one axis for each kernel tap, [places, taps], and which of them lie inside."""
-    kernel, stride, dilation = module.kernel_size[axis], module.stride[axis], module.dilation[axis]
-    offsets = torch.arange(kernel, device=place.device) * dilation
-    if isinstance(module, _TRANSPOSED):
-        assert not isinstance(module.padding, str)
-        moved = place[:, None] + module.padding[axis] - offsets
-        run = torch.div(moved, stride, rounding_mode="floor")
-        inside = (moved % stride == 0) & (run >= 0) & (run < size)
-    else:
-        if module.padding == "same":
-            before = dilation * (kernel - 1) // 2
-        else:
-            before = 0 if isinstance(module.padding, str) else int(module.padding[axis])
-        run = place[:, None] * stride - before + offsets
-        inside = (run >= 0) & (run < size)
-    return run.clamp(0, size - 1), inside
-
-
-def flat_weight(module: nn.Module) -> Tensor:
-    """The weight as [groups, outputs per group, inputs per group · taps], float64."""
-    weight: Tensor = module.weight.detach().double()  # type: ignore[operator]
-    if isinstance(module, nn.Linear):
-        return weight[None]
-    assert isinstance(module, (*_CONVS, *_TRANSPOSED))
-    if isinstance(module, _TRANSPOSED):
-        split = weight.reshape(module.groups, -1, *weight.shape[1:])  # [groups, inputs, outputs, *kernel]
-        return split.transpose(1, 2).flatten(2)
-    return weight.reshape(module.groups, -1, math.prod(weight.shape[1:]))
-
-
-def put_weight(module: nn.Module, flat: Tensor) -> None:
-    """Write a weight in the form of `flat_weight` back."""
-    own: Tensor = module.weight  # type: ignore[assignment]
-    if isinstance(module, _TRANSPOSED):
-        inputs = own.shape[0] // module.groups
-        flat = flat.reshape(module.groups, -1, inputs, *own.shape[2:]).transpose(1, 2)
-    own.copy_(flat.reshape(own.shape).to(own))
-
-
-def effective(module: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """Flat weight and bias [outputs] of a linear call with the BatchNorm behind it folded in, float64."""
-    flat = flat_weight(module)
-    outputs = flat.shape[0] * flat.shape[1]
-    bias = module.bias.detach().double() if isinstance(module.bias, Tensor) else flat.new_zeros(outputs)
-    if isinstance(norm, _NORMS):
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-        flat = flat * scale.reshape(*flat.shape[:2], 1)
-        bias = (bias - norm.running_mean.double()) * scale + norm.bias.detach().double()
-    return flat, bias
-
-
-def install(module: nn.Module, norm: nn.Module | None, flat: Tensor, bias: Tensor) -> None:
-    """Write a solution: the weight into the call, the bias into the BatchNorm (made the identity) or into the call."""
-    put_weight(module, flat)
-    own = module.bias if isinstance(module.bias, Tensor) else None
-    if isinstance(norm, _NORMS):
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        norm.running_mean.zero_()
-        norm.running_var.fill_(1.0)
-        norm.weight.fill_(math.sqrt(1 + norm.eps))
-        norm.bias.copy_(bias.to(norm.bias))
-        if own is not None:
-            own.zero_()
-    elif own is not None:
-        own.copy_(bias.to(own))
-    else:
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        module.bias = nn.Parameter(bias.to(weight), requires_grad=weight.requires_grad)
+def _names(net: fx.GraphModule, uses: dict[int, Use]) -> dict[int, str]:
+    """A name for each use: its node's, with the parameter's where the node has several uses."""
+    params = {storage_of(param): name for name, param in net.named_parameters()}
+    times = Counter(use.node for use in uses.values())
+    result = {}
+    for number, use in uses.items():
+        held = use.kernel.weight if use.kernel is not None else use.scale if use.scale is not None else use.shift
+        storages = [read[0] for read in use.reads] if held is None else [storage_of(held)]
+        own = next((params[storage] for storage in storages if storage in params), "")
+        result[number] = use.node.name if times[use.node] == 1 else f"{use.node.name} ({own})"
+    return result

@@ -1,0 +1,123 @@
+"""What values of the zipped network should be: those of the originals, merged, or those of one original in its head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ..plan import ZipPlan
+from .inside import result
+from .kernels import Places, take
+from .lockstep import Env, Lockstep
+from .targets import Targets, find_targets
+from .units import Site, Unit
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Where a value of an original is read: what a node returns, or the result of one of its ATen calls."""
+
+    net: Lockstep
+    node: fx.Node
+    call: int | None
+
+    def value(self, env: Env) -> Tensor:
+        found: Tensor = (
+            self.net.value(env, self.node) if self.call is None else result(self.net, env, self.node, self.call)
+        )
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """Values on one batch.
+
+    Attributes:
+        axes: where the features lie along.
+        shape: of the values, all places as one axis where the goal is `flat`; `full` is that of the result itself.
+        at: from places to values, [places, n].
+    """
+
+    axes: tuple[int, ...]
+    shape: torch.Size
+    full: torch.Size
+    at: Callable[[Places], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """What a value should be.
+
+    Attributes:
+        axes: where its features lie along.
+        readings: where the originals have it, in the order of the environments that `on` gets.
+        targets: how theirs are merged; None: there is one, and it is taken as it is.
+        flat: whether features come last and all places are seen as one axis.
+    """
+
+    axes: tuple[int, ...]
+    readings: tuple[Reading, ...]
+    targets: Targets | None
+    flat: bool = False
+
+    def on(self, source: int, envs: Sequence[Env]) -> Wanted:
+        """The values on a batch from this source of data."""
+        values = [reading.value(env) for reading, env in zip(self.readings, envs, strict=True)]
+        full = list(values[0].shape)
+        targets, axes = self.targets, self.axes
+        if targets is not None and len(axes) == 1:
+            full[-1 if self.flat else axes[0]] = targets.size
+        if self.flat:
+            values = [value.flatten(0, -2) for value in values]
+        shape = torch.Size([math.prod(full[:-1]), full[-1]] if self.flat else full)
+        if targets is None:
+            return Wanted(axes, shape, torch.Size(full), lambda places: take(values[0], axes, places))
+        return Wanted(axes, shape, torch.Size(full), lambda places: targets.at(source, values, places))
+
+
+@dataclass(frozen=True, eq=False)
+class TrunkGoals:
+    """The goals of calls and nodes of the trunk."""
+
+    plan: ZipPlan
+    originals: Sequence[Lockstep]
+    sources: int
+
+    def of(self, unit: Unit, site: Site) -> Goal | None:
+        """For a call of a unit; None where its features have no order of their own."""
+        if unit.kernel is None or site.norm is not None:
+            return self.at(site.output)
+        name = site.node.meta["fxzip"]["from"][0]
+        targets = find_targets(self.plan, name, site.call, self.sources)
+        if targets is None or targets.axes != unit.kernel.axes:
+            return None
+        node, call = site.end
+        flat = site.end != (site.node, site.call)
+        return Goal(targets.axes, self._readings(node, call), targets, flat)
+
+    def at(self, node: fx.Node) -> Goal | None:
+        """For what a node returns."""
+        targets = find_targets(self.plan, node.meta["fxzip"]["from"][0], None, self.sources)
+        return None if targets is None else Goal(targets.axes, self._readings(node, None), targets)
+
+    def _readings(self, node: fx.Node, call: int | None) -> tuple[Reading, ...]:
+        twins = self.plan.trunk.alignment.pairs[node.meta["fxzip"]["from"][0]]
+        return tuple(Reading(net, net.nodes[twin], call) for net, twin in zip(self.originals, twins, strict=True))
+
+
+def head_goal(original: Lockstep, unit: Unit, site: Site) -> Goal | None:
+    """For a call of a head: what the original has there."""
+    if unit.kernel is None:
+        return None
+    node, call = (site.output, None) if site.norm is not None else site.end
+    twin = original.nodes[node.meta["fxzip"]["from"][0]]
+    return Goal(
+        unit.kernel.axes,
+        (Reading(original, twin, call),),
+        None,
+        site.norm is None and site.end != (site.node, site.call),
+    )

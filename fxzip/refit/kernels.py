@@ -1,0 +1,234 @@
+"""Linear calls as algebra: the inputs of an output place, and the weights in one form for all of them.
+
+Matrix products, batched ones, and convolutions of any stride, dilation, groups and number of axes, transposed ones too,
+are y[p, g] = W[g] x[p, g] + b with x[p, g] the inputs that group g of output place p reads: [places, groups, inputs].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Places = tuple[Tensor, ...]
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def sampled_places(shape: Sequence[int], axes: Sequence[int], count: int, generator: torch.Generator) -> Places:
+    """At most `count` random places over all axes but those of the features: one index tensor per axis."""
+    sizes = [n for a, n in enumerate(shape) if a not in axes]
+    total = math.prod(sizes)
+    flat = torch.arange(total) if count >= total else torch.randint(total, (count,), generator=generator)
+    return unravelled(flat, sizes)
+
+
+def unravelled(flat: Tensor, sizes: Sequence[int]) -> Places:
+    """One index tensor per axis from places counted through all axes.
+
+    >>> unravelled(torch.tensor([5]), [2, 3])
+    (tensor([1]), tensor([2]))
+    """
+    result: list[Tensor] = []
+    for size in reversed(sizes):
+        result.append(flat % size)
+        flat = flat // size
+    return tuple(reversed(result))
+
+
+def take(value: Tensor, axes: Sequence[int], places: Places) -> Tensor:
+    """Features at the places, [places, n]; features that lie along several axes as one run.
+
+    >>> take(torch.arange(12).reshape(2, 3, 2), (0, 2), (torch.tensor([1, 2]),)).tolist()
+    [[2, 3, 8, 9], [4, 5, 10, 11]]
+    """
+    ends = tuple(range(value.ndim - len(axes), value.ndim))
+    moved = value.movedim(tuple(axes), ends)
+    return moved[tuple(p.to(value.device) for p in places)].flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A linear call with weights of its own.
+
+    Attributes:
+        weight: as the call takes it; written in place.
+        bias: as it is added, [outputs] or with axes of size 1, or None.
+        form: "columns" for y = x W, "rows" for y = W x, "batched columns" and "batched rows" for the same once per
+            index of axis 0, "convolution".
+        axes: where the outputs lie along in the result.
+        groups, stride, padding, dilation, transposed: of a convolution; one number per axis.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    form: str
+    axes: tuple[int, ...]
+    groups: int = 1
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    transposed: bool = False
+
+    def patches(self, x: Tensor, places: Places) -> Tensor:
+        """Inputs at output places, [places, groups, inputs per group], in the order of `flat`."""
+        at = tuple(p.to(x.device) for p in places)
+        if self.form == "columns":
+            return x[at][:, None]
+        if self.form == "rows":
+            return x.T[at][:, None]
+        if self.form == "batched columns":
+            return x[at][:, None] if len(self.axes) == 1 else x[:, at[0]].transpose(0, 1)
+        if self.form == "batched rows":
+            return x[:, :, at[0]].permute(2, 0, 1)
+        return self._windows(x, at)
+
+    def _windows(self, x: Tensor, at: Places) -> Tensor:
+        dims = x.ndim - 2
+        valid: Tensor | None = None
+        index: list[Any] = [at[0].reshape(-1, *[1] * dims), slice(None)]
+        for axis in range(dims):
+            run, inside = self._taps(axis, at[1 + axis], x.shape[2 + axis])
+            shape = (-1, *[self.weight.shape[2 + axis] if a == axis else 1 for a in range(dims)])
+            index.append(run.reshape(shape))
+            valid = inside.reshape(shape) if valid is None else valid & inside.reshape(shape)
+        taken = x[tuple(index)]  # [places, *kernel, channels]
+        assert valid is not None
+        taken = taken * valid.expand(taken.shape[:-1])[..., None].to(taken)
+        return taken.movedim(-1, 1).reshape(len(at[0]), self.groups, -1)
+
+    def _taps(self, axis: int, place: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Input places along one axis for each kernel tap, [places, taps], and which of them lie inside."""
+        stride, padding, dilation = self.stride[axis], self.padding[axis], self.dilation[axis]
+        offsets = torch.arange(self.weight.shape[2 + axis], device=place.device) * dilation
+        if self.transposed:
+            moved = place[:, None] + padding - offsets
+            run = torch.div(moved, stride, rounding_mode="floor")
+            inside = (moved % stride == 0) & (run >= 0) & (run < size)
+        else:
+            run = place[:, None] * stride - padding + offsets
+            inside = (run >= 0) & (run < size)
+        return run.clamp(0, size - 1), inside
+
+    @property
+    def flat(self) -> Tensor:
+        """The weight as [groups, outputs per group, inputs per group], float64."""
+        weight = self.weight.detach().double()
+        if self.form == "columns":
+            return weight.T[None]
+        if self.form == "rows":
+            return weight[None]
+        if self.form == "batched columns":
+            return weight[:1].transpose(1, 2) if len(self.axes) == 1 else weight.transpose(1, 2)
+        if self.form == "batched rows":
+            return weight
+        if self.transposed:
+            split = weight.reshape(self.groups, -1, *weight.shape[1:])  # [groups, inputs, outputs, *kernel]
+            return split.transpose(1, 2).flatten(2)
+        return weight.reshape(self.groups, -1, math.prod(weight.shape[1:]))
+
+    def put(self, flat: Tensor) -> None:
+        """Write a weight in the form of `flat` back."""
+        own = self.weight
+        if self.form == "columns":
+            flat = flat[0].T
+        elif self.form == "batched columns":
+            own = own[0] if len(self.axes) == 1 else own
+            flat = flat[0].T if len(self.axes) == 1 else flat.transpose(1, 2)
+        elif self.transposed:
+            inputs = own.shape[0] // self.groups
+            flat = flat.reshape(self.groups, -1, inputs, *own.shape[2:]).transpose(1, 2)
+        own.copy_(flat.reshape(own.shape).to(own))
+
+
+def module_kernel(module: nn.Module | None) -> Kernel | None:
+    """The kernel of a linear or convolutional module with zero padding; None for other modules.
+
+    Its inputs are those of the module, with a linear module's positions in one run.
+    """
+    if isinstance(module, nn.Linear):
+        return Kernel(module.weight.T, module.bias, "columns", (1,))
+    if not isinstance(module, (*_CONVS, *_TRANSPOSED)) or module.padding_mode != "zeros":
+        return None
+    moved = isinstance(module, _TRANSPOSED)
+    if module.padding == "same":
+        taps = zip(module.dilation, module.kernel_size, strict=True)
+        padding = tuple(dilation * (size - 1) // 2 for dilation, size in taps)
+    else:
+        padding = tuple(0 if isinstance(module.padding, str) else int(p) for p in module.padding)
+    return Kernel(
+        module.weight, module.bias, "convolution", (1,), module.groups, module.stride, padding, module.dilation, moved
+    )
+
+
+def call_kernel(name: str, args: Sequence[Any], at: int) -> Kernel | None:
+    """The kernel of an ATen call whose argument `at` is a weight; None if the call is not a linear one of a known form.
+
+    >>> x, w = torch.zeros(5, 3), torch.zeros(3, 4)
+    >>> call_kernel("mm", (x, w), 1).form, call_kernel("relu", (x,), 0)
+    ('columns', None)
+    """
+    weight = args[at]
+    if name == "convolution" and at == 1 and isinstance(weight, Tensor):
+        stride, padding, dilation = (_each(args[place], weight.ndim - 2) for place in (3, 4, 5))
+        return Kernel(
+            weight, args[2], "convolution", (1,), int(args[8]), stride, padding, dilation, transposed=bool(args[6])
+        )
+    first = {"mm": 0, "bmm": 0, "addmm": 1}.get(name)
+    if first is None or at not in (first, first + 1):
+        return None
+    rows = at == first
+    bias = args[0] if first else None
+    if name != "bmm":
+        kernel = Kernel(weight, bias, "rows" if rows else "columns", (0,) if rows else (1,))
+        return kernel if bias is None or _adds_to(bias, kernel) else None
+    if rows:
+        return Kernel(weight, None, "batched rows", (0, 1), len(weight))
+    same = weight.stride(0) == 0 or len(weight) == 1
+    return Kernel(weight, None, "batched columns", (2,) if same else (0, 2), 1 if same else len(weight))
+
+
+def _each(amounts: Sequence[int], count: int) -> tuple[int, ...]:
+    return tuple(amounts) * (count if len(amounts) == 1 else 1)
+
+
+def _adds_to(bias: Tensor, kernel: Kernel) -> bool:
+    """Whether there is one entry per output, along the outputs."""
+    outputs = kernel.flat.shape[0] * kernel.flat.shape[1]
+    return bias.numel() == outputs and (bias.ndim == 1 or bias.shape[kernel.axes[0]] == outputs)
+
+
+def effective(kernel: Kernel, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """Flat weight and bias [outputs] of a linear call with the BatchNorm behind it folded in, float64."""
+    flat = kernel.flat.clone()
+    outputs = flat.shape[0] * flat.shape[1]
+    bias = flat.new_zeros(outputs) if kernel.bias is None else kernel.bias.detach().double().flatten().clone()
+    if isinstance(norm, _NORMS):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+        flat = flat * scale.reshape(*flat.shape[:2], 1)
+        bias = (bias - norm.running_mean.double()) * scale + norm.bias.detach().double()
+    return flat, bias
+
+
+def install(kernel: Kernel, norm: nn.Module | None, flat: Tensor, bias: Tensor) -> None:
+    """Write a solution: the weight into the call, the bias into the BatchNorm (made the identity) or into the call."""
+    kernel.put(flat)
+    if isinstance(norm, _NORMS):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1.0)
+        norm.weight.fill_(math.sqrt(1 + norm.eps))
+        norm.bias.copy_(bias.to(norm.bias))
+        if kernel.bias is not None:
+            kernel.bias.zero_()
+    elif kernel.bias is not None:
+        kernel.bias.copy_(bias.reshape(kernel.bias.shape).to(kernel.bias))
