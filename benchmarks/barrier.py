@@ -39,8 +39,8 @@ class Row:
 
     Attributes:
         loss, accuracy: the barrier in the loss, and in the accuracy.
-        fall: by how much the loss barrier is lower than that of the naive line with the same refit, in [-∞, 1]; `average` has
-            to come first among the methods.
+        fall: by how much the loss barrier is lower than that of the naive line with the same refit, in [-∞, 1];
+            `average` has to come first among the methods.
     """
 
     seeds: tuple[int, int]
