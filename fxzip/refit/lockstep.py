@@ -30,9 +30,9 @@ class Lockstep:
         return len(self.envs)
 
     def run(self, node: fx.Node) -> None:
-        """Compute a node on all batches where it is not there yet."""
+        """Compute a node on all batches where it is not there yet; inputs are there from the start, until released."""
         for env in self.envs:
-            if node not in env:
+            if node not in env and node.op != "placeholder":
                 env[node] = self.call(env, node)
 
     def call(self, env: Env, node: fx.Node) -> Any:
