@@ -159,9 +159,18 @@ def _foldable(
 ) -> frozenset[int]:
     """Spaces (of model 0) whose unmerge goes into the weights of head k.
 
-    Features that the head only moves, maps one by one, and sums over with weights of its own: so whatever the head
-    computes from them is in the model's own basis. Where the head sees another number of features than its own, its
-    code must bear that: it has been tried for those in `kept` (see `elastic`).
+    Where the head sees another number of features than its own, its code must bear that: it has been tried for those
+    in `kept` (see `elastic`).
+    """
+    narrow = {s for s, merge in merges.items() if s not in kept and merge.sizes[k] != merge.size}
+    possible = set(merges) - unmerged_spaces(trunk, k, reach) - narrow
+    return frozenset(s for s in possible if merges[s].assignment(k) is not None)
+
+
+def unmerged_spaces(trunk: Trunk, k: int, reach: torch.Tensor) -> set[int]:
+    """Spaces (of model 0) whose features head k needs in the model's own basis, whatever the merge.
+
+    All but those that it only moves, maps one by one, and sums over with weights of its own.
     """
     spaces = trunk.spaces[k]
     numbers = {own: s for s, own in enumerate(trunk.partners[k])}
@@ -187,8 +196,7 @@ def _foldable(
         met |= reached(labels)
     fused = spaces.space_of[spaces.klass[(reach == -1).nonzero().flatten()]]
     met |= {numbers[int(s)] for s in fused.unique() if s >= 0}
-    narrow = {s for s, merge in merges.items() if s not in kept and merge.sizes[k] != merge.size}
-    return frozenset(s for s in set(merges) - met - narrow if merges[s].assignment(k) is not None)
+    return met
 
 
 def _past_the_trunk(trunk: Trunk, k: int) -> list[torch.Tensor]:

@@ -23,7 +23,7 @@ from .errors import InputError
 from .matching import Energy
 from .matching.energy import energies, energy_losses
 from .moments import Moments
-from .plan import head_nodes, head_params, problem_of, reaches
+from .plan import head_nodes, head_params, problem_of, reaches, unmerged_spaces
 from .trunk import Trunk
 
 Width = float | str | Mapping[str, float]
@@ -163,7 +163,8 @@ class _Costs:
     """FLOPs as a function of the spaces' sizes relative to the first model's.
 
     A call with a parameter takes FLOPs in proportion to the parameter's length along each of its labelled axes; a run
-    that is shared out among several spaces has the length of all of them.
+    that is shared out among several spaces has the length of all of them. A head that needs features in its own basis
+    takes what it takes.
     """
 
     def __init__(self, trunk: Trunk, flops: Flops) -> None:
@@ -176,9 +177,11 @@ class _Costs:
             shared = set(trunk.names(k).values())
             self.fixed += sum(own[name] for name in trunk.alignment.stem(k) if name in own and name not in shared)
             reach, params = reaches(trunk)[k], head_params(trunk, k)
+            unmerged = unmerged_spaces(trunk, k, reach)
             for name in head_nodes(trunk, k):
                 touched = trunk.labellings[k].touches[name] & params if own.get(name) else frozenset()
-                self._add(own.get(name, 0), _lengths(trunk, k, touched, reach))
+                lengths = _lengths(trunk, k, touched, reach)
+                self._add(own.get(name, 0), [{s: f for s, f in length.items() if s not in unmerged} for length in lengths])
 
     def _add(self, cost: int, lengths: list[dict[int, float]]) -> None:
         if cost and lengths:

@@ -124,11 +124,17 @@ def test_a_wider_trunk_is_more_like_its_models():
     assert errors[-1] < 1e-4 < errors[0]
 
 
-@pytest.mark.parametrize("cost", [0.6, 1.0, 1.4])
-def test_width_by_need_takes_the_flops_that_it_may(cost):
+@pytest.mark.parametrize(
+    ("cost", "until"),
+    [
+        (0.6, None), (1.0, None), (1.4, None), (1.4, "layer1"), (1.5, "layer1"), (1.3, "layer2.0"), (1.6, "layer2.0.conv1")
+    ],
+)  # fmt: skip
+def test_width_by_need_takes_the_flops_that_it_may(cost, until):
+    """Also where the trunk ends inside a residual stage, whose features the head reads in its own basis."""
     models = pair(Residual)
     x = X.double()
-    zipped = fxzip.compile_zip(*models, x[:2], data=[x], width="auto", max_cost=cost)
+    zipped = fxzip.compile_zip(*models, x[:2], data=[x], width="auto", max_cost=cost, until=until)
     flops = zipped.report["flops"]
     assert 0.9 * cost < flops["total"] / flops["originals"][0] <= cost
     assert len({space["kept"] / space["size"] for space in zipped.report["spaces"]}) > 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -170,6 +172,25 @@ def test_held_out_error_is_far_below_that_of_repair() -> None:
         gaps = [((h - w).square().mean() / w.var()).item() for h, w in zip(heads, wanted, strict=True)]
         errors[refit] = sum(gaps)
     assert errors["lstsq"] < 0.5 * errors["repair"]
+
+
+def test_all_of_a_head_is_fitted() -> None:
+    """What lies behind the first linear call of a head repairs what that leaves."""
+    nets, x = [_net(0), _net(1)], _data(2, seed=9)
+    zipped = fxzip.compile_zip(*nets, x[0][:2], data=_data(), until="blocks.0", refit="lstsq")
+    for k, net in enumerate(nets):
+
+        def error(module: nn.Module) -> float:
+            return sum(float((module(batch)[k] - net(batch)).square().sum()) for batch in x)  # noqa: B023
+
+        fitted = error(zipped)
+        for last in ("blocks.1.conv2.weight", "head.weight"):
+            back = copy.deepcopy(zipped)
+            [name] = [name for name, _ in back.named_parameters() if f"head_{k}" in name and name.endswith(last)]
+            with torch.no_grad():
+                back.get_parameter(name).copy_(net.get_parameter(last))
+            assert not torch.equal(back.get_parameter(name), zipped.get_parameter(name))
+            assert fitted < error(back)
 
 
 def test_sources_per_model_and_one_source_differ() -> None:

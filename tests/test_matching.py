@@ -514,7 +514,7 @@ PAIR = (blocks_of(2, 1), blocks_of(2, 1))
         (lambda: Zip(beta=1.5), InputError, "0 <= beta <= 1; got beta=1.5. To merge across models only, pass beta=0"),
         (lambda: Zip()(observed(3, 3), 7), InputError, "1 to 6 of the 6 features of this space; got `size` 7"),
         (lambda: Zip()(observed(3, 3), 0), InputError, "got `size` 0"),
-        (lambda: Permute()(observed(3, 3), 4), InputError, '`size` must be 3; got 4. Use `method="zip"`'),
+        (lambda: Permute()(observed(3, 3), 2), InputError, '`size` must be 3 to 6; got 2. Use `method="zip"`'),
         (lambda: Average()(observed(3, 3), 4), InputError, "keeps every feature: `size` must be 3; got 4"),
         (lambda: Average()(observed(3, 4), 3), InputError, r"models of equal width; this space has \[3, 4\] features"),
         (lambda: Zip()(NOTHING, 1), DataError, "needs observed features; these moments hold 0 positions"),

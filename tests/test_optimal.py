@@ -69,8 +69,32 @@ def test_relabelled_twins_are_recovered():
         torch.testing.assert_close(output, net(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("sizes", "size"), [((3, 3), 2), ((3, 3, 3), 3), ((4, 2), 4)])
-def test_only_pairs(sizes, size):
-    message = f"joins features in pairs, so it keeps half of them; got {sum(sizes)} features and `size` {size}"
+def matchings(items, pairs):
+    """All ways to join so many pairs, the rest alone."""
+    if not pairs:
+        yield []
+    elif len(items) >= 2 * pairs:
+        first, *rest = items
+        yield from matchings(rest, pairs)
+        for other in rest:
+            yield from ([(first, other), *more] for more in matchings([i for i in rest if i != other], pairs - 1))
+
+
+@pytest.mark.parametrize(("sizes", "size"), [((3, 3), 4), ((4, 2), 4), ((2, 2, 2), 3), ((5,), 3)])
+def test_more_than_half_leaves_features_alone(sizes, size):
+    statistics = observed(*sizes, seed=2)
+    alike = similarity(statistics)
+    count = sum(sizes)
+    values = [sum(float(alike[p]) for p in pairs) for pairs in matchings(list(range(count)), count - size)]
+    labels = Optimal()(statistics, size).labels()
+    members = [(labels == c).nonzero().flatten().tolist() for c in range(size)]
+    assert all(1 <= len(own) <= 2 for own in members)
+    assert sum(float(alike[tuple(own)]) for own in members if len(own) == 2) == pytest.approx(max(values), abs=1e-9)
+
+
+@pytest.mark.parametrize(("sizes", "size"), [((3, 3), 2), ((3, 3, 3), 4), ((4, 2), 7)])
+def test_sizes_that_pairs_cannot_give(sizes, size):
+    total = sum(sizes)
+    message = f"of the {total} features it keeps {-(-total // 2)} to {total}; got `size` {size}"
     with pytest.raises(fxzip.InputError, match=message):
         Optimal()(observed(*sizes), size)

@@ -4,6 +4,9 @@ ZipIt! (Stoica et al., ICLR 2024, arXiv 2305.03053) compares its greedy matching
 join the 2n features of two models in n pairs, whichever model they come from, the one with the greatest Σ S[i, j], a
 matching of maximum weight in the complete graph (Edmonds 1965). The greedy one is nearly as good and much faster, and
 may also let clusters grow beyond pairs.
+
+To keep m of N features, N - m pairs are joined and 2m - N features stay alone: with so many places for lone features
+added to the graph, each joined to every feature at weight 0, the best perfect matching is the best of these.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import ClassVar
 
 import networkx as nx
 import torch
+from torch import Tensor
 
 from fxzip.errors import InputError
 from fxzip.matching.merge import Merge, cluster_merge, in_first_layout, similarity
@@ -35,27 +39,37 @@ class Optimal:
     name: ClassVar[str] = "optimal"
 
     def __call__(self, moments: Moments, size: int | None = None) -> Merge:
-        """The merge to half of the features.
+        """The merge to `size` features, those of the first model by default.
 
         Raises:
-            InputError: the features to keep are not half of those there are.
+            InputError: `size` is less than half of the features, or more than all of them.
             DataError: nothing was observed, or the moments are not finite.
         """
         total, kept = sum(moments.sizes), moments.sizes[0] if size is None else size
-        if total != 2 * kept:
+        if not total <= 2 * kept <= 2 * total:
             raise InputError(
-                f"`optimal` joins features in pairs, so it keeps half of them; got {total} features and `size` {kept}. "
-                'Use `method="zip"`.'
+                f"`optimal` joins features in pairs: of the {total} features it keeps {-(-total // 2)} to {total}; got "
+                f'`size` {kept}. Use `method="zip"`.'
             )
         alike = similarity(moments)
-        rows = alike.cpu().tolist()
-        graph = nx.Graph()
-        graph.add_weighted_edges_from((i, j, rows[i][j]) for i in range(total) for j in range(i))
-        labels = torch.empty(total, dtype=torch.int64)
-        for number, (i, j) in enumerate(sorted(map(sorted, nx.max_weight_matching(graph, maxcardinality=True)))):
-            labels[i] = labels[j] = number
-        return cluster_merge(in_first_layout(labels.to(alike.device), moments.sizes), moments.sizes, alike)
+        return cluster_merge(in_first_layout(_best_pairs(alike, kept), moments.sizes), moments.sizes, alike)
 
     def relabelling(self) -> Permute:
         """`Permute`."""
         return Permute()
+
+
+def _best_pairs(alike: Tensor, kept: int) -> Tensor:
+    """The pair that each feature is in, or its own number where it stays alone: 0 to `kept` - 1, int64 [N].
+
+    >>> _best_pairs(torch.tensor([[1.0, 0.1, 0.9], [0.1, 1.0, 0.0], [0.9, 0.0, 1.0]]), 2)
+    tensor([0, 1, 0])
+    """
+    total, rows = len(alike), alike.cpu().tolist()
+    graph = nx.Graph()
+    graph.add_weighted_edges_from((i, j, rows[i][j]) for i in range(total) for j in range(i))
+    graph.add_weighted_edges_from((i, j, 0.0) for i in range(total) for j in range(total, 2 * kept))
+    labels = torch.empty(total, dtype=torch.int64, device=alike.device)
+    for number, pair in enumerate(sorted(map(sorted, nx.max_weight_matching(graph, maxcardinality=True)))):
+        labels[[i for i in pair if i < total]] = number
+    return labels

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ..analysis import Labelling
 from ..plan import ZipPlan
+from ..rules import varying
 from .inside import result
 from .kernels import Places, take
 from .lockstep import Env, Lockstep
@@ -109,15 +111,29 @@ class TrunkGoals:
         return tuple(Reading(net, net.nodes[twin], call) for net, twin in zip(self.originals, twins, strict=True))
 
 
-def head_goal(original: Lockstep, unit: Unit, site: Site) -> Goal | None:
-    """For a call of a head: what the original has there."""
-    if unit.kernel is None:
-        return None
-    node, call = (site.output, None) if site.norm is not None else site.end
-    twin = original.nodes[node.meta["fxzip"]["from"][0]]
-    return Goal(
-        unit.kernel.axes,
-        (Reading(original, twin, call),),
-        None,
-        site.norm is None and site.end != (site.node, site.call),
-    )
+@dataclass(frozen=True, eq=False)
+class HeadGoals:
+    """The goals of calls and nodes of one head: what its own network has there."""
+
+    original: Lockstep
+    labelling: Labelling
+
+    def of(self, unit: Unit, site: Site) -> Goal | None:
+        """For a call of a unit."""
+        if unit.kernel is None:
+            return self.at(site.output)
+        node, call = (site.output, None) if site.norm is not None else site.end
+        flat = site.norm is None and site.end != (site.node, site.call)
+        return Goal(unit.kernel.axes, (Reading(self.original, self._twin(node), call),), None, flat)
+
+    def at(self, node: fx.Node) -> Goal | None:
+        """For what a node returns; None where its features do not lie in one order."""
+        twin = self._twin(node)
+        fields = self.labelling.fields.get(twin.name, ())
+        if len(fields) != 1:
+            return None
+        axes = tuple(sorted(varying(fields[0])))
+        return Goal(axes, (Reading(self.original, twin, None),), None) if axes else None
+
+    def _twin(self, node: fx.Node) -> fx.Node:
+        return self.original.nodes[node.meta["fxzip"]["from"][0]]

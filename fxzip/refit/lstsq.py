@@ -5,7 +5,8 @@ the originals give there, merged, and the new weights are the ridge regression o
 ones. A BatchNorm behind the call takes part: its output is the target, and it becomes the identity. Where a residual
 sum follows, the target is the sum's target less what the other path really carries, so each block repairs the errors in
 front of it. Where only a ReLU follows, what lies below zero does not matter. Scales and biases of other normalisations
-are fitted feature by feature. Then the first linear calls of each head are fitted to the original's own output.
+are fitted feature by feature. Then each head in the same way, towards what its own network gives: its first linear
+calls read features that are only nearly its own, and the later ones repair what these leave.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 from ..inputs import Call
 from ..plan import ZipPlan
 from ..zipped import ZippedModule, part_of
-from .goals import Goal, TrunkGoals, head_goal
+from .goals import Goal, HeadGoals, TrunkGoals
 from .kernels import effective, install
 from .lockstep import Lockstep, within_memory
 from .ridge import affine_solution, ridge_solution
@@ -135,27 +136,22 @@ class _Walk:
                         net.release(node)
 
     def head(self, k: int) -> None:
-        """Run head k and fit the linear calls that no other linear call of it comes before."""
+        """Run head k and fit its units in turn, towards what its own network gives there."""
         original, own = self.originals[k], set(self.names[k].values())
+        goals = HeadGoals(original, self.plan.trunk.labellings[k])
         nodes = [n for n in self.net.graph.nodes if part_of(n) == f"head {k}"]
-        left = dict(self.fit.left)
         starts = self._units(nodes)
-        self.fit.left = left
-        behind: set[fx.Node] = set()
         for node in nodes:
-            name = node.meta["fxzip"]["from"][0]
-            twin = original.nodes.get(name)
-            if twin is not None and name not in own:
+            twin = original.nodes.get(node.meta["fxzip"]["from"][0])
+            mine = twin is not None and twin.name not in own
+            if twin is not None and mine:
                 original.run(twin)
-            first = [unit for unit in starts.get(node, ()) if unit.kernel is not None]
-            if any(source in behind for source in node.all_input_nodes):
-                behind.add(node)
-            elif first:
-                behind.add(node)
-                for unit in first:
-                    self._fit(unit, [head_goal(original, unit, site) for site in unit.sites], [original], _no_sum)
+            for unit in starts.get(node, ()):
+                self._fit(unit, [goals.of(unit, site) for site in unit.sites], [original], goals.at)
             self.zipped.run(node)
             self.zipped.release(node)
+            if twin is not None and mine:
+                original.release(twin)
 
     def _fit(
         self, unit: Unit, goals: Sequence[Goal | None], originals: Sequence[Lockstep],
@@ -178,11 +174,6 @@ class _Walk:
             return
         solve(self.net, unit, samples, self.settings, self.fit)
         self.zipped.forget(unit.sites[0].node)
-
-
-def _no_sum(node: fx.Node) -> None:
-    """Heads are fitted to what their own calls give."""
-    return
 
 
 def solve(net: ZippedModule, unit: Unit, samples: Sequence[Sample], settings: LeastSquares, fit: Fit) -> None:
