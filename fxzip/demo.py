@@ -23,7 +23,7 @@ from fxzip.evaluation import HeadAccuracy, evaluate_heads
 TASKS = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
 METHODS = ("average", "permute", "zip")
 CUTS = (None, "layer2", "layer1")
-WIDTH = 24
+WIDTH = 12
 EPOCHS = 8
 BATCH = 32
 COLUMNS = ("network", "per task", "joint", "FLOPs / one", "/ both", "parameters / one", "/ both")

@@ -79,7 +79,7 @@ def test_costs_and_accuracies_of_the_rows(finished):
         assert full.flops < late.flops < early.flops < side_by_side.flops
         assert full.parameters < late.parameters < early.parameters < side_by_side.parameters
     assert side_by_side.accuracy > 0.9
-    assert rows["zip, until layer1"].accuracy > 0.8
+    assert rows["zip, until layer1"].accuracy > side_by_side.accuracy - 0.02
     assert rows["zip, until layer1"].accuracy > rows["average, all shared"].accuracy
     assert rows["a alone (digits 0-4)"].joint is None
 
