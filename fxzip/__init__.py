@@ -14,6 +14,7 @@ from .compiler import Recipe, assemble, compile_zip, inspect, survey
 from .errors import (
     AlignError,
     BarrierError,
+    CostError,
     CutError,
     DataError,
     FxzipError,
@@ -68,6 +69,7 @@ __all__ = [
     "Barrier",
     "BarrierError",
     "Calibration",
+    "CostError",
     "CutError",
     "CycleConsistent",
     "DataError",

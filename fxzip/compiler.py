@@ -20,7 +20,7 @@ from .arguments import models_and_sample
 from .calibration import Calibration
 from .cuts import Cut, find_cuts
 from .errors import AlignError, BarrierError, CutError
-from .frontier import Goal, deepest_agreeing, earliest_affordable
+from .frontier import Goal, best_agreeing, deepest_agreeing, earliest_affordable
 from .inputs import Call, as_call
 from .inspection import Inspection
 from .matching import Energy, JointMethod, Method, needs, resolve
@@ -87,7 +87,8 @@ def compile_zip(
         min_agreement: with `until="auto"`: the deepest cut at which every head agrees with its original on this share
             of held-out inputs, a fifth of `data` (see `fxzip/agreement.py`). The default, 0.98.
         max_cost: with `until="auto"`: the earliest cut at which the zip takes at most so many FLOPs, relative to the
-            first model. With `width="auto"`: what the zip may take.
+            first model. With `width="auto"`: what the zip may take; with both, the best of some cuts at that cost, by
+            the agreement of the heads on held-out inputs.
         refit: "auto" ("lstsq" where `data` is given, else "repair"), None, "batchnorm" (statistics re-estimated),
             "repair" (REPAIR, arXiv 2211.08403), "stored" (without data,
             from the statistics stored in BatchNorms), "lstsq" (least squares, closed form, layer by layer), or an
@@ -102,11 +103,12 @@ def compile_zip(
         output. `.single(i)` is the network of one task, `.report` says what was shared.
 
     Raises:
-        InputError, TraceError, AlignError, CutError, DataError, BarrierError, SelfCheckError: see `fxzip.errors`.
+        InputError, CostError, TraceError, AlignError, CutError, DataError, BarrierError, SelfCheckError: see
+            `fxzip.errors`.
     """
     networks, call = models_and_sample(models)
     free = data is None and "moments" not in needs(resolve(method)) and refit in ("auto", "stored", None)
-    by_need = width == "auto" and until != "auto"
+    by_need = width == "auto"
     check_width(width, max_cost if by_need else None, len(networks))
     recipe = Recipe.of(
         method,
@@ -114,7 +116,7 @@ def compile_zip(
         calibrated=data is not None,
         sizing=(width, max_cost if by_need else None),
     )
-    goal = Goal.of(until, min_agreement, None if by_need else max_cost)
+    goal = Goal.of(until, min_agreement, None if by_need and until != "auto" else max_cost, by_need=by_need)
     calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress)
     found = survey(networks, call, start=start, verify=verify, strict=strict, rules=rules)
     if goal is not None:
@@ -243,7 +245,7 @@ def cuts_and_trunks(found: Survey, limit: int = 32) -> tuple[list[Cut], list[Tru
 
 def _automatic(found: Survey, calibration: Calibration, recipe: Recipe, goal: Goal) -> ZippedModule:
     """Look for the cut. Observation is done once for all cuts, matching and refit for each that is tried."""
-    if goal.max_cost is not None:
+    if goal.max_cost is not None and not goal.by_need:
         cuts, trunks = cuts_and_trunks(found)
 
         def build(place: int) -> ZippedModule:
@@ -251,7 +253,6 @@ def _automatic(found: Survey, calibration: Calibration, recipe: Recipe, goal: Go
             return assemble(found, trunks[place], seen, calibration, recipe)
 
         return earliest_affordable(cuts, build, goal.max_cost)
-    assert goal.min_agreement is not None
     fit, held = hold_out(calibration, found.alignment.programs)
     cuts, trunks = cuts_and_trunks(found)
     statistics = observe_all(trunks, fit("observing"))
@@ -259,6 +260,9 @@ def _automatic(found: Survey, calibration: Calibration, recipe: Recipe, goal: Go
     def build_on_the_rest(place: int) -> ZippedModule:
         return assemble(found, trunks[place], statistics[place], fit, recipe)
 
+    if goal.max_cost is not None:
+        return best_agreeing(cuts, build_on_the_rest, held, goal.max_cost)
+    assert goal.min_agreement is not None
     return deepest_agreeing(cuts, build_on_the_rest, held, goal.min_agreement)
 
 

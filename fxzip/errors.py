@@ -39,6 +39,10 @@ class InputError(FxzipError, TypeError):
     """The arguments of a public function do not fit together."""
 
 
+class CostError(InputError):
+    """`max_cost` is less than what has to keep its size takes."""
+
+
 class FxzipWarning(UserWarning):
     """Base of all warnings of fxzip."""
 

@@ -1,7 +1,11 @@
-"""`until="auto"`: the deepest cut that is good enough, or the earliest that is cheap enough.
+"""`until="auto"`: the deepest cut that is good enough, the earliest that is cheap enough, or the best at a cost.
 
 Sharing more costs less and agrees less. Agreement falls nearly monotonically from cut to cut, so bisection finds where
 it crosses the bound: one evaluation of the full trunk, and if that does not do, log₂ of the number of cuts more.
+
+With widths by need every cut may cost the same: an early one leaves the heads as they are and keeps few features in the
+trunk, a late one keeps many. Agreement then has one broad maximum along the row: six cuts evenly along it, then those
+halfway between the best and its neighbours.
 """
 
 from __future__ import annotations
@@ -12,12 +16,14 @@ from typing import Any
 
 from .agreement import HeldOut
 from .cuts import Cut
-from .errors import CutError, InputError
+from .errors import CostError, CutError, InputError
 from .report import Report
 from .zipped import ZippedModule
 
 Build = Callable[[int], ZippedModule]
 """Zips at the cut of that number."""
+
+_COARSE = 6
 
 
 @dataclass(frozen=True)
@@ -27,13 +33,17 @@ class Goal:
     Attributes:
         min_agreement: of every head with its original, in (0, 1].
         max_cost: FLOPs relative to the first model alone.
+        by_need: widths are chosen by need, so that every cut takes `max_cost`.
     """
 
     min_agreement: float | None = None
     max_cost: float | None = None
+    by_need: bool = False
 
     @classmethod
-    def of(cls, until: object, min_agreement: float | None, max_cost: float | None) -> Goal | None:
+    def of(
+        cls, until: object, min_agreement: float | None, max_cost: float | None, *, by_need: bool = False
+    ) -> Goal | None:
         """The goal, None for a cut that the user fixed.
 
         >>> Goal.of("auto", None, None)
@@ -62,7 +72,12 @@ class Goal:
             raise InputError(
                 f"`max_cost` must be positive, FLOPs relative to the first model alone; found {max_cost!r}. Try 1.3."
             )
-        return cls(0.98, None) if not names else cls(min_agreement, max_cost)
+        if by_need and max_cost is None:
+            raise InputError(
+                '`until="auto"` with `width="auto"` needs `max_cost`: what the zip may take wherever the trunk ends; '
+                f"found {names[0] if names else 'no goal'}. Try `max_cost=1.3`, or leave `width` out."
+            )
+        return cls(0.98, None) if not names else cls(min_agreement, max_cost, by_need)
 
 
 def deepest(count: int, passes: Callable[[int], bool]) -> int:
@@ -140,6 +155,53 @@ def earliest_affordable(cuts: Sequence[Cut], build: Build, limit: float) -> Zipp
         f"`max_cost={limit}` must be in reach; the zip that shares most, up to the heads, costs {cost:.3f} times the "
         f"first model. Pass at least `max_cost={cost + 0.005:.2f}`."
     )
+
+
+def best_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, limit: float) -> ZippedModule:
+    """The zip of the cut whose heads agree best on average, of some; every zip takes at most `limit` by its widths.
+
+    Raises:
+        CutError: at none of the cuts tried a zip can be had at that cost.
+    """
+    tried: dict[int, tuple[float, ...]] = {}
+    best: list[tuple[float, int, ZippedModule]] = []
+
+    def attempt(place: int) -> None:
+        if place in tried:
+            return
+        try:
+            zipped = build(place)
+        except CostError:
+            tried[place] = ()
+            return
+        tried[place] = held.agreement(zipped)
+        score = sum(tried[place]) / len(tried[place])
+        if not best or (score, place) > best[0][:2]:
+            best[:] = [(score, place, zipped)]
+
+    last = len(cuts) - 1
+    coarse = sorted({round(last * i / (_COARSE - 1)) for i in range(_COARSE)})
+    for place in coarse:
+        attempt(place)
+    if not best:
+        raise CutError(
+            f"`max_cost={limit}` must be in reach; what has to keep its size takes more at each of {len(cuts)} cuts. "
+            "Raise it."
+        )
+    middle = best[0][1]
+    for place in (coarse[i] for i in (coarse.index(middle) - 1, coarse.index(middle) + 1) if 0 <= i < len(coarse)):
+        attempt((place + middle) // 2)
+    _, place, zipped = best[0]
+    cost = zipped.report["flops"]["total"] / zipped.report["flops"]["originals"][0]
+    heads = ", ".join(f"{value:.3f}" for value in tried[place])
+    evaluations = {cuts[i].until: min(found) for i, found in sorted(tried.items()) if found}
+    note = (
+        f'`until="auto"` chose {_place(cuts[place])} of {len(cuts)} cuts by {len(evaluations)} evaluations: cost '
+        f"{cost:.3f} of at most {limit}, the heads agree on {heads} of {held.size} held-out inputs, on which nothing "
+        "was fitted"
+    )
+    values = {"until": cuts[place].until, "cost": cost, "agreement": tried[place], "held_out": held.size}
+    return _noted(zipped, {**values, "evaluations": evaluations}, note)
 
 
 def _place(cut: Cut) -> str:

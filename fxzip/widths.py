@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .analysis.relabel import group_run
 from .elastic import stiff_spaces
-from .errors import InputError
+from .errors import CostError, InputError
 from .matching import Energy
 from .matching.energy import energies, energy_losses
 from .moments import Moments
@@ -72,6 +72,7 @@ def choose_widths(
 
     Raises:
         InputError: a name is no space of the trunk, or cannot have another size.
+        CostError: what has to keep its size takes more than `max_cost`.
     """
     if not isinstance(width, (str, Mapping)) and width == 1:
         return Widths({})
@@ -136,7 +137,7 @@ def _by_need(
     while total > budget:
         possible = steps(-1)
         if not possible:
-            raise InputError(
+            raise CostError(
                 f"`max_cost={max_cost}` cannot be reached: what has to keep its size takes {total / one:.2f} of the "
                 "first model's FLOPs. Raise it, or choose a later cut."
             )
@@ -181,7 +182,9 @@ class _Costs:
             for name in head_nodes(trunk, k):
                 touched = trunk.labellings[k].touches[name] & params if own.get(name) else frozenset()
                 lengths = _lengths(trunk, k, touched, reach)
-                self._add(own.get(name, 0), [{s: f for s, f in length.items() if s not in unmerged} for length in lengths])
+                self._add(
+                    own.get(name, 0), [{s: f for s, f in length.items() if s not in unmerged} for length in lengths]
+                )
 
     def _add(self, cost: int, lengths: list[dict[int, float]]) -> None:
         if cost and lengths:

@@ -127,7 +127,8 @@ def test_a_wider_trunk_is_more_like_its_models():
 @pytest.mark.parametrize(
     ("cost", "until"),
     [
-        (0.6, None), (1.0, None), (1.4, None), (1.4, "layer1"), (1.5, "layer1"), (1.3, "layer2.0"), (1.6, "layer2.0.conv1")
+        (0.6, None), (1.0, None), (1.4, None), (1.4, "layer1"), (1.5, "layer1"), (1.3, "layer2.0"),
+        (1.6, "layer2.0.conv1"),
     ],
 )  # fmt: skip
 def test_width_by_need_takes_the_flops_that_it_may(cost, until):

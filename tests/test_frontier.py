@@ -229,6 +229,31 @@ def test_max_cost_takes_the_earliest_cut_in_reach(pair):
         fxzip.compile_zip(*pair, X, data=DATA, until="auto", max_cost=0.5, progress=False)
 
 
+def test_best_of_some_cuts_at_a_cost(pair):
+    """With widths by need: no cut that was tried agrees better, and the zip is that of the cut given by hand."""
+    settings = {"width": "auto", "max_cost": 1.4, "refit": "repair", "progress": False}
+    zipped = fxzip.compile_zip(*pair, X, data=DATA, until="auto", **settings)
+    auto, flops = zipped.report["auto"], zipped.report["flops"]
+    assert 1.2 < flops["total"] / flops["originals"][0] <= 1.4
+    assert auto["cost"] == pytest.approx(flops["total"] / flops["originals"][0])
+    found = survey(pair, as_call(X))
+    fit, held = hold_out(Calibration.of(DATA, as_call(X), 2, False), found.alignment.programs)
+    rest = [c.args[0] for c in fit("x")]
+    assert 3 <= len(auto["evaluations"]) <= 8
+    mean = {}
+    for until in auto["evaluations"]:
+        again = fxzip.compile_zip(*pair, X, data=rest, until=until, **settings)
+        mean[until] = sum(held.agreement(again)) / 2
+        if until == auto["until"]:
+            torch.testing.assert_close(zipped(X), again(X), rtol=0, atol=0)
+    assert mean[auto["until"]] == max(mean.values()) == pytest.approx(sum(auto["agreement"]) / 2)
+    assert len(set(mean.values())) > 1
+    with pytest.raises(
+        fxzip.CutError, match=r"`max_cost=0\.001` must be in reach; what has to keep its size takes more"
+    ):
+        fxzip.compile_zip(*pair, X, data=DATA, until="auto", **(settings | {"max_cost": 0.001}))
+
+
 def test_heads_of_another_kind():
     models = [randomise(Residual(4), 1), randomise(Segmenter(5), 2)]
     zipped = fxzip.compile_zip(*models, X, data=DATA, until="auto", min_agreement=0.6, progress=False)
@@ -242,6 +267,9 @@ def test_heads_of_another_kind():
     ({"until": "auto", "min_agreement": 0.9, "max_cost": 1.2}, '`until="auto"` takes one goal: '),
     ({"until": "auto", "min_agreement": 98}, "`min_agreement` must lie in (0, 1]; found 98. Try 0.98."),
     ({"until": "auto", "max_cost": 0.0}, "`max_cost` must be positive"),
+    ({"until": "auto", "width": "auto"}, '`until="auto"` with `width="auto"` needs `max_cost`: what the zip may take '
+     "wherever the trunk ends; found no goal. Try `max_cost=1.3`, or leave `width` out."),
+    ({"until": "auto", "width": "auto", "min_agreement": 0.9}, "found `min_agreement=0.9`. Try `max_cost=1.3`"),
 ])  # fmt: skip
 def test_goals_that_contradict(pair, settings, message):
     with pytest.raises(fxzip.InputError, match=re.escape(message)):

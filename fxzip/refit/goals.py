@@ -136,4 +136,5 @@ class HeadGoals:
         return Goal(axes, (Reading(self.original, twin, None),), None) if axes else None
 
     def _twin(self, node: fx.Node) -> fx.Node:
-        return self.original.nodes[node.meta["fxzip"]["from"][0]]
+        twin: fx.Node = self.original.nodes[node.meta["fxzip"]["from"][0]]
+        return twin
