@@ -47,7 +47,7 @@ class Goal:
         """The goal, None for a cut that the user fixed.
 
         >>> Goal.of("auto", None, None)
-        Goal(min_agreement=0.98, max_cost=None)
+        Goal(min_agreement=0.98, max_cost=None, by_need=False)
 
         Raises:
             InputError: the arguments contradict each other, or are out of range.

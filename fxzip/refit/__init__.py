@@ -61,8 +61,10 @@ def refits(name: str | Refit | None) -> Refit:
 
 
 def fit_notes(zipped: ZippedModule) -> list[str]:
-    """What a least-squares refit has to say for the report; nothing after other refits."""
+    """What a refit has to say for the report."""
     fit = zipped.meta.get("fxzip_fit")
+    if isinstance(fit, str):
+        return [fit]
     if not isinstance(fit, Fit):
         return []
     notes = [f"least squares fitted {len(fit.fitted)} calls"]

@@ -42,6 +42,7 @@ def reset_batchnorm(zipped: ZippedModule, _plan: ZipPlan, data: Iterable[Call]) 
     norms = [norm for norm in dict.fromkeys(called) if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.running_mean is not None]
     if not norms:
+        result.meta["fxzip_fit"] = "the networks have no BatchNorm with statistics: the refit changed nothing"
         return result
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -37,10 +37,16 @@ def stored_statistics(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call])
     result = copy.deepcopy(zipped)
     trunk = plan.trunk
     module = trunk.alignment.programs[0].module
-    for norm in find_norms(module, set(trunk.nodes)):
-        if norm.linear and f"{norm.norm}.running_var" in trunk.labellings[0].params:
-            held = attribute(result, f"trunk.{norm.norm}").running_var
-            held.copy_(_variance(plan, norm).to(held))
+    norms = [
+        norm
+        for norm in find_norms(module, set(trunk.nodes))
+        if norm.linear and f"{norm.norm}.running_var" in trunk.labellings[0].params
+    ]
+    for norm in norms:
+        held = attribute(result, f"trunk.{norm.norm}").running_var
+        held.copy_(_variance(plan, norm).to(held))
+    if not norms:
+        result.meta["fxzip_fit"] = "no BatchNorm has stored the statistics of a linear call: the refit changed nothing"
     return result
 
 

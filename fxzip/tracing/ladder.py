@@ -17,6 +17,7 @@ from .execution import Record, difference, quiet_execution, run_eager, run_recor
 from .exporting import trace_export
 from .inplace import out_of_place
 from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
+from .raising import raised
 from .symbolic import SymbolicTracer
 from .tidying import tidied
 from .values import trace_with_values
@@ -87,7 +88,7 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model") -> Progra
         _restore_persistence(traced, persistent)
         found = _verified(traced, reference)
         if not isinstance(found, str):
-            return _program(*found, reference, rung, tuple(failures), persistent)
+            return _program(*_with_modules(*found, reference), reference, rung, tuple(failures), persistent)
         failures.append(f"{_title(rung, kept)} gave another result than the model: {found}.")
     raise TraceError(_nothing_worked(name, failures, paths))
 
@@ -142,6 +143,17 @@ def _verified(module: fx.GraphModule, reference: _Reference) -> tuple[fx.GraphMo
             leaf.inplace = True  # type: ignore[assignment]
     found = _compared(module, reference)
     return found if isinstance(found, str) else (module, *found)
+
+
+def _with_modules(
+    module: fx.GraphModule, sample: Record, fresh: Record, reference: _Reference
+) -> tuple[fx.GraphModule, Record, Record]:
+    """The same with modules of torch.nn for functional calls on their parameters, if that is right."""
+    better = raised(module, sample.shapes)
+    if better is None:
+        return module, sample, fresh
+    found = _compared(better, reference)
+    return (module, sample, fresh) if isinstance(found, str) else (better, *found)
 
 
 def _compared(module: fx.GraphModule, reference: _Reference) -> tuple[Record, Record] | str:
