@@ -28,12 +28,15 @@ from fxzip.evaluation import HeadAccuracy, evaluate_heads
 
 
 def parse_method(text: str) -> Any:
-    """A method's name, or `zip:ALPHA,BETA` for `fxzip.Zip(alpha=ALPHA, beta=BETA)`."""
+    """A method's name, or `zip:ALPHA,BETA` for `fxzip.Zip(alpha=ALPHA, beta=BETA)`; `recover+METHOD` for what
+    `fxzip.Recover` makes of it."""
+    import fxzip
+
+    if text.startswith("recover+"):
+        return fxzip.Recover(fxzip.resolve(parse_method(text.removeprefix("recover+"))))
     name, _, settings = text.partition(":")
     if not settings:
         return name
-    import fxzip
-
     if name != "zip":
         raise ValueError(f"Only `zip` takes settings, as `zip:ALPHA,BETA`; found `{text}`.")
     alpha, beta = (float(value) for value in settings.split(","))

@@ -33,6 +33,7 @@ from fxzip.matching.merge import Merge, Method, similarity
 from fxzip.matching.optimal import Optimal
 from fxzip.matching.permute import Permute
 from fxzip.matching.problem import JointMethod, Problem, Run, Space, Weight, match_spaces, needs
+from fxzip.matching.recover import Recover
 from fxzip.matching.transport import Transport
 from fxzip.matching.weights import WeightMatching
 from fxzip.matching.zipping import Zip
@@ -50,6 +51,7 @@ METHODS: dict[str, Callable[[], Method | JointMethod]] = {
     "optimal": Optimal,
     "kmeans": KMeans,
     "agglomerative": Agglomerative,
+    "recover": Recover,
 }
 """The methods that have a name, with their default settings."""
 
@@ -95,6 +97,7 @@ __all__ = [
     "Optimal",
     "Permute",
     "Problem",
+    "Recover",
     "Run",
     "Space",
     "Transport",

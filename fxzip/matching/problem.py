@@ -165,7 +165,9 @@ class JointMethod(Protocol):
     """A method that matches all spaces together. `needs` names its evidence: "weights", "moments", or both."""
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
 
     def match(self, problem: Problem) -> Sequence[Merge]:
         """A merge for every space of the problem, in order."""
