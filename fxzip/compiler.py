@@ -34,7 +34,7 @@ from .rules import RULES, Rule
 from .stems import find_stems
 from .tracing import check_model, trace
 from .trunk import Trunk, find_trunk
-from .widths import Width, check_width, choose_widths
+from .widths import Width, check_width, choose_widths, overspent
 from .zipped import ZippedModule, reuse_memory
 
 
@@ -225,7 +225,8 @@ def assemble(
         "self_check": list(found.errors),
         "notes": [*calibration.notes, *widths.notes, *fit_notes(zipped)],
     }
-    zipped.meta["fxzip_report"] = make_report(zipped, zipping, settings)
+    report = make_report(zipped, zipping, settings)
+    zipped.meta["fxzip_report"] = report.noting(*overspent(report, *recipe.sizing))
     return zipped
 
 

@@ -209,6 +209,5 @@ def _place(cut: Cut) -> str:
 
 
 def _noted(zipped: ZippedModule, values: dict[str, Any], note: str) -> ZippedModule:
-    report = zipped.report
-    zipped.meta["fxzip_report"] = Report({**report.as_dict(), "auto": values, "notes": [*report["notes"], note]})
+    zipped.meta["fxzip_report"] = Report({**zipped.report.as_dict(), "auto": values}).noting(note)
     return zipped

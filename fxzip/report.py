@@ -61,6 +61,14 @@ class Report(Mapping[str, Any]):
         """The report as a plain dict."""
         return dict(self.values_)
 
+    def noting(self, *notes: str) -> Report:
+        """The report with further notes.
+
+        >>> Report({"notes": ["a"]}).noting("b")["notes"]
+        ['a', 'b']
+        """
+        return Report({**self.values_, "notes": [*self.values_["notes"], *notes]})
+
     def __str__(self) -> str:
         return "\n".join(_lines(self.values_))
 

@@ -12,6 +12,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +95,18 @@ def choose_widths(
         f"`{spaces[s].name}` keeps its {spaces[s].size} features: {why}" for s, why in sorted(reasons.items())
     )
     return Widths({s: m for s, m in kept.items() if m != spaces[s].size}, notes)
+
+
+def overspent(report: Mapping[str, Any], width: Width, max_cost: float | None) -> tuple[str, ...]:
+    """A note if a zip by need takes more than it may: what heads spend on reading features through a matrix."""
+    flops, limit = report["flops"], 1.0 if max_cost is None else max_cost
+    cost = flops["total"] / max(flops["originals"][0], 1)
+    if width != "auto" or cost <= limit * (1 + 1e-9):
+        return ()
+    return (
+        f"the zip takes {cost:.3f} of the first model's FLOPs, not {limit}: heads read features through a matrix, "
+        "which widths by need do not count",
+    )
 
 
 def _asked(trunk: Trunk, width: Mapping[str, float]) -> dict[int, float]:
