@@ -4,9 +4,14 @@
 
 with a constant 1 as last input, so that the last row of W is the bias. The second form is the one to compute: where
 W_0 is right already nothing is added to it, however badly the Gram matrix is conditioned.
+
+Where there are few positions for each input, λ decides how much of the noise is fitted, and is chosen by trying: half
+of the positions are fitted, the other half judges, and the other way round (`best_ridge`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,7 +50,7 @@ def ridge_solution(
     Returns:
         W in float64, [d + 1, n], and the ridge used.
     """
-    ones = torch.cat([x, x.new_ones(len(x), 1)], 1) if constant else x
+    ones = _with_one(x, constant)
     gram = _gram(ones)
     factor, ridge = _cholesky(gram, ridge)
     start = ones @ prior.to(ones)
@@ -54,11 +59,62 @@ def ridge_solution(
         return prior.double() + torch.cholesky_solve((ones.T @ (target - start)).double(), factor)
 
     solution = solve(t)
+    base = _base(t, offset)
     for _ in range(rounds):
-        base = torch.zeros((), dtype=t.dtype, device=t.device) if offset is None else offset
         present = ones @ solution.to(ones) + base
         solution = solve(torch.where(t + base > 0, t, present.clamp(max=0) - base))
     return solution, ridge
+
+
+def best_ridge(
+    x: Tensor,
+    t: Tensor,
+    prior: Tensor,
+    ridges: Sequence[float],
+    held: Tensor,
+    *,
+    rectified: bool = False,
+    offset: Tensor | None = None,
+    constant: bool = True,
+) -> float:
+    """The ridge of some with the least error on positions that were not fitted; of equals the first.
+
+    >>> x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    >>> held = torch.arange(40) % 2 == 0
+    >>> best_ridge(x, torch.randn(40, 1), torch.zeros(31, 1), (1e-4, 1.0), held)  # nothing to be found in noise
+    1.0
+    >>> best_ridge(x, x.sum(1, keepdim=True), torch.ones(31, 1) * 0.9, (1e-4, 1.0), torch.arange(40) < 4)
+    0.0001
+
+    Args:
+        x, t, prior, offset, constant: as in `ridge_solution`.
+        ridges: to choose from.
+        held: bool [positions]: one half; the other half is the rest.
+        rectified: a ReLU follows: where the target is ≤ 0, values ≤ 0 are no error.
+    """
+    ones, base = _with_one(x, constant), _base(t, offset)
+    errors = torch.zeros(len(ridges), dtype=torch.float64)
+    for fitted in (~held, held):
+        gram, own = _gram(ones[fitted]), ones[fitted]
+        rest = (own.T @ (t[fitted] - own @ prior.to(ones))).double()
+        judged, wanted = ones[~fitted], t[~fitted]
+        shift = base if base.ndim == 0 else base[~fitted]
+        for place, ridge in enumerate(ridges):
+            factor, _ = _cholesky(gram, ridge)
+            found = judged @ (prior.double() + torch.cholesky_solve(rest, factor)).to(ones)
+            wrong = found - wanted
+            if rectified:
+                wrong = torch.where(wanted + shift > 0, wrong, (found + shift).clamp(min=0))
+            errors[place] += wrong.double().square().sum().cpu()
+    return ridges[int(errors.argmin())]
+
+
+def _with_one(x: Tensor, constant: bool) -> Tensor:
+    return torch.cat([x, x.new_ones(len(x), 1)], 1) if constant else x
+
+
+def _base(t: Tensor, offset: Tensor | None) -> Tensor:
+    return torch.zeros((), dtype=t.dtype, device=t.device) if offset is None else offset
 
 
 _BLOCK = 256  # rows of the Gram matrix that are computed at a time

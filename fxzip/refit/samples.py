@@ -30,12 +30,14 @@ class Sample:
         t: what should come out, [places, n].
         offset: what is added before the ReLU, [places, n], or None.
         rectified: nothing but ReLUs follow.
+        batch: number of the batch.
     """
 
     x: Tensor
     t: Tensor
     offset: Tensor | None
     rectified: bool
+    batch: int = 0
 
 
 @dataclass(eq=False)
@@ -83,7 +85,7 @@ class Sampler:
         last = site.output if tail is None else tail.node
         own = site.final or site.norm is not None or tail is not None
         rectified = own and (tail is None or tail.scale is None) and self._meets_relus(last)
-        return Sample(x, t, offset, rectified)
+        return Sample(x, t, offset, rectified, batch)
 
     def _inputs(self, unit: Unit, site: Site, env: Env, axes: Sequence[int], places: Places) -> Tensor:
         if unit.kernel is None:
