@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxzip
 from fxzip.refit.kernels import effective, install, module_kernel, sampled_places, take
-from fxzip.refit.ridge import affine_solution, ridge_solution
+from fxzip.refit.ridge import affine_solution, best_ridge, ridge_solution
 
 
 def test_ridge_is_least_squares_where_lambda_vanishes() -> None:
@@ -172,6 +172,45 @@ def test_held_out_error_is_far_below_that_of_repair() -> None:
         gaps = [((h - w).square().mean() / w.var()).item() for h, w in zip(heads, wanted, strict=True)]
         errors[refit] = sum(gaps)
     assert errors["lstsq"] < 0.5 * errors["repair"]
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+def test_the_best_ridge_is_that_of_both_halves(rectified: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, t = (torch.randn(60, n, generator=generator, dtype=torch.float64) for n in (40, 3))
+    t = t + x[:, :3]
+    prior, held, offset = torch.zeros(41, 3), torch.arange(60) % 2 == 0, torch.full((60, 3), 0.2, dtype=torch.float64)
+    ridges = [1e-3, 1e-1, 10.0, 1e4]
+    errors = []
+    for ridge in ridges:
+        total = 0.0
+        for mine in (held, ~held):
+            found, _ = ridge_solution(x[mine], t[mine], prior, ridge)
+            wrong = torch.cat([x[~mine], torch.ones(30, 1, dtype=torch.float64)], 1) @ found - t[~mine]
+            if rectified:
+                wrong = torch.where(t[~mine] + 0.2 > 0, wrong, (wrong + t[~mine] + 0.2).clamp(min=0))
+            total += float(wrong.square().sum())
+        errors.append(total)
+    best = best_ridge(x, t, prior, ridges, held, rectified=rectified, offset=offset)
+    assert best == ridges[errors.index(min(errors))]
+    assert best not in (ridges[0], ridges[-1])
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_with_few_positions_the_ridge_is_chosen(batches: int) -> None:
+    """On inputs that were not fitted the heads are nearer to their networks than with the ridge as given."""
+    [x] = _data(1, seed=9)
+    few = list(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5)).chunk(batches))
+    errors = {0: 0.0, 16: 0.0}
+    for seed in range(3):
+        nets = _net(2 * seed), _net(2 * seed + 1)
+        for scarce in errors:
+            zipped = fxzip.compile_zip(*nets, x[:2], data=few, refit=fxzip.LeastSquares(scarce=scarce))
+            with torch.no_grad():
+                errors[scarce] += sum(
+                    float((y - net(x)).square().sum()) for y, net in zip(zipped(x), nets, strict=True)
+                )
+    assert errors[16] < 0.8 * errors[0]
 
 
 def test_all_of_a_head_is_fitted() -> None:
