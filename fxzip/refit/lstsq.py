@@ -48,7 +48,7 @@ class LeastSquares:
 
     Attributes:
         ridge: λ relative to the mean diagonal of the Gram matrix. Where fewer than `scarce` positions per input were to
-            be had, the best on held-out positions of this and up to 10⁴ times as much.
+            be had, a tenth of the best on held-out positions of this and up to 10⁴ times as much, if that is more.
         scarce: see `ridge`.
         positions: sampled positions per input of a call, and at least `least` in all.
         least: see `positions`.
@@ -219,9 +219,11 @@ def _solve_linear(
         given = settings.ridge
         if len(x) < settings.scarce * x.shape[2]:
             ridges = [given * 10**power for power in range(5)]
-            given = best_ridge(
+            best = best_ridge(
                 x[:, g], t[:, mine], prior, ridges, held, rectified=rounds > 0, offset=part, constant=constant
             )
+            # Halves want more of it than the whole, and what it holds back adds up from call to call.
+            given = max(given, best / 10)
         solution, ridge = ridge_solution(
             x[:, g], t[:, mine], prior, given, rounds=rounds, offset=part, constant=constant
         )
