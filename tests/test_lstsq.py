@@ -200,7 +200,7 @@ def test_the_best_ridge_is_that_of_both_halves(rectified: bool) -> None:
 def test_with_few_positions_the_ridge_is_chosen(batches: int) -> None:
     """On inputs that were not fitted the heads are nearer to their networks than with the ridge as given."""
     [x] = _data(1, seed=9)
-    few = list(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5)).chunk(batches))
+    few = list(torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(5)).chunk(batches))
     errors = {0: 0.0, 16: 0.0}
     for seed in range(3):
         nets = _net(2 * seed), _net(2 * seed + 1)
