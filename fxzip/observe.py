@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .inputs import Call, not_finite, wrong_shape
 from .moments import SAMPLES, Moments
-from .places import Watch, watches
+from .places import VALUE, Watch, watches
 from .tracing import Program, flat_inputs, quiet_execution
 from .trunk import Trunk
 
@@ -91,15 +91,19 @@ class _Watcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for number, watch in self.wanted.get((self.node, self.calls), ()):
+        self.take(self.calls, args, out)
+        self.calls += 1
+        return out
+
+    def take(self, call: int, args: Sequence[Any], out: Any) -> None:
+        """What is watched of a call of the node that runs, or of its value (`VALUE`)."""
+        for number, watch in self.wanted.get((self.node, call), ()):
             if number in self.done:
                 continue
             value = out if watch.arg < 0 else args[watch.arg]
             features = _features(value, watch, self.k, self.positions[number])
             if features is not None:
                 self.taken[number] = features
-        self.calls += 1
-        return out
 
 
 def _features(value: Tensor, watch: Watch, k: int, positions: int) -> Tensor | None:
@@ -150,6 +154,7 @@ class _WatchedRun(fx.Interpreter):
             return None
         self.watcher.node, self.watcher.calls = n.name, 0
         value = super().run_node(n)
+        self.watcher.take(VALUE, (), value)
         self.left.discard(n.name)
         return value
 

@@ -1,4 +1,8 @@
-"""Where features can be observed: per space where they are summed over with weights, else where they arise."""
+"""Where features can be observed: per space where they are read, else where they arise.
+
+Features are read where weights are summed over with them, and where the trunk hands them over to the heads: what is
+merged there is what the heads get.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,13 @@ from .analysis.spaces import slots
 from .rules import varying
 from .trunk import Trunk
 
+VALUE = -1
+
 
 @dataclass(frozen=True, eq=False)
 class Watch:
-    """One place where features of a space can be seen in all models.
+    """One place where features of a space can be seen in all models: argument `arg` (-1: the result) of the `call`-th
+    ATen call of a node, or the value of the node (call `VALUE`).
 
     `index[k]` has shape [occurrences, n_k]: where the features sit along the run made of `axes`. Axes that other
     features of the models lie along, in orders of their own, are `pooled`: averaged out.
@@ -50,7 +57,7 @@ class Watch:
 
 
 def watches(trunk: Trunk) -> list[Watch]:
-    """Where to look: per space where its features are summed over with weights, else where they arise."""
+    """Where to look: per space where its features are read, else where they arise."""
     found: dict[int, list[tuple[bool, Watch]]] = defaultdict(list)
     names = [trunk.names(k) for k in range(len(trunk.spaces))]
     sites = [{(s.node, s.call, s.arg, tuple(sorted(varying(s.labels)))): s for s in label.sites}
@@ -66,7 +73,27 @@ def watches(trunk: Trunk) -> list[Watch]:
             pooled = tuple(sorted(labelled[node, call, arg] - set(axes)))
             for watch in _watches_at(trunk, here, twins, axes, pooled):
                 found[watch.space].append((here[0].consumed, watch))
+    for watch in _handed_over(trunk):
+        found[watch.space].append((True, watch))
     return [watch for candidates in found.values() for watch in _chosen(candidates)]
+
+
+def _handed_over(trunk: Trunk) -> Iterator[Watch]:
+    """The values that the heads take from the trunk."""
+    inside = set(trunk.nodes)
+    for node in trunk.alignment.programs[0].module.graph.nodes:
+        if node.name not in inside or node.op == "placeholder" or inside.issuperset(user.name for user in node.users):
+            continue
+        twins = trunk.alignment.pairs[node.name]
+        fields = [label.fields.get(twin, ()) for label, twin in zip(trunk.labellings, twins, strict=True)]
+        runs = [[tuple(sorted(varying(labels))) for labels in own] for own in fields]
+        if any(own != runs[0] for own in runs):
+            continue
+        labelled = set().union(*runs[0])
+        for axes, same in zip(runs[0], zip(*fields, strict=True), strict=True):
+            shapes = [program.shapes[twin] for program, twin in zip(trunk.alignment.programs, twins, strict=True)]
+            here = [Site(t, VALUE, -1, f, shape, True) for t, f, shape in zip(twins, same, shapes, strict=True)]
+            yield from _watches_at(trunk, here, twins, axes, tuple(sorted(labelled - set(axes))))
 
 
 def _chosen(candidates: list[tuple[bool, Watch]]) -> list[Watch]:

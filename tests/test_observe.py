@@ -63,7 +63,7 @@ READERS = {
     "layer1.0.conv1.weight": ["layer1.0.conv2"],
     "layer1.1.conv1.weight": ["layer1.1.conv2"],
     "layer2.0.conv1.weight": ["layer2.0.conv2"],
-    "layer2.0.down.0.weight": ["layer2.1.conv1"],
+    "layer2.0.down.0.weight": ["layer2.1.conv1", "linear"],  # the head takes the mean over the image
     "layer2.1.conv1.weight": ["layer2.1.conv2"],
 }
 
@@ -173,7 +173,32 @@ class Writing(nn.Module):
 def test_features_are_taken_before_they_are_written_over():
     a, b, x = *(randomise(Writing(), seed).double() for seed in (1, 2)), torch.randn(40, 4, dtype=torch.float64)
     found = observed(trunk_of(a, b, sample=x[:2], until="second"), [x])
-    same(found["first.weight"], moments([inputs_of(model, ["second"], [x]) for model in (a, b)]))
+    read = moments([inputs_of(model, ["second"], [x]) for model in (a, b)])
+    same(found["first.weight"], read + read)  # by `second`, and by the heads
+
+
+@pytest.mark.parametrize("until", ["layer1", "layer2.0.conv1", "layer2.1.conv2"])
+def test_what_the_trunk_hands_over_is_seen_whatever_the_cut(pair, until):
+    trunk, batches = trunk_of(*pair, sample=images(2, 0), until=until), [images(6, 1)]
+    inside = set(trunk.nodes)
+    handed = [watch for watch in places.watches(trunk) if watch.call == places.VALUE]
+    nodes = trunk.alignment.programs[0].module.graph.nodes
+    crossing = {n.name for n in nodes if n.name in inside - {"x"} and any(u.name not in inside for u in n.users)}
+    assert {watch.node[0] for watch in handed} == crossing != set()
+    found = observed(trunk, batches)
+    assert set(found) == {space.name for space in trunk.spaces[0].spaces}
+
+
+def test_a_cut_changes_what_is_seen_of_a_stream_by_what_is_handed_over(pair):
+    batches = [images(6, 1)]
+    found = observed(trunk_of(*pair, sample=images(2, 0), until="layer1"), batches)["stem.0.weight"]
+    values = []
+    for model in pair:
+        caught = inputs_of(model, ["layer1.0.conv1", "layer1.1.conv1"], batches)
+        with torch.no_grad():
+            last = model.layer1(model.stem(batches[0]))
+        values.append(torch.cat([caught, last.movedim(1, -1).flatten(0, -2)]))
+    same(found, moments(values))
 
 
 def test_heads_of_attention_inside_a_leaf_module_are_observed():
