@@ -102,6 +102,36 @@ def test_without_repair_they_do_not_have_it(models):
         repaired_equals_goal(models, [images(16, 1)], LAYERS, lambda zipped, plan, data: zipped)
 
 
+def values_of(model, layer, data):
+    """What a module returns over all batches, [positions, channels]."""
+    caught = []
+    hook = model.get_submodule(layer).register_forward_hook(lambda _, __, y: caught.append(y.detach().clone()))
+    with torch.no_grad():
+        for batch in data:
+            model(batch)
+    hook.remove()
+    return torch.cat(caught).movedim(1, -1).flatten(0, -2)
+
+
+@pytest.mark.parametrize("method", [fxzip.Recover(fxzip.Zip()), fxzip.CCA()], ids=lambda m: m.name)
+@pytest.mark.parametrize("batches", [1, 3])
+def test_features_that_are_unmerged_by_a_matrix_get_the_deviation_of_their_mixture(models, method, batches):
+    data = [images(16, seed) + seed for seed in range(1, 1 + batches)]
+    zipped, plan = zipped_of(*models, data=data, method=method)
+    assert all(merge.labels() is None for merge in plan.merges.values())
+    after = repair(zipped, plan, calls(data))
+    number = {space.name: n for n, space in enumerate(plan.trunk.spaces[0].spaces)}
+    exact = LAYERS if batches == 1 else {"stem.1": LAYERS["stem.1"]}  # over several batches the first layer is
+    for layer, space in exact.items():
+        M = [plan.merges[number[space]].M(k) for k in range(2)]
+        mixed = sum(values_of(model, layer, data) @ own.T for model, own in zip(models, M, strict=True))
+        found = values_of(after, f"trunk.{layer}", data)
+        close(found.mean(0), mixed.mean(0), rtol=1e-7, atol=1e-8)
+        close(found.std(0), mixed.std(0), rtol=1e-7, atol=1e-8)
+        members = sum(values_of(model, layer, data).std(0) @ own.T for model, own in zip(models, M, strict=True))
+        assert not torch.allclose(mixed.std(0), members, rtol=1e-2)
+
+
 def test_linear_calls_without_a_batchnorm_are_rescaled_themselves():
     a, b = (
         randomise(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7, bias=False), nn.Tanh(), nn.Linear(7, n)), n)

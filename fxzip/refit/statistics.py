@@ -6,13 +6,16 @@ standard deviation that its members have on average in their own networks: y* �
 that gives y*. Layers are corrected in one pass over the data, each seeing inputs that are corrected already: on every
 batch a layer is given the statistics that its members have on that batch, and the statistics are accumulated. The
 heads read merged features too: their BatchNorms are corrected to what they give in their own networks.
+
+That deviation is the right one for features that are copied to their readers. Where a method unmerges them by a matrix
+U (x_k ≈ U_k y*), U was found for features that vary as the mixture does: there σ̄ is the deviation of Σ_k M_k y_k.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,28 +25,13 @@ from ..align import attribute
 from ..analysis.spaces import slots
 from ..basis import merged_layout
 from ..inputs import Call, not_finite
-from ..plan import ZipPlan, head_nodes
-from ..rules import varying
+from ..plan import ZipPlan
 from ..tracing import flat_inputs, quiet_execution
 from ..zipped import ZippedModule
+from .layers import Layer, head_layers, trunk_layers
 
 _MeanStd = tuple[Tensor, Tensor]
 _TINY = 1e-6  # a standard deviation below this share of the feature's size counts as none
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A call whose output can be rescaled feature by feature."""
-
-    part: str  # "trunk" or "head K"
-    name: str  # node in model 0, or in the head's own model
-    twins: Mapping[int, str]  # model -> its node
-    axis: int
-    weight: str  # target in the zipped module
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.part, self.name
 
 
 @dataclass
@@ -74,65 +62,6 @@ def _mean_std(count: float, total: Tensor, square: Tensor) -> tuple[Tensor, Tens
     return mean, (square / count - mean.square()).clamp(min=0).sqrt()
 
 
-def _layers(plan: ZipPlan) -> list[_Layer]:
-    """Calls that write merged features with parameters of their own, and with no BatchNorm behind to rescale them."""
-    trunk = plan.trunk
-    label, program = trunk.labellings[0], trunk.alignment.programs[0]
-    users: dict[str, int] = {}
-    for node in trunk.nodes:
-        for param in label.touches[node]:
-            users[param] = users.get(param, 0) + 1
-    found: dict[str, _Layer] = {}
-    for node in program.module.graph.nodes:
-        if node.name not in set(trunk.nodes) or node.op != "call_module":
-            continue
-        module = attribute(program.module, str(node.target))
-        fields = label.fields.get(node.name, ())
-        params = label.touches[node.name]
-        if len(fields) != 1 or len(varying(fields[0])) != 1 or any(users[p] > 1 for p in params):
-            continue
-        if not bool((trunk.spaces[0].layout(fields[0]).space >= 0).all()) or not _writes(plan, node, fields[0]):
-            continue
-        (axis,) = varying(fields[0])
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        weight = getattr(module, "weight", None)
-        linear = isinstance(weight, Tensor) and weight.ndim > 1 and list(dict(module.named_children())) == []
-        if linear and not isinstance(module, nn.Embedding) and f"{node.target}.weight" in params:
-            found[node.name] = _layer(plan, node, axis)
-        elif norm and isinstance(weight, Tensor):
-            found.pop(node.all_input_nodes[0].name, None)
-            found[node.name] = _layer(plan, node, axis)
-    return list(found.values())
-
-
-def _writes(plan: ZipPlan, node: fx.Node, labels: Tensor) -> bool:
-    """Whether the weight of a module call has one entry (or row) per feature of what the call returns."""
-    spaces = plan.trunk.spaces[0]
-    weight = spaces.labelling.params.get(f"{node.target}.weight")
-    mine = spaces.klass[labels.reshape(-1)]
-    runs = [run.reshape(-1) for run in weight.fields[:2]] if weight is not None else []
-    return any(len(run) == len(mine) and bool((spaces.klass[run] == mine).all()) for run in runs)
-
-
-def _layer(plan: ZipPlan, node: fx.Node, axis: int) -> _Layer:
-    twins = plan.trunk.alignment.pairs[node.name]
-    return _Layer("trunk", node.name, dict(enumerate(twins)), axis, f"trunk.{node.target}.weight")
-
-
-def _head_layers(plan: ZipPlan) -> list[_Layer]:
-    """The BatchNorms of the heads that are called once."""
-    found = []
-    for k, program in enumerate(plan.trunk.alignment.programs):
-        own = set(head_nodes(plan.trunk, k))
-        calls = [n for n in program.module.graph.nodes if n.name in own and n.op == "call_module"]
-        for node in calls:
-            module = attribute(program.module, str(node.target))
-            norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(module.weight, Tensor)
-            if norm and sum(attribute(program.module, str(n.target)) is module for n in calls) == 1:
-                found.append(_Layer(f"head {k}", node.name, {k: node.name}, 1, f"head_{k}.{node.target}.weight"))
-    return found
-
-
 def _check_finite(mean: Tensor, node: str, network: str, batch: int) -> None:
     if bad := int((~mean.isfinite()).sum()):
         raise not_finite(bad, node, network, batch)
@@ -146,35 +75,46 @@ class _Original(fx.Interpreter):
         self.axes, self.network, self.number = axes, network, 0
         self.sums = {name: _Sums() for name in axes}
         self.batch: dict[str, _MeanStd] = {}
+        self.values: dict[str, Tensor] = {}  # of the batch, features last; of layers in `kept`
+        self.kept: set[str] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.axes:
             mean, _ = self.batch[n.name] = self.sums[n.name].add(value, self.axes[n.name])
             _check_finite(mean, n.name, self.network, self.number)
+            if n.name in self.kept:
+                self.values[n.name] = value.detach().movedim(self.axes[n.name], -1).clone()
         return value
 
 
-def _mean(values: Tensor, matrix: Tensor) -> Tensor:
-    return values @ matrix.T
+@dataclass(frozen=True)
+class _Move:
+    """Where features of one space go in a layer."""
 
+    sink: Tensor
+    sources: tuple[Tensor, ...]
+    merges: tuple[Tensor, ...]  # M_k
+    mixed: bool  # unmerged by more than copies
+    sums: _Sums = field(default_factory=_Sums)  # of Σ_k M_k y_k, if mixed
 
-def _spread(deviations: Tensor, matrix: Tensor) -> Tensor:
-    """M_k σ_k; where M_k is no mean, the deviations of M_k x_k with the features of the model taken as uncorrelated."""
-    if bool((matrix >= 0).all()):
-        return _mean(deviations, matrix)
-    return _mean(deviations.square(), matrix.square()).sqrt()
+    def __call__(self, values: Sequence[Tensor]) -> Tensor:
+        """Σ_k M_k v_k of values whose last axis is that of the features."""
+        parts = (
+            v[..., at.to(v.device)] @ m.to(v).T for v, at, m in zip(values, self.sources, self.merges, strict=True)
+        )
+        return sum(parts, torch.zeros((), dtype=values[0].dtype, device=values[0].device))
 
 
 @dataclass(frozen=True)
 class _Goal:
     """What a layer of the zipped network should give: Σ_k M_k v_k, of values v_k that its twins give."""
 
-    layer: _Layer
-    moves: tuple[tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]], ...]  # sink, source and M_k per model
+    layer: Layer
+    moves: tuple[_Move, ...]
 
     @classmethod
-    def of(cls, plan: ZipPlan, layer: _Layer) -> _Goal:
+    def of(cls, plan: ZipPlan, layer: Layer) -> _Goal:
         if layer.part != "trunk":
             return cls(layer, ())
         trunk = plan.trunk
@@ -184,27 +124,48 @@ class _Goal:
         for space in merged.space.unique().tolist():
             sources = tuple(slots(layout, trunk.partners[k][space]) for k, layout in enumerate(layouts))
             merges = tuple(plan.merges[space].M(k) for k in range(len(layouts)))
-            moves.append((slots(merged, space), sources, merges))
+            mixed = plan.merges[space].labels() is None
+            moves.append(_Move(slots(merged, space), sources, merges, mixed))
         return cls(layer, tuple(moves))
 
-    def __call__(self, seen: Sequence[_MeanStd]) -> _MeanStd:
-        """Mean and standard deviation, from those of the twins."""
-        return self._merged([mean for mean, _ in seen]), self._merged([std for _, std in seen], _spread)
+    @property
+    def mixed(self) -> bool:
+        """Whether the values of the twins are needed, not only their statistics."""
+        return any(move.mixed for move in self.moves)
 
-    def _merged(self, values: Sequence[Tensor], mapped: Callable[[Tensor, Tensor], Tensor] = _mean) -> Tensor:
+    def on_batch(self, originals: Sequence[_Original]) -> _MeanStd:
+        """Mean and standard deviation on the batch that the originals have run."""
+        twins = self.layer.twins.items()
+        seen = [originals[k].batch[name] for k, name in twins]
+        spreads = {}
+        for number, move in enumerate(self.moves):
+            if move.mixed:
+                values = move([originals[k].values[name] for k, name in twins]).flatten(-2)
+                spreads[number] = move.sums.add(values, values.ndim - 1)[1]
+        return self._merged(seen, spreads)
+
+    def in_all(self, originals: Sequence[_Original]) -> _MeanStd:
+        """Mean and standard deviation over all batches so far."""
+        seen = [originals[k].sums[name].result() for k, name in self.layer.twins.items()]
+        return self._merged(seen, {i: move.sums.result()[1] for i, move in enumerate(self.moves) if move.mixed})
+
+    def _merged(self, seen: Sequence[_MeanStd], spreads: Mapping[int, Tensor]) -> _MeanStd:
         if not self.moves:
-            return values[0]
-        result = values[0].new_zeros(sum(sink.numel() for sink, _, _ in self.moves))
-        for sink, sources, merges in self.moves:
-            parts = [mapped(v[at.to(v.device)], m.to(v)) for v, at, m in zip(values, sources, merges, strict=True)]
-            result[sink.to(result.device)] = torch.stack(parts).sum(0)
-        return result
+            return seen[0]
+        means, deviations = zip(*seen, strict=True)
+        mean = means[0].new_zeros(sum(move.sink.numel() for move in self.moves))
+        spread = torch.zeros_like(mean)
+        for number, move in enumerate(self.moves):
+            sink = move.sink.to(mean.device)
+            mean[sink] = move(means)
+            spread[sink] = spreads[number].reshape(sink.shape) if move.mixed else move(deviations)
+        return mean, spread
 
 
 class _Zipped(fx.Interpreter):
     """Runs the zipped network with every layer given the statistics of its goal on the batch (`targets`)."""
 
-    def __init__(self, module: ZippedModule, layers: list[_Layer]) -> None:
+    def __init__(self, module: ZippedModule, layers: list[Layer]) -> None:
         super().__init__(module)
         self.layers = {layer.key: layer for layer in layers}
         self.sums = {key: _Sums() for key in self.layers}
@@ -239,7 +200,7 @@ def repair(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedM
 
     Originals and zipped network run side by side, once over the data.
     """
-    layers = _layers(plan) + _head_layers(plan)
+    layers = trunk_layers(plan) + head_layers(plan)
     result = copy.deepcopy(zipped)
     if not layers:
         return result
@@ -248,6 +209,10 @@ def repair(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedM
         _Original(program.module, {layer.twins[k]: layer.axis for layer in layers if k in layer.twins}, f"model {k}")
         for k, program in enumerate(plan.trunk.alignment.programs)
     ]
+    for goal in goals:
+        if goal.mixed:
+            for k, name in goal.layer.twins.items():
+                originals[k].kept.add(name)
     run = _Zipped(result, layers)
     with quiet_execution():
         for run.number, call in enumerate(data):
@@ -255,15 +220,14 @@ def repair(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedM
                 original.number = run.number
                 original.run(*flat_inputs(program.module, call))
             for goal in goals:
-                run.targets[goal.layer.key] = goal([originals[k].batch[n] for k, n in goal.layer.twins.items()])
+                run.targets[goal.layer.key] = goal.on_batch(originals)
             run.run(*flat_inputs(result, call))
     for goal in goals:
-        wanted = goal([originals[k].sums[n].result() for k, n in goal.layer.twins.items()])
-        _fold(result, goal.layer, *_correction(*run.sums[goal.layer.key].result(), *wanted))
+        _fold(result, goal.layer, *_correction(*run.sums[goal.layer.key].result(), *goal.in_all(originals)))
     return result
 
 
-def _fold(result: ZippedModule, layer: _Layer, scale: Tensor, shift: Tensor) -> None:
+def _fold(result: ZippedModule, layer: Layer, scale: Tensor, shift: Tensor) -> None:
     """Put y ← scale · y + shift into the layer's weight and bias."""
     owner = attribute(result, layer.weight.rpartition(".")[0])
     weight = attribute(result, layer.weight)
