@@ -7,13 +7,18 @@ from typing import Any
 
 from torch import nn
 
+from .calibration import PerModel
 from .errors import InputError
-from .inputs import Call, as_call
+from .inputs import Call, JointCall, as_call, batch_size
 from .tracing import check_model, check_placement
 
 
-def models_and_sample(arguments: Sequence[Any], name: str = "compile_zip") -> tuple[list[nn.Module], Call]:
+def models_and_sample(
+    arguments: Sequence[Any], name: str = "compile_zip", *, own_inputs: bool = False
+) -> tuple[list[nn.Module], Call]:
     """Split `a, b, sample_input` or `[a, b, ...], sample_input`. At least two models, on one device, of one dtype.
+
+    `own_inputs`: a `PerModel` of sample inputs may be given; it becomes a `JointCall`.
 
     >>> import torch
     >>> networks, call = models_and_sample([nn.Linear(2, 2), nn.Linear(2, 2), torch.ones(1, 2)])
@@ -28,7 +33,29 @@ def models_and_sample(arguments: Sequence[Any], name: str = "compile_zip") -> tu
         raise InputError(
             "`sample_input` must be a tensor, or a tuple or dict of tensors; found a module. Pass the models as a list."
         )
-    return check_models(networks, name), as_call(sample)
+    networks = check_models(networks, name)
+    if not isinstance(sample, PerModel):
+        return networks, as_call(sample)
+    if not own_inputs:
+        raise InputError(
+            f"`{name}` needs one sample input that all models take; found a `PerModel`. Models with inputs of their "
+            "own go into `compile_zip(..., start=...)` and `side_by_side`."
+        )
+    return networks, _joint(sample, len(networks))
+
+
+def _joint(samples: PerModel, models: int) -> JointCall:
+    if len(samples) != models:
+        raise InputError(
+            f"`sample_input` as a `PerModel` must hold an input for each of the {models} models; found {len(samples)}."
+        )
+    call = JointCall.of(as_call(sample) for sample in samples)
+    if len(sizes := {batch_size(part) for part in call.parts}) > 1:
+        raise InputError(
+            "`sample_input` as a `PerModel` must hold inputs that belong together, as many for each model; found "
+            f"batches of {' and '.join(str(n) for n in sorted(n or 0 for n in sizes))}."
+        )
+    return call
 
 
 def check_models(networks: Sequence[Any], name: str) -> list[nn.Module]:

@@ -10,11 +10,13 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from .inputs import Call, batches, replayable
+from .errors import DataError
+from .inputs import Call, JointCall, batches, replayable
 
 
 class PerModel(tuple[Any, ...]):
-    """One iterable of batches per model, to be passed as `data` where a plain list could be taken for batches.
+    """One thing for each model. As `data`: iterables of batches, where a plain list could be taken for batches. As
+    `sample_input`: inputs, where models take inputs of their own.
 
     >>> len(PerModel(["batches of a"], ["batches of b"]))
     2
@@ -36,6 +38,13 @@ def _is_batch(item: Any) -> bool:
     )
 
 
+def _as_batch(sample: Call) -> Any:
+    """A sample input as a batch of data."""
+    if isinstance(sample, JointCall):
+        return tuple(p.kwargs or (p.args[0] if len(p.args) == 1 else p.args) for p in sample.parts)
+    return sample.kwargs or sample.args
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Batches of all sources. Calling it gives a fresh iterable; each stage may iterate as often as it needs."""
@@ -51,10 +60,17 @@ class Calibration:
         """Sort out what `data` is: None, batches, or one iterable of batches per model."""
         show = sys.stderr.isatty() if progress is None else progress
         if data is None:
-            given = [sample.kwargs or sample.args]
+            given = [_as_batch(sample)]
             note = "no `data` was given: `sample_input` served as calibration data, which is far too little to match by"
             return cls((given,), sample, "calibrated on `sample_input`", show, [note])
         listed = isinstance(data, (tuple, list)) and len(data) == models
+        if isinstance(data, PerModel) and isinstance(sample, JointCall):
+            raise DataError(
+                "Models with inputs of their own must be calibrated on inputs that belong together; found a `PerModel` "
+                "of sources. Let `data` yield tuples with an input for each model."
+            )
+        if isinstance(sample, JointCall):
+            return cls((replayable(data),), sample, "calibrated on `data`", show)
         if isinstance(data, PerModel) or (listed and not any(_is_batch(item) for item in data)):
             sources = tuple(replayable(source) for source in data)
             return cls(sources, sample, f"calibrated on {len(sources)} sources of data, one per model", show)

@@ -19,13 +19,14 @@ from .analysis import Labelling, label, self_check
 from .arguments import models_and_sample
 from .calibration import Calibration
 from .cuts import Cut, find_cuts
-from .errors import AlignError, BarrierError, CutError
+from .errors import AlignError, BarrierError, CutError, InputError
 from .frontier import Goal, best_agreeing, deepest_agreeing, earliest_affordable
-from .inputs import Call, as_call
+from .inputs import Call, JointCall, as_call
 from .inspection import Inspection
 from .matching import Energy, JointMethod, Method, needs, resolve
 from .moments import Moments
 from .observe import observe, observe_all
+from .own_inputs import trace_all
 from .plan import plan
 from .refit import LeastSquares, Refit, fit_notes, least_squares, refits
 from .report import flops_by_node, make_report
@@ -66,7 +67,9 @@ def compile_zip(
 
     Args:
         models: two models, or a sequence of any number of them, and then the sample input: a tensor, or a tuple or
-            dict of tensors, with a batch on axis 0.
+            dict of tensors, with a batch on axis 0. With `start`, models may take inputs of their own (another size,
+            another modality): `fxzip.PerModel(input of a, input of b, ...)`; the zip then takes the inputs of all
+            models, one after another, and batches of `data` are tuples of inputs that belong together.
         data: unlabelled calibration data: an iterable of batches (a tensor; a tuple or list whose first item is the
             input; a dict), or `fxzip.PerModel` of one such iterable per model. None: the sample input serves; a method
             that looks at weights only ("weights") then runs without any data, with the refit "stored" unless another
@@ -106,7 +109,12 @@ def compile_zip(
         InputError, CostError, TraceError, AlignError, CutError, DataError, BarrierError, SelfCheckError: see
             `fxzip.errors`.
     """
-    networks, call = models_and_sample(models)
+    networks, call = models_and_sample(models, own_inputs=True)
+    if isinstance(call, JointCall) and start is None:
+        raise InputError(
+            "Models with inputs of their own (`sample_input` is a `PerModel`) share nothing at the input; say with "
+            "`start` where the trunk begins."
+        )
     free = data is None and "moments" not in needs(resolve(method)) and refit in ("auto", "stored", None)
     by_need = width == "auto"
     check_width(width, max_cost if by_need else None, len(networks))
@@ -163,7 +171,7 @@ def survey(
     rules: Mapping[str, Rule] = RULES,
 ) -> Survey:
     """The stages that depend on neither cut nor method: trace -> label, self-check -> align."""
-    programs = [trace(model, call, name=f"model {k}") for k, model in enumerate(networks)]
+    programs = trace_all(networks, call)
     labellings = tuple(label(program, rules) for program in programs)
     if strict:
         _no_barriers(labellings)

@@ -29,6 +29,24 @@ class Call:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class JointCall(Call):
+    """The call of several models, each of which takes inputs of its own: the arguments of all, one after another.
+
+    >>> joint = JointCall.of([Call((torch.ones(2, 3),), {}), Call((), {"ids": torch.ones(2, 5)})])
+    >>> [value.shape[1] for value in joint.args]
+    [3, 5]
+    """
+
+    parts: tuple[Call, ...] = ()
+
+    @classmethod
+    def of(cls, parts: Iterable[Call]) -> JointCall:
+        """The parts' positional arguments and then their keyword arguments, part by part."""
+        parts = tuple(parts)
+        return cls(tuple(value for part in parts for value in (*part.args, *part.kwargs.values())), {}, parts)
+
+
 def leaves(value: Any) -> list[Tensor]:
     """All tensors in a nested structure, in order.
 
@@ -105,7 +123,10 @@ def batches(data: Any, sample: Call) -> Iterator[Call]:
     """
     index = -1
     for index, batch in enumerate([data] if isinstance(data, (Tensor, Mapping)) else data):
-        yield _checked(_in_form(batch, index, sample), index, sample)
+        if isinstance(sample, JointCall):
+            yield _joined(batch, index, sample)
+        else:
+            yield _checked(_in_form(batch, index, sample), index, sample)
     if index < 0:
         raise DataError("`data` must yield at least one batch; it gave none.")
 
@@ -131,6 +152,35 @@ def _in_form(batch: Any, index: int, sample: Call) -> Call:
         f"Batch {index} of `data` must hold {_plural(wanted, 'input')} like `sample_input`, {_describe(sample)}; found "
         f"{_describe(batch)}. Let `data` yield batches of that form, labels after the inputs."
     )
+
+
+def _joined(batch: Any, index: int, sample: JointCall) -> JointCall:
+    """A batch of inputs that belong together, one for each model."""
+    for candidate in (batch, batch[0] if isinstance(batch, (tuple, list)) and batch else None):
+        if isinstance(candidate, (tuple, list)) and len(candidate) >= len(sample.parts):
+            given = list(zip(candidate, sample.parts, strict=False))
+            if all(_is_part(value, part) for value, part in given):
+                calls = [_checked(_in_form(value, index, part), index, part) for value, part in given]
+                if len(sizes := {batch_size(call) for call in calls}) > 1:
+                    raise DataError(
+                        f"Batch {index} of `data` must hold inputs that belong together, as many of each model; found "
+                        f"{', '.join(str(n) for n in sorted(n or 0 for n in sizes))}."
+                    )
+                return JointCall.of(calls)
+    raise DataError(
+        f"Batch {index} of `data` must hold the inputs of all {len(sample.parts)} models that belong together, like "
+        f"{', '.join(_describe(part) for part in sample.parts)}; found {_describe(batch)}. Let `data` yield tuples "
+        "with an input for each model, labels after them."
+    )
+
+
+def _is_part(value: Any, sample: Call) -> bool:
+    """Whether a value, taken as it is, can be the input of one model."""
+    if sample.kwargs:
+        return isinstance(value, Mapping)
+    if len(sample.args) == 1:
+        return _alike(value, sample.args[0])
+    return isinstance(value, (tuple, list)) and len(value) == len(sample.args)
 
 
 def _keywords(batch: Any, index: int, sample: Call) -> Call:

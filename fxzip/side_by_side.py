@@ -9,9 +9,10 @@ from torch import fx, nn
 
 from .arguments import models_and_sample
 from .entering import copied_node
+from .own_inputs import trace_all
 from .report import Report, costs
 from .rewrite import forget_buffers
-from .tracing import Program, trace
+from .tracing import Program
 from .zipped import ZippedModule, reuse_memory
 
 
@@ -28,13 +29,14 @@ def side_by_side(models: Sequence[nn.Module], sample_input: Any) -> ZippedModule
 
     Args:
         models: two or more.
-        sample_input: a tensor, or a tuple or dict of tensors, that every model takes.
+        sample_input: a tensor, or a tuple or dict of tensors, that every model takes; or `fxzip.PerModel` of an input
+            for each model. The result then takes the inputs of all models, one after another.
 
     Raises:
         InputError, TraceError: see `fxzip.errors`.
     """
-    networks, call = models_and_sample((models, sample_input), "side_by_side")
-    programs = tuple(trace(model, call, name=f"model {k}") for k, model in enumerate(networks))
+    networks, call = models_and_sample((models, sample_input), "side_by_side", own_inputs=True)
+    programs = tuple(trace_all(networks, call))
     graph, root = fx.Graph(), nn.Module()
     inputs: dict[int | str, fx.Node] = {}
     outputs = []

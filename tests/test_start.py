@@ -220,6 +220,106 @@ def test_a_stem_that_writes_into_the_input():
     torch.testing.assert_close(x, X[:4])
 
 
+# models with inputs of their own --------------------------------------------------------------------------------------
+
+LARGE = torch.nn.functional.interpolate(X, scale_factor=2.0)
+PAIRED = {"data": [(X, LARGE)], "progress": False}
+
+
+class Large(Residual):
+    """The network on images of twice the size."""
+
+    def forward(self, image):
+        return super().forward(nn.functional.avg_pool2d(image, 2))
+
+
+def large_twin(model):
+    """The same function of `LARGE` as the model's of `X`, on relabelled features."""
+    twin = Large(4).double()
+    twin.load_state_dict(fxzip.relabel(model, X).state_dict())
+    return twin.eval()
+
+
+@pytest.mark.parametrize("refit", [None, "repair", "lstsq"])
+@pytest.mark.parametrize("until", [None, "layer2.0.conv1"])
+def test_inputs_of_their_own(refit, until):
+    model = randomise(Residual(4), 1).double()
+    sample = fxzip.PerModel(X[:2], LARGE[:2])
+    zipped = fxzip.compile_zip(model, large_twin(model), sample, start="layer1", until=until, method="permute",
+                               refit=refit, **PAIRED)  # fmt: skip
+    for count in (30, 7):
+        both_are(model, lambda x: zipped(x, LARGE[: len(x)]), X[:count], bound=1e-9 if refit is None else 1e-5)
+    torch.testing.assert_close(zipped.single(1)(X, LARGE), zipped(X, LARGE)[1])
+    assert [node.name for node in zipped.graph.nodes if node.op == "placeholder"] == ["x", "image_of_1"]
+    flops = zipped.report["flops"]
+    assert flops["total"] == flops["trunk"] + sum(flops["heads"]) + sum(flops["stems"])
+    assert flops["originals"][0] == flops["originals"][1]
+
+
+def test_inputs_of_other_kinds_and_their_data():
+    class Words(Residual):
+        def __init__(self):
+            super().__init__(3)
+            self.stem = nn.Embedding(11, 8)
+
+        def forward(self, words, weight=None):
+            rows = self.stem(words)
+            rows = rows if weight is None else rows * weight[:, :, None]
+            return self.linear(self.layer2(self.layer1(rows.mT.reshape(-1, 8, 8, 8))).mean((2, 3)))
+
+    a, b = randomise(Residual(4), 1).double(), randomise(Words(), 2).double()
+    words = {"words": torch.randint(11, (30, 64), generator=G),
+             "weight": torch.rand(30, 64, generator=G, dtype=torch.float64)}  # fmt: skip
+    labels = torch.randint(4, (30,), generator=G)
+    found = []
+    for batch in ((X, words), ((X, words), labels), [X, words, labels], fxzip.PerModel(X, words)):
+        zipped = fxzip.compile_zip(
+            a, b, fxzip.PerModel(X[:2], {key: value[:2] for key, value in words.items()}),
+            start=("layer1", "layer1"), data=[batch], progress=False,
+        )  # fmt: skip
+        found.append(zipped(X, *words.values()))
+        assert [tuple(y.shape) for y in found[-1]] == [(30, 4), (30, 3)]
+        torch.testing.assert_close(found[-1], found[0])
+    moved = zipped(X, words["words"].flip(0), words["weight"])
+    assert all((y - z).abs().max() > 1e-3 for y, z in zip(moved, found[0], strict=True))  # merged: both heads see both
+    backwards = fxzip.side_by_side([b, a], fxzip.PerModel({key: words[key] for key in ("weight", "words")}, X))
+    given = backwards(words["weight"], words["words"], X)  # in the order of the sample
+    torch.testing.assert_close(given, (b(**words), a(X)))
+
+
+def test_an_export_of_models_with_inputs_of_their_own():
+    model = randomise(Residual(4), 1).double()
+    zipped = fxzip.compile_zip(model, large_twin(model), fxzip.PerModel(X[:2], LARGE[:2]), start="layer1", **PAIRED)
+    rows = {0: torch.export.Dim("batch")}
+    program = torch.export.export(copy.deepcopy(zipped), (X, LARGE), dynamic_shapes=(rows, rows))
+    torch.testing.assert_close(program.module()(X[:3], LARGE[:3]), zipped(X[:3], LARGE[:3]))
+
+
+@pytest.mark.parametrize(("sample", "settings", "error", "message"), [
+    ((X, LARGE), {"start": None}, fxzip.InputError, "Models with inputs of their own (`sample_input` is a `PerModel`) "
+     "share nothing at the input; say with `start` where the trunk begins."),
+    ((X,), {}, fxzip.InputError, "`sample_input` as a `PerModel` must hold an input for each of the 2 models; "
+     "found 1."),
+    ((X[:3], LARGE), {}, fxzip.InputError, "must hold inputs that belong together, as many for each model; found "
+     "batches of 3 and 30."),
+    ((X, LARGE), {"data": fxzip.PerModel([X], [LARGE])}, fxzip.DataError, "found a `PerModel` of sources."),
+    ((X, LARGE), {"data": [X]}, fxzip.DataError, "Batch 0 of `data` must hold the inputs of all 2 models that belong "
+     "together, like (30, 3, 8, 8), (30, 3, 16, 16); found (30, 3, 8, 8)."),
+    ((X, LARGE), {"data": [(X, LARGE), (X, LARGE[:4])]}, fxzip.DataError, "Batch 1 of `data` must hold inputs that "
+     "belong together, as many of each model; found 4, 30."),
+])  # fmt: skip
+def test_inputs_that_do_not_belong_together(sample, settings, error, message):
+    a, b = randomise(Residual(4), 1).double(), randomise(Large(4), 2).double()
+    with pytest.raises(error, match=re.escape(message)):
+        fxzip.compile_zip(a, b, fxzip.PerModel(*sample), **{"start": "layer1", **PAIRED, **settings})
+
+
+def test_only_some_functions_take_inputs_of_their_own():
+    a, b = randomise(Residual(4), 1).double(), randomise(Large(4), 2).double()
+    with pytest.raises(fxzip.InputError, match=r"`compare` needs one sample input that all models take; found a `PerM"):
+        fxzip.compare([a, b], fxzip.PerModel(X, LARGE), data=[(X, LARGE)], methods=["permute"])
+
+
 # merge, costs, the result as a module --------------------------------------------------------------------------------
 
 
