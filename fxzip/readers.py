@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from .align import attribute
+from .analysis.spaces import slots
 from .trunk import Trunk
 
 
 def readers(trunk: Trunk, reach: Sequence[Tensor]) -> list[tuple[tuple[Tensor, ...], ...]]:
-    """For each space and each model k the squared weights of its readers, float64 [outputs, n_k] each.
+    """For each space and each model k the weights of its readers, [outputs, taps, n_k] each.
 
-    Squares are summed over the axes of a parameter that are neither its first free one nor that of the features (the
-    taps of a kernel). Grouped kernels are left out: their features are tied in blocks, which are matched as they are.
+    Taps are all places at which a feature is read: those of a kernel, and those that were flattened. Grouped kernels
+    are left out: their features are tied in blocks, which are matched as they are.
 
     Args:
         trunk: what is shared.
@@ -50,13 +51,20 @@ def _of_model(trunk: Trunk, k: int, reach: Tensor) -> dict[int, list[Tensor]]:
             axis = next(a for a, n in enumerate(run.shape) if n > 1)
             flat = run.reshape(-1)
             layout = spaces.layout(torch.where(reach[flat] > 0, reach[flat], flat))
-            squares: Tensor | None = None
+            weight: Tensor | None = None
             for space in layout.space[layout.space >= 0].unique().tolist():
-                if squares is None:
-                    value = attribute(module, name).detach().double().square().movedim(axis, -1)
-                    squares = value.reshape(len(value), -1, value.shape[-1]).sum(1) if value.ndim > 1 else value[None]
-                here = (layout.space == space).nonzero().flatten().to(squares.device)
-                own = squares.new_zeros(len(squares), spaces.spaces[space].size)
-                feature = layout.feature[here.cpu()].to(squares.device)
-                result[space].append(own.index_add_(1, feature, squares[:, here]))
+                if weight is None:
+                    value = attribute(module, name).detach().movedim(axis, -1)
+                    weight = value.reshape(len(value), -1, value.shape[-1]) if value.ndim > 1 else value[None, None]
+                result[space].append(_places(weight, slots(layout, space), spaces.spaces[space].size))
     return result
+
+
+def _places(weight: Tensor, at: Tensor, size: int) -> Tensor:
+    """Columns of a weight [outputs, taps, columns] as [outputs, taps, features]; `at` [occurrences, features]: where
+    the features are."""
+    if at.shape[1] != size:
+        raise AssertionError("a run holds all features of a space or none")
+    if len(at) == 1 and at.numel() == weight.shape[-1] and torch.equal(at[0], torch.arange(size)):
+        return weight
+    return torch.cat([weight[:, :, row.to(weight.device)] for row in at], 1)

@@ -1,6 +1,8 @@
 """How many features each space of the zipped trunk keeps: as many as the first model, a share more, or by need.
 
-By need: space s with m_s features kept loses the energy L_s(m_s) (see `matching/energy.py`), and the network takes the
+By need: space s with m_s features kept loses the energy L_s(m_s), the geometric mean of what is lost if readers make
+the best of all features that are left (`matching/energy.py`: what a refit could get in a linear network) and if they
+read each feature back from its own cluster (`matching/clusterwise.py`: what they have at least). The network takes the
 FLOPs C(m). Starting with all features of all models, the space that loses the least per FLOP saved gives up some, until
 C is what is wanted: the greedy solution of  min Σ_s r_s L_s(m_s)  with  C(m) ≤ `max_cost` · C of the first model,
 where r_s is the number of weights that read the space, each of which sees the loss.
@@ -22,7 +24,8 @@ from .analysis.relabel import group_run
 from .elastic import stiff_spaces
 from .errors import CostError, InputError
 from .matching import Energy
-from .matching.energy import energies, energy_losses
+from .matching.clusterwise import cluster_losses, energies
+from .matching.energy import energy_losses, reading
 from .moments import Moments
 from .plan import head_nodes, head_params, problem_of, reaches, unmerged_spaces
 from .trunk import Trunk
@@ -168,8 +171,9 @@ def _losses(trunk: Trunk, statistics: Mapping[int, Moments], free: Sequence[int]
         space = problem.spaces[s]
         assert space.moments is not None
         readers = max((len(own) for own in space.readers), default=1)
-        share = energies(space.moments, space.readers)
-        result[s] = max(readers, 1) * energy_losses(space.moments, share, Energy().floor)
+        told = energy_losses(space.moments, reading(space.moments, space.readers), Energy().floor)
+        kept = cluster_losses(space.moments, energies(space.moments, space.readers), Energy().floor)
+        result[s] = max(readers, 1) * np.sqrt(told * kept)
     return result
 
 

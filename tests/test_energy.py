@@ -7,10 +7,102 @@ from networks import Residual, randomise
 from torch import nn
 
 import fxzip
-from fxzip.matching.energy import Energy, energies, energy_clusters, energy_merge
+from fxzip.matching.clusterwise import Clusters, cluster_losses, energies
+from fxzip.matching.energy import Elimination, Energy, energy_losses, energy_merge, reading
 from fxzip.matching.problem import Problem, Space
 from fxzip.moments import moments
 from fxzip.plan import problem_of
+
+
+def correlated(seed, n=16, rank=6):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((200, rank)) @ rng.standard_normal((rank, n)) + rng.standard_normal((200, n))
+
+
+def explained(alike, read, K, ridge):
+    """Energy of the outputs that the best linear reading of y = K z tells, from the definition."""
+    R = alike + ridge * np.eye(len(alike))
+    passed = R @ K.T
+    return np.trace(read @ passed @ np.linalg.solve(K @ passed, passed.T))
+
+
+def some_reading(seed, n=16):
+    W = np.random.default_rng(seed).standard_normal((9, n))
+    return W.T @ W / 9
+
+
+def rows(found, n):
+    """The matrix K of what an `Elimination` has kept."""
+    K = np.zeros((n, n))
+    K[found.cluster, np.arange(n)] = found.coefficients
+    return K[~found.gone]
+
+
+@pytest.mark.parametrize("together", [1, 64])
+def test_what_a_step_loses_is_what_regression_can_no_longer_tell(together, monkeypatch):
+    monkeypatch.setattr(Elimination, "_TOGETHER", together)
+    alike, read, ridge = np.corrcoef(correlated(0).T), some_reading(0), 1e-3
+    found = Elimination(alike, np.linalg.inv(alike + ridge * np.eye(16)), read)
+    before = explained(alike, read, np.eye(16), ridge)
+    for _ in range(15):
+        lost = found.step()
+        after = explained(alike, read, rows(found, 16), ridge)
+        assert lost == pytest.approx(before - after, rel=1e-6, abs=1e-9)
+        before = after
+    assert (found.coefficients >= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_first_step_is_the_best_of_all_pairs_and_mixtures(seed):
+    alike, read, ridge = np.corrcoef(correlated(seed).T), some_reading(seed), 1e-3
+    whole = explained(alike, read, np.eye(16), ridge)
+    best = np.inf
+    for r in range(16):
+        for s in set(range(16)) - {r}:
+            for angle in np.linspace(0, np.pi / 2, 181):
+                K = np.eye(16)
+                K[s] = np.cos(angle) * K[s] + np.sin(angle) * K[r]
+                best = min(best, whole - explained(alike, read, np.delete(K, r, 0), ridge))
+    lost = Elimination(alike, np.linalg.inv(alike + ridge * np.eye(16)), read).step()
+    assert best * (1 - 2e-3) <= lost <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_looking_late_loses_hardly_more_than_looking_at_all(seed):
+    alike, read = np.corrcoef(correlated(seed, 40, 12).T), some_reading(seed, 40)
+    lazy, eager = (Elimination(alike, np.linalg.inv(alike + 1e-3 * np.eye(40)), read) for _ in range(2))
+    lost = [0.0, 0.0]
+    for _ in range(20):
+        lost[0] += lazy.step()
+        for r in np.flatnonzero(~eager.gone):
+            eager._look(r)
+        lost[1] += eager.step()
+    assert lost[0] == pytest.approx(lost[1], rel=0.1)
+
+
+def test_what_others_tell_together_may_go():
+    """z_2 = (z_0 + z_1) / sqrt 2 is like neither, and lost without loss; pairs alone would not see it."""
+    x = torch.randn(4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 2] = (x[:, 0] + x[:, 1]) / 2**0.5
+    seen = moments([x])
+    read = reading(seen, [[torch.eye(3)[:, None]]])
+    losses = energy_losses(seen, read, 0.0, 1e-6)
+    assert losses[2] < 1e-4
+    assert losses[1] > 0.2
+    assert cluster_losses(seen, energies(seen, [[torch.eye(3)[:, None]]]), 0.0)[2] > 0.05
+
+
+def test_reading_by_hand():
+    x = torch.randn(500, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * torch.tensor([1, 2, 3.0])
+    W = torch.rand(4, 2, 3, dtype=torch.float64)
+    found, seen = reading(moments([x[:, :3]]), [[W]]), torch.corrcoef(x.T)
+    wanted = torch.zeros(3, 3, dtype=torch.float64)
+    for output in W * x.std(0, correction=0):
+        wanted += output.T @ output / sum(tap @ seen @ tap for tap in output)
+    torch.testing.assert_close(found, wanted / (wanted * seen).sum())
+
+
+# clusters that are read alone ----------------------------------------------------------------------------------------
 
 
 def textbook(alike, share, size):
@@ -37,12 +129,19 @@ def textbook(alike, share, size):
     return {frozenset(members) for _, members in clusters}
 
 
+def clustered(alike, share, size):
+    state = Clusters(alike, share)
+    for _ in range(len(share) - size):
+        state.step()
+    return state
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_fast_loop_is_the_textbook_loop(seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((200, 6)) @ rng.standard_normal((6, 16)) + rng.standard_normal((200, 16))
     alike, share = np.corrcoef(x.T), rng.random(16) + 0.05
-    found, _ = energy_clusters(alike, share, 7)
+    found = clustered(alike, share, 7).cluster
     assert {frozenset(np.flatnonzero(found == c).tolist()) for c in np.unique(found)} == textbook(alike, share, 7)
 
 
@@ -50,7 +149,7 @@ def test_coefficients_are_those_of_the_principal_direction():
     """Two features in one cluster: p² of the leading eigenvector, by hand."""
     alike = np.array([[1.0, 0.6], [0.6, 1.0]])
     share = np.array([0.8, 0.2])
-    _, kept = energy_clusters(alike, share, 1)
+    kept = clustered(alike, share, 1).coefficients ** 2 * share
     gram = alike * np.sqrt(np.outer(share, share))
     leading = np.linalg.eigh(gram)[1][:, 1]
     np.testing.assert_allclose(kept, leading**2 * share, rtol=1e-12)
@@ -61,8 +160,8 @@ def test_what_nobody_reads_is_lost_first():
     x = torch.randn(2000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[:, 1] = x[:, 0] + x[:, 1]
     seen = moments([x])
-    share = energies(seen, [[torch.tensor([[1.0, 1.0, 1e-9]])]])
-    assert len(set(energy_merge(seen, share, 2, 0.0).labels().tolist()[:2])) == 2
+    read = reading(seen, [[torch.tensor([[[1.0, 1.0, 1e-9]], [[1.0, -1.0, 1e-9]]])]])
+    assert len(set(energy_merge(seen, read, 2, 0.0).labels().tolist()[:2])) == 2
     assert len(set(fxzip.Zip()(seen, 2).labels().tolist()[:2])) == 1
 
 
@@ -70,7 +169,8 @@ def test_rows_of_the_merge_are_averages():
     """M has non-negative rows that sum to one, U is a membership, and M U = 1."""
     x = torch.randn(300, 12, generator=torch.Generator().manual_seed(1)).relu()
     x[:, 3] = 0
-    merge = energy_merge(moments([x[:, :6], x[:, 6:]]), torch.rand(12, dtype=torch.float64), 6, 0.01)
+    seen = moments([x[:, :6], x[:, 6:]])
+    merge = energy_merge(seen, reading(seen, [[torch.rand(5, 2, 6)]] * 2), 6, 0.01)
     assert bool((merge.merge >= 0).all())
     torch.testing.assert_close(merge.merge @ merge.unmerge, torch.eye(6, dtype=torch.float64))
     assert merge.labels() is not None
@@ -79,9 +179,10 @@ def test_rows_of_the_merge_are_averages():
 def test_energies_do_not_depend_on_the_scale_of_outputs():
     """A BatchNorm behind a reader may scale its outputs as it likes."""
     x = torch.randn(100, 4, dtype=torch.float64)
-    weight = torch.rand(3, 4, dtype=torch.float64)
-    scaled = weight * torch.tensor([[1.0], [100.0], [0.01]])
-    torch.testing.assert_close(energies(moments([x]), [[weight]]), energies(moments([x]), [[scaled]]))
+    weight = torch.rand(3, 2, 4, dtype=torch.float64)
+    scaled = weight * torch.tensor([[[1.0]], [[100.0]], [[0.01]]])
+    for share in (energies, reading):
+        torch.testing.assert_close(share(moments([x]), [[weight]]), share(moments([x]), [[scaled]]))
 
 
 def test_without_readers_all_count_the_same():
@@ -89,18 +190,21 @@ def test_without_readers_all_count_the_same():
     torch.testing.assert_close(
         energies(moments([x[:, :1], x[:, 1:]]), ()), torch.tensor([1, 1 / 3, 1 / 3, 1 / 3]).double()
     )
+    torch.testing.assert_close(
+        reading(moments([x[:, :1], x[:, 1:]]), ()), torch.tensor([1, 1 / 3, 1 / 3, 1 / 3]).double().diag()
+    )
 
 
 def test_readers_are_the_weights_that_sum_over_a_space():
-    """Of a linear net with a convolution in front: the squares of the next weight, flattened places summed."""
+    """Of a linear net with a convolution in front: the next weight, flattened places as taps."""
     nets = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)) for _ in range(2)]
     from fxzip.compiler import survey
     from fxzip.inputs import as_call
 
     trunk = survey(nets, as_call(torch.ones(1, 1, 4, 4))).trunk()
     [space] = problem_of(trunk, {}, Energy()).spaces
-    for net, (squares,) in zip(nets, space.readers, strict=True):
-        torch.testing.assert_close(squares, net[3].weight.detach().double().square().reshape(5, 4, 4).sum(2))
+    for net, (weights,) in zip(nets, space.readers, strict=True):
+        torch.testing.assert_close(weights, net[3].weight.detach().reshape(5, 4, 4).mT)
 
 
 @pytest.mark.parametrize("method", ["energy", "zip"])

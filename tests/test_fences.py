@@ -23,7 +23,7 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["agreement", "cuts"],
     ["observe", "places", "readers", "calibration", "arguments"],
     ["trunk", "folding"],
-    ["align", "analysis", "stems"],
+    ["align", "analysis", "stems", "own_inputs"],
     ["rules", "tracing"],
     ["moments", "inputs", "naming", "table", "sizes"],
     ["figures"],

@@ -27,12 +27,14 @@ def images(count, size, dtype, seed):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def check(model, draw, method, dtype, cut=None, verify=False):
+def check(model, draw, method, dtype, cut=None, verify=False, refit="auto"):
     """`draw(count, seed)` gives one batch: a tensor, a tuple or a dict. The sample is another one, of another size."""
     model = model.to(dtype)
     sample, data = draw(3, 0), [draw(6, seed) for seed in (1, 2, 3)]
     twin = fxzip.relabel(model, sample, seed=1, verify=verify)
-    zipped = fxzip.compile_zip(model, twin, sample, data=data, method=method, until=cut, verify=verify, progress=False)
+    zipped = fxzip.compile_zip(
+        model, twin, sample, data=data, method=method, until=cut, refit=refit, verify=verify, progress=False
+    )
     for batch in (data[0], draw(5, 4)):
         inputs = batch if isinstance(batch, tuple) else (batch,)
         with torch.no_grad():
@@ -154,7 +156,7 @@ def test_large_transformers_for_images(name):
     def draw(count, seed):
         return noise(2 + seed % 2, LARGE[name], seed)
 
-    check(torchvision_model(name), draw, "permute", torch.float32)
+    check(torchvision_model(name), draw, "permute", torch.float32, refit=None)
 
 
 TEXT = {

@@ -1,18 +1,25 @@
 """Clusters that lose the least energy: for a refit, which finds the best use of whatever features there are.
 
-A weight W that reads the space makes an output o of it, to which feature j, of variance σ_j², adds the energy
-σ_j² W_oj²; e_j is the share of j in the energy of an output, averaged over all outputs of all readers. Zipping by
-correlation alone spends as many features on what nobody reads as on what everybody does. Here features are vectors
-v_j = √e_j z_j (z: standardised), and a cluster keeps one direction of its members, the principal one:
+An output o that reads the space with weights w_o has the energy w_oᵀ C w_o, C the covariance of the features. Zipping
+by correlation alone spends as many features on what nobody reads as on what everybody does, and takes a feature for
+lost when no other is like it, though several together may tell what it was. Here features are standardised, z, with
 
-    energy lost by merging clusters r, s  =  λ_r + λ_s - λ_max [[λ_r, c], [c, λ_s]],      c = max(0, <r, s>)
+    R       their correlation, with a ridge,
+    G       Σ_o w_o w_oᵀ / (w_oᵀ R w_o), averaged over the outputs of a reader, summed over readers: a block per model,
+            scaled so that all outputs of the model have the energy tr G R = 1.
 
-with λ_r the energy that cluster r has kept. The pair that loses the least goes first. The merged feature is
-r = Σ p_j v_j, and as target of a refit the average of its members with weights w_j ∝ p_j² e_j / σ_j, Σ w_j = 1, so that
-what matters is kept as it is, and what does not lends it little. U stays the membership: coefficients are the refit's.
+Least squares reads an output from features y = K z as well as E‖o - B y‖² allows. Merging two of them, r and s, into
+p y_r + q y_s takes the direction u = q e_r - p e_s away, and what can no longer be told of the outputs is
 
-The pruning literature knows this criterion as reconstruction of the next layer's input (ThiNet, arXiv 1707.06342);
-correlations with a sign below zero count as none, since a ReLU does not pass a feature and its negative alike.
+    lost(u)  =  uᵀ Q u / uᵀ P u,      P = cov(y)⁻¹,   Q = P cov(y, o) cov(o, y) P,      at first P = R⁻¹, Q = G.
+
+For each pair the best p, q ≥ 0 solve a quadratic equation; p = 0 gives r up. The pair that loses the least goes first;
+P and Q lose a rank each. Directions with p, q of opposite signs do not count: a ReLU does not pass a feature and its
+negative alike. The merged feature is the average of its members with the coefficients that this gives, so that what
+matters is kept as it is and what does not lends it little. U stays the membership: coefficients are the refit's.
+
+The pruning literature knows the criterion, for the selection of features, as reconstruction of the next layer's input
+(ThiNet, arXiv 1707.06342) and as backward elimination in regression.
 """
 
 from __future__ import annotations
@@ -46,11 +53,12 @@ class Energy:
     >>> merge.assignment(1)
     tensor([2, 0, 1])
 
-    O(N²) time for N features in all (O(N³) in the worst case), O(N²) memory.
+    O(N³) time for N features in all, mostly in products of matrices; O(N²) memory.
 
     Attributes:
-        floor: least energy of a feature, relative to the mean: features that the data does not show, or that no weight
-            reads, are not free to be lost.
+        floor: energy that every feature has on its own, relative to the mean: features that no weight reads are not
+            free to be lost.
+        ridge: added to the correlations: how much of a feature the others must leave unexplained to count.
 
     Spaces in which only relabellings are legal are matched as by `permute`.
     """
@@ -59,6 +67,7 @@ class Energy:
     needs: ClassVar[frozenset[str]] = frozenset({"moments", "readers"})
 
     floor: float = 0.01
+    ridge: float = 1e-3
 
     def match(self, problem: Problem) -> list[Merge]:
         """A merge for every space of the problem.
@@ -70,8 +79,8 @@ class Energy:
         for together in problem.ties():
             space = problem.spaces[together[0]]
             if space.tie is None and space.legality == "free" and space.moments is not None:
-                share = energies(space.moments, space.readers)
-                merges[together[0]] = energy_merge(space.moments, share, space.size, self.floor)
+                read = reading(space.moments, space.readers)
+                merges[together[0]] = energy_merge(space.moments, read, space.size, self.floor, self.ridge)
             else:
                 others = Problem(tuple(problem.spaces[number] for number in together))
                 merges.update(zip(together, match_spaces(others, self.relabelling()), strict=True))
@@ -82,40 +91,51 @@ class Energy:
         return Permute()
 
 
-def energies(moments: Moments, readers: Sequence[Sequence[Tensor]]) -> Tensor:
-    """e_j, float64 [N]: shares in the energy that each model's features pass on, each model's summing to 1.
+def reading(moments: Moments, readers: Sequence[Sequence[Tensor]]) -> Tensor:
+    """G, float64 [N, N]: how standardised features are read (see the module).
 
     >>> from fxzip.moments import moments
-    >>> x = torch.tensor([[1.0, 2.0], [-1.0, -2.0]])
-    >>> energies(moments([x]), [[torch.tensor([[1.0, 0.25]])]])
-    tensor([0.5000, 0.5000], dtype=torch.float64)
+    >>> x = torch.tensor([[1.0, 2.0], [-1.0, -2.0], [1.0, -2.0], [-1.0, 2.0]])
+    >>> reading(moments([x]), [[torch.tensor([[[1.0, 0.5]]])]])  # the second feature has twice the deviation
+    tensor([[0.5000, 0.5000],
+            [0.5000, 0.5000]], dtype=torch.float64)
 
     Args:
         moments: of the space.
-        readers: for each model, W_oj² of every parameter that reads the space, [outputs, n_k]. Without any, each
-            feature of a model gets the same share.
+        readers: for each model the weights of every parameter that reads the space, [outputs, taps, n_k]. Without any,
+            each feature of a model is read alone, all alike.
     """
-    parts, tiny = [], torch.finfo(torch.float64).tiny
-    for k, variance in enumerate(moments.covariance.diagonal().clamp(min=0).split(list(moments.sizes))):
-        total = torch.zeros_like(variance)
-        for squares in readers[k] if readers else ():
-            passed = variance * squares.to(variance)
-            share = (passed / passed.sum(1, keepdim=True).clamp(min=tiny)).sum(0)
-            total += share / share.sum().clamp(min=tiny)
-        alive = float(total.sum())
-        parts.append(total / alive if alive > 0 else torch.full_like(variance, 1 / max(len(variance), 1)))
-    return torch.cat(parts)
+    correlation = moments.correlation
+    deviation = moments.covariance.diagonal().clamp(min=0).sqrt()
+    result, tiny = torch.zeros_like(correlation), torch.finfo(torch.float64).tiny
+    starts = moments.offsets()
+    for k, size in enumerate(moments.sizes):
+        own = slice(starts[k], starts[k] + size)
+        block, R = result[own, own], correlation[own, own]
+        for weights in readers[k] if readers else ():
+            scaled = weights.to(deviation) * deviation[own]
+            energy = ((scaled @ R) * scaled).sum((1, 2)).clamp(min=tiny)
+            rows = (scaled / (energy * len(scaled)).sqrt()[:, None, None]).flatten(0, 1)
+            block += rows.T @ rows
+        whole = float((block * R).sum())
+        if whole > 0:
+            block /= whole
+        else:
+            block += torch.eye(size, dtype=torch.float64, device=block.device) / max(size, 1)
+    return result
 
 
-def energy_merge(moments: Moments, share: Tensor, size: int, floor: float) -> Merge:
-    """The merge of N features to `size` that loses little of the energy `share` [N] (see the module)."""
+def energy_merge(moments: Moments, read: Tensor, size: int, floor: float, ridge: float = 1e-3) -> Merge:
+    """The merge of N features to `size` that loses little of the energy with which they are read (see the module)."""
     alike = similarity(moments)
-    share = share.clamp(min=floor * float(share.mean()))
-    clusters, kept = energy_clusters(alike.cpu().numpy(), share.cpu().numpy(), size)
-    labels = in_first_layout(torch.as_tensor(clusters, device=alike.device), moments.sizes)
+    found = _eliminated(moments, alike, read, floor, ridge)
+    for _ in range(len(read) - size):
+        found.step()
+    labels = in_first_layout(torch.as_tensor(found.cluster, device=alike.device), moments.sizes)
     merge = cluster_merge(labels, moments.sizes, alike)
     deviation = moments.covariance.diagonal().clamp(min=0).sqrt()
-    weight = torch.as_tensor(kept, device=alike.device) / torch.where(moments.alive, deviation, torch.inf)
+    weight = torch.as_tensor(found.coefficients, device=alike.device)
+    weight = weight / torch.where(moments.alive, deviation, torch.inf)
     total = torch.zeros(size, dtype=torch.float64, device=alike.device).index_add_(0, labels, weight)
     own = torch.where(total[labels] > 0, weight / total[labels].clamp(min=torch.finfo(torch.float64).tiny), 0.0)
     index = torch.arange(len(labels), device=alike.device)
@@ -125,100 +145,126 @@ def energy_merge(moments: Moments, share: Tensor, size: int, floor: float) -> Me
     return replace(merge, merge=matrix)
 
 
-def energy_clusters(alike: Floats, share: Floats, size: int) -> tuple[Ints, Floats]:
-    """Cluster of every feature, named by one of its members, int64 [N]; and p_j² e_j, float64 [N].
-
-    >>> alike = np.array([[1.0, 0.0, 0.9], [0.0, 1.0, 0.0], [0.9, 0.0, 1.0]])
-    >>> energy_clusters(alike, np.array([0.5, 0.01, 0.5]), 2)[0]  # what nobody reads goes first
-    array([0, 0, 2])
-
-    Args:
-        alike: symmetric similarity, [N, N], 1 on the diagonal.
-        share: energies, [N], positive.
-        size: clusters to keep.
-    """
-    state = _Clusters(alike, share)
-    for _ in range(len(share) - size):
-        state.step()
-    return state.cluster, state.coefficients**2 * share
-
-
-def energy_losses(moments: Moments, share: Tensor, floor: float) -> Floats:
-    """Energy lost with m features kept, for m = 0, ..., N: float64 [N + 1], falling to 0; of K models all is K.
+def energy_losses(moments: Moments, read: Tensor, floor: float, ridge: float = 1e-3) -> Floats:
+    """Energy lost with m features kept, for m = 0, ..., N: float64 [N + 1], falling to 0; of K models all is about K.
 
     >>> from fxzip.moments import moments
     >>> x = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])
-    >>> energy_losses(moments([x, x]), torch.full((4,), 0.5), 0.01).round(6).tolist()  # two pairs, uncorrelated
+    >>> energy_losses(moments([x, x]), torch.eye(4) / 2, 0.0, 1e-9).round(6).tolist()  # two pairs, uncorrelated
     [2.0, 1.0, 0.0, 0.0, 0.0]
     """
-    alike = similarity(moments).cpu().numpy()
-    share = share.clamp(min=floor * float(share.mean()))
-    state = _Clusters(alike, share.cpu().numpy())
-    losses = np.zeros(len(share) + 1)
-    for size in range(len(share) - 1, 0, -1):
-        losses[size] = losses[size + 1] + state.step()
-    losses[0] = float(share.sum())
+    found = _eliminated(moments, similarity(moments), read, floor, ridge)
+    losses = np.zeros(len(read) + 1)
+    for size in range(len(read) - 1, 0, -1):
+        losses[size] = losses[size + 1] + found.step()
+    with_floor = read.diagonal() + floor * float(read.diagonal().mean())
+    whole = (read * moments.correlation).sum() - read.diagonal().sum() + with_floor.sum()
+    losses[0] = max(float(whole), losses[1])
     return losses
 
 
-class _Clusters:
-    """The greedy loop: S[r, s] = <r, s>; each row remembers the partner with which it loses the least.
+def _eliminated(moments: Moments, alike: Tensor, read: Tensor, floor: float, ridge: float) -> Elimination:
+    one = torch.eye(len(read), dtype=torch.float64, device=read.device)
+    failed = True
+    while failed:  # rounding may leave a correlation matrix with an eigenvalue below -ridge
+        factor, info = torch.linalg.cholesky_ex(moments.correlation + ridge * one)
+        failed, ridge = bool(info), 10 * ridge
+    G = read.double() + floor * float(read.diagonal().mean()) * one
+    return Elimination(*(value.cpu().numpy() for value in (alike.double(), torch.cholesky_inverse(factor), G)))
 
-    A remembered loss whose pair is gone is a lower bound of the row's present one, so it is looked up anew only when it
-    comes first in line.
+
+class Elimination:
+    """The greedy loop. Rows remember the partner with which they lose the least; what is remembered is looked up anew
+    when it comes first in line, for losses hardly ever fall as features go.
+
+    P and Q are kept for the features as they were at first: feature r stands for `scale[r]` times that. Updates of
+    rank one are collected in `y` and `x`, P - Σ y yᵀ and Q - Σ (x yᵀ + y xᵀ), and applied `_TOGETHER` at a time, as a
+    product of matrices.
     """
 
-    def __init__(self, alike: Floats, share: Floats) -> None:
-        n = len(share)
-        root = np.sqrt(share)
-        self.S = alike * root[:, None] * root[None, :]
-        np.fill_diagonal(self.S, share)
+    _TOGETHER = 64
+
+    def __init__(self, alike: Floats, P: Floats, Q: Floats) -> None:
+        n = len(alike)
+        self.alike, self.P, self.Q = alike.copy(), P.copy(), Q.copy()
+        self.dP, self.dQ, self.scale = P.diagonal().copy(), Q.diagonal().copy(), np.ones(n)
+        self.x, self.y, self.waiting = np.zeros((n, self._TOGETHER)), np.zeros((n, self._TOGETHER)), 0
         self.cluster: Ints = np.arange(n)
         self.coefficients = np.ones(n)
         self.gone = np.zeros(n, dtype=bool)
-        self.loss, self.partner, self.stale = np.full(n, np.inf), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
-        for r in range(n):
-            self._look(r)
+        self.steps = 0
+        self.seen = np.zeros(n, dtype=np.int64)
+        self.loss, self.partner, self.slope = np.full(n, np.inf), np.zeros(n, dtype=np.int64), np.zeros(n)
+        if n > 1:
+            for r in range(n):
+                self._look(r)
 
     def step(self) -> float:
         """Merge the pair that loses the least. Out: the energy that this loses."""
         while True:
             r = int(self.loss.argmin())
-            if not self.stale[r]:
+            if self.seen[r] == self.steps:
                 lost = float(self.loss[r])
-                self._merge(r, int(self.partner[r]))
+                self._merge(r, int(self.partner[r]), -float(self.slope[r]))
                 return max(lost, 0.0)
             self._look(r)
 
-    def _losses(self, r: int) -> Floats:
-        """Energy lost by merging r with each cluster, inf with itself and those that are gone."""
-        own, other = self.S[r, r], self.S.diagonal()
-        product = np.maximum(self.S[r], 0.0)
-        loss: Floats = (own + other) / 2 - np.sqrt(((own - other) / 2) ** 2 + product**2)
-        loss[self.gone] = np.inf
-        loss[r] = np.inf
-        return loss
+    def _rows(self, r: int) -> tuple[Floats, Floats]:
+        """Row r of P and of Q, with what is waiting."""
+        x, y = self.x[:, : self.waiting], self.y[:, : self.waiting]
+        return self.P[r] - y @ y[r], self.Q[r] - x @ y[r] - y @ x[r]
 
     def _look(self, r: int) -> None:
-        losses = self._losses(r)
-        self.partner[r] = int(losses.argmin())
-        self.loss[r], self.stale[r] = losses[self.partner[r]], False
+        """The best that can be done with r: u = e_r + t e_s with t ≤ 0, that is q = 1, p = -t."""
+        scale = self.scale * self.scale[r]
+        P, Q = self._rows(r)
+        P, Q, p, q = P * scale, Q * scale, self.dP * self.scale**2, self.dQ * self.scale**2
+        a, b, c = q * P - p * Q, q * p[r] - p * q[r], Q * p[r] - P * q[r]
+        with np.errstate(all="ignore"):
+            alone = q[r] / p[r]
+            root = np.sqrt(np.maximum(b * b - 4 * a * c, 0.0))
+            losses, slopes = np.full(len(P), np.inf), np.zeros(len(P))
+            for t in ((root - b) / (2 * a), (-root - b) / (2 * a)):
+                loss = (q[r] + (2 * Q + q * t) * t) / (p[r] + (2 * P + p * t) * t)
+                better = (t <= 0) & np.isfinite(t) & (loss < losses) & (loss >= 0)
+                losses[better], slopes[better] = loss[better], t[better]
+        losses[self.gone] = np.inf
+        losses[r] = np.inf
+        s = int(losses.argmin())
+        if losses[s] >= alone:  # giving r up loses no more; it counts for the cluster most like it
+            like = np.where(self.gone, -np.inf, self.alike[r])
+            like[r] = -np.inf
+            s = int(like.argmax())
+            losses[s], slopes[s] = alone, 0.0
+        self.loss[r], self.partner[r], self.slope[r], self.seen[r] = losses[s], s, slopes[s], self.steps
 
-    def _merge(self, r: int, s: int) -> None:
-        """Cluster s joins cluster r; r becomes the principal direction of both."""
-        S = self.S
-        angle = 0.5 * np.arctan2(2 * max(S[r, s], 0.0), S[r, r] - S[s, s])
-        p, q = np.cos(angle), np.sin(angle)
-        kept = p * p * S[r, r] + q * q * S[s, s] + 2 * p * q * max(S[r, s], 0.0)
-        row = p * S[r] + q * S[s]
-        S[r], S[:, r], S[r, r] = row, row, kept
-        self.coefficients[self.cluster == r] *= p
-        self.coefficients[self.cluster == s] *= q
-        self.cluster[self.cluster == s] = r
-        self.gone[s], self.loss[s], self.stale[s] = True, np.inf, False
-        self.stale |= ((self.partner == r) | (self.partner == s)) & ~self.gone
-        self._look(r)
-        losses = self._losses(r)
-        nearer = losses < self.loss
-        nearer[r] = False
-        self.loss[nearer], self.partner[nearer], self.stale[nearer] = losses[nearer], r, False
+    def _merge(self, r: int, s: int, p: float) -> None:
+        """Cluster r joins cluster s, as p times itself."""
+        v = np.zeros(len(self.gone))
+        v[r], v[s] = self.scale[r], -p * self.scale[s]
+        (P_r, Q_r), (P_s, Q_s) = self._rows(r), self._rows(s)
+        Pv, Qv = v[r] * P_r + v[s] * P_s, v[r] * Q_r + v[s] * Q_s
+        norm, read = float(v @ Pv), float(v @ Qv)
+        y = Pv / np.sqrt(norm)
+        x = (Qv - Pv * (read / (2 * norm))) / np.sqrt(norm)
+        self.dP -= y * y
+        self.dQ -= 2 * x * y
+        self.x[:, self.waiting], self.y[:, self.waiting] = x, y
+        self.waiting += 1
+        if self.waiting == self._TOGETHER:
+            self.P -= self.y @ self.y.T
+            product = self.x @ self.y.T
+            self.Q -= product + product.T
+            self.waiting = 0
+        A = self.alike
+        size = np.sqrt(1 + p * p + 2 * p * A[r, s])
+        row = (p * A[r] + A[s]) / size
+        A[s], A[:, s], A[s, s] = row, row, 1.0
+        self.scale[s] *= size
+        mine, theirs = self.cluster == r, self.cluster == s
+        self.coefficients[mine] *= p / size
+        self.coefficients[theirs] /= size
+        self.cluster[mine] = s
+        self.gone[r], self.loss[r] = True, np.inf
+        self.steps += 1
+        self._look(s)

@@ -36,7 +36,7 @@ class Space:
         tie: number of the tie group whose blocks move together, or None.
         blocks: for every model the features of its blocks, int64 [n_blocks, s_k]; empty without a tie.
         moments: what was observed; None if nothing was.
-        readers: for every model the squared weights of each parameter that sums over the space, [outputs, n_k]; empty
+        readers: for every model the weights of each parameter that sums over the space, [outputs, taps, n_k]; empty
             unless the method `needs` readers.
         kept: how many features to keep; 0: those of the first model.
     """
