@@ -175,7 +175,8 @@ def _eliminated(moments: Moments, alike: Tensor, read: Tensor, floor: float, rid
 
 class Elimination:
     """The greedy loop. Rows remember the partner with which they lose the least; what is remembered is looked up anew
-    when it comes first in line, for losses hardly ever fall as features go.
+    when it comes first in line, for losses hardly ever fall as features go. A pair goes if it loses at most a twentieth
+    more than what any other row remembers.
 
     P and Q are kept for the features as they were at first: feature r stands for `scale[r]` times that. Updates of
     rank one are collected in `y` and `x`, P - Σ y yᵀ and Q - Σ (x yᵀ + y xᵀ), and applied `_TOGETHER` at a time, as a
@@ -183,10 +184,13 @@ class Elimination:
     """
 
     _TOGETHER = 64
+    _SLACK = 0.05
 
     def __init__(self, alike: Floats, P: Floats, Q: Floats) -> None:
         n = len(alike)
-        self.alike, self.P, self.Q = alike.copy(), P.copy(), Q.copy()
+        # A row length that is no power of two: writing columns would otherwise fall into a single cache set.
+        self.alike, self.P, self.Q = np.empty((n, n + 8 + n % 2))[:, :n], P.copy(), Q.copy()
+        self.alike[:] = alike
         self.dP, self.dQ, self.scale = P.diagonal().copy(), Q.diagonal().copy(), np.ones(n)
         self.x, self.y, self.waiting = np.zeros((n, self._TOGETHER)), np.zeros((n, self._TOGETHER)), 0
         self.cluster: Ints = np.arange(n)
@@ -203,11 +207,12 @@ class Elimination:
         """Merge the pair that loses the least. Out: the energy that this loses."""
         while True:
             r = int(self.loss.argmin())
-            if self.seen[r] == self.steps:
+            if self.seen[r] != self.steps:
+                self._look(r)
+            if self.loss[r] <= (1 + self._SLACK) * self.loss.min():
                 lost = float(self.loss[r])
                 self._merge(r, int(self.partner[r]), -float(self.slope[r]))
                 return max(lost, 0.0)
-            self._look(r)
 
     def _rows(self, r: int) -> tuple[Floats, Floats]:
         """Row r of P and of Q, with what is waiting."""
@@ -254,7 +259,8 @@ class Elimination:
         if self.waiting == self._TOGETHER:
             self.P -= self.y @ self.y.T
             product = self.x @ self.y.T
-            self.Q -= product + product.T
+            self.Q -= product
+            self.Q -= product.T
             self.waiting = 0
         A = self.alike
         size = np.sqrt(1 + p * p + 2 * p * A[r, s])
