@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .align import attribute
-from .analysis.spaces import slots
+from .analysis.spaces import Layout
 from .trunk import Trunk
 
 
@@ -56,15 +56,19 @@ def _of_model(trunk: Trunk, k: int, reach: Tensor) -> dict[int, list[Tensor]]:
                 if weight is None:
                     value = attribute(module, name).detach().movedim(axis, -1)
                     weight = value.reshape(len(value), -1, value.shape[-1]) if value.ndim > 1 else value[None, None]
-                result[space].append(_places(weight, slots(layout, space), spaces.spaces[space].size))
+                result[space].append(_features(weight, layout, space, spaces.spaces[space].size))
     return result
 
 
-def _places(weight: Tensor, at: Tensor, size: int) -> Tensor:
-    """Columns of a weight [outputs, taps, columns] as [outputs, taps, features]; `at` [occurrences, features]: where
-    the features are."""
-    if at.shape[1] != size:
-        raise AssertionError("a run holds all features of a space or none")
-    if len(at) == 1 and at.numel() == weight.shape[-1] and torch.equal(at[0], torch.arange(size)):
+def _features(weight: Tensor, layout: Layout, space: int, size: int) -> Tensor:
+    """Columns of a weight [outputs, taps, columns] as [outputs, taps, features]; features that the run does not hold
+    are read with 0."""
+    here = (layout.space == space).nonzero().flatten()
+    occurrence, feature = layout.occurrence[here], layout.feature[here]
+    if len(here) == weight.shape[-1] == size and torch.equal(feature, torch.arange(size)):
         return weight
-    return torch.cat([weight[:, :, row.to(weight.device)] for row in at], 1)
+    result = weight.new_zeros(len(weight), int(occurrence.max()) + 1, weight.shape[1], size)
+    for number, own in enumerate(result.unbind(1)):
+        mine = occurrence == number
+        own[:, :, feature[mine].to(weight.device)] = weight[:, :, here[mine].to(weight.device)]
+    return result.flatten(1, 2)

@@ -14,9 +14,11 @@ p y_r + q y_s takes the direction u = q e_r - p e_s away, and what can no longer
     lost(u)  =  uᵀ Q u / uᵀ P u,      P = cov(y)⁻¹,   Q = P cov(y, o) cov(o, y) P,      at first P = R⁻¹, Q = G.
 
 For each pair the best p, q ≥ 0 solve a quadratic equation; p = 0 gives r up. The pair that loses the least goes first;
-P and Q lose a rank each. Directions with p, q of opposite signs do not count: a ReLU does not pass a feature and its
-negative alike. The merged feature is the average of its members with the coefficients that this gives, so that what
-matters is kept as it is and what does not lends it little. U stays the membership: coefficients are the refit's.
+P and Q lose a rank each. A twentieth of what the pair would lose if nothing else told of it (see `clusterwise.py`) is
+added: it decides where there are too few positions to tell what others tell, and lets equal features go first.
+Directions with p, q of opposite signs do not count: a ReLU does not pass a feature and its negative alike. The merged
+feature is the average of its members with the coefficients that this gives, so that what matters is kept as it is and
+what does not lends it little. U stays the membership: coefficients are the refit's.
 
 The pruning literature knows the criterion, for the selection of features, as reconstruction of the next layer's input
 (ThiNet, arXiv 1707.06342) and as backward elimination in regression.
@@ -67,7 +69,7 @@ class Energy:
     needs: ClassVar[frozenset[str]] = frozenset({"moments", "readers"})
 
     floor: float = 0.01
-    ridge: float = 1e-3
+    ridge: float = 1e-5
 
     def match(self, problem: Problem) -> list[Merge]:
         """A merge for every space of the problem.
@@ -106,7 +108,7 @@ def reading(moments: Moments, readers: Sequence[Sequence[Tensor]]) -> Tensor:
             each feature of a model is read alone, all alike.
     """
     correlation = moments.correlation
-    deviation = moments.covariance.diagonal().clamp(min=0).sqrt()
+    deviation = moments.covariance.diagonal().clamp(min=0).sqrt() * moments.alive
     result, tiny = torch.zeros_like(correlation), torch.finfo(torch.float64).tiny
     starts = moments.offsets()
     for k, size in enumerate(moments.sizes):
@@ -125,7 +127,7 @@ def reading(moments: Moments, readers: Sequence[Sequence[Tensor]]) -> Tensor:
     return result
 
 
-def energy_merge(moments: Moments, read: Tensor, size: int, floor: float, ridge: float = 1e-3) -> Merge:
+def energy_merge(moments: Moments, read: Tensor, size: int, floor: float, ridge: float = 1e-5) -> Merge:
     """The merge of N features to `size` that loses little of the energy with which they are read (see the module)."""
     alike = similarity(moments)
     found = _eliminated(moments, alike, read, floor, ridge)
@@ -145,7 +147,7 @@ def energy_merge(moments: Moments, read: Tensor, size: int, floor: float, ridge:
     return replace(merge, merge=matrix)
 
 
-def energy_losses(moments: Moments, read: Tensor, floor: float, ridge: float = 1e-3) -> Floats:
+def energy_losses(moments: Moments, read: Tensor, floor: float, ridge: float = 1e-5) -> Floats:
     """Energy lost with m features kept, for m = 0, ..., N: float64 [N + 1], falling to 0; of K models all is about K.
 
     >>> from fxzip.moments import moments
@@ -185,6 +187,7 @@ class Elimination:
 
     _TOGETHER = 64
     _SLACK = 0.05
+    _ALONE = 0.05
 
     def __init__(self, alike: Floats, P: Floats, Q: Floats) -> None:
         n = len(alike)
@@ -198,7 +201,9 @@ class Elimination:
         self.gone = np.zeros(n, dtype=bool)
         self.steps = 0
         self.seen = np.zeros(n, dtype=np.int64)
+        self.kept = Q.diagonal().copy()
         self.loss, self.partner, self.slope = np.full(n, np.inf), np.zeros(n, dtype=np.int64), np.zeros(n)
+        self.lost = np.zeros(n)
         if n > 1:
             for r in range(n):
                 self._look(r)
@@ -210,7 +215,7 @@ class Elimination:
             if self.seen[r] != self.steps:
                 self._look(r)
             if self.loss[r] <= (1 + self._SLACK) * self.loss.min():
-                lost = float(self.loss[r])
+                lost = float(self.lost[r])
                 self._merge(r, int(self.partner[r]), -float(self.slope[r]))
                 return max(lost, 0.0)
 
@@ -233,15 +238,22 @@ class Elimination:
                 loss = (q[r] + (2 * Q + q * t) * t) / (p[r] + (2 * P + p * t) * t)
                 better = (t <= 0) & np.isfinite(t) & (loss < losses) & (loss >= 0)
                 losses[better], slopes[better] = loss[better], t[better]
-        losses[self.gone] = np.inf
-        losses[r] = np.inf
-        s = int(losses.argmin())
-        if losses[s] >= alone:  # giving r up loses no more; it counts for the cluster most like it
-            like = np.where(self.gone, -np.inf, self.alike[r])
-            like[r] = -np.inf
-            s = int(like.argmax())
-            losses[s], slopes[s] = alone, 0.0
-        self.loss[r], self.partner[r], self.slope[r], self.seen[r] = losses[s], s, slopes[s], self.steps
+        given_up = losses >= alone
+        losses[given_up], slopes[given_up] = alone, 0.0
+        total = losses + self._ALONE * self._apart(r)
+        total[self.gone] = np.inf
+        total[r] = np.inf
+        s = int(total.argmin())
+        self.loss[r], self.lost[r] = total[s], losses[s]
+        self.partner[r], self.slope[r], self.seen[r] = s, slopes[s], self.steps
+
+    def _apart(self, r: int) -> Floats:
+        """What merging r with each other loses if both are read from their cluster alone: λ_r + λ_s - λ_max of what
+        the clusters have kept (see `clusterwise.py`)."""
+        own, other = self.kept[r], self.kept
+        product = own * other * np.maximum(self.alike[r], 0.0) ** 2
+        apart: Floats = (own + other) / 2 - np.sqrt(((own - other) / 2) ** 2 + product)
+        return np.maximum(apart, 0.0)
 
     def _merge(self, r: int, s: int, p: float) -> None:
         """Cluster r joins cluster s, as p times itself."""
@@ -262,6 +274,7 @@ class Elimination:
             self.Q -= product
             self.Q -= product.T
             self.waiting = 0
+        self.kept[s] += self.kept[r] - self._apart(r)[s]
         A = self.alike
         size = np.sqrt(1 + p * p + 2 * p * A[r, s])
         row = (p * A[r] + A[s]) / size
