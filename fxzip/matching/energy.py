@@ -240,7 +240,8 @@ class Elimination:
                 losses[better], slopes[better] = loss[better], t[better]
         given_up = losses >= alone
         losses[given_up], slopes[given_up] = alone, 0.0
-        total = losses + self._ALONE * self._apart(r)
+        apart = self._apart(r)
+        total = np.minimum(losses, apart) + self._ALONE * apart  # equal features lose nothing, whatever the ridge
         total[self.gone] = np.inf
         total[r] = np.inf
         s = int(total.argmin())
