@@ -242,3 +242,29 @@ def test_relus_write_in_place_only_where_nothing_else_reads() -> None:
     torch.testing.assert_close(zipped(x)[0], a(x))
     assert torch.equal(x, before)
     sum(y.sum() for y in fxzip.compile_zip(a, b, x)(x)).backward()
+
+
+@pytest.mark.parametrize("refit", [None, "batchnorm", "repair", "lstsq"])
+def test_models_that_write_into_their_input_leave_the_data_alone(refit):
+    """And each model sees the data as it is, not as another has left it."""
+
+    class Writes(Residual):
+        def forward(self, x):
+            x[:, 0] *= 0.5
+            return super().forward(x)
+
+    class Copies(Residual):
+        def forward(self, x):
+            x = x.clone()
+            x[:, 0] *= 0.5
+            return super().forward(x)
+
+    data = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for kind in (Writes, Copies):
+        given = data.clone()
+        a, b = (randomise(kind(), seed).double() for seed in (1, 2))
+        zipped = fxzip.compile_zip(a, b, given[:2].clone(), data=[given], refit=refit, progress=False)
+        torch.testing.assert_close(given, data, rtol=0, atol=0)
+        found.append(zipped(data.clone()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)

@@ -14,6 +14,7 @@ from fxzip.zipped import merge, part_of
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(30, 3, 8, 8, generator=G, dtype=torch.float64)
+UNTOUCHED = X.clone()
 SETTINGS = {"data": [X], "progress": False}
 
 
@@ -218,6 +219,7 @@ def test_a_stem_that_writes_into_the_input():
     x = X[:4].clone()
     zipped(x)
     torch.testing.assert_close(x, X[:4])
+    torch.testing.assert_close(X, UNTOUCHED)
 
 
 # models with inputs of their own --------------------------------------------------------------------------------------

@@ -52,15 +52,34 @@ def run_eager(model: nn.Module, call: Call) -> Any:
 
 
 def flat_inputs(module: fx.GraphModule, call: Call) -> list[Any]:
-    """The arguments of the call in the order of the placeholders, as `torch.fx.Interpreter.run` takes them.
+    """The arguments of the call in the order of the placeholders, as `torch.fx.Interpreter.run` takes them; copies of
+    them if the program writes in place, so that the caller's stay what they are.
 
     >>> module = fx.symbolic_trace(nn.Linear(3, 4))
     >>> len(flat_inputs(module, Call((), {"input": torch.ones(2, 3)})))
     1
     """
     nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    if any(_may_write(node, module) for node in module.graph.nodes):
+        call = map_tensors(torch.clone, call)
     values = dict(zip([str(node.target) for node in nodes], call.args, strict=False)) | call.kwargs
     return [values[str(node.target)] if str(node.target) in values else node.args[0] for node in nodes]
+
+
+def _may_write(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Whether a node looks like one that writes into what it is given."""
+    if node.op == "call_module":
+        return any(getattr(part, "inplace", False) for part in module.get_submodule(str(node.target)).modules())
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+    written = name.endswith("_") and not name.endswith("__")
+    return written or name in _IN_PLACE or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+
+
+_IN_PLACE = frozenset(
+    ["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "imatmul", "iand", "ior", "ixor"]
+)
 
 
 @dataclass
