@@ -238,12 +238,13 @@ class Elimination:
                 loss = (q[r] + (2 * Q + q * t) * t) / (p[r] + (2 * P + p * t) * t)
                 better = (t <= 0) & np.isfinite(t) & (loss < losses) & (loss >= 0)
                 losses[better], slopes[better] = loss[better], t[better]
-        given_up = losses >= alone
+        given_up = losses >= alone * (1 - 1e-6)
         losses[given_up], slopes[given_up] = alone, 0.0
         apart = self._apart(r)
         total = np.minimum(losses, apart) + self._ALONE * apart  # equal features lose nothing, whatever the ridge
         total[self.gone] = np.inf
         total[r] = np.inf
+        total = total.astype(np.float32).astype(np.float64)  # r with s loses what s with r does, to the bit
         s = int(total.argmin())
         self.loss[r], self.lost[r] = total[s], losses[s]
         self.partner[r], self.slope[r], self.seen[r] = s, slopes[s], self.steps
