@@ -212,7 +212,7 @@ def test_with_few_positions_the_ridge_is_chosen(batches: int) -> None:
                 errors[scarce] += sum(
                     float((y - net(x)).square().sum()) for y, net in zip(zipped(x), nets, strict=True)
                 )
-    assert errors[16] < 0.8 * errors[0]
+    assert errors[16] < 0.9 * errors[0]
 
 
 def test_all_of_a_head_is_fitted() -> None:

@@ -175,6 +175,9 @@ def _eliminated(moments: Moments, alike: Tensor, read: Tensor, floor: float, rid
     return Elimination(*(value.cpu().numpy() for value in (alike.double(), torch.cholesky_inverse(factor), G)))
 
 
+_EQUAL = 1e-5  # features that lose less of themselves are equal, but for rounding
+
+
 class Elimination:
     """The greedy loop. Rows remember the partner with which they lose the least; what is remembered is looked up anew
     when it comes first in line, for losses hardly ever fall as features go. A pair goes if it loses at most a twentieth
@@ -255,7 +258,8 @@ class Elimination:
         own, other = self.kept[r], self.kept
         product = own * other * np.maximum(self.alike[r], 0.0) ** 2
         apart: Floats = (own + other) / 2 - np.sqrt(((own - other) / 2) ** 2 + product)
-        return np.maximum(apart, 0.0)
+        apart[apart < _EQUAL * np.minimum(own, other)] = 0.0
+        return apart
 
     def _merge(self, r: int, s: int, p: float) -> None:
         """Cluster r joins cluster s, as p times itself."""
