@@ -195,7 +195,7 @@ def compare(
         Row(name, row["accuracy"], row["joint"], row["cost"], row["parameters"], both)
         for name, row in zip(names, table, strict=True)
     ]
-    full = fxzip.compile_zip(*models, sample, data=data, method=methods[-1], progress=False)
+    full = fxzip.compile_zip(*models, sample, data=data, method=fxzip.resolve(methods[-1]), progress=False)
     return [*alone, *rows], full
 
 
