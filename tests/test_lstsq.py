@@ -207,12 +207,13 @@ def test_with_few_positions_the_ridge_is_chosen(batches: int) -> None:
     for seed in range(3):
         nets = _net(2 * seed), _net(2 * seed + 1)
         for scarce in errors:
-            zipped = fxzip.compile_zip(*nets, x[:2], data=few, refit=fxzip.LeastSquares(scarce=scarce))
+            refit = fxzip.LeastSquares(scarce=scarce)
+            zipped = fxzip.compile_zip(*nets, x[:2], data=few, method=fxzip.Zip(0.1, 0.5), refit=refit)
             with torch.no_grad():
                 errors[scarce] += sum(
                     float((y - net(x)).square().sum()) for y, net in zip(zipped(x), nets, strict=True)
                 )
-    assert errors[16] < 0.9 * errors[0]
+    assert errors[16] < 0.8 * errors[0]
 
 
 def test_all_of_a_head_is_fitted() -> None:
