@@ -69,6 +69,22 @@ def cluster_losses(moments: Moments, share: Tensor, floor: float) -> Floats:
     return losses
 
 
+def pair_losses(own: float, other: Floats, inner: Floats) -> Floats:
+    """λ_r + λ_s - λ_max (see the module) of one cluster with others, at least 0.
+
+    >>> pair_losses(1.0, np.array([1.0, 1.0, 0.5]), np.array([1.0, 0.0, -0.5]))
+    array([0. , 1. , 0.5])
+
+    Args:
+        own: λ_r.
+        other: λ_s, [N].
+        inner: <r, s>, [N].
+    """
+    product = np.maximum(inner, 0.0) ** 2
+    losses: Floats = np.maximum((own + other) / 2 - np.sqrt(((own - other) / 2) ** 2 + product), 0.0)
+    return losses
+
+
 class Clusters:
     """The greedy loop: S[r, s] = <r, s>; each row remembers the partner with which it loses the least.
 
@@ -100,9 +116,7 @@ class Clusters:
 
     def _losses(self, r: int) -> Floats:
         """Energy lost by merging r with each cluster, inf with itself and those that are gone."""
-        own, other = self.S[r, r], self.S.diagonal()
-        product = np.maximum(self.S[r], 0.0)
-        loss: Floats = (own + other) / 2 - np.sqrt(((own - other) / 2) ** 2 + product**2)
+        loss = pair_losses(self.S[r, r], self.S.diagonal(), self.S[r])
         loss[self.gone] = np.inf
         loss[r] = np.inf
         return loss

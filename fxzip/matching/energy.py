@@ -31,17 +31,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fxzip.matching.clusterwise import Floats, Ints, pair_losses
 from fxzip.matching.merge import Merge, cluster_merge, in_first_layout, similarity
 from fxzip.matching.permute import Permute
 from fxzip.matching.problem import Problem, match_spaces
 from fxzip.moments import Moments
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -175,9 +172,6 @@ def _eliminated(moments: Moments, alike: Tensor, read: Tensor, floor: float, rid
     return Elimination(*(value.cpu().numpy() for value in (alike.double(), torch.cholesky_inverse(factor), G)))
 
 
-_EQUAL = 1e-5  # features that lose less of themselves are equal, but for rounding
-
-
 class Elimination:
     """The greedy loop. Rows remember the partner with which they lose the least; what is remembered is looked up anew
     when it comes first in line, for losses hardly ever fall as features go. A pair goes if it loses at most a twentieth
@@ -253,13 +247,9 @@ class Elimination:
         self.partner[r], self.slope[r], self.seen[r] = s, slopes[s], self.steps
 
     def _apart(self, r: int) -> Floats:
-        """What merging r with each other loses if both are read from their cluster alone: λ_r + λ_s - λ_max of what
-        the clusters have kept (see `clusterwise.py`)."""
-        own, other = self.kept[r], self.kept
-        product = own * other * np.maximum(self.alike[r], 0.0) ** 2
-        apart: Floats = (own + other) / 2 - np.sqrt(((own - other) / 2) ** 2 + product)
-        apart[apart < _EQUAL * np.minimum(own, other)] = 0.0
-        return apart
+        """What merging r with each other loses if both are read from their cluster alone."""
+        inner = np.sqrt(self.kept[r] * self.kept) * self.alike[r]
+        return pair_losses(float(self.kept[r]), self.kept, inner)
 
     def _merge(self, r: int, s: int, p: float) -> None:
         """Cluster r joins cluster s, as p times itself."""
