@@ -26,6 +26,25 @@ def test_ridge_goes_to_the_prior_where_lambda_is_large() -> None:
     torch.testing.assert_close(found, prior.double(), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("positions", [1, 29, 30, 31, 300])
+@pytest.mark.parametrize("constant", [False, True])
+def test_fewer_positions_than_inputs_give_what_the_normal_equations_give(constant, positions, dtype) -> None:
+    """Which matrix is factorised, d × d or positions × positions, is a matter of time alone."""
+    generator = torch.Generator().manual_seed(positions)
+    d, scale = 30 - constant, torch.logspace(-2, 2, 30 - constant)
+    x, t = torch.randn(positions, d, generator=generator) * scale, torch.randn(positions, 2, generator=generator)
+    prior = torch.randn(30, 2, generator=generator)
+    found, ridge = ridge_solution(x.to(dtype), t.to(dtype), prior, 1e-3, constant=constant)
+    ones = torch.cat([x, torch.ones(positions, 1)], 1).double() if constant else x.double()
+    gram = ones.T @ ones
+    regular = gram + 1e-3 * gram.diagonal().mean() * torch.eye(30, dtype=torch.float64)
+    wanted = prior + torch.linalg.solve(regular, ones.T @ (t - ones @ prior.double()))
+    assert ridge == 1e-3
+    bound = 1e-10 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
+
+
 def test_rank_deficient_inputs_raise_the_ridge_and_still_fit() -> None:
     x = torch.randn(40, 1).repeat(1, 6)
     t = 2 * x[:, :1] + 1

@@ -3,7 +3,8 @@
     W = argmin Σ ‖x W - t‖² + λ ‖W - W_0‖²  =  W_0 + (Σ xᵀx + λ)⁻¹ Σ xᵀ(t - x W_0),      λ = ridge · mean diagonal
 
 with a constant 1 as last input, so that the last row of W is the bias. The second form is the one to compute: where
-W_0 is right already nothing is added to it, however badly the Gram matrix is conditioned.
+W_0 is right already nothing is added to it, however badly the Gram matrix is conditioned. With fewer positions than
+inputs it is computed from the smaller matrix x xᵀ: (xᵀx + λ)⁻¹ xᵀ = xᵀ (x xᵀ + λ)⁻¹.
 
 Where there are few positions for each input, λ decides how much of the noise is fitted, and is chosen by trying: half
 of the positions are fitted, the other half judges, and the other way round (`best_ridge`).
@@ -51,12 +52,12 @@ def ridge_solution(
         W in float64, [d + 1, n], and the ridge used.
     """
     ones = _with_one(x, constant)
-    gram = _gram(ones)
-    factor, ridge = _cholesky(gram, ridge)
+    system = _Normal(ones)
+    factor, ridge = system.factor(ridge)
     start = ones @ prior.to(ones)
 
     def solve(target: Tensor) -> Tensor:
-        return prior.double() + torch.cholesky_solve((ones.T @ (target - start)).double(), factor)
+        return prior.double() + system.solve(factor, system.side(target - start))
 
     solution = solve(t)
     base = _base(t, offset)
@@ -95,13 +96,14 @@ def best_ridge(
     ones, base = _with_one(x, constant), _base(t, offset)
     errors = torch.zeros(len(ridges), dtype=torch.float64)
     for fitted in (~held, held):
-        gram, own = _gram(ones[fitted]), ones[fitted]
-        rest = (own.T @ (t[fitted] - own @ prior.to(ones))).double()
+        own = ones[fitted]
+        system = _Normal(own)
+        side = system.side(t[fitted] - own @ prior.to(ones))
         judged, wanted = ones[~fitted], t[~fitted]
         shift = base if base.ndim == 0 else base[~fitted]
         for place, ridge in enumerate(ridges):
-            factor, _ = _cholesky(gram, ridge)
-            found = judged @ (prior.double() + torch.cholesky_solve(rest, factor)).to(ones)
+            factor, _ = system.factor(ridge)
+            found = judged @ (prior.double() + system.solve(factor, side)).to(ones)
             wrong = found - wanted
             if rectified:
                 wrong = torch.where(wanted + shift > 0, wrong, (found + shift).clamp(min=0))
@@ -117,7 +119,50 @@ def _base(t: Tensor, offset: Tensor | None) -> Tensor:
     return torch.zeros((), dtype=t.dtype, device=t.device) if offset is None else offset
 
 
-_BLOCK = 256  # rows of the Gram matrix that are computed at a time
+class _Normal:
+    """(xᵀx + λ)⁻¹ xᵀ r for inputs x [positions, d] and residuals r [positions, n], by the smaller of xᵀx and x xᵀ.
+
+    x xᵀ is made in float64: its smallest eigenvalues, to which λ is compared, drown in float32's rounding sooner than
+    those of xᵀx do.
+
+    Raises:
+        DataError: the matrix is not finite.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.dual = x, len(x) < x.shape[1]
+        self.matrix = _outer(x) if self.dual else _gram(x)
+        diagonal = self.matrix.diagonal()
+        if not bool(diagonal.isfinite().all()):  # of a positive semidefinite matrix no entry is greater
+            raise DataError(
+                f"The inputs of a regression must have a finite Gram matrix; that of {x.shape[1] - 1} inputs "
+                "overflows. Zip the models in a wider dtype, or look for features that are far too large."
+            )
+        self.scale = float(diagonal.sum()) / x.shape[1] or 1.0  # mean diagonal of xᵀx in both cases
+
+    def factor(self, ridge: float) -> tuple[Tensor, float]:
+        """Cholesky factor with λ = ridge · `scale`, and the ridge that it took."""
+        while True:
+            regular = self.matrix.clone()
+            regular.diagonal().add_(ridge * self.scale)
+            factor, info = torch.linalg.cholesky_ex(regular)
+            if int(info) == 0:
+                return factor, ridge
+            ridge = max(ridge, 1e-12) * 10
+
+    def side(self, residual: Tensor) -> Tensor:
+        """The right-hand side that `solve` takes, float64."""
+        return residual.double() if self.dual else (self.x.T @ residual).double()
+
+    def solve(self, factor: Tensor, side: Tensor) -> Tensor:
+        """[d, n], float64."""
+        found = torch.cholesky_solve(side, factor)
+        if not self.dual:
+            return found
+        return torch.cat([block.double().T @ found for block in self.x.split(_BLOCK, 1)])
+
+
+_BLOCK = 256  # columns of x that are multiplied at a time
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -130,22 +175,13 @@ def _gram(x: Tensor) -> Tensor:
     return gram
 
 
-def _scale(gram: Tensor) -> float:
-    return float(gram.diagonal().mean()) or 1.0
-
-
-def _cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
-    if not bool(gram.isfinite().all()):
-        raise DataError(
-            f"The inputs of a regression must have a finite Gram matrix; that of {len(gram) - 1} inputs overflows. "
-            "Zip the models in a wider dtype, or look for features that are far too large."
-        )
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    while True:
-        factor, info = torch.linalg.cholesky_ex(gram + ridge * _scale(gram) * identity)
-        if int(info) == 0:
-            return factor, ridge
-        ridge = max(ridge, 1e-12) * 10
+def _outer(x: Tensor) -> Tensor:
+    """x xᵀ in float64."""
+    outer = x.new_zeros(len(x), len(x), dtype=torch.float64)
+    for block in x.split(_BLOCK, 1):
+        wide = block.double()
+        outer.addmm_(wide, wide.T)
+    return outer
 
 
 def affine_solution(
