@@ -106,7 +106,8 @@ def run(settings: argparse.Namespace) -> list[tuple[str, float, float]]:
     best = max(singles, key=lambda row: row[1])
     rows.append((f"best single by selection ({best[0]})", *best[1:]))
     sample = normalise(held.pixels[:2])
-    drawn = [normalise(batch) for batch in train.pixels[: settings.images].split(250)]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
+    drawn = [normalise(batch) for batch in train.pixels[order[: settings.images]].split(250)]
     show("uniform soup", fxzip.soup(tuned, sample))
     show("greedy soup", chosen := fxzip.soup(tuned, sample, kind="greedy", score=lambda net: accuracy(net, held)))
     print("greedy soup, in order:", ", ".join(list(RECIPES)[i] for i in chosen.fxzip_soup.models))

@@ -34,7 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxzip.matching.clusterwise import Floats, Ints, pair_losses
+from fxzip.matching.clusterwise import Floats
+from fxzip.matching.elimination import Elimination
 from fxzip.matching.merge import Merge, cluster_merge, in_first_layout, similarity
 from fxzip.matching.permute import Permute
 from fxzip.matching.problem import Problem, match_spaces
@@ -170,116 +171,3 @@ def _eliminated(moments: Moments, alike: Tensor, read: Tensor, floor: float, rid
         failed, ridge = bool(info), 10 * ridge
     G = read.double() + floor * float(read.diagonal().mean()) * one
     return Elimination(*(value.cpu().numpy() for value in (alike.double(), torch.cholesky_inverse(factor), G)))
-
-
-class Elimination:
-    """The greedy loop. Rows remember the partner with which they lose the least; what is remembered is looked up anew
-    when it comes first in line, for losses hardly ever fall as features go. A pair goes if it loses at most a twentieth
-    more than what any other row remembers.
-
-    P and Q are kept for the features as they were at first: feature r stands for `scale[r]` times that. Updates of
-    rank one are collected in `y` and `x`, P - Σ y yᵀ and Q - Σ (x yᵀ + y xᵀ), and applied `_TOGETHER` at a time, as a
-    product of matrices.
-    """
-
-    _TOGETHER = 64
-    _SLACK = 0.05
-    _ALONE = 0.05
-
-    def __init__(self, alike: Floats, P: Floats, Q: Floats) -> None:
-        n = len(alike)
-        # A row length that is no power of two: writing columns would otherwise fall into a single cache set.
-        self.alike, self.P, self.Q = np.empty((n, n + 8 + n % 2))[:, :n], P.copy(), Q.copy()
-        self.alike[:] = alike
-        self.dP, self.dQ, self.scale = P.diagonal().copy(), Q.diagonal().copy(), np.ones(n)
-        self.x, self.y, self.waiting = np.zeros((n, self._TOGETHER)), np.zeros((n, self._TOGETHER)), 0
-        self.cluster: Ints = np.arange(n)
-        self.coefficients = np.ones(n)
-        self.gone = np.zeros(n, dtype=bool)
-        self.steps = 0
-        self.seen = np.zeros(n, dtype=np.int64)
-        self.kept = Q.diagonal().copy()
-        self.loss, self.partner, self.slope = np.full(n, np.inf), np.zeros(n, dtype=np.int64), np.zeros(n)
-        self.lost = np.zeros(n)
-        if n > 1:
-            for r in range(n):
-                self._look(r)
-
-    def step(self) -> float:
-        """Merge the pair that loses the least. Out: the energy that this loses."""
-        while True:
-            r = int(self.loss.argmin())
-            if self.seen[r] != self.steps:
-                self._look(r)
-            if self.loss[r] <= (1 + self._SLACK) * self.loss.min():
-                lost = float(self.lost[r])
-                self._merge(r, int(self.partner[r]), -float(self.slope[r]))
-                return max(lost, 0.0)
-
-    def _rows(self, r: int) -> tuple[Floats, Floats]:
-        """Row r of P and of Q, with what is waiting."""
-        x, y = self.x[:, : self.waiting], self.y[:, : self.waiting]
-        return self.P[r] - y @ y[r], self.Q[r] - x @ y[r] - y @ x[r]
-
-    def _look(self, r: int) -> None:
-        """The best that can be done with r: u = e_r + t e_s with t ≤ 0, that is q = 1, p = -t."""
-        scale = self.scale * self.scale[r]
-        P, Q = self._rows(r)
-        P, Q, p, q = P * scale, Q * scale, self.dP * self.scale**2, self.dQ * self.scale**2
-        a, b, c = q * P - p * Q, q * p[r] - p * q[r], Q * p[r] - P * q[r]
-        with np.errstate(all="ignore"):
-            alone = q[r] / p[r]
-            root = np.sqrt(np.maximum(b * b - 4 * a * c, 0.0))
-            losses, slopes = np.full(len(P), np.inf), np.zeros(len(P))
-            for t in ((root - b) / (2 * a), (-root - b) / (2 * a)):
-                loss = (q[r] + (2 * Q + q * t) * t) / (p[r] + (2 * P + p * t) * t)
-                better = (t <= 0) & np.isfinite(t) & (loss < losses) & (loss >= 0)
-                losses[better], slopes[better] = loss[better], t[better]
-        given_up = losses >= alone * (1 - 1e-6)
-        losses[given_up], slopes[given_up] = alone, 0.0
-        apart = self._apart(r)
-        total = np.minimum(losses, apart) + self._ALONE * apart  # equal features lose nothing, whatever the ridge
-        total[self.gone] = np.inf
-        total[r] = np.inf
-        total = total.astype(np.float32).astype(np.float64)  # r with s loses what s with r does, to the bit
-        s = int(total.argmin())
-        self.loss[r], self.lost[r] = total[s], losses[s]
-        self.partner[r], self.slope[r], self.seen[r] = s, slopes[s], self.steps
-
-    def _apart(self, r: int) -> Floats:
-        """What merging r with each other loses if both are read from their cluster alone."""
-        inner = np.sqrt(self.kept[r] * self.kept) * self.alike[r]
-        return pair_losses(float(self.kept[r]), self.kept, inner)
-
-    def _merge(self, r: int, s: int, p: float) -> None:
-        """Cluster r joins cluster s, as p times itself."""
-        v = np.zeros(len(self.gone))
-        v[r], v[s] = self.scale[r], -p * self.scale[s]
-        (P_r, Q_r), (P_s, Q_s) = self._rows(r), self._rows(s)
-        Pv, Qv = v[r] * P_r + v[s] * P_s, v[r] * Q_r + v[s] * Q_s
-        norm, read = float(v @ Pv), float(v @ Qv)
-        y = Pv / np.sqrt(norm)
-        x = (Qv - Pv * (read / (2 * norm))) / np.sqrt(norm)
-        self.dP -= y * y
-        self.dQ -= 2 * x * y
-        self.x[:, self.waiting], self.y[:, self.waiting] = x, y
-        self.waiting += 1
-        if self.waiting == self._TOGETHER:
-            self.P -= self.y @ self.y.T
-            product = self.x @ self.y.T
-            self.Q -= product
-            self.Q -= product.T
-            self.waiting = 0
-        self.kept[s] += self.kept[r] - self._apart(r)[s]
-        A = self.alike
-        size = np.sqrt(1 + p * p + 2 * p * A[r, s])
-        row = (p * A[r] + A[s]) / size
-        A[s], A[:, s], A[s, s] = row, row, 1.0
-        self.scale[s] *= size
-        mine, theirs = self.cluster == r, self.cluster == s
-        self.coefficients[mine] *= p / size
-        self.coefficients[theirs] /= size
-        self.cluster[mine] = s
-        self.gone[r], self.loss[r] = True, np.inf
-        self.steps += 1
-        self._look(s)
