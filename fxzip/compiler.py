@@ -208,7 +208,7 @@ class Recipe:
         """The defaults filled in: `refit="auto"` is least squares where there is data; "zip" is then `Energy`.
 
         >>> Recipe.of("zip", "auto", calibrated=True).method, Recipe.of("zip", "repair", calibrated=True).method
-        (Energy(floor=0.01, ridge=0.001), Zip(alpha=1.0, beta=1.0))
+        (Energy(floor=0.01, ridge=1e-05), Zip(alpha=1.0, beta=1.0))
         """
         if isinstance(refit, str) and refit == "auto":
             refit = "lstsq" if calibrated else "repair"

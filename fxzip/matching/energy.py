@@ -67,7 +67,7 @@ class Energy:
     needs: ClassVar[frozenset[str]] = frozenset({"moments", "readers"})
 
     floor: float = 0.01
-    ridge: float = 1e-3
+    ridge: float = 1e-5
 
     def match(self, problem: Problem) -> list[Merge]:
         """A merge for every space of the problem.
@@ -125,7 +125,7 @@ def reading(moments: Moments, readers: Sequence[Sequence[Tensor]]) -> Tensor:
     return result
 
 
-def energy_merge(moments: Moments, read: Tensor, size: int, floor: float, ridge: float = 1e-3) -> Merge:
+def energy_merge(moments: Moments, read: Tensor, size: int, floor: float, ridge: float = 1e-5) -> Merge:
     """The merge of N features to `size` that loses little of the energy with which they are read (see the module)."""
     alike = similarity(moments)
     found = _eliminated(moments, alike, read, floor, ridge)
@@ -145,7 +145,7 @@ def energy_merge(moments: Moments, read: Tensor, size: int, floor: float, ridge:
     return replace(merge, merge=matrix)
 
 
-def energy_losses(moments: Moments, read: Tensor, floor: float, ridge: float = 1e-3) -> Floats:
+def energy_losses(moments: Moments, read: Tensor, floor: float, ridge: float = 1e-5) -> Floats:
     """Energy lost with m features kept, for m = 0, ..., N: float64 [N + 1], falling to 0; of K models all is about K.
 
     >>> from fxzip.moments import moments
