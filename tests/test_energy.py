@@ -81,6 +81,37 @@ def test_looking_late_loses_hardly_more_than_looking_at_all(seed):
     assert lost[0] == pytest.approx(lost[1], rel=0.1)
 
 
+@pytest.mark.parametrize("deficit", [0.0, 1e-12, 1e-7, 1e-6])
+def test_equal_pairs_go_first_however_much_they_are_read(deficit):
+    """0 and 1 are equal but for rounding; 2 and 3, and 4 and 5, are equal, and alike on the data only. The latter are
+    hardly read: merging all four would lose less than rounding makes of 0 and 1."""
+    alike = np.eye(6)
+    alike[0, 1] = alike[1, 0] = 1 - deficit
+    alike[2:, 2:] = 1 - 5e-5
+    alike[[2, 3, 4, 5], [3, 2, 5, 4]] = 1.0
+    np.fill_diagonal(alike, 1.0)
+    read = np.diag([1.0, 1.0, 1e-6, 1e-6, 1e-6, 1e-6])
+    found = Elimination(alike, np.linalg.inv(alike + 1e-5 * np.eye(6)), read)
+    for _ in range(3):
+        found.step()
+    clusters = {frozenset(np.flatnonzero(found.cluster == c).tolist()) for c in found.cluster}
+    assert clusters == {frozenset({0, 1}), frozenset({2, 3}), frozenset({4, 5})}
+
+
+@pytest.mark.parametrize("n", [40, 100])
+def test_rows_that_are_gone_may_be_dropped(n, monkeypatch):
+    alike, read = np.corrcoef(correlated(1, n, 12).T), some_reading(1, n)
+    found = []
+    for together in (4, 10**3):  # the second never drops any
+        monkeypatch.setattr(Elimination, "_TOGETHER", together)
+        loop = Elimination(alike, np.linalg.inv(alike + 1e-3 * np.eye(n)), read)
+        lost = [loop.step() for _ in range(n - 2)]
+        found.append((loop.cluster, loop.coefficients, np.array(lost)))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
+    np.testing.assert_allclose(found[0][2], found[1][2], rtol=1e-6)
+
+
 def test_what_others_tell_together_may_go():
     """z_2 = (z_0 + z_1) / sqrt 2 is like neither, and lost without loss; pairs alone would not see it."""
     x = torch.randn(4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
