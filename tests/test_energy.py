@@ -1,5 +1,7 @@
 """Clusters by lost energy: against the direct computation, by hand, and what a user gets by default."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -254,3 +256,13 @@ def test_widths_may_differ():
     x = torch.randn(200, 10, generator=torch.Generator().manual_seed(2))
     [merge] = Energy().match(Problem((Space((4, 6), moments=moments([x[:, :4], x[:, 4:]])),)))
     assert merge.merge.shape == (4, 10)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"ridge": 0.0}, "`Energy` needs `ridge` > 0; got ridge=0.0. The default is 1e-5."),
+    ({"ridge": float("nan")}, "`Energy` needs `ridge` > 0; got ridge=nan. The default is 1e-5."),
+    ({"floor": -1.0}, "`Energy` needs `floor` >= 0; got floor=-1.0. The default is 0.01."),
+])  # fmt: skip
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(fxzip.InputError, match=f"^{re.escape(message)}$"):
+        Energy(**settings)

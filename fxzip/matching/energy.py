@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxzip.errors import InputError
 from fxzip.matching.clusterwise import Floats
 from fxzip.matching.elimination import Elimination
 from fxzip.matching.merge import Merge, cluster_merge, in_first_layout, similarity
@@ -68,6 +69,12 @@ class Energy:
 
     floor: float = 0.01
     ridge: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not self.ridge > 0:
+            raise InputError(f"`Energy` needs `ridge` > 0; got ridge={self.ridge}. The default is 1e-5.")
+        if not self.floor >= 0:
+            raise InputError(f"`Energy` needs `floor` >= 0; got floor={self.floor}. The default is 0.01.")
 
     def match(self, problem: Problem) -> list[Merge]:
         """A merge for every space of the problem.
