@@ -273,3 +273,13 @@ def test_report_counts_the_fitted_calls() -> None:
     a, b, data = _net(0, 3), _net(1, 5), _data(2)
     zipped = fxzip.compile_zip(a, b, data[0][:2], data=data, refit="lstsq")
     assert "least squares fitted 8 calls" in zipped.report["notes"]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"ridge": -1e-4}, "^`LeastSquares` needs `ridge` >= 0; got ridge=-0.0001. The default is 0.0001.$"),
+    ({"positions": 0}, "^`LeastSquares` needs `positions` >= 1; got positions=0. The default is 24.$"),
+    ({"memory": 0}, "^`LeastSquares` needs `memory` >= 1; got memory=0. The default is 4294967296.$"),
+])  # fmt: skip
+def test_settings_out_of_range(settings, message) -> None:
+    with pytest.raises(fxzip.InputError, match=message):
+        fxzip.LeastSquares(**settings)

@@ -14,11 +14,12 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import InputError
 from ..inputs import Call
 from ..plan import ZipPlan
 from ..zipped import ZippedModule, part_of
@@ -62,6 +63,16 @@ class LeastSquares:
     least: int = 16384
     rounds: int = 3
     memory: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        least = {"ridge": 0, "scarce": 0, "positions": 1, "least": 1, "rounds": 0, "memory": 1}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                default = next(own.default for own in fields(self) if own.name == name)
+                raise InputError(
+                    f"`LeastSquares` needs `{name}` >= {bound}; got {name}={getattr(self, name)}. "
+                    f"The default is {default}."
+                )
 
     def __call__(self, zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
         """Refit trunk and heads. A new module; no labels, no gradients. One pass over `data`."""
