@@ -100,6 +100,18 @@ def test_equal_pairs_go_first_however_much_they_are_read(deficit):
     assert clusters == {frozenset({0, 1}), frozenset({2, 3}), frozenset({4, 5})}
 
 
+def test_a_cluster_keeps_the_energy_of_its_principal_direction():
+    """0 and 1 go together first; what is kept of both is the greater eigenvalue of their Gram matrix."""
+    alike = np.eye(3)
+    alike[0, 1] = alike[1, 0] = 0.9
+    found = Elimination(alike, np.linalg.inv(alike + 1e-3 * np.eye(3)), np.diag([1.0, 0.5, 5.0]))
+    found.step()
+    assert found.cluster[0] == found.cluster[1] != found.cluster[2]
+    root = np.sqrt([1.0, 0.5])
+    gram = np.array([[1.0, 0.9], [0.9, 1.0]]) * np.outer(root, root)
+    assert found.kept[found.cluster[0]] == pytest.approx(np.linalg.eigvalsh(gram)[1])
+
+
 @pytest.mark.parametrize("n", [40, 100])
 def test_rows_that_are_gone_may_be_dropped(n, monkeypatch):
     alike, read = np.corrcoef(correlated(1, n, 12).T), some_reading(1, n)

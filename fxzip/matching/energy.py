@@ -15,7 +15,7 @@ p y_r + q y_s takes the direction u = q e_r - p e_s away, and what can no longer
 
 For each pair the best p, q ≥ 0 solve a quadratic equation; p = 0 gives r up. The pair that loses the least goes first;
 P and Q lose a rank each. A twentieth of what the pair would lose if nothing else told of it (see `clusterwise.py`) is
-added: it decides where there are too few positions to tell what others tell, and lets equal features go first.
+added: it decides where there are too few positions to tell what others tell. Equal features go first: `elimination.py`.
 Directions with p, q of opposite signs do not count: a ReLU does not pass a feature and its negative alike. The merged
 feature is the average of its members with the coefficients that this gives, so that what matters is kept as it is and
 what does not lends it little. U stays the membership: coefficients are the refit's.
