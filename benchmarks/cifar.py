@@ -71,7 +71,7 @@ def evaluate_zipped(
     import fxzip
 
     device = settings.device
-    if settings.data_per_model:
+    if settings.data_per_model or settings.joint:
         data: Any = fxzip.PerModel(*([batch.to(device) for batch in own.split(settings.batch_size)] for own in drawn))
     else:
         data = [batch.to(device) for batch in mixed_batches(drawn, settings.batch_size, seed)]
@@ -84,12 +84,37 @@ def evaluate_zipped(
         until=parse_until(until),
         **parse_width(width),
         refit=None if refit == "none" else refit,
+        joint=settings.joint,
         progress=False if settings.quiet else None,
     )
     seconds = time.perf_counter() - start
     accuracy = evaluate(zipped, models, images, device)
     ratios = [zipped.report[key]["total"] / zipped.report[key]["originals"][0] for key in ("flops", "parameters")]
-    return Result(method, until, width, refit, *astuple(accuracy), *ratios, seconds)
+    return Result(method, until, width, joined(refit, settings), *astuple(accuracy), *ratios, seconds)
+
+
+def joined(name: str, settings: argparse.Namespace) -> str:
+    """The name of a refit or network, with what `--joint` adds to it."""
+    return f"{name}, joint" if settings.joint else name
+
+
+def evaluate_joint(
+    models: Sequence[Trained], drawn: Sequence[torch.Tensor], images: Images, settings: argparse.Namespace
+) -> Result:
+    """All models side by side, with the shifts of `fxzip.calibrate_joint`."""
+    import fxzip
+
+    device = settings.device
+    sources = fxzip.PerModel(*([batch.to(device) for batch in own.split(settings.batch_size)] for own in drawn))
+    both = fxzip.side_by_side([model.network for model in models], drawn[0][:2].to(device))
+    start = time.perf_counter()
+    both = fxzip.calibrate_joint(both, drawn[0][:2].to(device), sources, progress=False)
+    seconds = time.perf_counter() - start
+    ratios = [both.report[key]["total"] / both.report[key]["originals"][0] for key in ("flops", "parameters")]
+    return Result(
+        "side by side", "", "", joined("", settings).strip(", "), *astuple(evaluate(both, models, images, device)),
+        *ratios, seconds,
+    )  # fmt: skip
 
 
 def evaluate(forward: Any, models: Sequence[Trained], images: Images, device: str) -> HeadAccuracy:
@@ -185,6 +210,8 @@ def run(settings: argparse.Namespace) -> Iterator[Result]:
     seeds = range(settings.seed, settings.seed + settings.draws)
     tasks = [model.classes for model in models]
     drawn = {seed: draw_calibration(calibration, tasks, settings.images, seed) for seed in seeds}
+    if settings.joint:
+        yield averaged([evaluate_joint(models, drawn[seed], images, settings) for seed in seeds])
     for refit, method, until, width in product(settings.refit, settings.methods, settings.cuts, settings.widths):
         kind = (method, until, width, refit)
         yield averaged([evaluate_zipped(models, drawn[seed], images, settings, *kind, seed) for seed in seeds])
@@ -217,6 +244,7 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=1000, help="unlabelled calibration images of all tasks together")
     add("--draws", type=int, default=1, help="draws of them, with seeds from --seed on; rows then show mean ± spread")
     add("--data-per-model", action="store_true", help="give `data` as one iterable per model instead of mixed batches")
+    add("--joint", action="store_true", help="fit shifts of the heads' logits (`joint=True`); implies --data-per-model")
     add("--batch-size", type=int, default=125, help="of the calibration batches")
     add("--seed", type=int, default=0, help="of the calibration images; with --train, of the first network")
     add(

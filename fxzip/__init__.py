@@ -25,6 +25,7 @@ from .errors import (
     TraceError,
 )
 from .interpolation import Barrier, barrier
+from .joint import calibrate_joint
 from .matching import (
     CCA,
     METHODS,
@@ -101,6 +102,7 @@ __all__ = [
     "align",
     "assemble",
     "barrier",
+    "calibrate_joint",
     "compare",
     "compile_zip",
     "find_trunk",

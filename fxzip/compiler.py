@@ -23,6 +23,7 @@ from .errors import AlignError, BarrierError, CutError, InputError
 from .frontier import Goal, best_agreeing, deepest_agreeing, earliest_affordable
 from .inputs import Call, JointCall, as_call
 from .inspection import Inspection
+from .joint import needs_tasks, with_shifts
 from .matching import Energy, JointMethod, Method, needs, resolve
 from .moments import Moments
 from .observe import observe, observe_all
@@ -49,6 +50,7 @@ def compile_zip(
     min_agreement: float | None = None,
     max_cost: float | None = None,
     refit: str | Refit | None = "auto",
+    joint: bool = False,
     verify: bool = True,
     strict: bool = False,
     progress: bool | None = None,
@@ -96,6 +98,9 @@ def compile_zip(
             "repair" (REPAIR, arXiv 2211.08403), "stored" (without data,
             from the statistics stored in BatchNorms), "lstsq" (least squares, closed form, layer by layer), or an
             object with its settings such as `fxzip.LeastSquares(ridge=1e-3)`.
+        joint: for classifiers of different tasks whose logits are compared with one another: move each head's logits,
+            all of an input by the same amount, such that together the heads tell the tasks apart. What a head says of
+            its own classes stays. Needs data per model; see `fxzip/joint.py`.
         verify: check the analysis by relabelling at random.
         strict: raise `BarrierError` where a call without a rule stops the sharing.
         progress: show a bar; None: on a terminal only.
@@ -126,12 +131,16 @@ def compile_zip(
     )
     goal = Goal.of(until, min_agreement, None if by_need and until != "auto" else max_cost, by_need=by_need)
     calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress)
+    if joint:
+        needs_tasks(calibration, len(networks))
     found = survey(networks, call, start=start, verify=verify, strict=strict, rules=rules)
     if goal is not None:
-        return _automatic(found, calibration, recipe, goal)
-    trunk = found.trunk(until)
-    statistics = observe(trunk, calibration("observing") if recipe.observes else ())
-    return assemble(found, trunk, statistics, calibration, recipe)
+        zipped = _automatic(found, calibration, recipe, goal)
+    else:
+        trunk = found.trunk(until)
+        statistics = observe(trunk, calibration("observing") if recipe.observes else ())
+        zipped = assemble(found, trunk, statistics, calibration, recipe)
+    return with_shifts(zipped, calibration) if joint else zipped
 
 
 @dataclass(frozen=True, eq=False)

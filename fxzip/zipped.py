@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -70,6 +71,15 @@ def part_of(node: fx.Node) -> str:
 
 class ZippedModule(fx.GraphModule):
     """A multi-task network: an ordinary `torch.fx.GraphModule` that returns a tuple with each model's output."""
+
+    def recompile(self) -> Any:
+        """Generate the code anew. Functions that are not PyTorch's are marked as one call each: unpickling traces the
+        code, and would look inside them."""
+        for node in self.graph.nodes:
+            own = node.op == "call_function" and isinstance(node.target, FunctionType)
+            if own and not str(node.target.__module__).startswith("torch."):
+                node.meta["is_wrapped"] = True
+        return super().recompile()
 
     @property
     def report(self) -> Any:

@@ -55,6 +55,26 @@ def test_pickle(zipped):
     assert str(other.report) == str(zipped.report)
 
 
+def pickled(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("settings", [
+    {"method": fxzip.Recover(fxzip.Zip()), "until": "layer1"}, {"start": "layer1", "until": "layer2.0"},
+    {"data": fxzip.PerModel([X], [X + 1]), "joint": True},
+], ids=["matrix", "merge", "joint"])  # fmt: skip
+def test_pickle_what_is_called_of_our_own(pair, settings):
+    """Unpickling traces the code again: what the graph calls must not be looked into."""
+    zipped = fxzip.compile_zip(*pair, X, **{"data": [X], "refit": None, "progress": False, **settings})
+    assert any(str(getattr(node.target, "__module__", "")).startswith("fxzip") for node in zipped.graph.nodes)
+    for module, other in ((zipped, pickled(zipped)), (zipped.single(1), pickled(zipped.single(1)))):
+        assert len(other.graph.nodes) == len(module.graph.nodes)
+        same(other(X), module(X))
+
+
 def test_dtype(zipped):
     same(copy.deepcopy(zipped).double()(X.double())[0].float(), zipped(X)[0], 1e-4)
 

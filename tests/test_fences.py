@@ -13,7 +13,7 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["__init__"],
     ["compare", "interpolation"],
     ["compiler", "side_by_side", "soup"],
-    ["frontier", "widths"],
+    ["frontier", "widths", "joint"],
     ["elastic"],
     ["inspection", "report", "refit", "rewrite"],
     ["entering", "mixing"],
@@ -25,7 +25,7 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["trunk", "folding"],
     ["align", "analysis", "stems", "own_inputs"],
     ["rules", "tracing"],
-    ["moments", "inputs", "naming", "table", "sizes"],
+    ["moments", "inputs", "naming", "table", "sizes", "shifts"],
     ["figures"],
     ["errors"],
 ]
