@@ -6,6 +6,7 @@
 `digits`: scikit-learn's images of 8×8 pixels, ResNet-20 of fourfold width, 500 images held out; needs no download.
 `cifar10`: VGG-11 of quarter width on all ten classes. Networks are matched on training images, and the loss and the
 accuracy on the line between them are those of held-out images. `--checkpoints` keeps the networks for the next run.
+`--zip METHOD ...` also zips them, with least squares, and prints the accuracy of both heads.
 """
 
 from __future__ import annotations
@@ -111,8 +112,16 @@ def lines(
     return line, Barrier(line.points, tuple(accuracies), "score")
 
 
-def run(settings: argparse.Namespace) -> Iterator[Row]:
-    """Rows of the table, one by one; the first of each pair is the naive line."""
+@dataclass(frozen=True)
+class Material:
+    """The networks, the calibration batches and the held-out images."""
+
+    trained: list[nn.Module]
+    drawn: list[Tensor]
+    held: Images
+
+
+def material(settings: argparse.Namespace) -> Material:
     if settings.task == "digits":
         train, held = digits()
     else:
@@ -120,7 +129,35 @@ def run(settings: argparse.Namespace) -> Iterator[Row]:
         train, held = cifar.train, cifar.test
     trained = networks(settings, train)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seeds[0]))
-    drawn = [normalise(batch) for batch in train[order[: settings.images]].pixels.split(125)]
+    return Material(trained, [normalise(b) for b in train[order[: settings.images]].pixels.split(125)], held)
+
+
+def accuracy(network: nn.Module, held: Images) -> list[float]:
+    """Of every head."""
+    with torch.no_grad():
+        parts = [network(normalise(batch)) for batch in held.pixels.split(250)]
+    heads = [torch.cat(part) for part in zip(*parts, strict=True)]
+    return [(head.argmax(1) == held.labels).double().mean().item() for head in heads]
+
+
+def zipped(found: Material, seeds: Sequence[int], methods: Sequence[str]) -> Iterator[str]:
+    """Lines of the table of zips, of each two networks."""
+    yield from ("| seeds | network | accuracy | average |", "|" + "---|" * 4)
+    for first in range(len(found.trained) - 1):
+        pair = found.trained[first : first + 2]
+        rows = [("side by side", fxzip.side_by_side(pair, found.drawn[0][:2]))]
+        for method in methods:
+            settings = {"data": found.drawn, "method": method, "refit": "lstsq", "progress": False}
+            rows.append((f"{method}, lstsq", fxzip.compile_zip(pair, found.drawn[0][:2], **settings)))
+        for name, network in rows:
+            own = [100 * value for value in accuracy(network, found.held)]
+            shown = " / ".join(f"{value:.2f}" for value in own)
+            yield f"| {seeds[first]}, {seeds[first + 1]} | {name} | {shown} | {sum(own) / len(own):.2f} |"
+
+
+def run(found: Material, settings: argparse.Namespace) -> Iterator[Row]:
+    """Rows of the table, one by one; the first of each pair is the naive line."""
+    trained, drawn, held = found.trained, found.drawn, found.held
     for first in range(len(trained) - 1):
         pair, naive = trained[first : first + 2], float("nan")
         for refit in (None, *settings.refit):
@@ -168,6 +205,7 @@ def parser() -> argparse.ArgumentParser:
     add("--bfloat16", action="store_true", help="train in mixed precision")
     add("--methods", nargs="+", default=METHODS)
     add("--refit", nargs="*", default=["batchnorm", "repair"], help="besides none")
+    add("--zip", nargs="*", default=[], metavar="METHOD", help="also zip the networks by these methods")
     add("--points", type=int, default=11)
     add("--images", type=int, default=1000, help="training images that are matched and refitted on")
     add("--checkpoints", type=Path, help="folder to keep the networks in")
@@ -186,7 +224,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.methods[0] != "average":
         settings.methods = ["average", *settings.methods]  # what the others are compared with
     rows = []
-    for row in run(settings):
+    found = material(settings)
+    if settings.zip:
+        print("\n".join(zipped(found, settings.seeds, settings.zip)) + "\n", flush=True)
+    for row in run(found, settings):
         rows.append(row)
         print(row, flush=True)
     print("\n" + format_table(rows))
