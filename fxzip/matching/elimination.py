@@ -103,10 +103,11 @@ class Elimination:
         self.loss[r], self.lost[r], self.slope[r] = total[s], losses[s], t[s] if better[s] else 0.0
         self.partner[r], self.seen[r] = self.ids[s], self.steps
 
-    def _apart(self, r: int) -> Floats:
-        """What merging r with each other loses if both are read from their cluster alone."""
-        inner = np.sqrt(self.kept[r] * self.kept) * self.alike[r]
-        return pair_losses(float(self.kept[r]), self.kept, inner)
+    def _apart(self, r: int, others: slice | int = slice(None)) -> Floats:
+        """What merging r with others loses if both are read from their cluster alone."""
+        kept = self.kept[others]
+        inner = np.sqrt(self.kept[r] * kept) * self.alike[r, others]
+        return pair_losses(float(self.kept[r]), kept, inner)
 
     def _merge(self, r: int, s: int, p: float) -> None:
         """Row r joins row s, as p times itself."""
@@ -120,7 +121,7 @@ class Elimination:
         self.dQ -= 2 * x * y
         self.x[:, self.waiting], self.y[:, self.waiting] = x, y
         self.waiting += 1
-        self.kept[s] += self.kept[r] - self._apart(r)[s]
+        self.kept[s] += self.kept[r] - self._apart(r, s)
         A = self.alike
         size = np.sqrt(1 + p * p + 2 * p * A[r, s])
         row = (p * A[r] + A[s]) / size

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxzip.cholesky import ridged_cholesky
 from fxzip.errors import InputError
 from fxzip.matching.clusterwise import Floats
 from fxzip.matching.elimination import Elimination
@@ -172,9 +173,6 @@ def energy_losses(moments: Moments, read: Tensor, floor: float, ridge: float = 1
 
 def _eliminated(moments: Moments, alike: Tensor, read: Tensor, floor: float, ridge: float) -> Elimination:
     one = torch.eye(len(read), dtype=torch.float64, device=read.device)
-    failed = True
-    while failed:  # rounding may leave a correlation matrix with an eigenvalue below -ridge
-        factor, info = torch.linalg.cholesky_ex(moments.correlation + ridge * one)
-        failed, ridge = bool(info), 10 * ridge
+    factor, _ = ridged_cholesky(moments.correlation, ridge)
     G = read.double() + floor * float(read.diagonal().mean()) * one
     return Elimination(*(value.cpu().numpy() for value in (alike.double(), torch.cholesky_inverse(factor), G)))

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from ..align import attribute
 from ..aligned import aligned_tensors, check_paired
+from ..cholesky import ridged_cholesky
 from ..errors import InputError
 from ..inputs import Call
 from ..plan import ZipPlan
@@ -109,14 +110,8 @@ class _Sum:
         assert self.weights is not None
         mean = self.weights / self.count
         scale = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=torch.finfo(torch.float64).tiny)
-        identity = torch.eye(self.gram.shape[-1], dtype=self.gram.dtype, device=self.gram.device)
-        ridge = 1e-12
-        while True:
-            factor, info = torch.linalg.cholesky_ex(self.gram + ridge * scale * identity)
-            if int(info.max()) == 0:
-                solved = torch.cholesky_solve(self.product + ridge * scale * mean, factor)
-                return solved.transpose(1, 2)
-            ridge *= 10
+        factor, ridge = ridged_cholesky(self.gram, 1e-12, scale[:, :, 0])
+        return torch.cholesky_solve(self.product + ridge * scale * mean, factor).transpose(1, 2)
 
 
 class _Grams(fx.Interpreter):

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..cholesky import ridged_cholesky
 from ..errors import DataError
 
 
@@ -142,13 +143,7 @@ class _Normal:
 
     def factor(self, ridge: float) -> tuple[Tensor, float]:
         """Cholesky factor with λ = ridge · `scale`, and the ridge that it took."""
-        while True:
-            regular = self.matrix.clone()
-            regular.diagonal().add_(ridge * self.scale)
-            factor, info = torch.linalg.cholesky_ex(regular)
-            if int(info) == 0:
-                return factor, ridge
-            ridge = max(ridge, 1e-12) * 10
+        return ridged_cholesky(self.matrix, ridge, self.scale)
 
     def side(self, residual: Tensor) -> Tensor:
         """The right-hand side that `solve` takes, float64."""
