@@ -58,12 +58,16 @@ def test_the_table_has_every_network_once(finished):
     names = [row.name for row in rows]
     assert names[:3] == ["a alone (digits 0-4)", "b alone (digits 5-9)", "a and b side by side"]
     assert names[3:] == [
-        f"{method}, {extent}"
-        for extent in ("all shared", "until layer2", "until layer1")
-        for method in ("average", "permute", "zip")
+        *(
+            f"{method}, {extent}"
+            for extent in ("all shared", "until layer2", "until layer1")
+            for method in demo.METHODS
+        ),
+        "a and b side by side, deciding together",
+        "zip, all shared, deciding together",
     ]
     for name in names:
-        assert sum(line.startswith(name) for line in written.splitlines()) == 1
+        assert sum(line.startswith(f"{name}  ") for line in written.splitlines()) == 1
     lengths = {len(line) for line in written.splitlines()[: len(rows) + 2]}
     assert len(lengths) == 1, "the columns of the table are not aligned"
 
@@ -84,6 +88,15 @@ def test_costs_and_accuracies_of_the_rows(finished):
     assert rows["a alone (digits 0-4)"].joint is None
 
 
+@pytest.mark.parametrize("name", ["a and b side by side", "zip, all shared"])
+def test_heads_that_decide_together(finished, name):
+    rows = {row.name: row for row in finished[0]}
+    before, after = rows[name], rows[f"{name}, deciding together"]
+    assert after.accuracy == pytest.approx(before.accuracy, abs=1e-3)
+    assert after.joint > before.joint + 0.02
+    assert (after.flops, after.parameters) == pytest.approx((before.flops, before.parameters), rel=0.02)
+
+
 def test_the_program_loads_and_takes_any_batch_size(finished):
     _, written, path = finished
     assert f'torch.export.load("{path}").module()' in written
@@ -93,7 +106,7 @@ def test_the_program_loads_and_takes_any_batch_size(finished):
         heads = model(digits.test_images[:size])
         assert [tuple(head.shape) for head in heads] == [(size, 5), (size, 5)]
     accuracy = demo.evaluate(model, digits)
-    row = next(row for row in finished[0] if row.name == "zip, all shared")
+    row = next(row for row in finished[0] if row.name == "zip, all shared, deciding together")
     assert accuracy.joint == pytest.approx(row.joint, abs=0.01)
 
 
