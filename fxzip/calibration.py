@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from .batches import batches, replayable
 from .errors import DataError
-from .inputs import Call, JointCall, batches, replayable
+from .inputs import Call, JointCall
 
 
 class PerModel(tuple[Any, ...]):

@@ -24,9 +24,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .align import attribute
+from .batches import not_finite
 from .calibration import Calibration
 from .errors import DataError, InputError
-from .inputs import as_call, not_finite
+from .inputs import as_call
 from .report import Report
 from .shifts import FOLDS, Evidence, Shifts, fit_shifts
 from .tracing import run_eager

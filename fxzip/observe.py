@@ -20,7 +20,8 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .inputs import Call, not_finite, wrong_shape
+from .batches import not_finite, wrong_shape
+from .inputs import Call
 from .moments import SAMPLES, Moments
 from .places import VALUE, Watch, watches
 from .tracing import Program, flat_inputs, quiet_execution

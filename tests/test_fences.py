@@ -25,6 +25,7 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["trunk", "folding"],
     ["align", "analysis", "stems", "own_inputs"],
     ["rules", "tracing"],
+    ["batches"],
     ["moments", "inputs", "naming", "table", "sizes", "shifts", "cholesky"],
     ["figures"],
     ["errors"],

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from fxzip.batches import batches, replayable, wrong_shape
 from fxzip.errors import DataError, InputError
-from fxzip.inputs import as_call, batch_size, batches, leaves, replayable, with_batch, wrong_shape
+from fxzip.inputs import as_call, batch_size, leaves, with_batch
 
 IMAGES = torch.randn(4, 3, 8, 8)
 SAMPLE = as_call(torch.randn(2, 3, 8, 8))

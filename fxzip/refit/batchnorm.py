@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from ..align import attribute
-from ..inputs import Call, not_finite
+from ..batches import not_finite
+from ..inputs import Call
 from ..plan import ZipPlan
 from ..tracing import flat_inputs, quiet_execution
 from ..zipped import ZippedModule, part_of

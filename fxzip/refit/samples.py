@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..inputs import not_finite
+from ..batches import not_finite
 from .goals import Goal, Wanted
 from .inside import Tail, arguments, find_tail
 from .kernels import Places, sampled_places, take, unravelled

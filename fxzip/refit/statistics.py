@@ -24,7 +24,8 @@ from torch import Tensor, fx, nn
 from ..align import attribute
 from ..analysis.spaces import slots
 from ..basis import merged_layout
-from ..inputs import Call, not_finite
+from ..batches import not_finite
+from ..inputs import Call
 from ..plan import ZipPlan
 from ..tracing import flat_inputs, quiet_execution
 from ..zipped import ZippedModule
