@@ -127,6 +127,10 @@ def test_trained_networks_are_found_and_never_overwritten(folder, tmp_path, caps
     assert [row.network for row in rows] == ["model 1 alone", "model 2 alone", "model 3 alone", "side by side"]
     assert rows[-1].flops == pytest.approx(3, abs=1e-6)
     assert len({len(line) for line in cifar.format_table(rows).splitlines()}) == 1
+    settings.joint = True
+    drawn = cifar_data.draw_calibration(images.train, [model.classes for model in models], 24, seed=0)
+    together = cifar.evaluate_joint(models, drawn, images.test, settings)
+    assert (together.network, together.refit, together.per_task) == ("side by side", "joint", rows[-1].per_task)
     with pytest.raises(FileExistsError, match="does not overwrite"):
         cifar.train_models(settings, images.train)
 
