@@ -18,6 +18,7 @@ from .arguments import models_and_sample
 from .calibration import Calibration
 from .compiler import Recipe, Survey, assemble, cuts_and_trunks, survey
 from .errors import InputError
+from .joint import needs_tasks, with_shifts
 from .matching import METHODS, Method, resolve
 from .observe import observe_all
 from .refit import Refit
@@ -25,6 +26,7 @@ from .rules import RULES, Rule
 from .side_by_side import side_by_side
 from .table import Table
 from .trunk import Trunk
+from .zipped import ZippedModule
 
 Score = Callable[[nn.Module], float | Mapping[str, float]]
 """Of a network that returns a tuple with each model's output; greater is better, or several numbers with names."""
@@ -42,6 +44,7 @@ def sweep(
     refit: str | Refit | None = "auto",
     score: Score | None = None,
     held_out: Any = None,
+    joint: bool = False,
     verify: bool = True,
     rules: Mapping[str, Rule] = RULES,
     progress: bool | None = None,
@@ -58,7 +61,7 @@ def sweep(
 
     Args:
         models: two or more.
-        sample_input, data, method, refit, verify, rules, progress: as in `compile_zip`.
+        sample_input, data, method, refit, joint, verify, rules, progress: as in `compile_zip`.
         cuts: what `until` takes, each. None: up to twelve, evenly over the FLOPs, such that one tensor alone crosses
             if there are as many.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
@@ -72,7 +75,7 @@ def sweep(
     name = method if isinstance(method, str) else repr(method)
     recipe = Recipe.of(method, refit, calibrated=data is not None)
     lines = [_Line(name, _shown(recipe.refit_name), recipe)]
-    setting = _Setting.of(models, sample_input, data, held_out, progress, "`sweep`", verify, rules)
+    setting = _Setting.of(models, sample_input, data, held_out, progress, "`sweep`", joint, verify, rules)
     if cuts is None:
         cuts = [cut.until for cut in cuts_and_trunks(setting.found, limit=SWEPT)[0]]
     return setting.table(lines, cuts, score, strict=True)
@@ -88,6 +91,7 @@ def compare(
     cuts: Sequence[str | float | None] = (None,),
     refit: str | Refit | None = "auto",
     held_out: Any = None,
+    joint: bool = False,
     verify: bool = True,
     rules: Mapping[str, Rule] = RULES,
     progress: bool | None = None,
@@ -103,7 +107,7 @@ def compare(
 
     Args:
         models: two or more.
-        sample_input, data, verify, rules, progress: as in `compile_zip`.
+        sample_input, data, joint, verify, rules, progress: as in `compile_zip`; `joint` goes for all rows.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
         methods: names, methods with their settings, or pairs (method, refit). None: every name in `fxzip.METHODS`. One
             that fails is a row with its message.
@@ -116,7 +120,7 @@ def compare(
     """
     entries = METHODS if methods is None else methods
     chosen = [_Line.of(entry, refit, calibrated=data is not None) for entry in entries]
-    setting = _Setting.of(models, sample_input, data, held_out, progress, "`compare`", verify, rules)
+    setting = _Setting.of(models, sample_input, data, held_out, progress, "`compare`", joint, verify, rules)
     return setting.table(chosen, cuts, score, strict=False)
 
 
@@ -150,17 +154,20 @@ class _Setting:
     found: Survey
     calibration: Calibration
     held: HeldOut
+    joint: bool
     seconds: float
 
     @classmethod
     def of(
         cls, models: Sequence[nn.Module], sample: Any, data: Any, held_out: Any, progress: bool | None, name: str,
-        verify: bool, rules: Mapping[str, Rule],
+        joint: bool, verify: bool, rules: Mapping[str, Rule],
     ) -> _Setting:  # fmt: skip
         start = time.perf_counter()
         models = list(models) if isinstance(models, (list, tuple)) else models
         networks, call = models_and_sample((models, sample), name.strip("`"))
         calibration = Calibration.of(data, call, len(networks), progress)
+        if joint:
+            needs_tasks(calibration, len(networks))
         found = survey(networks, call, verify=verify, rules=rules)
         programs = found.alignment.programs
         if held_out is None:
@@ -168,7 +175,7 @@ class _Setting:
         else:
             given = Calibration.of(held_out, call, len(networks), progress)
             held = HeldOut.of(list(given("holding out").labelled()), programs)
-        return cls(networks, sample, found, calibration, held, time.perf_counter() - start)
+        return cls(networks, sample, found, calibration, held, joint, time.perf_counter() - start)
 
     def table(
         self, lines: Sequence[_Line], cuts: Sequence[str | float | None], score: Score | None, *, strict: bool
@@ -196,13 +203,16 @@ class _Setting:
 
     def _measured(self, line: _Line, trunk: Trunk, statistics: Any, score: Score | None) -> dict[str, Any]:
         start = time.perf_counter()
-        zipped = assemble(self.found, trunk, statistics, self.calibration, line.recipe)
+        zipped = self._shifted(assemble(self.found, trunk, statistics, self.calibration, line.recipe))
         return self._values(zipped, score, time.perf_counter() - start)
 
     def _bound(self, score: Score | None) -> dict[str, Any]:
         """The row of the models themselves: nothing merged."""
-        whole = side_by_side(self.models, self.sample)
+        whole = self._shifted(side_by_side(self.models, self.sample))
         return {"method": "side by side", "refit": None, "until": None, **self._values(whole, score, None)}
+
+    def _shifted(self, network: ZippedModule) -> ZippedModule:
+        return with_shifts(network, self.calibration) if self.joint else network
 
     def _values(self, network: Any, score: Score | None, seconds: float | None) -> dict[str, Any]:
         heads = self.held.agreement(network)

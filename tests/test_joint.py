@@ -220,6 +220,24 @@ def test_with_a_search_for_the_cut():
     assert zipped.report["flops"]["total"] <= 1.6 * zipped.report["flops"]["originals"][0]
 
 
+def test_in_a_table_of_methods():
+    models = [randomise(Classifier(n), n) for n in (3, 5)]
+    data, fresh = fxzip.PerModel([inputs(0)], [inputs(1)]), [inputs(task, seed=1) for task in range(2)]
+
+    def score(network):
+        return known(network, fresh)
+
+    tables = [
+        fxzip.compare(models, inputs(0)[:2], data=data, score=score, methods=["permute"], joint=joint, progress=False)
+        for joint in (False, True)
+    ]
+    for before, after in zip(*tables, strict=True):
+        assert after["agreement"] == before["agreement"]
+        assert after["score"] > before["score"] + 0.1
+    with pytest.raises(fxzip.DataError, match="found 1 sources of data for 2 heads"):
+        fxzip.sweep(models, inputs(0)[:2], data=[inputs(0)], joint=True, progress=False)
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
