@@ -23,7 +23,7 @@ from .errors import AlignError, BarrierError, CutError, InputError
 from .frontier import Goal, best_agreeing, deepest_agreeing, earliest_affordable
 from .inputs import Call, JointCall, as_call
 from .inspection import Inspection
-from .joint import needs_tasks, with_shifts
+from .joint import needs_classifiers, needs_tasks, with_shifts
 from .matching import Energy, JointMethod, Method, needs, resolve
 from .moments import Moments
 from .observe import observe, observe_all
@@ -99,8 +99,8 @@ def compile_zip(
             from the statistics stored in BatchNorms), "lstsq" (least squares, closed form, layer by layer), or an
             object with its settings such as `fxzip.LeastSquares(ridge=1e-3)`.
         joint: for classifiers of different tasks whose logits are compared with one another: move each head's logits,
-            all of an input by the same amount, such that together the heads tell the tasks apart. What a head says of
-            its own classes stays. Needs data per model; see `fxzip/joint.py`.
+            all of an input by the same amount, such that together the heads tell the tasks apart. Order and softmax of
+            a head's own logits stay. Needs data per model; see `fxzip/joint.py`.
         verify: check the analysis by relabelling at random.
         strict: raise `BarrierError` where a call without a rule stops the sharing.
         progress: show a bar; None: on a terminal only.
@@ -134,6 +134,8 @@ def compile_zip(
     if joint:
         needs_tasks(calibration, len(networks))
     found = survey(networks, call, start=start, verify=verify, strict=strict, rules=rules)
+    if joint:
+        needs_classifiers(found.alignment.programs)
     if goal is not None:
         zipped = _automatic(found, calibration, recipe, goal)
     else:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import math
 import operator
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -69,17 +72,25 @@ def part_of(node: fx.Node) -> str:
     return str(node.meta.get("fxzip", {}).get("part", "trunk"))
 
 
-class ZippedModule(fx.GraphModule):
-    """A multi-task network: an ordinary `torch.fx.GraphModule` that returns a tuple with each model's output."""
+class EmittedModule(fx.GraphModule):
+    """A graph module that is pickled as its graph. `fx.GraphModule` pickles its code and traces it again, which looks
+    into functions and computes what does not depend on the input, and so gives another graph, or none."""
 
     def recompile(self) -> Any:
-        """Generate the code anew. Functions that are not PyTorch's are marked as one call each: unpickling traces the
-        code, and would look inside them."""
+        """Generate the code anew. Functions that are not PyTorch's are marked as one call each, for tracers."""
         for node in self.graph.nodes:
             own = node.op == "call_function" and isinstance(node.target, FunctionType)
             if own and not str(node.target.__module__).startswith("torch."):
                 node.meta["is_wrapped"] = True
         return super().recompile()
+
+    def __reduce__(self) -> Any:
+        kind = next(base for base in type(self).__mro__ if "<locals>" not in base.__qualname__)  # each has its own
+        return _restored, (kind, _holder(self), _written(self.graph), dict(self.meta))
+
+
+class ZippedModule(EmittedModule):
+    """A multi-task network: an ordinary `torch.fx.GraphModule` that returns a tuple with each model's output."""
 
     @property
     def report(self) -> Any:
@@ -111,38 +122,84 @@ class ZippedModule(fx.GraphModule):
             writes = node.meta.get("fxzip", {}).get("writes") and needed
             if not kept and not writes:
                 graph.erase_node(node)
-        result = fx.GraphModule(_holder(self), graph)
-        result.train(self.training)
-        return result
+        return EmittedModule(_holder(self), graph)
 
-    def __reduce__(self) -> Any:
-        build, arguments = super().__reduce__()
-        meta = [node.meta.get("fxzip", {}) for node in self.graph.nodes]
-        return _restored, (build, arguments, meta, dict(self.meta), self.training)
+
+@dataclass(frozen=True)
+class _Reference:
+    """Stands for a node, by name, in the arguments of a pickled one."""
+
+    name: str
+
+
+def _reference(node: fx.Node) -> Any:
+    return _Reference(node.name)
+
+
+def _written(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as plain data: op, name, target, arguments and what fxzip notes of each node."""
+    lines = []
+    for node in graph.nodes:
+        given: Any = fx.node.map_arg((node.args, node.kwargs), _reference)
+        target = node.target if isinstance(node.target, str) else _Function.of(node.target)
+        lines.append((node.op, node.name, target, *given, node.meta.get("fxzip", {})))
+    return lines
+
+
+@dataclass(frozen=True)
+class _Function:
+    """What a node calls: where it is found, or itself if it is not found there."""
+
+    module: str
+    path: str
+    itself: Any = None
+
+    @classmethod
+    def of(cls, called: Any) -> _Function:
+        # PyTorch's functions are found at `torch.relu`, say, not where they say they come from
+        module, _, path = fx.node._get_qualified_name(called).rpartition(".")
+        found, itself = cls(module, path), cls("", "", called)
+        try:
+            return found if module and found.find() is called else itself
+        except (ImportError, AttributeError):
+            return itself
+
+    def find(self) -> Any:
+        if not self.module:
+            return self.itself
+        try:
+            return getattr(importlib.import_module(self.module), self.path)
+        except ImportError:  # `torch.ops.aten.relu.default`: objects, not modules
+            first, *rest = f"{self.module}.{self.path}".split(".")
+            return functools.reduce(getattr, rest, importlib.import_module(first))
 
 
 def _restored(
-    build: Any, arguments: Any, meta: list[dict[str, Any]], own: dict[str, Any], training: bool
-) -> ZippedModule:
-    """A zipped module from its pickle."""
-    plain = build(*arguments)
-    for node, found in zip(plain.graph.nodes, meta, strict=True):
-        node.meta["fxzip"] = found
-    result = ZippedModule(plain, plain.graph)
+    kind: type[EmittedModule], holder: nn.Module, lines: list[tuple[Any, ...]], own: dict[str, Any]
+) -> EmittedModule:
+    """A module from its pickle."""
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+    for op, name, target, args, kwargs, meta in lines:
+        given = fx.node.map_aggregate((args, kwargs), lambda a: made[a.name] if isinstance(a, _Reference) else a)
+        called = target.find() if isinstance(target, _Function) else target
+        made[name] = graph.create_node(op, called, *given, name=name)
+        made[name].meta["fxzip"] = meta
+    result = kind(holder, graph)
     result.meta.update(own)
-    return result.train(training)
+    return result
 
 
 def _holder(module: nn.Module) -> nn.Module:
-    """A plain module with the same children, parameters and buffers."""
+    """A plain module with the same children, parameters and buffers, in the same mode."""
     holder = nn.Module()
     for name, child in module.named_children():
         holder.add_module(name, child)
     for name, param in module.named_parameters(recurse=False):
         holder.register_parameter(name, param)
     for name, buffer in module.named_buffers(recurse=False):
-        holder.register_buffer(name, buffer)
-    holder.train(module.training)
+        holder.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+    holder.training = module.training  # not `train()`: the children are those of `module`, each in its own mode
     return holder
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import fxzip
 from fxzip.analysis import relative_difference
+from fxzip.inputs import leaves
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -64,15 +65,53 @@ def pickled(module):
 
 @pytest.mark.parametrize("settings", [
     {"method": fxzip.Recover(fxzip.Zip()), "until": "layer1"}, {"start": "layer1", "until": "layer2.0"},
-    {"data": fxzip.PerModel([X], [X + 1]), "joint": True},
+    {"data": fxzip.PerModel([X, -X], [X + 1, X + 2]), "joint": True},
 ], ids=["matrix", "merge", "joint"])  # fmt: skip
 def test_pickle_what_is_called_of_our_own(pair, settings):
-    """Unpickling traces the code again: what the graph calls must not be looked into."""
+    """What the graph calls is not looked into."""
     zipped = fxzip.compile_zip(*pair, X, **{"data": [X], "refit": None, "progress": False, **settings})
     assert any(str(getattr(node.target, "__module__", "")).startswith("fxzip") for node in zipped.graph.nodes)
     for module, other in ((zipped, pickled(zipped)), (zipped.single(1), pickled(zipped.single(1)))):
         assert len(other.graph.nodes) == len(module.graph.nodes)
         same(other(X), module(X))
+
+
+class Sliced(nn.Module):
+    """Computes what does not depend on the input, and calls functions of every kind."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.register_buffer("places", torch.arange(12))
+        self.embed, self.inner, self.last = nn.Embedding(12, 6), nn.Linear(6, 6), nn.Linear(6, classes)
+
+    def forward(self, x):
+        h = self.inner(x) + self.embed(self.places[:5])
+        h = torch.relu(h) * nn.functional.gelu(h, approximate="tanh") + torch.ops.aten.tanh.default(h)
+        h = torch.where(h > 0, h, 0.1 * h).to(torch.float32)[..., ::2].repeat_interleave(2, -1)
+        return {"logits": self.last(h.mean(dim=1)), "size": h.shape[1:]}
+
+
+def test_pickle_keeps_the_graph_as_it_is():
+    x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
+    models = [randomise(Sliced(n), n) for n in (2, 3)]
+    for network in (fxzip.side_by_side(models, x), fxzip.compile_zip(models, x, refit=None, progress=False)):
+        for module in (network, network.single(0)):
+            other = pickled(module)
+            lines = [[(n.op, n.name, n.target, str(n.args), n.kwargs) for n in m.graph.nodes] for m in (module, other)]
+            assert lines[0] == lines[1]
+            same(leaves(other(x)), leaves(module(x)))
+
+
+def test_modes_and_persistence_survive(pair, zipped):
+    whole = copy.deepcopy(zipped).train()
+    frozen = next(name for name, module in whole.named_modules() if isinstance(module, nn.BatchNorm2d))
+    whole.get_submodule(frozen).eval()
+    whole.register_buffer("scratch", torch.zeros(1), persistent=False)
+    modes = {name: module.training for name, module in whole.named_modules()}
+    for other in (pickled(whole), whole):
+        assert {name: module.training for name, module in other.named_modules()} == modes
+        assert other.state_dict().keys() == zipped.state_dict().keys()
+        assert not other.single(0).get_submodule(frozen).training
 
 
 def test_dtype(zipped):

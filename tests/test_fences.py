@@ -22,7 +22,7 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["matching"],
     ["agreement", "cuts"],
     ["observe", "places", "readers", "calibration", "arguments"],
-    ["trunk", "folding"],
+    ["trunk", "folding", "endings"],
     ["align", "analysis", "stems", "own_inputs"],
     ["rules", "tracing"],
     ["batches"],
