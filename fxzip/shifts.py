@@ -19,7 +19,6 @@ from torch import Tensor
 
 RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3)
 FOLDS = 5
-_GAIN = 0.99  # a ridge below those is tried as long as each lowers the loss to this share
 _ROUNDING = 100  # a feature that varies by so many units in its last place is constant,
 _CONSTANT = 0.02  # and one of half precision that varies by this share of itself
 
@@ -80,8 +79,8 @@ def fit_shifts(
 
     Args:
         ridges: to choose from, descending.
-        smallest: below them others are tried as long as that pays, down to this one: logits may be large, and so the
-            shifts that they need.
+        smallest: below them others are tried as long as more inputs are known, down to this one: logits may be large,
+            and so the shifts that they need.
     """
     means = tuple(own.mean(0) for own in evidence.features)
     spreads = [_spread(own, evidence.precision) for own in evidence.features]
@@ -92,7 +91,7 @@ def fit_shifts(
     best, ridge, after = loss, None, before
     for trial in _tried(ridges, smallest):
         found, known = _judge(_cross_validated(problem, trial, _folds(evidence.tasks, folds)), evidence)
-        if trial < min(ridges) and found > _GAIN * best:
+        if trial < min(ridges) and not (found < best and known > after):
             break
         if found < best:
             best, ridge, after = found, trial, known
