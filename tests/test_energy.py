@@ -278,3 +278,21 @@ def test_widths_may_differ():
 def test_settings_out_of_range(settings, message):
     with pytest.raises(fxzip.InputError, match=f"^{re.escape(message)}$"):
         Energy(**settings)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 13])
+def test_what_is_left_keeps_its_precision(seed):
+    """Features that are read very unlike one another: the greater part of a cluster must be the one that stays, or what
+    is left of P drowns in rounding, losses fall below zero and the loop does not end."""
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((20 if seed % 2 else 400, 64))
+    C = np.corrcoef((X + 0.5 * rng.standard_normal((len(X), 1))).T)
+    W = rng.standard_normal((50, 64)) * 10 ** rng.uniform(-4, 0, (1, 64))
+    G = W.T @ W / ((W.T @ W) * C).sum()
+    G += np.eye(64) * 1e-2 * G.diagonal().mean()
+    found = Elimination(C, np.linalg.inv(C + 1e-5 * np.eye(64)), G)
+    for _ in range(62):
+        found.step()
+        assert found.scale.max() < 100
+        assert found.p[~found.gone].min() > 0
+        assert found.loss.min() >= 0

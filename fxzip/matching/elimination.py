@@ -98,6 +98,7 @@ class Elimination:
         total = np.where(share < self._ROUNDING, 1e-20 * share, total)
         total[self.gone] = np.inf
         total[r] = np.inf
+        total = np.fmax(total, 0.0)  # rounding may leave less, and `step` would not end
         total = total.astype(np.float32)  # r with s loses what s with r does, to the bit
         s = int(total.argmin())
         self.loss[r], self.lost[r], self.slope[r] = total[s], losses[s], t[s] if better[s] else 0.0
@@ -110,7 +111,10 @@ class Elimination:
         return pair_losses(float(self.kept[r]), kept, inner)
 
     def _merge(self, r: int, s: int, p: float) -> None:
-        """Row r joins row s, as p times itself."""
+        """Row r joins row s, as p times itself; or s joins r, as 1/p: the greater part stays, so that no row's scale
+        grows by more than a factor of two, and with it the rounding of what is left of P and Q."""
+        if p > 1:
+            r, s, p = s, r, 1 / p
         v_r, v_s = self.scale[r], -p * self.scale[s]
         (P_r, Q_r), (P_s, Q_s) = self._row(r), self._row(s)
         Pv, Qv = v_r * P_r + v_s * P_s, v_r * Q_r + v_s * Q_s
