@@ -114,7 +114,7 @@ def test_every_architecture_trains_saves_and_loads(architecture, tmp_path):
     torch.testing.assert_close(loaded.network(x), trained.network(x))
 
 
-def test_trained_networks_are_found_and_never_overwritten(folder, tmp_path, capsys):
+def test_trained_networks_are_found_and_never_overwritten(folder, tmp_path, monkeypatch):
     arguments = f"--data {folder} --cache {tmp_path} --checkpoints {tmp_path} --architecture vit --width 0.2 --quiet"
     training_only = "--train --epochs 1 --train-images 20 --device cpu --tasks 0,1 2,3 4,5"
     settings = cifar.parser().parse_args(f"{arguments} {training_only}".split())
@@ -128,6 +128,7 @@ def test_trained_networks_are_found_and_never_overwritten(folder, tmp_path, caps
     assert rows[-1].flops == pytest.approx(3, abs=1e-6)
     assert len({len(line) for line in cifar.format_table(rows).splitlines()}) == 1
     settings.joint = True
+    monkeypatch.setattr("fxzip.joint.LEAST", 8)  # the folder has no more images of a task
     drawn = cifar_data.draw_calibration(images.train, [model.classes for model in models], 24, seed=0)
     together = cifar.evaluate_joint(models, drawn, images.test, settings)
     assert (together.network, together.refit, together.per_task) == ("side by side", "joint", rows[-1].per_task)

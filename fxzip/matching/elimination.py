@@ -113,7 +113,7 @@ class Elimination:
     def _merge(self, r: int, s: int, p: float) -> None:
         """Row r joins row s, as p times itself; or s joins r, as 1/p: the greater part stays, so that no row's scale
         grows by more than a factor of two, and with it the rounding of what is left of P and Q."""
-        if p > 1:
+        if p > 1 + 1e-6:
             r, s, p = s, r, 1 / p
         v_r, v_s = self.scale[r], -p * self.scale[s]
         (P_r, Q_r), (P_s, Q_s) = self._row(r), self._row(s)
