@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from training import Recipe, load_checkpoint, save_checkpoint, train_network
 
 import fxzip
+from fxzip.evaluation import evaluate_heads
 from fxzip.interpolation import Barrier
 
 METHODS = ("average", "permute", "weights", "c2m3")
@@ -132,14 +133,6 @@ def material(settings: argparse.Namespace) -> Material:
     return Material(trained, [normalise(b) for b in train[order[: settings.images]].pixels.split(125)], held)
 
 
-def accuracy(network: nn.Module, held: Images) -> list[float]:
-    """Of every head."""
-    with torch.no_grad():
-        parts = [network(normalise(batch)) for batch in held.pixels.split(250)]
-    heads = [torch.cat(part) for part in zip(*parts, strict=True)]
-    return [(head.argmax(1) == held.labels).double().mean().item() for head in heads]
-
-
 def zipped(found: Material, seeds: Sequence[int], methods: Sequence[str]) -> Iterator[str]:
     """Lines of the table of zips, of each two networks."""
     yield from ("| seeds | network | accuracy | average |", "|" + "---|" * 4)
@@ -150,9 +143,12 @@ def zipped(found: Material, seeds: Sequence[int], methods: Sequence[str]) -> Ite
             settings = {"data": found.drawn, "method": method, "refit": "lstsq", "progress": False}
             rows.append((f"{method}, lstsq", fxzip.compile_zip(pair, found.drawn[0][:2], **settings)))
         for name, network in rows:
-            own = [100 * value for value in accuracy(network, found.held)]
-            shown = " / ".join(f"{value:.2f}" for value in own)
-            yield f"| {seeds[first]}, {seeds[first + 1]} | {name} | {shown} | {sum(own) / len(own):.2f} |"
+            own = evaluate_heads(
+                lambda pixels, network=network: network(normalise(pixels)), found.held.pixels, found.held.labels,
+                [CLASSES, CLASSES],
+            )  # fmt: skip
+            shown = " / ".join(f"{100 * value:.2f}" for value in own.per_task)
+            yield f"| {seeds[first]}, {seeds[first + 1]} | {name} | {shown} | {100 * own.average:.2f} |"
 
 
 def run(found: Material, settings: argparse.Namespace) -> Iterator[Row]:

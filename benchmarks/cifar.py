@@ -72,7 +72,7 @@ def evaluate_zipped(
 
     device = settings.device
     if settings.data_per_model or settings.joint:
-        data: Any = fxzip.PerModel(*([batch.to(device) for batch in own.split(settings.batch_size)] for own in drawn))
+        data: Any = per_model(drawn, settings)
     else:
         data = [batch.to(device) for batch in mixed_batches(drawn, settings.batch_size, seed)]
     start = time.perf_counter()
@@ -89,13 +89,20 @@ def evaluate_zipped(
     )
     seconds = time.perf_counter() - start
     accuracy = evaluate(zipped, models, images, device)
-    ratios = [zipped.report[key]["total"] / zipped.report[key]["originals"][0] for key in ("flops", "parameters")]
-    return Result(method, until, width, joined(refit, settings), *astuple(accuracy), *ratios, seconds)
+    name = f"{refit}, joint" if settings.joint else refit
+    return Result(method, until, width, name, *astuple(accuracy), *ratios(zipped), seconds)
 
 
-def joined(name: str, settings: argparse.Namespace) -> str:
-    """The name of a refit or network, with what `--joint` adds to it."""
-    return f"{name}, joint" if settings.joint else name
+def per_model(drawn: Sequence[torch.Tensor], settings: argparse.Namespace) -> Any:
+    """The calibration images as one source of batches for each model."""
+    import fxzip
+
+    return fxzip.PerModel(*([batch.to(settings.device) for batch in own.split(settings.batch_size)] for own in drawn))
+
+
+def ratios(network: Any) -> list[float]:
+    """FLOPs and parameters, relative to the first model."""
+    return [network.report[key]["total"] / network.report[key]["originals"][0] for key in ("flops", "parameters")]
 
 
 def evaluate_joint(
@@ -104,17 +111,13 @@ def evaluate_joint(
     """All models side by side, with the shifts of `fxzip.calibrate_joint`."""
     import fxzip
 
-    device = settings.device
-    sources = fxzip.PerModel(*([batch.to(device) for batch in own.split(settings.batch_size)] for own in drawn))
-    both = fxzip.side_by_side([model.network for model in models], drawn[0][:2].to(device))
+    sample = drawn[0][:2].to(settings.device)
+    both = fxzip.side_by_side([model.network for model in models], sample)
     start = time.perf_counter()
-    both = fxzip.calibrate_joint(both, drawn[0][:2].to(device), sources, progress=False)
+    both = fxzip.calibrate_joint(both, sample, per_model(drawn, settings), progress=False)
     seconds = time.perf_counter() - start
-    ratios = [both.report[key]["total"] / both.report[key]["originals"][0] for key in ("flops", "parameters")]
-    return Result(
-        "side by side", "", "", joined("", settings).strip(", "), *astuple(evaluate(both, models, images, device)),
-        *ratios, seconds,
-    )  # fmt: skip
+    accuracy = evaluate(both, models, images, settings.device)
+    return Result("side by side", "", "", "joint", *astuple(accuracy), *ratios(both), seconds)
 
 
 def evaluate(forward: Any, models: Sequence[Trained], images: Images, device: str) -> HeadAccuracy:

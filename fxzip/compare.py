@@ -18,7 +18,7 @@ from .arguments import models_and_sample
 from .calibration import Calibration
 from .compiler import Recipe, Survey, assemble, cuts_and_trunks, survey
 from .errors import InputError
-from .joint import needs_tasks, with_shifts
+from .joint import needs_classifiers, needs_tasks, with_shifts
 from .matching import METHODS, Method, resolve
 from .observe import observe_all
 from .refit import Refit
@@ -170,6 +170,8 @@ class _Setting:
             needs_tasks(calibration, len(networks))
         found = survey(networks, call, verify=verify, rules=rules)
         programs = found.alignment.programs
+        if joint:
+            needs_classifiers(programs)
         if held_out is None:
             calibration, held = hold_out(calibration, programs, name=name)
         else:

@@ -118,7 +118,7 @@ def needs_tasks(calibration: Calibration, heads: int) -> None:
     """Whether the calibration knows which model an input belongs to.
 
     Raises:
-        DataError: it does not.
+        DataError: it does not. InputError: models with inputs of their own, of which it cannot.
     """
     if isinstance(calibration.sample, JointCall):
         raise InputError(

@@ -87,10 +87,11 @@ def fit_shifts(
     scaled = [(own - m) / s for own, m, s in zip(evidence.features, means, spreads, strict=True)]
     rotated = [_few_features(own) for own in scaled]
     problem = replace(evidence, features=tuple(own for own, _ in rotated))
-    loss, before = _judge(evidence.scores, evidence)
-    best, ridge, after = loss, None, before
+    fold = _folds(evidence.tasks, folds)
+    best, before = _judge(evidence.scores, evidence)
+    ridge, after = None, before
     for trial in _tried(ridges, smallest):
-        found, known = _judge(_cross_validated(problem, trial, _folds(evidence.tasks, folds)), evidence)
+        found, known = _judge(_cross_validated(problem, trial, fold), evidence)
         if trial < min(ridges) and not (found < best and known > after):
             break
         if found < best:

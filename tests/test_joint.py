@@ -253,9 +253,10 @@ def test_the_greatest_logit_decides_however_many_classes_a_head_has():
     both = fxzip.side_by_side(models, inputs(0)[:2])
     data = fxzip.PerModel([inputs(0, 500)], [inputs(1, 500)])
     joint = fxzip.calibrate_joint(both, inputs(0)[:2], data, progress=False)
-    shares = [known(joint, [x]) if task == 0 else 2 * known(joint, [x[:0], x]) for task, x in enumerate(
-        (inputs(0, 500, seed=1), inputs(1, 500, seed=1))
-    )]  # fmt: skip
+    shares = []
+    for task in range(2):
+        best = torch.stack([y.amax(1) for y in joint(inputs(task, 500, seed=1))], 1)
+        shares.append((best.argmax(1) == task).float().mean().item())
     assert min(shares) > 0.85
 
 
