@@ -10,6 +10,7 @@ from networks import Mixed, Residual, Segmenter, randomise
 from torch import nn
 
 import fxzip
+from fxzip import shifts
 
 try:
     from transformers.modeling_outputs import ImageClassifierOutput
@@ -95,6 +96,19 @@ def test_every_fold_weighs_its_tasks_alike():
     assert weights[:5].sum() == 0
     for task in range(3):
         assert weights[seen.tasks == task].sum().item() == pytest.approx(1 / 3)
+
+
+def test_every_fit_weighs_the_tasks_alike(monkeypatch):
+    seen, fitted, solve = evidence(14), [], shifts._solve
+
+    def watched(problem, ridge, weights):
+        fitted.append([weights[problem.tasks == task].sum().item() for task in range(3)])
+        return solve(problem, ridge, weights)
+
+    monkeypatch.setattr(shifts, "_solve", watched)
+    fit_shifts(seen, ridges=[1.0], smallest=1.0)
+    assert len(fitted) >= 5
+    assert all(own == pytest.approx([1 / 3] * 3) for own in fitted)
 
 
 def test_rounding_is_not_taken_for_a_feature():
