@@ -10,7 +10,7 @@ from .analysis import label, self_check, solve
 from .analysis.twin import relabel
 from .calibration import Calibration, PerModel
 from .compare import compare, sweep
-from .compiler import Recipe, assemble, compile_zip, inspect, survey
+from .compiler import Recipe, assemble, compile_zip, survey
 from .errors import (
     AlignError,
     BarrierError,
@@ -24,6 +24,7 @@ from .errors import (
     SelfCheckError,
     TraceError,
 )
+from .inspection import inspect
 from .interpolation import Barrier, barrier
 from .joint import calibrate_joint
 from .matching import (

@@ -21,8 +21,7 @@ from .calibration import Calibration
 from .cuts import Cut, find_cuts
 from .errors import AlignError, BarrierError, CutError, InputError
 from .frontier import Goal, best_agreeing, deepest_agreeing, earliest_affordable
-from .inputs import Call, JointCall, as_call
-from .inspection import Inspection
+from .inputs import Call, JointCall
 from .joint import needs_classifiers, needs_tasks, with_shifts
 from .matching import Energy, JointMethod, Method, needs, resolve
 from .moments import Moments
@@ -34,7 +33,6 @@ from .report import flops_by_node, make_report
 from .rewrite import rewrite
 from .rules import RULES, Rule
 from .stems import find_stems
-from .tracing import check_model, trace
 from .trunk import Trunk, find_trunk
 from .widths import Width, check_width, choose_widths, overspent
 from .zipped import ZippedModule, reuse_memory
@@ -284,22 +282,6 @@ def _automatic(found: Survey, calibration: Calibration, recipe: Recipe, goal: Go
         return best_agreeing(cuts, build_on_the_rest, held, goal.max_cost)
     assert goal.min_agreement is not None
     return deepest_agreeing(cuts, build_on_the_rest, held, goal.min_agreement)
-
-
-def inspect(
-    model: nn.Module, sample_input: Any, *, verify: bool = True, rules: Mapping[str, Rule] = RULES
-) -> Inspection:
-    """Feature spaces, ties, barriers and possible cuts of one model; printable.
-
-    >>> import torch, fxzip
-    >>> from torch import nn
-    >>> found = fxzip.inspect(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4))
-    >>> [(space.name, space.size, space.legality) for space in found.spaces]
-    [('0.weight', 8, 'free')]
-    """
-    program = trace(check_model(model), as_call(sample_input))
-    labelling = label(program, rules)
-    return Inspection.of(labelling, *(self_check(labelling)[:2] if verify else (None, None)))
 
 
 def _no_barriers(labellings: Sequence[Labelling]) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx
+from torch import nn
 
+from .analysis import label, self_check
 from .analysis.graph import relations
 from .analysis.labelling import Barrier, Labelling
 from .analysis.spaces import FeatureSpace, FeatureSpaces, solve
+from .inputs import as_call
 from .naming import cut_names
+from .rules import RULES, Rule
+from .tracing import check_model, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,3 +64,19 @@ class Inspection:
         lines += [f"barrier: {barrier.reason}" for barrier in self.barriers]
         lines.append("cuts: " + ", ".join(self.cuts))
         return "\n".join(lines)
+
+
+def inspect(
+    model: nn.Module, sample_input: Any, *, verify: bool = True, rules: Mapping[str, Rule] = RULES
+) -> Inspection:
+    """Feature spaces, ties, barriers and possible cuts of one model; printable.
+
+    >>> import torch, fxzip
+    >>> from torch import nn
+    >>> found = fxzip.inspect(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4))
+    >>> [(space.name, space.size, space.legality) for space in found.spaces]
+    [('0.weight', 8, 'free')]
+    """
+    program = trace(check_model(model), as_call(sample_input))
+    labelling = label(program, rules)
+    return Inspection.of(labelling, *(self_check(labelling)[:2] if verify else (None, None)))
