@@ -42,12 +42,14 @@ class Wanted:
         axes: where the features lie along.
         shape: of the values, all places as one axis where the goal is `flat`; `full` is that of the result itself.
         at: from places to values, [places, n].
+        apart: from places to the originals' own features, not merged, one [places, n_k] for each.
     """
 
     axes: tuple[int, ...]
     shape: torch.Size
     full: torch.Size
     at: Callable[[Places], Tensor]
+    apart: Callable[[Places], list[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +78,14 @@ class Goal:
         if self.flat:
             values = [value.flatten(0, -2) for value in values]
         shape = torch.Size([math.prod(full[:-1]), full[-1]] if self.flat else full)
-        if targets is None:
-            return Wanted(axes, shape, torch.Size(full), lambda places: take(values[0], axes, places))
-        return Wanted(axes, shape, torch.Size(full), lambda places: targets.at(source, values, places))
+
+        def apart(places: Places) -> list[Tensor]:
+            return [take(value, axes, places) for value in values]
+
+        def at(places: Places) -> Tensor:
+            return apart(places)[0] if targets is None else targets.at(source, values, places)
+
+        return Wanted(axes, shape, torch.Size(full), at, apart)
 
 
 @dataclass(frozen=True, eq=False)

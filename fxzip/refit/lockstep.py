@@ -42,7 +42,7 @@ class Lockstep:
 
     def value(self, env: Env, node: fx.Node) -> Any:
         """The value of a node; what it needs and is not there yet is computed ahead of time, and kept in `env`."""
-        for missing in self._missing(env, node):
+        for missing in self.missing(env, node):
             env[missing] = self.call(env, missing)
         return env[node]
 
@@ -51,7 +51,8 @@ class Lockstep:
         for source in node.all_input_nodes:
             self.value(env, source)
 
-    def _missing(self, env: Env, node: fx.Node) -> list[fx.Node]:
+    def missing(self, env: Env, node: fx.Node) -> list[fx.Node]:
+        """What has to be computed, in order, for the value of a node to be there."""
         waiting, found = [node], set[fx.Node]()
         while waiting:
             own = waiting.pop()

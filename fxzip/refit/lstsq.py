@@ -23,6 +23,9 @@ from ..errors import InputError
 from ..inputs import Call
 from ..plan import ZipPlan
 from ..zipped import ZippedModule, part_of
+from .alternating import Wish
+from .flow import Function, follow
+from .freedom import Freedom
 from .goals import Goal, HeadGoals, TrunkGoals
 from .kernels import effective, install
 from .lockstep import Lockstep, within_memory
@@ -54,6 +57,8 @@ class LeastSquares:
         positions: sampled positions per input of a call, and at least `least` in all.
         least: see `positions`.
         rounds: of majorisation in front of a ReLU, see `ridge_solution`.
+        turns: of alternating least squares, at most, where merged features may be any that tell of the originals', see
+            `alternating`; 0: none.
         memory: bytes that the activations of all networks on all batches may take; batches beyond are left out.
     """
 
@@ -62,10 +67,11 @@ class LeastSquares:
     positions: int = 24
     least: int = 16384
     rounds: int = 3
+    turns: int = 6
     memory: int = 4 << 30
 
     def __post_init__(self) -> None:
-        least = {"ridge": 0, "scarce": 0, "positions": 1, "least": 1, "rounds": 0, "memory": 1}
+        least = {"ridge": 0, "scarce": 0, "positions": 1, "least": 1, "rounds": 0, "turns": 0, "memory": 1}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 default = next(own.default for own in fields(self) if own.name == name)
@@ -107,8 +113,35 @@ class _Walk:
         self.names = [plan.trunk.names(k) for k in range(len(self.originals))]
         self.goals = TrunkGoals(plan, self.originals, max(self.sources) + 1)
         numbers = [number for _, number, _ in batches]
-        self.sampler = Sampler(self.zipped, self.survey, numbers, settings.positions, settings.least)
+        self.flow = follow(net, programs[0].call)
+        self.freedom = Freedom(plan, self.flow, self._readers()) if settings.turns else None
+        self.sampler = Sampler(
+            self.zipped, self.survey, numbers, settings.positions, settings.least, lambda node: self._function(node) is not None
+        )
         self.fit = Fit()
+
+    def _readers(self) -> set[tuple[fx.Node, int]]:
+        """The linear calls that will be fitted and read all features at once."""
+        parts: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in self.net.graph.nodes:
+            if node.op != "output":
+                parts[part_of(node)].append(node)
+        found = set()
+        for part, nodes in parts.items():
+            if part != "trunk" and not part.startswith("head "):
+                continue
+            for unit in find_units(self.net, self.survey, set(nodes))[0]:
+                if unit.kernel is None or unit.kernel.groups > 1 or len(unit.kernel.axes) > 1:
+                    continue
+                if part != "trunk" or all(self.goals.of(unit, site) is not None for site in unit.sites):
+                    found |= {(site.node, site.call) for site in unit.sites}
+        return found
+
+    def _function(self, node: fx.Node) -> Function | None:
+        """What acts on each feature of a result whose features are free; None elsewhere."""
+        if self.freedom is None or part_of(node) != "trunk":
+            return None
+        return self.freedom.function(node, self.goals.at(node))
 
     def trunk(self) -> None:
         """Run the trunk of all networks node by node and fit each unit when the inputs of its first call are there."""
@@ -120,12 +153,34 @@ class _Walk:
             twins = [net.nodes[own[name]] for net, own in zip(self.originals, self.names, strict=True) if name in own]
             for net, twin in zip(self.originals, twins, strict=False):
                 net.run(twin)
-            for unit in starts.get(node, ()):
-                self._fit(unit, [self.goals.of(unit, site) for site in unit.sites], self.originals, self.goals.at)
+            for unit in starts.pop(node, ()):
+                self._summand(unit, starts)
+                self._fit_trunk(unit)
             self.zipped.run(node)
             for net, twin in zip(self.originals, twins, strict=False):
                 net.release(twin)
             self.zipped.release(node)
+
+    def _fit_trunk(self, unit: Unit) -> None:
+        self._fit(unit, [self.goals.of(unit, site) for site in unit.sites], self.originals, self.goals.at)
+
+    def _summand(self, unit: Unit, starts: dict[fx.Node, list[Unit]]) -> None:
+        """Where a unit's result is added to that of a later, smaller one, fit the smaller one first: what it leaves is
+        for the larger one to mend."""
+        other = self.flow.other_summand(unit.sites[0].output) if unit.kernel is not None else None
+        if other is None or len(unit.sites) > 1 or other in self.zipped.envs[0]:
+            return
+        missing = self.zipped.missing(self.zipped.envs[0], other)
+        ahead = [(node, own) for node in missing for own in starts.get(node, ())]
+        if len(ahead) != 1 or ahead[0][1].kernel is None or len(ahead[0][1].sites) > 1:
+            return
+        node, smaller = ahead[0]
+        if smaller.kernel.flat.shape[-1] > unit.kernel.flat.shape[-1]:
+            return
+        starts[node].remove(smaller)
+        self._fit_trunk(smaller)
+        for env in self.zipped.envs:
+            self.zipped.value(env, other)
 
     def _units(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, list[Unit]]:
         """Units by the node of their first call."""
@@ -186,15 +241,35 @@ class _Walk:
         if unit.kernel is None and per_feature is not None and per_feature.numel() != samples[0].x.shape[1]:
             self.fit.left[unit.name] = "several features share one parameter"
             return
-        solve(self.net, unit, samples, self.settings, self.fit)
+        solve(self.net, unit, samples, self.settings, self.fit, self._wish(unit, samples))
         self.zipped.forget(unit.sites[0].node)
 
 
-def solve(net: ZippedModule, unit: Unit, samples: Sequence[Sample], settings: LeastSquares, fit: Fit) -> None:
+    def _wish(self, unit: Unit, samples: Sequence[Sample]) -> Wish | None:
+        """What the features of a unit should tell, where they are free."""
+        node = samples[0].node
+        apart = [sample.apart for sample in samples if sample.apart is not None]
+        if self.freedom is None or unit.kernel is None or unit.kernel.groups > 1 or len(apart) < len(samples):
+            return None
+        function, goal = self._function(node), self.goals.at(node)
+        assert function is not None and goal is not None
+        features = [function(torch.cat(own)) for own in zip(*apart, strict=True)]
+        return Wish(torch.cat(features, 1), self.freedom.metric(goal, features), function, _offset(samples))
+
+
+def _offset(samples: Sequence[Sample]) -> Tensor | None:
+    offsets = [sample.offset for sample in samples if sample.offset is not None]
+    return torch.cat(offsets) if len(offsets) == len(samples) else None
+
+
+def solve(
+    net: ZippedModule, unit: Unit, samples: Sequence[Sample], settings: LeastSquares, fit: Fit,
+    wish: Wish | None = None,
+) -> None:  # fmt: skip
     """Solve the regression of one unit and write the solution into its parameters."""
     x, t = torch.cat([sample.x for sample in samples]), torch.cat([sample.t for sample in samples])
     if unit.kernel is not None:
-        _solve_linear(net, unit, x, t, samples, settings, fit)
+        _solve_linear(net, unit, x, t, samples, settings, fit, wish)
     else:
         scale, shift = affine_solution(
             x, t, settings.ridge, scaled=unit.scale is not None, shifted=unit.shift is not None
@@ -210,8 +285,9 @@ def solve(net: ZippedModule, unit: Unit, samples: Sequence[Sample], settings: Le
 
 
 def _solve_linear(
-    net: ZippedModule, unit: Unit, x: Tensor, t: Tensor, samples: Sequence[Sample], settings: LeastSquares, fit: Fit
-) -> None:
+    net: ZippedModule, unit: Unit, x: Tensor, t: Tensor, samples: Sequence[Sample], settings: LeastSquares, fit: Fit,
+    wish: Wish | None,
+) -> None:  # fmt: skip
     """x [places, groups, inputs], t [places, outputs]: one regression per group."""
     kernel = unit.kernel
     assert kernel is not None
@@ -219,8 +295,7 @@ def _solve_linear(
     flat, bias = effective(kernel, norm)
     groups, rows, _ = flat.shape
     rounds = settings.rounds if all(sample.rectified for sample in samples) else 0
-    offsets = [sample.offset for sample in samples]
-    offset = torch.cat([own for own in offsets if own is not None]) if all(own is not None for own in offsets) else None
+    offset = _offset(samples)
     constant = kernel.bias is not None or norm is not None or unit.owner is not None
     held = _half(samples)
     for g in range(groups):
@@ -236,8 +311,9 @@ def _solve_linear(
             # Halves want more of it than the whole, and what it holds back adds up from call to call.
             given = max(given, best / 10)
         solution, ridge = ridge_solution(
-            x[:, g], t[:, mine], prior, given, rounds=rounds, offset=part, constant=constant
-        )
+            x[:, g], t[:, mine], prior, given, rounds=rounds, offset=part, constant=constant,
+            wish=wish, turns=settings.turns,
+        )  # fmt: skip
         flat[g] = (solution[:-1] if constant else solution).T
         if constant:
             bias[mine] = solution[-1]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..cholesky import ridged_cholesky
 from ..errors import DataError
+from .alternating import Wish, alternate
 
 
 def ridge_solution(
@@ -30,6 +31,8 @@ def ridge_solution(
     rounds: int = 0,
     offset: Tensor | None = None,
     constant: bool = True,
+    wish: Wish | None = None,
+    turns: int = 0,
 ) -> tuple[Tensor, float]:
     """The regression, and the ridge that it took.
 
@@ -48,6 +51,7 @@ def ridge_solution(
             value ≤ 0 serves. Each round replaces such targets by the present value or 0: the sum of squares that
             forgives values ≤ 0 there never grows.
         constant: whether 1 is an input too; else W_0 and W are [d, n].
+        wish, turns: where the targets are but a means: from the solution on, so many rounds of `alternate`.
 
     Returns:
         W in float64, [d + 1, n], and the ridge used.
@@ -65,6 +69,8 @@ def ridge_solution(
     for _ in range(rounds):
         present = ones @ solution.to(ones) + base
         solution = solve(torch.where(t + base > 0, t, present.clamp(max=0) - base))
+    if wish is not None:
+        solution, _ = alternate(ones, solution, wish, lambda r: system.solve(factor, system.side(r)), turns)
     return solution, ridge
 
 

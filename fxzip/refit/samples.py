@@ -31,13 +31,17 @@ class Sample:
         offset: what is added before the ReLU, [places, n], or None.
         rectified: nothing but ReLUs follow.
         batch: number of the batch.
+        apart: where other combinations of the features would do, the originals' own, one [places, n_k] for each.
+        node: whose features these are, the residual sum's if there is one.
     """
 
     x: Tensor
     t: Tensor
     offset: Tensor | None
     rectified: bool
-    batch: int = 0
+    batch: int
+    apart: Sequence[Tensor] | None
+    node: fx.Node
 
 
 @dataclass(eq=False)
@@ -48,6 +52,7 @@ class Sampler:
         net: the zipped network.
         numbers: of the batches, for messages.
         positions, least: see `LeastSquares`.
+        free: whether what reads the result of a node allows other combinations of its features.
     """
 
     net: Lockstep
@@ -55,6 +60,7 @@ class Sampler:
     numbers: Sequence[int]
     positions: int
     least: int
+    free: Callable[[fx.Node], bool]
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     tails: dict[Site, bool] = field(default_factory=dict)
 
@@ -68,24 +74,25 @@ class Sampler:
         tail, total = self._tail(site, env, wanted, goal, sums)
         inputs = unit.kernel.flat.shape[-1] if unit.kernel is not None else 1
         wished = max(self.least, self.positions * inputs) / (len(self.net) * len(unit.sites))
-        shape = wanted.shape
-        places = t = offset = None
+        places = there = t = offset = None
+        last = wanted
         if tail is not None and total is not None:
-            found = self._behind(tail, total.on(source, envs[1:]), wanted, math.ceil(wished))
+            last = total.on(source, envs[1:])
+            found = self._behind(tail, last, wanted, math.ceil(wished))
             if found is not None:
-                places, t, offset = found
-        if places is None or t is None:
-            tail = None
-            places = sampled_places(shape, wanted.axes, math.ceil(wished), self.generator)
+                places, there, t, offset = found
+        if places is None or there is None or t is None:
+            tail, last = None, wanted
+            places = there = sampled_places(wanted.shape, wanted.axes, math.ceil(wished), self.generator)
             t = wanted.at(places)
         x = self._inputs(unit, site, env, wanted.axes, places)
         for value, network in ((t, "the originals"), (x, "the zipped network")):
             if not bool(value.sum().isfinite()) and (bad := int((~value.flatten(1).isfinite().all(0)).sum())):
                 raise not_finite(bad, site.node.name, network, self.numbers[batch])
-        last = site.output if tail is None else tail.node
-        own = site.final or site.norm is not None or tail is not None
-        rectified = own and (tail is None or tail.scale is None) and self._meets_relus(last)
-        return Sample(x, t, offset, rectified, batch)
+        node = site.output if tail is None else tail.node
+        plain = (site.final or site.norm is not None) if tail is None else tail.scale is None
+        apart = last.apart(there) if plain and unit.kernel is not None and self.free(node) else None
+        return Sample(x, t, offset, plain and self._meets_relus(node), batch, apart, node)
 
     def _inputs(self, unit: Unit, site: Site, env: Env, axes: Sequence[int], places: Places) -> Tensor:
         if unit.kernel is None:
@@ -106,8 +113,10 @@ class Sampler:
         self.tails[site] = total is not None
         return tail, total
 
-    def _behind(self, tail: Tail, total: Wanted, wanted: Wanted, count: int) -> tuple[Places, Tensor, Tensor] | None:
-        """Places of the call, what should come out there for the sum to be right, and the other summand.
+    def _behind(
+        self, tail: Tail, total: Wanted, wanted: Wanted, count: int
+    ) -> tuple[Places, Places, Tensor, Tensor] | None:
+        """Places of the call and of the sum, what should come out there for the sum to be right, the other summand.
 
         None if the features do not come whole and in order.
         """
@@ -134,7 +143,7 @@ class Sampler:
             if not bool((scale.abs() > 1e-3 * scale.abs().mean()).all()):
                 return None
             t = t / scale
-        return places, t, offset
+        return places, there, t, offset
 
     def _meets_relus(self, node: fx.Node) -> bool:
         net = self.net.module

@@ -18,10 +18,14 @@ from .kernels import Places, take
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Merging of the originals' outputs: matrices[source][model] is [m, n_k], features along `axes`, as one run."""
+    """Merging of the originals' outputs: matrices[source][model] is [m, n_k], features along `axes`, as one run.
+
+    `layouts`: for each model the space and the feature at every place of its run.
+    """
 
     axes: tuple[int, ...]
     matrices: tuple[tuple[Tensor, ...], ...]
+    layouts: tuple[Layout, ...]
 
     @property
     def size(self) -> int:
@@ -61,7 +65,7 @@ def find_targets(plan: ZipPlan, name: str, call: int | None, sources: int) -> Ta
         tuple(_merge_matrix(plan, merged, layouts, k, source if sources == len(models) else None) for k in models)
         for source in range(sources)
     ]
-    return Targets(axes[0], tuple(matrices))
+    return Targets(axes[0], tuple(matrices), tuple(layouts))
 
 
 def _labels(label: Labelling, node: str, call: int | None) -> Sequence[Tensor]:

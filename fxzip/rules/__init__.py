@@ -17,7 +17,7 @@ from .meeting import meet
 
 __all__ = [
     "FIXED", "RULES", "VOID", "Facts", "Fields", "Invocation", "Ledger", "Operand", "Pin", "Rule",
-    "compress", "elementwise", "is_pointwise", "meet", "movement", "varying",
+    "compress", "elementwise", "is_pointwise", "meet", "movement", "reduction", "varying",
 ]  # fmt: skip
 
 
