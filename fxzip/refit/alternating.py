@@ -28,7 +28,8 @@ from ..cholesky import ridged_cholesky
 _DAMPING = 0.1  # μ relative to the mean diagonal of Uᵀ G U
 _RIDGE = 1e-5  # of the reading of f from h
 _EXACT = 1e-5  # share lost, below which nothing is done: it is rounding
-_GAIN = 0.003  # share of what is lost; a round that gains less is the last
+_STEP = 2.0  # the first step to try: φ' lets about half of a change through
+_GAIN = 0.01  # share of what is lost; a round that gains less is the last
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,20 +93,28 @@ def alternate(
 
     values = x @ weight.to(x)
     now = state(values if wish.offset is None else values + wish.offset)
-    losses, step = [now.lost], 1.0
+    losses, step = [now.lost], _STEP
+    last: tuple[Tensor, Tensor] | None = None
     for _ in range(rounds):
         if now.lost < _EXACT:
             break
         change = solve(_wanted(now, features, metric).mul_(_slope(wish.function, now.values)))
         moved = x @ change.to(x)
-        for tried in (2 * step, step, step / 2, step / 4, step / 8):
+        for tried in (step, step / 2, step / 4, step / 8):
             new = state(now.values + tried * moved)
             if new.lost < now.lost:
                 break
         else:
             break
-        weight, step, gain = weight + tried * change, tried, now.lost - new.lost
-        now = new
+        change, moved, step = tried * change, tried * moved, tried
+        if last is not None:
+            for more in (1.0, 0.5):
+                further = state(new.values + more * last[1])
+                if further.lost < new.lost:
+                    new, change, moved = further, change + more * last[0], moved + more * last[1]
+                    break
+        last = change, moved
+        weight, gain, now = weight + change, now.lost - new.lost, new
         losses.append(now.lost)
         if gain < _GAIN * now.lost:
             break

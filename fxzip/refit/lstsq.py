@@ -67,7 +67,7 @@ class LeastSquares:
     positions: int = 24
     least: int = 16384
     rounds: int = 3
-    turns: int = 6
+    turns: int = 4
     memory: int = 4 << 30
 
     def __post_init__(self) -> None:
@@ -303,7 +303,8 @@ def _solve_linear(
         prior = torch.cat([flat[g].T, bias[None, mine]]) if constant else flat[g].T
         part = None if offset is None else offset[:, mine]
         given = settings.ridge
-        if len(x) < settings.scarce * x.shape[2]:
+        scarce = len(x) < settings.scarce * x.shape[2]
+        if scarce:
             ridges = [given * 10**power for power in range(5)]
             best = best_ridge(
                 x[:, g], t[:, mine], prior, ridges, held, rectified=rounds > 0, offset=part, constant=constant
@@ -312,7 +313,7 @@ def _solve_linear(
             given = max(given, best / 10)
         solution, ridge = ridge_solution(
             x[:, g], t[:, mine], prior, given, rounds=rounds, offset=part, constant=constant,
-            wish=wish, turns=settings.turns,
+            wish=None if scarce else wish, turns=settings.turns,
         )  # fmt: skip
         flat[g] = (solution[:-1] if constant else solution).T
         if constant:

@@ -66,7 +66,7 @@ def ridge_solution(
 
     solution = solve(t)
     base = _base(t, offset)
-    for _ in range(rounds):
+    for _ in range(rounds if wish is None else 0):
         present = ones @ solution.to(ones) + base
         solution = solve(torch.where(t + base > 0, t, present.clamp(max=0) - base))
     if wish is not None:
