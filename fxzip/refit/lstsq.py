@@ -64,10 +64,10 @@ class LeastSquares:
 
     ridge: float = 1e-4
     scarce: int = 16
-    positions: int = 24
-    least: int = 16384
+    positions: int = 20
+    least: int = 12288
     rounds: int = 3
-    turns: int = 4
+    turns: int = 3
     memory: int = 4 << 30
 
     def __post_init__(self) -> None:
