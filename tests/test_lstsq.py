@@ -277,7 +277,7 @@ def test_report_counts_the_fitted_calls() -> None:
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"ridge": -1e-4}, "^`LeastSquares` needs `ridge` >= 0; got ridge=-0.0001. The default is 0.0001.$"),
-    ({"positions": 0}, "^`LeastSquares` needs `positions` >= 1; got positions=0. The default is 24.$"),
+    ({"positions": 0}, "^`LeastSquares` needs `positions` >= 1; got positions=0. The default is 20.$"),
     ({"memory": 0}, "^`LeastSquares` needs `memory` >= 1; got memory=0. The default is 4294967296.$"),
 ])  # fmt: skip
 def test_settings_out_of_range(settings, message) -> None:

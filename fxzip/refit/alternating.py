@@ -87,9 +87,10 @@ def alternate(
     def state(values: Tensor) -> _State:
         told = wish.function(values)
         told = told - told.mean(0)
-        both = (told.T @ features).double()
-        reading = torch.cholesky_solve(both, _factor((told.T @ told).double(), _RIDGE))
-        return _State(values, told, reading, max(1 - float(((both @ metric) * reading).sum()) / whole, 0.0))
+        own, both = (told.T @ told).double(), (told.T @ features).double()
+        reading = torch.cholesky_solve(both, _factor(own, _RIDGE))
+        read = (2 * both - own @ reading) @ metric  # what is lost is that of these U, whatever the ridge made of them
+        return _State(values, told, reading, max(1 - float((read * reading).sum()) / whole, 0.0))
 
     values = x @ weight.to(x)
     now = state(values if wish.offset is None else values + wish.offset)

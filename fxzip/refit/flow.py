@@ -25,8 +25,10 @@ from .survey import decomposed, name_of
 Function = Callable[[Tensor], Tensor]
 Site = tuple[fx.Node, int]
 
-_SAME_PLACES = frozenset("clone contiguous detach alias to _to_copy dropout native_dropout".split())
-_RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias permute transpose t squeeze unsqueeze movedim".split())
+_SAME_PLACES = frozenset(["clone", "contiguous", "detach", "alias", "to", "_to_copy", "dropout", "native_dropout"])
+_RESHAPES = frozenset(
+    ["view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "squeeze", "unsqueeze"]
+)  # fmt: skip
 _MEANS = frozenset({"mean", "sum", "constant_pad_nd"})
 
 

@@ -15,7 +15,6 @@ from ..readers import readers
 from .flow import Flow, Function, Site
 from .goals import Goal
 
-
 _ROWS = 20  # positions for each feature, of which correlations are taken
 
 
@@ -36,9 +35,12 @@ class Freedom:
     def function(self, node: fx.Node, goal: Goal | None) -> Function | None:
         """What acts on each feature of the result before it is read; None if its features are not free."""
         if node not in self._found:
-            free = goal is not None and goal.targets is not None and len(goal.axes) == 1
-            free = free and all(map(self._free, goal.targets.layouts, range(len(goal.targets.layouts))))
-            self._found[node] = self.flow.freedom(node, goal.axes[0], self.fitted) if free else None
+            found = None
+            if goal is not None and goal.targets is not None and len(goal.axes) == 1:
+                layouts = goal.targets.layouts
+                if all(map(self._free, layouts, range(len(layouts)))):
+                    found = self.flow.freedom(node, goal.axes[0], self.fitted)
+            self._found[node] = found
         return self._found[node]
 
     def _free(self, layout: Layout, k: int) -> bool:

@@ -70,6 +70,11 @@ class Unit:
     def norm(self) -> fx.Node | None:
         return self.sites[0].norm
 
+    @property
+    def inputs(self) -> int:
+        """How many inputs each output of a linear call has; 0 for others."""
+        return 0 if self.kernel is None else self.kernel.flat.shape[-1]
+
 
 def called(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that a node calls, if it calls one."""

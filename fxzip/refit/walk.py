@@ -1,0 +1,183 @@
+"""The walk of `LeastSquares`: zipped network and originals node by node, each unit fitted when its inputs are there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+from ..inputs import Call
+from ..plan import ZipPlan
+from ..zipped import ZippedModule, part_of
+from .alternating import Wish
+from .flow import Function, follow
+from .freedom import Freedom
+from .goals import Goal, HeadGoals, TrunkGoals
+from .lockstep import Lockstep
+from .samples import Sample, Sampler
+from .solving import Fit, Settings, offset_of, solve
+from .survey import survey
+from .units import Unit, find_units
+
+
+class Walk:
+    """The walk over the zipped network and the originals in lockstep."""
+
+    def __init__(
+        self, net: ZippedModule, plan: ZipPlan, batches: Sequence[tuple[int, int, Call]], settings: Settings
+    ) -> None:
+        self.net, self.plan, self.settings = net, plan, settings
+        self.sources = [source for source, _, _ in batches]
+        calls = [call for _, _, call in batches]
+        programs = plan.trunk.alignment.programs
+        self.survey = survey(net, programs[0].call)
+        self.zipped = Lockstep(net, calls)
+        self.originals = [Lockstep(program.module, calls) for program in programs]
+        self.names = [plan.trunk.names(k) for k in range(len(self.originals))]
+        self.goals = TrunkGoals(plan, self.originals, max(self.sources) + 1)
+        numbers = [number for _, number, _ in batches]
+        self.flow = follow(net, programs[0].call)
+        self.freedom = Freedom(plan, self.flow, self._readers()) if settings.turns else None
+        self.sampler = Sampler(
+            self.zipped, self.survey, numbers, settings.positions, settings.least,
+            free=lambda node: self._function(node) is not None,
+        )  # fmt: skip
+        self.fit = Fit()
+
+    def _readers(self) -> set[tuple[fx.Node, int]]:
+        """The linear calls that will be fitted and read all features at once."""
+        parts: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in self.net.graph.nodes:
+            if node.op != "output":
+                parts[part_of(node)].append(node)
+        found = set()
+        for part, nodes in parts.items():
+            if part != "trunk" and not part.startswith("head "):
+                continue
+            for unit in find_units(self.net, self.survey, set(nodes))[0]:
+                if unit.kernel is None or unit.kernel.groups > 1 or len(unit.kernel.axes) > 1:
+                    continue
+                if part != "trunk" or all(self.goals.of(unit, site) is not None for site in unit.sites):
+                    found |= {(site.node, site.call) for site in unit.sites}
+        return found
+
+    def _function(self, node: fx.Node) -> Function | None:
+        """What acts on each feature of a result whose features are free; None elsewhere."""
+        if self.freedom is None or part_of(node) != "trunk":
+            return None
+        return self.freedom.function(node, self.goals.at(node))
+
+    def trunk(self) -> None:
+        """Run the trunk of all networks node by node and fit each unit when the inputs of its first call are there."""
+        self._stems()
+        nodes = [n for n in self.net.graph.nodes if n.op != "output" and part_of(n) == "trunk"]
+        starts = self._units(nodes)
+        for node in nodes:
+            name = node.meta["fxzip"]["from"][0]
+            twins = [net.nodes[own[name]] for net, own in zip(self.originals, self.names, strict=True) if name in own]
+            for net, twin in zip(self.originals, twins, strict=False):
+                net.run(twin)
+            for unit in starts.pop(node, ()):
+                self._summand(unit, starts)
+                self._fit_trunk(unit)
+            self.zipped.run(node)
+            for net, twin in zip(self.originals, twins, strict=False):
+                net.release(twin)
+            self.zipped.release(node)
+
+    def _fit_trunk(self, unit: Unit) -> None:
+        self._fit(unit, [self.goals.of(unit, site) for site in unit.sites], self.originals, self.goals.at)
+
+    def _summand(self, unit: Unit, starts: dict[fx.Node, list[Unit]]) -> None:
+        """Where a unit's result is added to that of a later, smaller one, fit the smaller one first: what it leaves is
+        for the larger one to mend."""
+        other = self.flow.other_summand(unit.sites[0].output) if unit.inputs else None
+        if other is None or len(unit.sites) > 1 or other in self.zipped.envs[0]:
+            return
+        missing = self.zipped.missing(self.zipped.envs[0], other)
+        ahead = [(node, own) for node in missing for own in starts.get(node, ())]
+        if len(ahead) != 1 or not ahead[0][1].inputs or len(ahead[0][1].sites) > 1:
+            return
+        node, smaller = ahead[0]
+        if smaller.inputs > unit.inputs:
+            return
+        starts[node].remove(smaller)
+        self._fit_trunk(smaller)
+        for env in self.zipped.envs:
+            self.zipped.value(env, other)
+
+    def _units(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, list[Unit]]:
+        """Units by the node of their first call."""
+        units, left = find_units(self.net, self.survey, set(nodes))
+        self.fit.left |= left
+        starts: dict[fx.Node, list[Unit]] = defaultdict(list)
+        for unit in units:
+            starts[unit.sites[0].node].append(unit)
+        return starts
+
+    def _stems(self) -> None:
+        """What the models compute on their own in front of the trunk, and where it is merged: nothing is fitted."""
+        ahead = [n for n in self.net.graph.nodes if part_of(n).startswith("stem ") or part_of(n) == "merge"]
+        for node in ahead:
+            self.zipped.run(node)
+            self.zipped.release(node)
+        for net, stem in zip(self.originals, self.plan.trunk.alignment.stems, strict=False):
+            for name, node in net.nodes.items():
+                if name in stem.nodes | stem.reads:
+                    net.run(node)
+                    if name in stem.nodes:
+                        net.release(node)
+
+    def head(self, k: int) -> None:
+        """Run head k and fit its units in turn, towards what its own network gives there."""
+        original, own = self.originals[k], set(self.names[k].values())
+        goals = HeadGoals(original, self.plan.trunk.labellings[k])
+        nodes = [n for n in self.net.graph.nodes if part_of(n) == f"head {k}"]
+        starts = self._units(nodes)
+        for node in nodes:
+            twin = original.nodes.get(node.meta["fxzip"]["from"][0])
+            mine = twin is not None and twin.name not in own
+            if twin is not None and mine:
+                original.run(twin)
+            for unit in starts.get(node, ()):
+                self._fit(unit, [goals.of(unit, site) for site in unit.sites], [original], goals.at)
+            self.zipped.run(node)
+            self.zipped.release(node)
+            if twin is not None and mine:
+                original.release(twin)
+
+    def _fit(
+        self, unit: Unit, goals: Sequence[Goal | None], originals: Sequence[Lockstep],
+        sums: Callable[[fx.Node], Goal | None],
+    ) -> None:  # fmt: skip
+        """Fit one unit, from samples of all its calls."""
+        samples = []
+        for place, (site, goal) in enumerate(zip(unit.sites, goals, strict=True)):
+            if goal is None:
+                self.fit.left[unit.name] = "its features are fixed, or lie in several orders"
+                return
+            for batch, source in enumerate(self.sources):
+                envs = [net.envs[batch] for net in (self.zipped, *originals)]
+                if place:  # a call further on: what lies in between is computed ahead and forgotten
+                    envs = [dict(env) for env in envs]
+                samples.append(self.sampler.draw(unit, site, batch, source, envs, goal, sums))
+        per_feature = next((t for t in (unit.scale, unit.shift) if t is not None), None)
+        if unit.kernel is None and per_feature is not None and per_feature.numel() != samples[0].x.shape[1]:
+            self.fit.left[unit.name] = "several features share one parameter"
+            return
+        solve(self.net, unit, samples, self.settings, self.fit, self._wish(unit, samples))
+        self.zipped.forget(unit.sites[0].node)
+
+    def _wish(self, unit: Unit, samples: Sequence[Sample]) -> Wish | None:
+        """What the features of a unit should tell, where they are free."""
+        node = samples[0].node
+        apart = [sample.apart for sample in samples if sample.apart is not None]
+        if self.freedom is None or unit.kernel is None or unit.kernel.groups > 1 or len(apart) < len(samples):
+            return None
+        function, goal = self._function(node), self.goals.at(node)
+        assert function is not None
+        assert goal is not None
+        features = [function(torch.cat(own)) for own in zip(*apart, strict=True)]
+        return Wish(torch.cat(features, 1), self.freedom.metric(goal, features), function, offset_of(samples))
