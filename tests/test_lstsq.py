@@ -15,14 +15,14 @@ from fxzip.refit.ridge import affine_solution, best_ridge, ridge_solution
 
 def test_ridge_is_least_squares_where_lambda_vanishes() -> None:
     x, t = torch.randn(60, 5, dtype=torch.float64), torch.randn(60, 3, dtype=torch.float64)
-    found, _ = ridge_solution(x, t, torch.zeros(6, 3), 0.0)
+    found, *_ = ridge_solution(x, t, torch.zeros(6, 3), 0.0)
     wanted = torch.linalg.lstsq(torch.cat([x, torch.ones(60, 1, dtype=torch.float64)], 1), t).solution
     torch.testing.assert_close(found, wanted)
 
 
 def test_ridge_goes_to_the_prior_where_lambda_is_large() -> None:
     x, t, prior = torch.randn(60, 5), torch.randn(60, 3), torch.randn(6, 3)
-    found, _ = ridge_solution(x, t, prior, 1e12)
+    found, *_ = ridge_solution(x, t, prior, 1e12)
     torch.testing.assert_close(found, prior.double(), atol=1e-6, rtol=1e-6)
 
 
@@ -35,7 +35,7 @@ def test_fewer_positions_than_inputs_give_what_the_normal_equations_give(constan
     d, scale = 30 - constant, torch.logspace(-2, 2, 30 - constant)
     x, t = torch.randn(positions, d, generator=generator) * scale, torch.randn(positions, 2, generator=generator)
     prior = torch.randn(30, 2, generator=generator)
-    found, ridge = ridge_solution(x.to(dtype), t.to(dtype), prior, 1e-3, constant=constant)
+    found, ridge, _ = ridge_solution(x.to(dtype), t.to(dtype), prior, 1e-3, constant=constant)
     ones = torch.cat([x, torch.ones(positions, 1)], 1).double() if constant else x.double()
     gram = ones.T @ ones
     regular = gram + 1e-3 * gram.diagonal().mean() * torch.eye(30, dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_fewer_positions_than_inputs_give_what_the_normal_equations_give(constan
 def test_rank_deficient_inputs_raise_the_ridge_and_still_fit() -> None:
     x = torch.randn(40, 1).repeat(1, 6)
     t = 2 * x[:, :1] + 1
-    found, ridge = ridge_solution(x, t, torch.zeros(7, 1), 0.0)
+    found, ridge, _ = ridge_solution(x, t, torch.zeros(7, 1), 0.0)
     assert ridge > 0
     torch.testing.assert_close(x @ found[:-1].float() + found[-1].float(), t, atol=1e-3, rtol=1e-3)
 
@@ -206,7 +206,7 @@ def test_the_best_ridge_is_that_of_both_halves(seed: int, rectified: bool) -> No
     for ridge in ridges:
         total = 0.0
         for mine in (held, ~held):
-            found, _ = ridge_solution(x[mine], t[mine], prior, ridge)
+            found, *_ = ridge_solution(x[mine], t[mine], prior, ridge)
             wrong = torch.cat([x[~mine], torch.ones(30, 1, dtype=torch.float64)], 1) @ found - t[~mine]
             if rectified:
                 wrong = torch.where(t[~mine] + 0.2 > 0, wrong, (wrong + t[~mine] + 0.2).clamp(min=0))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import fxzip
 
 RIDGE = 1e-3
-FIT = fxzip.LeastSquares(ridge=RIDGE, scarce=0, least=10**9)
+FIT = fxzip.LeastSquares(ridge=RIDGE, scarce=0, least=10**9, turns=0)
 
 
 def direct(call: nn.Module, inputs: list[Tensor], target: Tensor, groups: int = 1) -> dict[str, Tensor]:

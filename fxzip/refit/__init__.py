@@ -68,6 +68,12 @@ def fit_notes(zipped: ZippedModule) -> list[str]:
     if not isinstance(fit, Fit):
         return []
     notes = [f"least squares fitted {len(fit.fitted)} calls"]
+    if fit.lost:
+        worst = max(fit.lost, key=lambda name: fit.lost[name])
+        notes.append(
+            f"{len(fit.lost)} of them compute whatever tells most of the originals' features; most is lost in "
+            f"`{worst}`, {fit.lost[worst]:.1%} of their variance"
+        )
     for why in dict.fromkeys(fit.left.values()):
         names = [f"`{name}`" for name, own in fit.left.items() if own == why]
         notes.append(f"left as zipped, since {why}: " + ", ".join(names))

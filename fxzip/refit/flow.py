@@ -92,16 +92,14 @@ class Flow:
                 return None
         return _composed(chain) if self._allowed(place, axis, fitted, False) else None
 
-    def other_summand(self, node: fx.Node) -> fx.Node | None:
-        """The node whose result is added to that of `node`, which nothing else reads; None if there is no such sum."""
+    def sum_behind(self, node: fx.Node) -> fx.Node | None:
+        """The node that adds the result of `node`, which nothing else reads, to another; None if there is none."""
         place = self.returned.get(node, -1)
         while place >= 0 and len(self.readers[place]) == 1 and place not in self.final:
             number = self.readers[place][0]
             step = self.steps[number]
             if step.name == "add" and len(step.inputs) == 2 and step.shape == self.steps[place].shape:
-                other = next((own for own in step.inputs if own != place), -1)
-                made = self.steps[other].node if other >= 0 else None
-                return made if made is not None and self.returned.get(made) == other else None
+                return step.node
             if not step.single or step.name not in _SAME_PLACES | _RESHAPES:
                 return None
             place = number

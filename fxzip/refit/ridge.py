@@ -13,6 +13,7 @@ of the positions are fitted, the other half judges, and the other way round (`be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ from torch import Tensor
 from ..cholesky import ridged_cholesky
 from ..errors import DataError
 from .alternating import Wish, alternate
+
+
+class Solution(NamedTuple):
+    """See `ridge_solution`."""
+
+    weight: Tensor
+    ridge: float
+    lost: float | None
 
 
 def ridge_solution(
@@ -33,11 +42,11 @@ def ridge_solution(
     constant: bool = True,
     wish: Wish | None = None,
     turns: int = 0,
-) -> tuple[Tensor, float]:
+) -> Solution:
     """The regression, and the ridge that it took.
 
     >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    >>> w, _ = ridge_solution(x, x @ torch.ones(2, 1) + 3, torch.zeros(3, 1), 1e-9)
+    >>> w, *_ = ridge_solution(x, x @ torch.ones(2, 1) + 3, torch.zeros(3, 1), 1e-9)
     >>> [round(float(v), 3) for v in w]
     [1.0, 1.0, 3.0]
 
@@ -54,7 +63,7 @@ def ridge_solution(
         wish, turns: where the targets are but a means: from the solution on, so many rounds of `alternate`.
 
     Returns:
-        W in float64, [d + 1, n], and the ridge used.
+        W in float64, [d + 1, n]; the ridge used; with a wish the share that is lost.
     """
     ones = _with_one(x, constant)
     system = _Normal(ones)
@@ -69,9 +78,10 @@ def ridge_solution(
     for _ in range(rounds if wish is None else 0):
         present = ones @ solution.to(ones) + base
         solution = solve(torch.where(t + base > 0, t, present.clamp(max=0) - base))
-    if wish is not None:
-        solution, _ = alternate(ones, solution, wish, lambda r: system.solve(factor, system.side(r)), turns)
-    return solution, ridge
+    if wish is None:
+        return Solution(solution, ridge, None)
+    solution, lost = alternate(ones, solution, wish, lambda r: system.solve(factor, system.side(r)), turns)
+    return Solution(solution, ridge, lost[-1] if lost else 0.0)
 
 
 def best_ridge(

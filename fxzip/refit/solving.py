@@ -19,13 +19,14 @@ from .units import Unit, called
 
 @dataclass
 class Fit:
-    """Notes for the report: calls fitted, calls left as zipped with the reason, calls whose ridge had to grow, and
-    whether all batches were used."""
+    """Notes for the report: calls fitted, calls left as zipped with the reason, calls whose ridge had to grow,
+    whether all batches were used, and for calls with free features the share of the originals' that is lost."""
 
     fitted: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     raised: dict[str, float] = field(default_factory=dict)
     all_batches: bool = True
+    lost: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,15 @@ def _solve_linear(
             )
             # Halves want more of it than the whole, and what it holds back adds up from call to call.
             given = max(given, best / 10)
-        solution, ridge = ridge_solution(
+        solution, ridge, lost = ridge_solution(
             x[:, g], t[:, mine], prior, given, rounds=rounds, offset=part, constant=constant,
             wish=None if scarce else wish, turns=settings.turns,
         )  # fmt: skip
         flat[g] = (solution[:-1] if constant else solution).T
         if constant:
             bias[mine] = solution[-1]
+        if lost is not None:
+            fit.lost[unit.name] = lost
         if ridge > given:
             fit.raised[unit.name] = ridge
     install(kernel, norm, flat, bias)

@@ -91,22 +91,22 @@ class Walk:
         self._fit(unit, [self.goals.of(unit, site) for site in unit.sites], self.originals, self.goals.at)
 
     def _summand(self, unit: Unit, starts: dict[fx.Node, list[Unit]]) -> None:
-        """Where a unit's result is added to that of a later, smaller one, fit the smaller one first: what it leaves is
-        for the larger one to mend."""
-        other = self.flow.other_summand(unit.sites[0].output) if unit.inputs else None
-        if other is None or len(unit.sites) > 1 or other in self.zipped.envs[0]:
+        """Where a unit's result is added to something later, compute that first; if it is the result of a unit of at
+        most as many inputs, fit that first: what it leaves is for the larger one to mend."""
+        total = self.flow.sum_behind(unit.sites[0].output) if unit.inputs and len(unit.sites) == 1 else None
+        if total is None or part_of(total) != "trunk":
             return
-        missing = self.zipped.missing(self.zipped.envs[0], other)
-        ahead = [(node, own) for node in missing for own in starts.get(node, ())]
-        if len(ahead) != 1 or not ahead[0][1].inputs or len(ahead[0][1].sites) > 1:
+        missing = {node: self.zipped.missing(self.zipped.envs[0], node) for node in total.all_input_nodes}
+        others = [node for node, needed in missing.items() if needed and unit.sites[0].node not in needed]
+        ahead = [(node, own) for other in others for node in missing[other] for own in starts.get(node, ())]
+        if any(len(own.sites) > 1 or not 0 < own.inputs <= unit.inputs for _, own in ahead) or len(ahead) > 1:
             return
-        node, smaller = ahead[0]
-        if smaller.inputs > unit.inputs:
-            return
-        starts[node].remove(smaller)
-        self._fit_trunk(smaller)
+        for node, smaller in ahead:
+            starts[node].remove(smaller)
+            self._fit_trunk(smaller)
         for env in self.zipped.envs:
-            self.zipped.value(env, other)
+            for other in others:
+                self.zipped.value(env, other)
 
     def _units(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, list[Unit]]:
         """Units by the node of their first call."""
