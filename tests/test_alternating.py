@@ -319,3 +319,36 @@ def test_few_positions_are_not_free() -> None:
     data = _data(5, 1)
     zipped = fxzip.compile_zip(*nets, data[0][:2], data=[data[0][:2]])
     assert "blocks_1_conv2" not in zipped.meta["fxzip_fit"].lost
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_no_reason_to_lose_anything(dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = 30 * torch.randn(3000, 4, generator=generator)
+    features = torch.relu(x @ torch.randn(4, 6, generator=generator))
+    start = torch.randn(4, 3, generator=generator).double()
+    x, features = x.to(dtype), features.to(dtype)
+    wish = Wish(features, torch.eye(6).double(), torch.relu, None)
+    _, lost = alternate(x, start, wish, _solver(x), 6)
+    _, exact = alternate(
+        x.double(), start, Wish(features.double(), torch.eye(6).double(), torch.relu, None), _solver(x), 6
+    )
+    assert len(lost) > 3
+    assert lost[-1] == pytest.approx(exact[-1], abs=5e-3)
+
+
+def test_a_function_that_overflows_ends_the_search() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(500, 4, generator=generator)
+    features = torch.exp(x @ torch.randn(4, 6, generator=generator))
+    start = torch.randn(4, 3, generator=generator).double()
+
+    def explode(values: Tensor) -> Tensor:
+        return torch.exp(20 * values)
+
+    weight, lost = alternate(x, start, Wish(features, torch.eye(6).double(), explode, None), _solver(x), 6)
+    assert torch.equal(weight, start)
+    assert lost == []
+    weight, lost = alternate(x, 1e-2 * start, Wish(features, torch.eye(6).double(), explode, None), _solver(x), 6)
+    assert bool(weight.isfinite().all())
+    assert all(later < earlier for earlier, later in itertools.pairwise(lost))

@@ -17,6 +17,7 @@ block by least squares.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,22 +79,27 @@ def alternate(
         solve: the regression on x of [places, n]: float64 [d, n].
         rounds: at most.
     """
-    features = wish.features - wish.features.mean(0)
+    x, features = _precise(x), _precise(wish.features)
+    features = features - features.mean(0)
     metric = wish.metric
     whole = float(((features.T @ features).double() * metric).sum())
-    if not whole > 0:
+    if not 0 < whole < math.inf:
         return weight, []
 
     def state(values: Tensor) -> _State:
         told = wish.function(values)
         told = told - told.mean(0)
         own, both = (told.T @ told).double(), (told.T @ features).double()
+        if not bool(own.isfinite().all() and both.isfinite().all()):  # a function that grows fast, a step too far
+            return _State(values, told, both, math.inf)
         reading = torch.cholesky_solve(both, _factor(own, _RIDGE))
         read = (2 * both - own @ reading) @ metric  # what is lost is that of these U, whatever the ridge made of them
         return _State(values, told, reading, max(1 - float((read * reading).sum()) / whole, 0.0))
 
     values = x @ weight.to(x)
-    now = state(values if wish.offset is None else values + wish.offset)
+    now = state(values if wish.offset is None else values + _precise(wish.offset))
+    if not math.isfinite(now.lost):
+        return weight, []
     losses, step = [now.lost], _STEP
     last: tuple[Tensor, Tensor] | None = None
     for _ in range(rounds):
@@ -120,6 +126,11 @@ def alternate(
         if gain < _GAIN * now.lost:
             break
     return weight, losses
+
+
+def _precise(values: Tensor) -> Tensor:
+    """In float32 at least: sums of products of half precision overflow, or drown."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _wanted(now: _State, features: Tensor, metric: Tensor) -> Tensor:

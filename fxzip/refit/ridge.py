@@ -81,7 +81,7 @@ def ridge_solution(
     if wish is None:
         return Solution(solution, ridge, None)
     solution, lost = alternate(ones, solution, wish, lambda r: system.solve(factor, system.side(r)), turns)
-    return Solution(solution, ridge, lost[-1] if lost else 0.0)
+    return Solution(solution, ridge, lost[-1] if lost else None)
 
 
 def best_ridge(
