@@ -19,6 +19,8 @@ def ridged_cholesky(matrix: Tensor, ridge: float, scale: Tensor | float = 1.0) -
         ridge: the first to try, at least 0.
         scale: positive, broadcast to [..., n].
     """
+    if not bool(matrix.isfinite().all()):
+        raise ValueError("the matrix must be finite")
     while True:
         regular = matrix.clone()
         regular.diagonal(dim1=-2, dim2=-1).add_(ridge * scale)

@@ -72,7 +72,7 @@ def fit_notes(zipped: ZippedModule) -> list[str]:
         worst = max(fit.lost, key=lambda name: fit.lost[name])
         notes.append(
             f"{len(fit.lost)} of them compute whatever tells most of the originals' features; most is lost in "
-            f"`{worst}`, {fit.lost[worst]:.1%} of their variance"
+            f"`{worst}`, {fit.lost[worst]:.1%} of what their weights read there"
         )
     for why in dict.fromkeys(fit.left.values()):
         names = [f"`{name}`" for name, own in fit.left.items() if own == why]

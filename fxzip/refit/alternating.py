@@ -105,7 +105,10 @@ def alternate(
     for _ in range(rounds):
         if now.lost < _EXACT:
             break
-        change = solve(_wanted(now, features, metric).mul_(_slope(wish.function, now.values)))
+        wanted = _wanted(now, features, metric).mul_(_slope(wish.function, now.values))
+        if not bool(wanted.isfinite().all()):
+            break
+        change = solve(wanted)
         moved = x @ change.to(x)
         for tried in (step, step / 2, step / 4, step / 8):
             new = state(now.values + tried * moved)
@@ -143,10 +146,12 @@ def _wanted(now: _State, features: Tensor, metric: Tensor) -> Tensor:
 
 
 def _factor(matrix: Tensor, ridge: float) -> Tensor:
-    return ridged_cholesky(matrix, ridge, float(matrix.diagonal().mean()) or 1.0)[0]
+    """With a ridge relative to each feature's own size: what is small is told as well as what is large."""
+    scale = matrix.diagonal().clamp(min=torch.finfo(matrix.dtype).tiny ** 0.5)
+    return ridged_cholesky(matrix, ridge, scale)[0]
 
 
 def _slope(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     """φ' by differences."""
-    width = 1e-3 * values.std().clamp(min=torch.finfo(values.dtype).tiny)
+    width = 1e-3 * values.std(0).clamp(min=1e-3 * float(values.std()) + torch.finfo(values.dtype).tiny)
     return (function(values + width) - function(values - width)) / (2 * width)

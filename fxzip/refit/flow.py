@@ -29,7 +29,11 @@ _SAME_PLACES = frozenset(["clone", "contiguous", "detach", "alias", "to", "_to_c
 _RESHAPES = frozenset(
     ["view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "squeeze", "unsqueeze"]
 )  # fmt: skip
-_MEANS = frozenset({"mean", "sum", "constant_pad_nd"})
+_SUMS = frozenset({"mean", "sum"})
+
+# Number of a step; the axis of the features in its result, None once it is lost sight of; whether a sum lies in
+# between, whose own fit sees to functions of its features; whether a function of every feature does.
+_Place = tuple[int, int | None, bool, bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +49,7 @@ class Step:
         apply: the call as a function of its first input.
         dim: along which it concatenates.
         shape: of the result.
+        reduced: the axes of its input that it sums over; None where it is no sum.
     """
 
     node: fx.Node
@@ -56,6 +61,7 @@ class Step:
     apply: Function
     dim: int
     shape: torch.Size
+    reduced: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -90,7 +96,7 @@ class Flow:
             summed = self.steps[place].name == "add"
             if not summed:  # the features of the sum count, not those of what is added
                 return None
-        return _composed(chain) if self._allowed(place, axis, fitted, False) else None
+        return _composed(chain) if self._allowed((place, axis, False, bool(chain)), fitted) else None
 
     def sum_behind(self, node: fx.Node) -> fx.Node | None:
         """The node that adds the result of `node`, which nothing else reads, to another; None if there is none."""
@@ -105,33 +111,62 @@ class Flow:
             place = number
         return None
 
-    def _allowed(self, place: int, axis: int | None, fitted: Collection[Site], summed: bool) -> bool:
-        """Whether what reads a result will be fitted. `summed`: a sum lies in between, whose own fit sees to functions
-        of its features; `axis` is None once the features' axis is lost sight of."""
-        if place in self.final or not self.readers[place]:
-            return False
-        for number in self.readers[place]:
+    def _allowed(self, start: _Place, fitted: Collection[Site]) -> bool:
+        """Whether what reads a result will be fitted, or leads to such."""
+        known: dict[_Place, bool] = {}
+        waiting = [start]
+        while waiting:
+            place = waiting[-1]
+            behind = None if place in known else self._leads(place, fitted)
+            if place in known:
+                waiting.pop()
+            elif behind is None or any(known.get(own) is False for own in behind):
+                known[place] = False
+            elif more := [own for own in behind if own not in known]:
+                waiting += more
+            else:
+                known[place] = True
+        return known[start]
+
+    def _leads(self, place: _Place, fitted: Collection[Site]) -> list[_Place] | None:
+        """Where a result goes on to, but for calls that will be fitted; None if something else needs its features."""
+        source, axis, summed, acted = place
+        if source in self.final or not self.readers[source]:
+            return None
+        found: list[_Place] = []
+        shape = self.steps[source].shape
+        for number in self.readers[source]:
             step = self.steps[number]
+            kept = axis if len(step.shape) == len(shape) else None
             if (step.node, step.call) in fitted:
                 continue
-            kept = axis if len(step.shape) == len(self.steps[place].shape) else None
-            if step.name == "add" and len(step.inputs) == 2 and step.shape == self.steps[place].shape:
-                allowed = self._allowed(number, axis, fitted, True)
+            if step.name == "add" and len(step.inputs) == 2 and step.shape == shape:
+                found.append((number, axis, True, False))
             elif step.name == "cat":
-                allowed = axis is not None and step.dim % len(step.shape) == axis
-                allowed = allowed and self._allowed(number, axis, fitted, summed)
+                if axis is None or step.dim % len(step.shape) != axis:
+                    return None
+                found.append((number, axis, summed, acted))
             elif not step.single:
-                allowed = False
-            elif step.name in _SAME_PLACES or (summed and step.featurewise):
-                allowed = self._allowed(number, axis, fitted, summed)
+                return None
+            elif step.name in _SAME_PLACES:
+                found.append((number, axis, summed, acted))
+            elif summed and step.featurewise:
+                found.append((number, axis, summed, True))
             elif step.name in _RESHAPES:
-                allowed = self._allowed(number, None, fitted, summed)
+                found.append((number, None, summed, acted))
+            elif step.reduced is not None:
+                dims = {dim % len(shape) for dim in step.reduced}
+                if axis is None or not dims or axis in dims:
+                    return None
+                gone = sum(dim < axis for dim in dims) if kept is None else 0
+                found.append((number, axis - gone, summed, acted))
+            elif step.name == "constant_pad_nd" or RULES.get(step.name) is reduction.positional:
+                if "max" in step.name and not acted:  # no maximum of combinations is a combination of maxima
+                    return None
+                found.append((number, kept, summed, acted))
             else:
-                pools = step.name in _MEANS or RULES.get(step.name) is reduction.positional
-                allowed = pools and self._allowed(number, kept, fitted, summed)
-            if not allowed:
-                return False
-        return True
+                return None
+        return found
 
 
 def _composed(chain: Collection[Function]) -> Function:
@@ -185,8 +220,12 @@ class _Follow(TorchDispatchMode):
 
         dim = args[1] if len(args) > 1 and isinstance(args[1], int) else 0
         inputs = tuple(self.numbers[id(value)] for value in moving)
+        reduced = None
+        if name in _SUMS:
+            given = args[1] if len(args) > 1 else kwargs.get("dim")
+            reduced = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (int(given),)
         self.flow.steps.append(
-            Step(self.node, self.calls, name, inputs, single, single and known, apply, dim, results[0].shape)
+            Step(self.node, self.calls, name, inputs, single, single and known, apply, dim, results[0].shape, reduced)
         )
         for source in inputs:
             self.flow.readers[source].append(number)

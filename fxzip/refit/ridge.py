@@ -73,15 +73,17 @@ def ridge_solution(
     def solve(target: Tensor) -> Tensor:
         return prior.double() + system.solve(factor, system.side(target - start))
 
-    solution = solve(t)
+    solution, lost = solve(t), None
+    if wish is not None:
+        solution, losses = alternate(ones, solution, wish, lambda r: system.solve(factor, system.side(r)), turns)
+        lost = losses[-1] if losses else None
+        if len(losses) > 1:
+            return Solution(solution, ridge, lost)
     base = _base(t, offset)
-    for _ in range(rounds if wish is None else 0):
+    for _ in range(rounds):
         present = ones @ solution.to(ones) + base
         solution = solve(torch.where(t + base > 0, t, present.clamp(max=0) - base))
-    if wish is None:
-        return Solution(solution, ridge, None)
-    solution, lost = alternate(ones, solution, wish, lambda r: system.solve(factor, system.side(r)), turns)
-    return Solution(solution, ridge, lost[-1] if lost else None)
+    return Solution(solution, ridge, lost)
 
 
 def best_ridge(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from ..inputs import Call
+from ..inputs import Call, batch_size
 from ..plan import ZipPlan
 from ..zipped import ZippedModule, part_of
 from .alternating import Wish
@@ -39,26 +39,31 @@ class Walk:
         self.goals = TrunkGoals(plan, self.originals, max(self.sources) + 1)
         numbers = [number for _, number, _ in batches]
         self.flow = follow(net, programs[0].call)
-        self.freedom = Freedom(plan, self.flow, self._readers()) if settings.turns else None
+        self.freedom = Freedom(plan, self.flow, self._readers(programs[0].call, calls)) if settings.turns else None
         self.sampler = Sampler(
             self.zipped, self.survey, numbers, settings.positions, settings.least,
             free=lambda node: self._function(node) is not None,
         )  # fmt: skip
         self.fit = Fit()
 
-    def _readers(self) -> set[tuple[fx.Node, int]]:
+    def _readers(self, sample: Call, calls: Sequence[Call]) -> set[tuple[fx.Node, int]]:
         """The linear calls that will be fitted and read all features at once."""
         parts: dict[str, list[fx.Node]] = defaultdict(list)
         for node in self.net.graph.nodes:
             if node.op != "output":
                 parts[part_of(node)].append(node)
         found = set()
+        rows = sum(batch_size(call) or 1 for call in calls) / (batch_size(sample) or 1)
+        places = {(step.node, step.call): step.shape.numel() * rows for step in self.flow.steps}
         for part, nodes in parts.items():
             if part != "trunk" and not part.startswith("head "):
                 continue
             for unit in find_units(self.net, self.survey, set(nodes))[0]:
                 if unit.kernel is None or unit.kernel.groups > 1 or len(unit.kernel.axes) > 1:
                     continue
+                outputs = unit.kernel.flat.shape[1]
+                if sum(places.get((s.node, s.call), 0.0) for s in unit.sites) < outputs * unit.inputs:
+                    continue  # so few positions keep its weights near those that were merged
                 if part != "trunk" or all(self.goals.of(unit, site) is not None for site in unit.sites):
                     found |= {(site.node, site.call) for site in unit.sites}
         return found
@@ -99,6 +104,9 @@ class Walk:
         missing = {node: self.zipped.missing(self.zipped.envs[0], node) for node in total.all_input_nodes}
         others = [node for node, needed in missing.items() if needed and unit.sites[0].node not in needed]
         ahead = [(node, own) for other in others for node in missing[other] for own in starts.get(node, ())]
+        later = {site.node for units in starts.values() for own in units for site in own.sites[1:]}
+        if any(later & set(missing[other]) for other in others):  # it will be fitted at its first call
+            return
         if any(len(own.sites) > 1 or not 0 < own.inputs <= unit.inputs for _, own in ahead) or len(ahead) > 1:
             return
         for node, smaller in ahead:
