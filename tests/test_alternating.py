@@ -352,3 +352,89 @@ def test_a_function_that_overflows_ends_the_search() -> None:
     weight, lost = alternate(x, 1e-2 * start, Wish(features, torch.eye(6).double(), explode, None), _solver(x), 6)
     assert bool(weight.isfinite().all())
     assert all(later < earlier for earlier, later in itertools.pairwise(lost))
+
+
+def test_maxima_and_sums_over_features_hold_them() -> None:
+    assert _freedom(_Chain(nn.MaxPool2d(2), nn.Conv2d(8, 2, 1)), "first") is None
+    assert _freedom(_Chain(nn.AvgPool2d(2), nn.Conv2d(8, 2, 1)), "first") is not None
+    over_features = _Mixed(
+        lambda net, x: net.last(torch.relu(net.first(x)).mean(1, keepdim=True).expand(-1, 8, -1, -1))
+    )
+    assert _freedom(over_features, "first") is None
+    over_places = _Mixed(lambda net, x: net.last(torch.relu(net.first(x)).mean((2, 3), keepdim=True)))
+    assert _freedom(over_places, "first") is not None
+
+
+def test_many_sums_take_no_longer_than_there_are() -> None:
+    """Two ways from each sum to the next, 40 times; and more sums than Python recurses."""
+
+    def ladder(net: nn.Module, x: Tensor) -> Tensor:
+        h = torch.relu(net.first(x))
+        for _ in range(40):
+            h = h + F.avg_pool2d(h, 3, 1, 1)
+        return net.last(h)
+
+    def chain(net: nn.Module, x: Tensor) -> Tensor:
+        h = start = torch.relu(net.first(x))
+        for _ in range(1200):
+            h = h + start
+        return net.last(h)
+
+    assert _freedom(_Mixed(ladder), "first") is not None
+    assert _freedom(_Mixed(chain), "first") is not None
+
+
+def test_small_features_are_told_as_well_as_large_ones() -> None:
+    """A twin whose hidden features differ in size by a thousand, read by weights that make up for it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).double()
+    sizes = 10 ** torch.linspace(-1.5, 1.5, 16, dtype=torch.float64)
+    with torch.no_grad():
+        net[0].weight.mul_(sizes[:, None])
+        net[0].bias.mul_(sizes)
+        net[2].weight.div_(sizes)
+    data = [torch.randn(64, 12, dtype=torch.float64) for _ in range(6)]
+    twin = fxzip.relabel(net, data[0], seed=1)
+    zipped = fxzip.compile_zip(net, twin, data[0], data=data)
+    for own in zipped(data[1]):
+        torch.testing.assert_close(own, net(data[1]), atol=1e-9, rtol=1e-9)
+
+
+def test_a_shared_call_is_not_computed_ahead_of_its_fit() -> None:
+    """a(p) + s(p), where s is fitted at an earlier call on something else than the sum."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.s = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.left, self.right = nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            p = torch.relu(self.stem(x))
+            a, b, c = self.a(p), self.s(torch.tanh(p)), self.s(p)
+            return self.left(torch.relu(a + c)) + self.right(torch.relu(b))
+
+    torch.manual_seed(0)
+    nets = [Net().eval() for _ in range(2)]
+    data = [torch.randn(128, 6) for _ in range(4)]
+    zipped = fxzip.compile_zip(*nets, data[0], data=data, refit=fxzip.LeastSquares(turns=0))
+    order = zipped.meta["fxzip_fit"].fitted
+    assert order.index("a") < order.index("s")
+
+
+def test_a_reader_with_fewer_positions_than_inputs_holds_features() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc, self.out = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.relu(self.fc(torch.relu(self.conv(x)).flatten(1))))
+
+    torch.manual_seed(0)
+    nets = [Net().eval() for _ in range(2)]
+    data = [torch.randn(100, 3, 8, 8) for _ in range(3)]
+    few = fxzip.compile_zip(*nets, data[0][:2], data=data[:1]).meta["fxzip_fit"].lost
+    enough = fxzip.compile_zip(*nets, data[0][:2], data=data).meta["fxzip_fit"].lost
+    assert "conv" not in few
+    assert "conv" in enough
