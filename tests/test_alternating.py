@@ -16,6 +16,7 @@ import fxzip
 from fxzip.inputs import Call
 from fxzip.refit.alternating import Wish, alternate
 from fxzip.refit.flow import follow
+from fxzip.refit.walk import Walk
 
 
 def _solver(x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -400,7 +401,7 @@ def test_small_features_are_told_as_well_as_large_ones() -> None:
         torch.testing.assert_close(own, net(data[1]), atol=1e-9, rtol=1e-9)
 
 
-def test_a_shared_call_is_not_computed_ahead_of_its_fit() -> None:
+def test_a_shared_call_is_not_computed_ahead_of_its_fit(monkeypatch) -> None:
     """a(p) + s(p), where s is fitted at an earlier call on something else than the sum."""
 
     class Net(nn.Module):
@@ -417,9 +418,11 @@ def test_a_shared_call_is_not_computed_ahead_of_its_fit() -> None:
     torch.manual_seed(0)
     nets = [Net().eval() for _ in range(2)]
     data = [torch.randn(128, 6) for _ in range(4)]
-    zipped = fxzip.compile_zip(*nets, data[0], data=data, refit=fxzip.LeastSquares(turns=0))
-    order = zipped.meta["fxzip_fit"].fitted
-    assert order.index("a") < order.index("s")
+    zipped = fxzip.compile_zip(*nets, data[0], data=data)
+    monkeypatch.setattr(Walk, "_summand", lambda self, unit, starts: None)
+    plain = fxzip.compile_zip(*nets, data[0], data=data)
+    for one, other in zip(zipped(data[1]), plain(data[1]), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_reader_with_fewer_positions_than_inputs_holds_features() -> None:
