@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..inputs import Call
 from ..rules import RULES, elementwise, is_pointwise, reduction
 from ..tracing import flat_inputs
-from .survey import decomposed, name_of
+from .survey import Run, decomposed, name_of
 
 Function = Callable[[Tensor], Tensor]
 Site = tuple[fx.Node, int]
@@ -188,11 +188,16 @@ class _Follow(TorchDispatchMode):
         self.numbers: dict[int, int] = {}
         self.kept: list[Any] = []  # so that no number is given twice
 
-    def enter(self, value: Any) -> None:
-        """A value that is there from the start."""
-        for own in tree_leaves(value):
-            if isinstance(own, Tensor):
-                self.numbers[id(own)] = -1
+    def leave(self, value: Any) -> None:
+        """The node is done and has returned this."""
+        tensors = [own for own in tree_leaves(value) if isinstance(own, Tensor)]
+        if self.node.op == "placeholder":
+            self.numbers |= {id(own): -1 for own in tensors}
+        if isinstance(value, Tensor):
+            self.flow.returned[self.node] = self.numbers.get(id(value), -1)
+        if self.node.op == "output":
+            self.flow.final |= {self.numbers.get(id(own), -1) for own in tensors}
+        self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -233,26 +238,6 @@ class _Follow(TorchDispatchMode):
             self.numbers[id(value)] = number
 
 
-class _Run(fx.Interpreter):
-    """Runs the network and tells where it is."""
-
-    def __init__(self, module: fx.GraphModule, follow: _Follow) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.follow = follow
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.follow.node, self.follow.calls = n, 0
-        value = super().run_node(n)
-        if n.op == "placeholder":
-            self.follow.enter(value)
-        numbers = [self.follow.numbers.get(id(own), -1) for own in tree_leaves(value) if isinstance(own, Tensor)]
-        if isinstance(value, Tensor):
-            self.follow.flow.returned[n] = numbers[0]
-        if n.op == "output":
-            self.follow.flow.final |= set(numbers)
-        return value
-
-
 def follow(net: fx.GraphModule, sample: Call) -> Flow:
     """Where values go, from one run on a sample.
 
@@ -270,5 +255,5 @@ def follow(net: fx.GraphModule, sample: Call) -> Flow:
     """
     mode = _Follow(next(iter(net.graph.nodes)))
     with decomposed(), mode:
-        _Run(net, mode).run(*flat_inputs(net, sample))
+        Run(net, mode).run(*flat_inputs(net, sample))
     return mode.flow

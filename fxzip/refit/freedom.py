@@ -13,7 +13,7 @@ from ..moments import moments
 from ..plan import ZipPlan
 from ..readers import readers
 from .flow import Flow, Function, Site
-from .goals import Goal
+from .goals import Goal, TrunkGoals
 
 _ROWS = 20  # positions for each feature, of which correlations are taken
 
@@ -23,18 +23,20 @@ class Freedom:
 
     Args:
         plan: what was zipped.
+        goals: of its trunk.
         flow: where the values of the zipped network go.
         fitted: the linear calls that will be fitted and read all features at once.
     """
 
-    def __init__(self, plan: ZipPlan, flow: Flow, fitted: Collection[Site]) -> None:
-        self.plan, self.flow, self.fitted = plan, flow, fitted
+    def __init__(self, plan: ZipPlan, goals: TrunkGoals, flow: Flow, fitted: Collection[Site]) -> None:
+        self.plan, self.goals, self.flow, self.fitted = plan, goals, flow, fitted
         self._readers = readers(plan.trunk, plan.reach)
         self._found: dict[fx.Node, Function | None] = {}
 
-    def function(self, node: fx.Node, goal: Goal | None) -> Function | None:
+    def function(self, node: fx.Node) -> Function | None:
         """What acts on each feature of the result before it is read; None if its features are not free."""
         if node not in self._found:
+            goal = self.goals.at(node)
             found = None
             if goal is not None and goal.targets is not None and len(goal.axes) == 1:
                 layouts = goal.targets.layouts

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -208,10 +208,18 @@ class _Spy(TorchDispatchMode):
         self.results = []
 
 
-class _Run(fx.Interpreter):
-    """Runs the network under the spy, and tells it where it is."""
+class Watcher(Protocol):
+    """A mode that is told where the run is: `node` is the one under way, `leave` gets what it returned."""
 
-    def __init__(self, module: fx.GraphModule, spy: _Spy) -> None:
+    node: fx.Node
+
+    def leave(self, value: Any) -> None: ...
+
+
+class Run(fx.Interpreter):
+    """Runs the network under a mode, and tells it where it is."""
+
+    def __init__(self, module: fx.GraphModule, spy: Watcher) -> None:
         super().__init__(module, garbage_collect_values=True)
         self.spy = spy
 
@@ -232,5 +240,5 @@ def survey(net: fx.GraphModule, sample: Call) -> Survey:
     """
     spy = _Spy(net)
     with decomposed(), spy:
-        _Run(net, spy).run(*flat_inputs(net, sample))
+        Run(net, spy).run(*flat_inputs(net, sample))
     return spy.found

@@ -39,7 +39,9 @@ class Walk:
         self.goals = TrunkGoals(plan, self.originals, max(self.sources) + 1)
         numbers = [number for _, number, _ in batches]
         self.flow = follow(net, programs[0].call)
-        self.freedom = Freedom(plan, self.flow, self._readers(programs[0].call, calls)) if settings.turns else None
+        self.freedom: Freedom | None = None
+        if settings.turns:
+            self.freedom = Freedom(plan, self.goals, self.flow, self._readers(programs[0].call, calls))
         self.sampler = Sampler(
             self.zipped, self.survey, numbers, settings.positions, settings.least,
             free=lambda node: self._function(node) is not None,
@@ -72,7 +74,7 @@ class Walk:
         """What acts on each feature of a result whose features are free; None elsewhere."""
         if self.freedom is None or part_of(node) != "trunk":
             return None
-        return self.freedom.function(node, self.goals.at(node))
+        return self.freedom.function(node)
 
     def trunk(self) -> None:
         """Run the trunk of all networks node by node and fit each unit when the inputs of its first call are there."""
