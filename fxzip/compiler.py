@@ -17,6 +17,7 @@ from .agreement import hold_out
 from .align import Alignment, align
 from .analysis import Labelling, label, self_check
 from .arguments import models_and_sample
+from .branches import Alone, narrowed, observe_alone, trunk_alone
 from .calibration import Calibration
 from .cuts import Cut, find_cuts
 from .errors import AlignError, BarrierError, CutError, InputError
@@ -139,7 +140,7 @@ def compile_zip(
     else:
         trunk = found.trunk(until)
         statistics = observe(trunk, calibration("observing") if recipe.observes else ())
-        zipped = assemble(found, trunk, statistics, calibration, recipe)
+        zipped = assemble(found, trunk, statistics, calibration, recipe, alone(found, calibration, recipe))
     return with_shifts(zipped, calibration) if joint else zipped
 
 
@@ -163,6 +164,12 @@ class Survey:
     def flops(self) -> tuple[dict[str, int], ...]:
         """FLOPs of every node of every model on its sample."""
         return tuple(flops_by_node(program.module, program.call) for program in self.alignment.programs)
+
+    @cached_property
+    def alone(self) -> tuple[Trunk | None, ...]:
+        """The trunk of each model by itself; None where it has none."""
+        pairs = zip(self.labellings, self.pinned, strict=True)
+        return tuple(trunk_alone(self.alignment, own, pins, k) for k, (own, pins) in enumerate(pairs))
 
     def trunk(self, until: str | float | None = None, *, whole: bool = False) -> Trunk:
         """The trunk that ends at `until`, or (`whole`) at the outputs."""
@@ -205,6 +212,11 @@ class Recipe:
         """Whether anything that is to be decided depends on what the data show."""
         return "moments" in needs(self.method) or self.sizing[0] != 1
 
+    @property
+    def narrows(self) -> bool:
+        """Whether heads may keep fewer features: by need, and where least squares mends what that does to them."""
+        return self.sizing[0] == "auto" and _fits(self.refit)
+
     @classmethod
     def of(
         cls,
@@ -222,16 +234,27 @@ class Recipe:
         if isinstance(refit, str) and refit == "auto":
             refit = "lstsq" if calibrated else "repair"
         corrected = refits(refit)
-        fitted = corrected is least_squares or isinstance(corrected, LeastSquares)
-        return cls(Energy() if fitted and method == "zip" else resolve(method), corrected, refit, sizing)
+        return cls(Energy() if _fits(corrected) and method == "zip" else resolve(method), corrected, refit, sizing)
+
+
+def _fits(refit: Refit) -> bool:
+    return refit is least_squares or isinstance(refit, LeastSquares)
+
+
+def alone(found: Survey, calibration: Calibration, recipe: Recipe) -> tuple[Alone | None, ...]:
+    """Every model by itself and what the data show of it, where heads may be narrowed; else nothing."""
+    if not recipe.narrows:
+        return ()
+    return observe_alone(found.alone, [calibration("observing heads") for _ in found.labellings])
 
 
 def assemble(
-    found: Survey, trunk: Trunk, statistics: Mapping[int, Moments], calibration: Calibration, recipe: Recipe
-) -> ZippedModule:
-    """The stages behind the observation: plan -> rewrite -> refit -> report."""
-    widths = choose_widths(trunk, statistics, *recipe.sizing, found.flops)
-    zipping = plan(trunk, statistics, recipe.method, widths.kept)
+    found: Survey, trunk: Trunk, statistics: Mapping[int, Moments], calibration: Calibration, recipe: Recipe,
+    own: Sequence[Alone | None] = (),
+) -> ZippedModule:  # fmt: skip
+    """The stages behind the observation: plan -> rewrite -> refit -> report. `own`: what `alone` gives."""
+    widths = choose_widths(trunk, statistics, *recipe.sizing, found.flops, own)
+    zipping = narrowed(plan(trunk, statistics, recipe.method, widths.kept), own, widths.heads, recipe.method)
     zipped = rewrite(zipping)
     zipped = recipe.refit(zipped, zipping, calibration("refitting"))
     reuse_memory(zipped)
@@ -268,15 +291,16 @@ def _automatic(found: Survey, calibration: Calibration, recipe: Recipe, goal: Go
 
         def build(place: int) -> ZippedModule:
             seen = observe(trunks[place], calibration("observing"))
-            return assemble(found, trunks[place], seen, calibration, recipe)
+            return assemble(found, trunks[place], seen, calibration, recipe)  # not by need: heads stay as they are
 
         return earliest_affordable(cuts, build, goal.max_cost)
     fit, held = hold_out(calibration, found.alignment.programs)
     cuts, trunks = cuts_and_trunks(found)
     statistics = observe_all(trunks, fit("observing"))
+    own = alone(found, fit, recipe)
 
     def build_on_the_rest(place: int) -> ZippedModule:
-        return assemble(found, trunks[place], statistics[place], fit, recipe)
+        return assemble(found, trunks[place], statistics[place], fit, recipe, own)
 
     if goal.max_cost is not None:
         return best_agreeing(cuts, build_on_the_rest, held, goal.max_cost)

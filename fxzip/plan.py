@@ -36,6 +36,7 @@ class ZipPlan:
         reach: for each model, label of a head -> the trunk's label that it is the same feature as (0: none).
         unobserved: spaces for which the data showed nothing; they are merged by position.
         kept: space number of model 0 -> how many features it keeps, where that is not the number of model 0.
+        heads: model -> the plan of that model by itself, where its head keeps fewer features (see `branches`).
     """
 
     trunk: Trunk
@@ -44,6 +45,7 @@ class ZipPlan:
     reach: tuple[torch.Tensor, ...]
     unobserved: frozenset[int] = field(default_factory=frozenset)
     kept: Mapping[int, int] = field(default_factory=dict)
+    heads: Mapping[int, ZipPlan] = field(default_factory=dict)
 
 
 def problem_of(

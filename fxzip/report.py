@@ -40,10 +40,10 @@ def flops_by_node(module: fx.GraphModule, call: Call) -> dict[str, int]:
 class Report(Mapping[str, Any]):
     """A read-only dict of plain values; `str(report)` is a text for people.
 
-    Keys: "models", "method", "refit", "data", "cut", "spaces", "flops", "parameters", "unmerges", "mixed", "barriers",
-    "self_check", "tracing", "notes". "flops" and "parameters" hold "trunk", "heads", "total", "originals",
-    "side_by_side". "unmerges" are the nodes that give a head its own features; "mixed" those of them that take a matrix
-    product, the others gather.
+    Keys: "models", "method", "refit", "data", "cut", "spaces", "narrowed", "flops", "parameters", "unmerges", "mixed",
+    "barriers", "self_check", "tracing", "notes". "narrowed" holds for each head its spaces that keep fewer features.
+    "flops" and "parameters" hold "trunk", "heads", "total", "originals", "side_by_side". "unmerges" are the nodes that
+    give a head its own features; "mixed" those of them that take a matrix product, the others gather.
     """
 
     values_: dict[str, Any]
@@ -123,6 +123,15 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
         }
         for number, space in enumerate(trunk.spaces[0].spaces)
     ]  # fmt: skip
+    narrow = [
+        [
+            {"name": own.trunk.spaces[0].spaces[s].name, "size": own.trunk.spaces[0].spaces[s].size, "kept": kept}
+            for s, kept in own.kept.items()
+        ]
+        if (own := plan.heads.get(k)) is not None
+        else []
+        for k in range(len(programs))
+    ]
     last = [node for node in programs[0].module.graph.nodes if node.name in set(trunk.nodes)]
     edge = [
         n
@@ -141,6 +150,7 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
             "merged": [list(twins) for twins in trunk.alignment.entries],
         },
         "spaces": spaces,
+        "narrowed": narrow,
         **costs(zipped, programs),
         "unmerges": [node.name for node in left],
         "mixed": [node.name for node in left if node.target is mix],
@@ -181,6 +191,9 @@ def _lines(v: Mapping[str, Any]) -> list[str]:
             f"{space['name'][:40]:40}{space['size']:>6}{space['kept']:>6}  {space['legality']:14}{seen:>7}  "
             f"{_folded(space)}"
         )
+    for k, narrow in enumerate(v.get("narrowed", [])):
+        names = [f"head {k}: {own['name']}"[:40] for own in narrow]
+        lines += [f"{name:40}{own['size']:>6}{own['kept']:>6}" for name, own in zip(names, narrow, strict=True)]
     mixed = set(v.get("mixed", []))
     for how, names in (
         ("a gather", [name for name in v["unmerges"] if name not in mixed]),

@@ -42,10 +42,20 @@ def trunk_module(plan: ZipPlan) -> fx.GraphModule:
 
 
 def head_module(plan: ZipPlan, k: int) -> fx.GraphModule:
-    """Model k's graph module with the unmerge folded into the parameters that meet the features in its head."""
+    """Model k's graph module with the unmerge folded into the parameters that meet the features in its head.
+
+    Where the head keeps fewer features, that is done to the module that does.
+    """
+    own = plan.heads.get(k)
+    if own is None:
+        return _folded(copy.deepcopy(plan.trunk.alignment.programs[k].module), plan, k)
+    return _folded(_folded(trunk_module(own), own, 0), plan, k)
+
+
+def _folded(module: fx.GraphModule, plan: ZipPlan, k: int) -> fx.GraphModule:
+    """The unmerge folded into model k's graph module, in place."""
     trunk = plan.trunk
-    program, spaces = trunk.alignment.programs[k], trunk.spaces[k]
-    module = copy.deepcopy(program.module)
+    spaces = trunk.spaces[k]
     matrices = {(trunk.partners[k][s],) * 2: plan.merges[s].U(k).T for s in sorted(plan.folded[k])}
     sizes = {own: matrix.shape[0] for (own, _), matrix in matrices.items()}
     for name in sorted(head_params(trunk, k) & set(spaces.labelling.params)):

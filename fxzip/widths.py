@@ -1,4 +1,4 @@
-"""How many features each space of the zipped trunk keeps: as many as the first model, a share more, or by need.
+"""How many features each space keeps: as many as the first model, a share more, or by need.
 
 By need: space s with m_s features kept loses the energy L_s(m_s), the geometric mean of what is lost if readers make
 the best of all features that are left (`matching/energy.py`: what a refit could get in a linear network) and if they
@@ -6,13 +6,18 @@ read each feature back from its own cluster (`matching/clusterwise.py`: what the
 FLOPs C(m). Starting with all features of all models, the space that loses the least per FLOP saved gives up some, until
 C is what is wanted: the greedy solution of  min Σ_s r_s L_s(m_s)  with  C(m) ≤ `max_cost` · C of the first model,
 where r_s is the number of weights that read the space, each of which sees the loss.
+
+By need the heads' own spaces (`branches.py`) are among them: of N models' features in a shared space each serves all
+outputs, but each is also read by the weights of all; in the heads a model's features meet that model's weights only. So
+an early cut with narrow heads may lose less than a late one at the same cost.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +26,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from .analysis.relabel import group_run
+from .branches import Alone, behind
 from .elastic import stiff_spaces
 from .errors import CostError, InputError
 from .matching import Energy
@@ -32,15 +38,23 @@ from .trunk import Trunk
 
 Width = float | str | Mapping[str, float]
 Flops = Sequence[Mapping[str, int]]
+Key = tuple[int, int]  # a space: number of the model whose head it is in, or -1 (the trunk); its own number there
+_TRUNK = -1
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Features to keep, by space number of model 0, where that is not the first model's number; and for the report, why
-    the others did not change."""
+    """Features to keep where that is not the number that there were; and for the report, why the others did not change.
+
+    Attributes:
+        kept: by space number of model 0.
+        notes: for the report.
+        heads: for each model the same of its head's spaces, by their numbers in the model alone.
+    """
 
     kept: Mapping[int, int]
     notes: tuple[str, ...] = ()
+    heads: tuple[Mapping[int, int], ...] = ()
 
 
 def check_width(width: Width, max_cost: float | None, models: int) -> None:
@@ -63,7 +77,12 @@ def check_width(width: Width, max_cost: float | None, models: int) -> None:
 
 
 def choose_widths(
-    trunk: Trunk, statistics: Mapping[int, Moments], width: Width, max_cost: float | None, flops: Flops
+    trunk: Trunk,
+    statistics: Mapping[int, Moments],
+    width: Width,
+    max_cost: float | None,
+    flops: Flops,
+    alone: Sequence[Alone | None] = (),
 ) -> Widths:
     """The numbers of features to keep.
 
@@ -73,6 +92,7 @@ def choose_widths(
         width: of every space, relative to the first model; a dict of that by the name of a space; or "auto", by need.
         max_cost: with "auto": FLOPs of the zipped network relative to the first model; None: 1.
         flops: of every node of every model.
+        alone: every model by itself; with "auto" its head may keep fewer features too. Without, heads stay as they are.
 
     Raises:
         InputError: a name is no space of the trunk, or cannot have another size.
@@ -81,23 +101,63 @@ def choose_widths(
     if not isinstance(width, (str, Mapping)) and width == 1:
         return Widths({})
     spaces = trunk.spaces[0].spaces
-    able = {s: space for s, space in enumerate(spaces) if space.legality == "free" and space.tie is None}
+    able = _able(trunk)
     asked = _asked(trunk, width) if isinstance(width, Mapping) else dict.fromkeys(able, width)
+    free, reasons = _elastic(trunk, statistics, able, asked)
+    notes = _notes(trunk, reasons)
+    if isinstance(width, str):
+        heads = [_behind(trunk, k, own) for k, own in enumerate(alone)]
+        for k, (own, (_, why)) in enumerate(zip(alone, heads, strict=True)):
+            notes += [] if own is None else _notes(own.trunk, why, f" in head {k}")
+        limit = 1.0 if max_cost is None else max_cost
+        found = _by_need(trunk, statistics, free, limit, flops, alone, [narrow for narrow, _ in heads])
+        kept = {s: m for (part, s), m in found.items() if part == _TRUNK}
+    else:
+        found = {}
+        most = {s: sum(own.spaces[trunk.partners[k][s]].size for k, own in enumerate(trunk.spaces)) for s in free}
+        kept = {s: min(max(1, round(float(asked[s]) * spaces[s].size)), most[s]) for s in free}
+    narrowed = tuple(
+        {
+            s: m
+            for (part, s), m in found.items()
+            if part == k and own is not None and m != own.trunk.spaces[0].spaces[s].size
+        }
+        for k, own in enumerate(alone)
+    )
+    return Widths({s: m for s, m in kept.items() if m != spaces[s].size}, tuple(notes), narrowed)
+
+
+def _able(trunk: Trunk) -> set[int]:
+    """Spaces that may have another number of features, as far as the analysis knows."""
+    return {s for s, space in enumerate(trunk.spaces[0].spaces) if space.legality == "free" and space.tie is None}
+
+
+def _elastic(
+    trunk: Trunk, statistics: Mapping[int, Moments], able: Collection[int], asked: Collection[int]
+) -> tuple[list[int], dict[int, str]]:
+    """Of the spaces asked for those that can get another size, and of the others the reasons."""
     tried = [s for s in asked if s in able and s in statistics and statistics[s].count]
     stiff = stiff_spaces(trunk, tried)
+    spaces = trunk.spaces[0].spaces
     reasons = {
         s: stiff.get(s) or spaces[s].reason or "it was not observed" for s in asked if s not in tried or s in stiff
     }
-    free = [s for s in tried if s not in stiff]
-    if isinstance(width, str):
-        kept = _by_need(trunk, statistics, free, 1.0 if max_cost is None else max_cost, flops)
-    else:
-        most = {s: sum(own.spaces[trunk.partners[k][s]].size for k, own in enumerate(trunk.spaces)) for s in free}
-        kept = {s: min(max(1, round(float(asked[s]) * spaces[s].size)), most[s]) for s in free}
-    notes = tuple(
-        f"`{spaces[s].name}` keeps its {spaces[s].size} features: {why}" for s, why in sorted(reasons.items())
-    )
-    return Widths({s: m for s, m in kept.items() if m != spaces[s].size}, notes)
+    return [s for s in tried if s not in stiff], reasons
+
+
+def _behind(trunk: Trunk, k: int, own: Alone | None) -> tuple[list[int], dict[int, str]]:
+    """The spaces of head k that may be narrowed; of those that look like it but may not, the reasons."""
+    if own is None:
+        return [], {}
+    able = _able(own.trunk) & behind(trunk, k, own.trunk)
+    return _elastic(own.trunk, own.statistics, able, sorted(able))
+
+
+def _notes(trunk: Trunk, reasons: Mapping[int, str], where: str = "") -> list[str]:
+    spaces = trunk.spaces[0].spaces
+    return [
+        f"`{spaces[s].name}`{where} keeps its {spaces[s].size} features: {why}" for s, why in sorted(reasons.items())
+    ]
 
 
 def overspent(report: Mapping[str, Any], width: Width, max_cost: float | None) -> tuple[str, ...]:
@@ -127,21 +187,26 @@ def _asked(trunk: Trunk, width: Mapping[str, float]) -> dict[int, float]:
 
 
 def _by_need(
-    trunk: Trunk, statistics: Mapping[int, Moments], free: Sequence[int], max_cost: float, flops: Flops
-) -> dict[int, int]:
+    trunk: Trunk, statistics: Mapping[int, Moments], free: Sequence[int], max_cost: float, flops: Flops,
+    alone: Sequence[Alone | None], heads: Sequence[Collection[int]],
+) -> dict[Key, int]:  # fmt: skip
     """Give up features where that loses the least per FLOP saved, until the cost is right; then use what is left."""
-    losses = _losses(trunk, statistics, free)
-    costs = _Costs(trunk, flops)
-    base = {s: trunk.spaces[0].spaces[s].size for s in free}
-    kept = {s: len(losses[s]) - 1 for s in free}
+    losses = _losses(_TRUNK, trunk, statistics, free)
+    base = {(_TRUNK, s): trunk.spaces[0].spaces[s].size for s in free}
+    for k, (own, narrow) in enumerate(zip(alone, heads, strict=True)):
+        if own is not None:
+            losses |= _losses(k, own.trunk, own.statistics, narrow)
+            base |= {(k, s): own.trunk.spaces[0].spaces[s].size for s in narrow}
+    costs = _Costs(trunk, flops, [None if own is None else own.trunk for own in alone], heads)
+    kept = {s: len(losses[s]) - 1 for s in base}
     budget, one = max_cost * sum(flops[0].values()), sum(flops[0].values())
-    total = costs.total({s: kept[s] / base[s] for s in free})
+    total = costs.total({s: kept[s] / base[s] for s in base})
 
-    def steps(sign: int) -> list[tuple[float, int, int, float]]:
+    def steps(sign: int) -> list[tuple[float, Key, int, float]]:
         """(loss per FLOP, space, its new size, new total) of all steps by a sixteenth of a space, cheapest first."""
-        ratio = {s: kept[s] / base[s] for s in free}
+        ratio = {s: kept[s] / base[s] for s in base}
         result = []
-        for s in free:
+        for s in base:
             size = min(kept[s] + sign * math.ceil(base[s] / 16), len(losses[s]) - 1)
             if size < 1 or size == kept[s]:
                 continue
@@ -163,7 +228,9 @@ def _by_need(
     return kept
 
 
-def _losses(trunk: Trunk, statistics: Mapping[int, Moments], free: Sequence[int]) -> dict[int, npt.NDArray[np.float64]]:
+def _losses(
+    part: int, trunk: Trunk, statistics: Mapping[int, Moments], free: Iterable[int]
+) -> dict[Key, npt.NDArray[np.float64]]:
     """For each space r_s L_s(m), m = 0, ..., N."""
     problem = problem_of(trunk, statistics, Energy(), reaches(trunk))
     result = {}
@@ -173,63 +240,79 @@ def _losses(trunk: Trunk, statistics: Mapping[int, Moments], free: Sequence[int]
         readers = max((len(own) for own in space.readers), default=1)
         told = energy_losses(space.moments, reading(space.moments, space.readers), Energy().floor)
         kept = cluster_losses(space.moments, energies(space.moments, space.readers), Energy().floor)
-        result[s] = max(readers, 1) * np.sqrt(told * kept)
+        result[part, s] = max(readers, 1) * np.sqrt(told * kept)
     return result
 
 
 class _Costs:
-    """FLOPs as a function of the spaces' sizes relative to the first model's.
+    """FLOPs as a function of the spaces' sizes relative to what they were.
 
     A call with a parameter takes FLOPs in proportion to the parameter's length along each of its labelled axes; a run
     that is shared out among several spaces has the length of all of them. A head that needs features in its own basis
     takes what it takes.
     """
 
-    def __init__(self, trunk: Trunk, flops: Flops) -> None:
-        self.calls: list[tuple[int, list[dict[int, float]]]] = []
+    def __init__(
+        self, trunk: Trunk, flops: Flops, alone: Sequence[Trunk | None], heads: Sequence[Collection[int]]
+    ) -> None:
         self.fixed = 0
+        self._calls: list[_Scaled] = []
+        self._of: dict[Key, list[int]] = defaultdict(list)
+        inside = set(trunk.nodes)
         for node, cost in flops[0].items():
-            if node in set(trunk.nodes):
-                self._add(cost, _lengths(trunk, 0, trunk.labellings[0].touches[node]))
+            if node in inside:
+                self._add(cost, _lengths(trunk, 0, trunk.labellings[0].touches[node], _TRUNK))
         for k, own in enumerate(flops):
             shared = set(trunk.names(k).values())
             self.fixed += sum(own[name] for name in trunk.alignment.stem(k) if name in own and name not in shared)
             reach, params = reaches(trunk)[k], head_params(trunk, k)
-            unmerged = unmerged_spaces(trunk, k, reach)
+            given = {(_TRUNK, s) for s in range(len(trunk.partners[k]))}
+            given -= {(_TRUNK, s) for s in unmerged_spaces(trunk, k, reach)}
+            single = alone[k] if k < len(alone) else None
+            if single is not None:
+                given |= {(k, s) for s in heads[k]}
             for name in head_nodes(trunk, k):
-                touched = trunk.labellings[k].touches[name] & params if own.get(name) else frozenset()
-                lengths = _lengths(trunk, k, touched, reach)
-                self._add(
-                    own.get(name, 0), [{s: f for s, f in length.items() if s not in unmerged} for length in lengths]
-                )
+                cost = own.get(name, 0)
+                touched = trunk.labellings[k].touches[name] & params if cost else frozenset()
+                lengths = _lengths(trunk, k, touched, _TRUNK, reach)
+                if single is not None:
+                    further = _lengths(single, 0, touched, k)
+                    lengths = [{**own_, **more} for own_, more in zip(lengths, further, strict=True)]
+                self._add(cost, [{s: f for s, f in length.items() if s in given} for length in lengths])
 
-    def _add(self, cost: int, lengths: list[dict[int, float]]) -> None:
-        if cost and lengths:
-            self.calls.append((cost, lengths))
-        else:
+    def _add(self, cost: int, lengths: Sequence[Mapping[Key, float]]) -> None:
+        held = [length for length in lengths if length]
+        if not cost or not held:
             self.fixed += cost
+            return
+        for key in {key for length in held for key in length}:
+            self._of[key].append(len(self._calls))
+        self._calls.append((cost, held))
 
-    def total(self, ratio: Mapping[int, float]) -> float:
-        return self.fixed + sum(_scaled(cost, lengths, ratio) for cost, lengths in self.calls)
+    def total(self, ratio: Mapping[Key, float]) -> float:
+        return self.fixed + sum(_scaled(*call, ratio) for call in self._calls)
 
-    def saved(self, ratio: Mapping[int, float], space: int, less: float) -> float:
+    def saved(self, ratio: Mapping[Key, float], space: Key, less: float) -> float:
         """FLOPs saved by making one space that small."""
         after = {**ratio, space: less}
-        return sum(
-            _scaled(cost, lengths, ratio) - _scaled(cost, lengths, after)
-            for cost, lengths in self.calls
-            if any(space in length for length in lengths)
-        )
+        calls = [self._calls[number] for number in self._of[space]]
+        return sum(_scaled(*call, ratio) - _scaled(*call, after) for call in calls)
 
 
-def _scaled(cost: int, lengths: Sequence[Mapping[int, float]], ratio: Mapping[int, float]) -> float:
+_Scaled = tuple[int, Sequence[Mapping[Key, float]]]  # FLOPs of a call; for each of its axes spaces with their shares
+
+
+def _scaled(cost: int, lengths: Sequence[Mapping[Key, float]], ratio: Mapping[Key, float]) -> float:
     return cost * math.prod(1 + sum(f * (ratio.get(s, 1.0) - 1) for s, f in length.items()) for length in lengths)
 
 
 def _lengths(
-    trunk: Trunk, k: int, params: frozenset[str] | set[str], reach: Tensor | None = None
-) -> list[dict[int, float]]:
-    """For each labelled axis of the largest parameter of a call: space of model 0 -> its share of the places."""
+    trunk: Trunk, k: int, params: Collection[str], part: int, reach: Tensor | None = None
+) -> list[dict[Key, float]]:
+    """For each axis of the largest labelled parameter of a call: space -> its share of the places.
+
+    Spaces are those of model k in `trunk`, by their numbers in model 0, as of `part`.
+    """
     spaces = trunk.spaces[k]
     numbers = {own: s for s, own in enumerate(trunk.partners[k])}
     labelled = [spaces.labelling.params[name] for name in sorted(params) if name in spaces.labelling.params]
@@ -242,5 +325,5 @@ def _lengths(
         flat = run.reshape(-1)
         layout = spaces.layout(flat if reach is None else reach[flat].clamp(min=0))
         found = {int(s): int((layout.space == s).sum()) / len(flat) for s in layout.space.unique() if s >= 0}
-        result.append({numbers[s]: share for s, share in found.items() if s in numbers})
-    return [length for length in result if length]
+        result.append({(part, numbers[s]): share for s, share in found.items() if s in numbers})
+    return result

@@ -15,7 +15,7 @@ from ..rules import varying
 from .inside import result
 from .kernels import Places, take
 from .lockstep import Env, Lockstep
-from .targets import Targets, find_targets
+from .targets import Targets, find_targets, labels_at
 from .units import Site, Unit
 
 
@@ -145,3 +145,35 @@ class HeadGoals:
     def _twin(self, node: fx.Node) -> fx.Node:
         twin: fx.Node = self.original.nodes[node.meta["fxzip"]["from"][0]]
         return twin
+
+
+@dataclass(frozen=True, eq=False)
+class NarrowGoals:
+    """The goals of a head that keeps fewer features: its own network's, merged where they are.
+
+    Attributes:
+        merged: in the plan of its model by itself.
+        whole: of the head as it was.
+    """
+
+    merged: TrunkGoals
+    whole: HeadGoals
+
+    def of(self, unit: Unit, site: Site) -> Goal | None:
+        """For a call of a unit; None where merged features have no order of their own."""
+        found = self.merged.of(unit, site)
+        inner = unit.kernel is not None and site.norm is None
+        node, call = (site.node, site.call) if inner else (site.output, None)
+        return found if found is not None or self._narrow(node, call) else self.whole.of(unit, site)
+
+    def at(self, node: fx.Node) -> Goal | None:
+        """For what a node returns."""
+        found = self.merged.at(node)
+        return found if found is not None or self._narrow(node, None) else self.whole.at(node)
+
+    def _narrow(self, node: fx.Node, call: int | None) -> bool:
+        """Whether some of the features there are fewer than they were."""
+        plan = self.merged.plan
+        name, own = node.meta["fxzip"]["from"][0], plan.trunk.spaces[0]
+        found = [own.layout(labels.reshape(-1)).space for labels in labels_at(self.whole.labelling, name, call)]
+        return any(not plan.kept.keys().isdisjoint(spaces.tolist()) for spaces in found)

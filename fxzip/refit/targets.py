@@ -52,7 +52,7 @@ def find_targets(plan: ZipPlan, name: str, call: int | None, sources: int) -> Ta
     """
     trunk = plan.trunk
     twins = trunk.alignment.pairs[name]
-    fields = [_labels(label, twin, call) for label, twin in zip(trunk.labellings, twins, strict=True)]
+    fields = [labels_at(label, twin, call) for label, twin in zip(trunk.labellings, twins, strict=True)]
     axes = [tuple(sorted(varying(own[0]))) if len(own) == 1 else () for own in fields]
     if not axes[0] or any(own != axes[0] for own in axes):
         return None
@@ -68,7 +68,7 @@ def find_targets(plan: ZipPlan, name: str, call: int | None, sources: int) -> Ta
     return Targets(axes[0], tuple(matrices), tuple(layouts))
 
 
-def _labels(label: Labelling, node: str, call: int | None) -> Sequence[Tensor]:
+def labels_at(label: Labelling, node: str, call: int | None) -> Sequence[Tensor]:
     """The fields of what a node returns, or of the result of a linear call inside it."""
     if call is None:
         return label.fields.get(node, ())

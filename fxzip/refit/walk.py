@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -14,12 +15,37 @@ from ..zipped import ZippedModule, part_of
 from .alternating import Wish
 from .flow import Function, follow
 from .freedom import Freedom
-from .goals import Goal, HeadGoals, TrunkGoals
+from .goals import HeadGoals, NarrowGoals, TrunkGoals
 from .lockstep import Lockstep
 from .samples import Sample, Sampler
 from .solving import Fit, Settings, offset_of, solve
 from .survey import survey
 from .units import Unit, find_units
+
+
+@dataclass(eq=False)
+class _Part:
+    """The trunk, or a head.
+
+    Attributes:
+        name: as in the nodes' meta.
+        nodes: its nodes, in order.
+        originals: that have what its values should be.
+        goals: what they should be.
+        plan: that its features were merged by; None: none were.
+        freedom: which of them may be other combinations than that; None: none.
+    """
+
+    name: str
+    nodes: list[fx.Node]
+    originals: Sequence[Lockstep]
+    goals: TrunkGoals | HeadGoals | NarrowGoals
+    plan: ZipPlan | None
+    freedom: Freedom | None = None
+
+    def function(self, node: fx.Node) -> Function | None:
+        """What acts on each feature of a result whose features are free; None elsewhere."""
+        return None if self.freedom is None else self.freedom.function(node)
 
 
 class Walk:
@@ -36,72 +62,91 @@ class Walk:
         self.zipped = Lockstep(net, calls)
         self.originals = [Lockstep(program.module, calls) for program in programs]
         self.names = [plan.trunk.names(k) for k in range(len(self.originals))]
-        self.goals = TrunkGoals(plan, self.originals, max(self.sources) + 1)
         numbers = [number for _, number, _ in batches]
         self.flow = follow(net, programs[0].call)
-        self.freedom: Freedom | None = None
+        self.parts = self._find_parts(max(self.sources) + 1)
         if settings.turns:
-            self.freedom = Freedom(plan, self.goals, self.flow, self._readers(programs[0].call, calls))
+            fitted = self._readers(programs[0].call, calls)
+            for part in self.parts.values():
+                merged = part.goals.merged if isinstance(part.goals, NarrowGoals) else part.goals
+                if part.plan is not None and isinstance(merged, TrunkGoals):
+                    part.freedom = Freedom(part.plan, merged, self.flow, fitted)
         self.sampler = Sampler(
             self.zipped, self.survey, numbers, settings.positions, settings.least,
-            free=lambda node: self._function(node) is not None,
+            free=lambda node: (part := self.parts.get(part_of(node))) is not None and part.function(node) is not None,
         )  # fmt: skip
         self.fit = Fit()
 
-    def _readers(self, sample: Call, calls: Sequence[Call]) -> set[tuple[fx.Node, int]]:
-        """The linear calls that will be fitted and read all features at once."""
-        parts: dict[str, list[fx.Node]] = defaultdict(list)
+    def _find_parts(self, sources: int) -> dict[str, _Part]:
+        """Trunk and heads by name."""
+        nodes: dict[str, list[fx.Node]] = defaultdict(list)
         for node in self.net.graph.nodes:
             if node.op != "output":
-                parts[part_of(node)].append(node)
+                nodes[part_of(node)].append(node)
+        goals = TrunkGoals(self.plan, self.originals, sources)
+        parts = {"trunk": _Part("trunk", nodes["trunk"], self.originals, goals, self.plan)}
+        for k, original in enumerate(self.originals):
+            name, own = f"head {k}", self.plan.heads.get(k)
+            whole = HeadGoals(original, self.plan.trunk.labellings[k])
+            aims = whole if own is None else NarrowGoals(TrunkGoals(own, [original], sources), whole)
+            parts[name] = _Part(name, nodes[name], [original], aims, own)
+        return parts
+
+    def _readers(self, sample: Call, calls: Sequence[Call]) -> set[tuple[fx.Node, int]]:
+        """The linear calls that will be fitted and read all features at once."""
         found = set()
         rows = sum(batch_size(call) or 1 for call in calls) / (batch_size(sample) or 1)
         places = {(step.node, step.call): step.shape.numel() * rows for step in self.flow.steps}
-        for part, nodes in parts.items():
-            if part != "trunk" and not part.startswith("head "):
-                continue
-            for unit in find_units(self.net, self.survey, set(nodes))[0]:
+        for part in self.parts.values():
+            for unit in find_units(self.net, self.survey, set(part.nodes))[0]:
                 if unit.kernel is None or unit.kernel.groups > 1 or len(unit.kernel.axes) > 1:
                     continue
                 outputs = unit.kernel.flat.shape[1]
                 if sum(places.get((s.node, s.call), 0.0) for s in unit.sites) < outputs * unit.inputs:
                     continue  # so few positions keep its weights near those that were merged
-                if part != "trunk" or all(self.goals.of(unit, site) is not None for site in unit.sites):
+                if part.plan is None or all(part.goals.of(unit, site) is not None for site in unit.sites):
                     found |= {(site.node, site.call) for site in unit.sites}
         return found
-
-    def _function(self, node: fx.Node) -> Function | None:
-        """What acts on each feature of a result whose features are free; None elsewhere."""
-        if self.freedom is None or part_of(node) != "trunk":
-            return None
-        return self.freedom.function(node)
 
     def trunk(self) -> None:
         """Run the trunk of all networks node by node and fit each unit when the inputs of its first call are there."""
         self._stems()
-        nodes = [n for n in self.net.graph.nodes if n.op != "output" and part_of(n) == "trunk"]
-        starts = self._units(nodes)
-        for node in nodes:
+        part = self.parts["trunk"]
+        starts = self._units(part)
+        for node in part.nodes:
             name = node.meta["fxzip"]["from"][0]
             twins = [net.nodes[own[name]] for net, own in zip(self.originals, self.names, strict=True) if name in own]
-            for net, twin in zip(self.originals, twins, strict=False):
-                net.run(twin)
-            for unit in starts.pop(node, ()):
-                self._summand(unit, starts)
-                self._fit_trunk(unit)
-            self.zipped.run(node)
-            for net, twin in zip(self.originals, twins, strict=False):
-                net.release(twin)
-            self.zipped.release(node)
+            self._step(part, node, starts, list(zip(self.originals, twins, strict=False)))
 
-    def _fit_trunk(self, unit: Unit) -> None:
-        self._fit(unit, [self.goals.of(unit, site) for site in unit.sites], self.originals, self.goals.at)
+    def head(self, k: int) -> None:
+        """Run head k and fit its units in turn, towards what its own network gives there."""
+        original, own = self.originals[k], set(self.names[k].values())
+        part = self.parts[f"head {k}"]
+        starts = self._units(part)
+        for node in part.nodes:
+            twin = original.nodes.get(node.meta["fxzip"]["from"][0])
+            mine = [] if twin is None or twin.name in own else [(original, twin)]
+            self._step(part, node, starts, mine)
 
-    def _summand(self, unit: Unit, starts: dict[fx.Node, list[Unit]]) -> None:
+    def _step(
+        self, part: _Part, node: fx.Node, starts: dict[fx.Node, list[Unit]], twins: Sequence[tuple[Lockstep, fx.Node]]
+    ) -> None:
+        """One node of the zipped network, and its twins in the originals."""
+        for net, twin in twins:
+            net.run(twin)
+        for unit in starts.pop(node, ()):
+            self._summand(part, unit, starts)
+            self._fit(part, unit)
+        self.zipped.run(node)
+        for net, twin in twins:
+            net.release(twin)
+        self.zipped.release(node)
+
+    def _summand(self, part: _Part, unit: Unit, starts: dict[fx.Node, list[Unit]]) -> None:
         """Where a unit's result is added to something later, compute that first; if it is the result of a unit of at
         most as many inputs, fit that first: what it leaves is for the larger one to mend."""
         total = self.flow.sum_behind(unit.sites[0].output) if unit.inputs and len(unit.sites) == 1 else None
-        if total is None or part_of(total) != "trunk":
+        if total is None or part_of(total) != part.name:
             return
         missing = {node: self.zipped.missing(self.zipped.envs[0], node) for node in total.all_input_nodes}
         others = [node for node, needed in missing.items() if needed and unit.sites[0].node not in needed]
@@ -113,14 +158,14 @@ class Walk:
             return
         for node, smaller in ahead:
             starts[node].remove(smaller)
-            self._fit_trunk(smaller)
+            self._fit(part, smaller)
         for env in self.zipped.envs:
             for other in others:
                 self.zipped.value(env, other)
 
-    def _units(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, list[Unit]]:
+    def _units(self, part: _Part) -> dict[fx.Node, list[Unit]]:
         """Units by the node of their first call."""
-        units, left = find_units(self.net, self.survey, set(nodes))
+        units, left = find_units(self.net, self.survey, set(part.nodes))
         self.fit.left |= left
         starts: dict[fx.Node, list[Unit]] = defaultdict(list)
         for unit in units:
@@ -140,54 +185,34 @@ class Walk:
                     if name in stem.nodes:
                         net.release(node)
 
-    def head(self, k: int) -> None:
-        """Run head k and fit its units in turn, towards what its own network gives there."""
-        original, own = self.originals[k], set(self.names[k].values())
-        goals = HeadGoals(original, self.plan.trunk.labellings[k])
-        nodes = [n for n in self.net.graph.nodes if part_of(n) == f"head {k}"]
-        starts = self._units(nodes)
-        for node in nodes:
-            twin = original.nodes.get(node.meta["fxzip"]["from"][0])
-            mine = twin is not None and twin.name not in own
-            if twin is not None and mine:
-                original.run(twin)
-            for unit in starts.get(node, ()):
-                self._fit(unit, [goals.of(unit, site) for site in unit.sites], [original], goals.at)
-            self.zipped.run(node)
-            self.zipped.release(node)
-            if twin is not None and mine:
-                original.release(twin)
-
-    def _fit(
-        self, unit: Unit, goals: Sequence[Goal | None], originals: Sequence[Lockstep],
-        sums: Callable[[fx.Node], Goal | None],
-    ) -> None:  # fmt: skip
+    def _fit(self, part: _Part, unit: Unit) -> None:
         """Fit one unit, from samples of all its calls."""
         samples = []
-        for place, (site, goal) in enumerate(zip(unit.sites, goals, strict=True)):
+        for place, site in enumerate(unit.sites):
+            goal = part.goals.of(unit, site)
             if goal is None:
                 self.fit.left[unit.name] = "its features are fixed, or lie in several orders"
                 return
             for batch, source in enumerate(self.sources):
-                envs = [net.envs[batch] for net in (self.zipped, *originals)]
+                envs = [net.envs[batch] for net in (self.zipped, *part.originals)]
                 if place:  # a call further on: what lies in between is computed ahead and forgotten
                     envs = [dict(env) for env in envs]
-                samples.append(self.sampler.draw(unit, site, batch, source, envs, goal, sums))
+                samples.append(self.sampler.draw(unit, site, batch, source, envs, goal, part.goals.at))
         per_feature = next((t for t in (unit.scale, unit.shift) if t is not None), None)
         if unit.kernel is None and per_feature is not None and per_feature.numel() != samples[0].x.shape[1]:
             self.fit.left[unit.name] = "several features share one parameter"
             return
-        solve(self.net, unit, samples, self.settings, self.fit, self._wish(unit, samples))
+        solve(self.net, unit, samples, self.settings, self.fit, self._wish(part, unit, samples))
         self.zipped.forget(unit.sites[0].node)
 
-    def _wish(self, unit: Unit, samples: Sequence[Sample]) -> Wish | None:
+    def _wish(self, part: _Part, unit: Unit, samples: Sequence[Sample]) -> Wish | None:
         """What the features of a unit should tell, where they are free."""
         node = samples[0].node
         apart = [sample.apart for sample in samples if sample.apart is not None]
-        if self.freedom is None or unit.kernel is None or unit.kernel.groups > 1 or len(apart) < len(samples):
+        if part.freedom is None or unit.kernel is None or unit.kernel.groups > 1 or len(apart) < len(samples):
             return None
-        function, goal = self._function(node), self.goals.at(node)
+        function, goal = part.function(node), part.goals.at(node)
         assert function is not None
         assert goal is not None
         features = [function(torch.cat(own)) for own in zip(*apart, strict=True)]
-        return Wish(torch.cat(features, 1), self.freedom.metric(goal, features), function, offset_of(samples))
+        return Wish(torch.cat(features, 1), part.freedom.metric(goal, features), function, offset_of(samples))

@@ -1,0 +1,217 @@
+"""Heads that keep fewer features than their models had."""
+
+import copy
+
+import pytest
+import torch
+from networks import Residual, randomise
+from torch import nn
+from torch.nn import functional as F
+
+import fxzip
+from fxzip.branches import Alone, behind, narrowed, trunk_alone
+from fxzip.compiler import survey
+from fxzip.inputs import as_call
+from fxzip.observe import observe
+
+X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+
+
+class Stages(nn.Module):
+    """A stem; then a convolution with BatchNorm, a depthwise one, a residual block, and linear calls."""
+
+    def __init__(self, classes, inner=6):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.conv = nn.Conv2d(6, inner, 3)
+        self.norm = nn.BatchNorm2d(inner)
+        self.depth = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.project = nn.Conv2d(inner, 6, 1)
+        self.hidden = nn.Linear(6 * 16, inner)
+        self.head = nn.Linear(inner, classes)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        skip = x[:, :, 1:-1, 1:-1]
+        x = skip + self.project(F.relu(self.depth(F.relu(self.norm(self.conv(x))))))
+        return self.head(F.relu(self.hidden(torch.flatten(F.relu(x), 1))))
+
+
+def with_twins(narrow, generator):
+    """`Stages` of 9 inner features, three of each inner layer copies of others; the function of `narrow`."""
+    wide = randomise(Stages(narrow.head.out_features, 9)).double()
+    tensors = {name: value.clone() for name, value in narrow.state_dict().items()}
+    for first, readers in ((("conv", "norm", "depth"), "project"), (("hidden",), "head")):
+        source = torch.cat([torch.arange(6), torch.randperm(6, generator=generator)[:3]])
+        order = torch.randperm(9, generator=generator)
+        source = source[order]
+        for layer in first:
+            for name in [n for n in tensors if n.startswith(layer + ".") and tensors[n].ndim]:
+                tensors[name] = tensors[name][source]
+        weight = tensors[f"{readers}.weight"]
+        times = torch.bincount(source, minlength=6)
+        tensors[f"{readers}.weight"] = weight[:, source] / times[source].reshape(1, -1, *[1] * (weight.ndim - 2))
+    wide.load_state_dict(tensors)
+    return wide
+
+
+def twins(*classes):
+    generator = torch.Generator().manual_seed(1)
+    narrow = [randomise(Stages(n), seed).double() for seed, n in enumerate(classes)]
+    return narrow, [with_twins(model, generator) for model in narrow]
+
+
+def relative(found, wanted):
+    return float(((found - wanted).norm() / wanted.norm()).detach())
+
+
+def alone_of(found, k=0):
+    trunk = trunk_alone(found.alignment, found.labellings[k], found.pinned[k], k)
+    return Alone(trunk, observe(trunk, [as_call(X)]))
+
+
+def names_behind(found, until, k=0):
+    own = alone_of(found, k)
+    return {own.trunk.spaces[0].spaces[s].name for s in behind(found.trunk(until), k, own.trunk)}
+
+
+def test_the_networks_with_twins_compute_the_same():
+    for narrow, wide in zip(*twins(4, 5), strict=True):
+        assert relative(wide(X), narrow(X)) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["zip", "energy", "permute"])
+def test_heads_without_their_redundant_features_compute_the_same(method):
+    """The oracle: what a model has twice it may have once, without any refit."""
+    models = twins(4, 5)[1]
+    found = survey(models, as_call(X[:2]))
+    trunk = found.trunk("stem")
+    zipping = fxzip.plan(trunk, observe(trunk, [as_call(X)]), fxzip.resolve(method), {0: 12})
+    own = [alone_of(found, k) for k in range(2)]
+    kept = [
+        {s: 6 for s in behind(trunk, k, alone.trunk) if alone.trunk.spaces[0].spaces[s].size == 9}
+        for k, alone in enumerate(own)
+    ]
+    assert [len(sizes) for sizes in kept] == [2, 2]
+    zipped = fxzip.rewrite(narrowed(zipping, own, kept, fxzip.resolve(method)))
+    for k in range(2):
+        head = zipped.get_submodule(f"head_{k}")
+        assert head.conv.weight.shape[0] == head.depth.groups == head.project.in_channels == head.norm.num_features == 6
+        assert (head.hidden.out_features, head.head.in_features) == (6, 6)
+    with torch.no_grad():
+        assert max(relative(y, model(X)) for y, model in zip(zipped(X), models, strict=True)) < 1e-9
+
+
+def test_by_need_heads_give_up_what_they_have_twice_first():
+    models = twins(4, 5)[1]
+    zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="stem", width="auto", max_cost=1.55)
+    flops = zipped.report["flops"]
+    assert flops["total"] <= 1.55 * flops["originals"][0]
+    assert {own["name"] for head in zipped.report["narrowed"] for own in head} <= {"conv.weight", "hidden.weight"}
+    assert all(own["kept"] < own["size"] for head in zipped.report["narrowed"] for own in head)
+    with torch.no_grad():
+        assert max(relative(y, model(X)) for y, model in zip(zipped(X), models, strict=True)) < 1e-3
+    assert "head 0: conv.weight" in str(zipped.report)
+
+
+@pytest.mark.parametrize("until", ["stem", "norm", "hidden", None])
+def test_only_spaces_wholly_behind_the_cut_are_narrowed(until):
+    found = survey([randomise(Stages(n), n).double() for n in (4, 5)], as_call(X[:2]))
+    wanted = {"stem": {"conv.weight", "hidden.weight"}, "norm": {"hidden.weight"}, "hidden": set(), None: set()}
+    assert names_behind(found, until) == wanted[until]
+
+
+def test_features_beside_those_of_the_trunk_are_not_narrowed():
+    class Beside(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.first, self.second = nn.Linear(192, 8), nn.Linear(8, 7)
+            self.third, self.head = nn.Linear(15, 6), nn.Linear(6, classes)
+
+        def forward(self, x):
+            x = F.relu(self.first(torch.flatten(x, 1)))
+            x = torch.cat([x, F.relu(self.second(x))], 1)
+            return self.head(F.relu(self.third(x)))
+
+    models = [randomise(Beside(n), n).double() for n in (4, 5)]
+    assert names_behind(survey(models, as_call(X[:2])), "first") == {"third.weight"}
+    zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="first", width="auto", max_cost=1.2)
+    assert [tuple(y.shape) for y in zipped(X[:3])] == [(3, 4), (3, 5)]
+
+
+def test_a_layer_of_both_trunk_and_head_is_not_narrowed():
+    class Shared(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.first, self.again, self.last = nn.Linear(192, 8), nn.Linear(8, 8), nn.Linear(8, 9)
+            self.head = nn.Linear(9, classes)
+
+        def forward(self, x):
+            x = torch.tanh(self.again(torch.tanh(self.first(torch.flatten(x, 1)))))
+            return self.head(torch.tanh(self.last(torch.tanh(self.again(x)))))
+
+    found = survey([randomise(Shared(n), n).double() for n in (4, 5)], as_call(X[:2]))
+    assert names_behind(found, "again") == {"last.weight"}
+
+
+def test_a_size_that_is_written_into_the_code_of_a_head_stays():
+    class Written(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(192, 8), nn.Linear(8, 12), nn.Linear(12, 14)
+            self.head = nn.Linear(14, classes)
+
+        def forward(self, x):
+            x = F.relu(self.second(F.relu(self.first(torch.flatten(x, 1))))).view(-1, 12)
+            return self.head(F.relu(self.third(x)))
+
+    models = [randomise(Written(n), n).double() for n in (4, 5)]
+    report = fxzip.compile_zip(*models, X[:2], data=[X], until="first", width="auto", max_cost=1.1).report
+    assert sum("`second.weight` in head" in note for note in report["notes"]) == 2
+    assert all(own["name"] == "third.weight" for head in report["narrowed"] for own in head)
+
+
+@pytest.mark.parametrize("method", ["energy", "zip", "agglomerative", "average", "weights", "recover+zip"])
+def test_every_method_leaves_narrow_heads_that_work(method):
+    method = fxzip.Recover(fxzip.Zip()) if method == "recover+zip" else method
+    models = [randomise(Residual(n), n).double() for n in (4, 5)]
+    keeps = method in ("average", "weights")
+    width = {} if keeps else {"width": "auto", "max_cost": 1.2}
+    zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="layer1", method=method, refit="lstsq", **width)
+    assert any(zipped.report["narrowed"]) != keeps
+    single = copy.deepcopy(zipped).single(1)
+    assert torch.allclose(single(X[:3]), zipped(X[:3])[1])
+
+
+def test_without_least_squares_heads_stay_as_they_are():
+    models = [randomise(Residual(n), n).double() for n in (4, 5)]
+    settings = {"data": [X], "until": "layer1", "width": "auto", "max_cost": 1.4}
+    for refit in ("repair", None):
+        zipped = fxzip.compile_zip(*models, X[:2], refit=refit, **settings)
+        assert zipped.report["narrowed"] == [[], []]
+        head = zipped.get_submodule("head_0.layer2.1").state_dict()
+        state = models[0].layer2[1].state_dict()
+        assert {name: value.shape for name, value in head.items()} == {n: v.shape for n, v in state.items()}
+        assert refit or all(torch.equal(value, state[name]) for name, value in head.items())
+
+
+def test_three_models_data_per_model_and_a_cut_that_is_looked_for():
+    models = [randomise(Residual(n), n).double() for n in (4, 5, 3)]
+    data = fxzip.PerModel(*([X + 0.1 * i] for i in range(3)))
+    zipped = fxzip.compile_zip(models, X[:2], data=data, until="auto", width="auto", max_cost=1.2)
+    flops = zipped.report["flops"]
+    assert flops["total"] <= 1.2 * flops["originals"][0]
+    assert [tuple(y.shape) for y in zipped(X[:3])] == [(3, 4), (3, 5), (3, 3)]
+
+
+def test_narrow_heads_lose_less_than_a_narrow_trunk():
+    """At one cost, with models that have nothing in common but much in themselves."""
+    models = twins(4, 5)[1]
+    held = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(9)).double()
+
+    def lost(until):
+        zipped = fxzip.compile_zip(*models, X[:2], data=[X], until=until, width="auto", max_cost=1.3)
+        with torch.no_grad():
+            return sum(relative(y, model(held)) for y, model in zip(zipped(held), models, strict=True))
+
+    assert lost("stem") < lost(None)
