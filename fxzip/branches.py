@@ -45,7 +45,7 @@ def trunk_alone(alignment: Alignment, labelling: Labelling, pinned: dict[int, st
     return None
 
 
-def observe_alone(trunks: Iterable[Trunk | None], data: Sequence[Iterable[Call]]) -> tuple[Alone | None, ...]:
+def observe_alone(trunks: Sequence[Trunk | None], data: Sequence[Iterable[Call]]) -> tuple[Alone | None, ...]:
     """The trunks with what the data show of their spaces, one pass for each."""
     return tuple(
         None if trunk is None else Alone(trunk, observe(trunk, calls))

@@ -5,7 +5,7 @@ trace -> align -> label, self-check -> find_trunk -> observe -> plan -> rewrite 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from .agreement import hold_out
 from .align import Alignment, align
 from .analysis import Labelling, label, self_check
 from .arguments import models_and_sample
-from .branches import Alone, narrowed, observe_alone, trunk_alone
+from .branches import Alone, behind, narrowed, observe_alone, trunk_alone
 from .calibration import Calibration
 from .cuts import Cut, find_cuts
 from .errors import AlignError, BarrierError, CutError, InputError
@@ -86,8 +86,9 @@ def compile_zip(
             in (0, 1] of the FLOPs to share; or "auto", which looks for it (see `fxzip/frontier.py`).
         width: how many features the spaces of the trunk keep, relative to the first model; or a dict of that by the
             name of a space (see `inspect`); or "auto", by need, so that the zip takes `max_cost` FLOPs (default 1.0) of
-            the first model (see `fxzip/widths.py`). Spaces whose size is written into the code, or matters to it, keep
-            it, and the report says so.
+            the first model (see `fxzip/widths.py`): under least squares the heads keep fewer features then, too
+            (`fxzip/branches.py`). Spaces whose size is written into the code, or matters to it, keep it, and the report
+            says so.
         min_agreement: with `until="auto"`: the deepest cut at which every head agrees with its original on this share
             of held-out inputs, a fifth of `data` (see `fxzip/agreement.py`). The default, 0.98.
         max_cost: with `until="auto"`: the earliest cut at which the zip takes at most so many FLOPs, relative to the
@@ -140,7 +141,7 @@ def compile_zip(
     else:
         trunk = found.trunk(until)
         statistics = observe(trunk, calibration("observing") if recipe.observes else ())
-        zipped = assemble(found, trunk, statistics, calibration, recipe, alone(found, calibration, recipe))
+        zipped = assemble(found, trunk, statistics, calibration, recipe, alone(found, [trunk], calibration, recipe))
     return with_shifts(zipped, calibration) if joint else zipped
 
 
@@ -241,11 +242,12 @@ def _fits(refit: Refit) -> bool:
     return refit is least_squares or isinstance(refit, LeastSquares)
 
 
-def alone(found: Survey, calibration: Calibration, recipe: Recipe) -> tuple[Alone | None, ...]:
-    """Every model by itself and what the data show of it, where heads may be narrowed; else nothing."""
-    if not recipe.narrows:
+def alone(found: Survey, trunks: Iterable[Trunk], calibration: Calibration, recipe: Recipe) -> tuple[Alone | None, ...]:
+    """Every model by itself and what the data show of it, if heads behind some of the trunks can be narrowed."""
+    own = found.alone if recipe.narrows else ()
+    if not any(one is not None and behind(trunk, k, one) for trunk in trunks for k, one in enumerate(own)):
         return ()
-    return observe_alone(found.alone, [calibration("observing heads") for _ in found.labellings])
+    return observe_alone(own, [calibration("observing heads") for _ in own])
 
 
 def assemble(
@@ -297,7 +299,7 @@ def _automatic(found: Survey, calibration: Calibration, recipe: Recipe, goal: Go
     fit, held = hold_out(calibration, found.alignment.programs)
     cuts, trunks = cuts_and_trunks(found)
     statistics = observe_all(trunks, fit("observing"))
-    own = alone(found, fit, recipe)
+    own = alone(found, trunks, fit, recipe)
 
     def build_on_the_rest(place: int) -> ZippedModule:
         return assemble(found, trunks[place], statistics[place], fit, recipe, own)

@@ -3,9 +3,9 @@
 Sharing more costs less and agrees less. Agreement falls nearly monotonically from cut to cut, so bisection finds where
 it crosses the bound: one evaluation of the full trunk, and if that does not do, log₂ of the number of cuts more.
 
-With widths by need every cut may cost the same: an early one leaves the heads as they are and keeps few features in the
-trunk, a late one keeps many. Agreement then has one broad maximum along the row: six cuts evenly along it, then those
-halfway between the best and its neighbours.
+With widths by need every cut may cost the same: an early one keeps few features in the heads, or in the trunk where
+heads stay as they are, a late one keeps many. Agreement then has one broad maximum along the row: six cuts evenly along
+it, then those halfway between the best and its neighbours.
 """
 
 from __future__ import annotations

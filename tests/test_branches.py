@@ -215,3 +215,17 @@ def test_narrow_heads_lose_less_than_a_narrow_trunk():
             return sum(relative(y, model(held)) for y, model in zip(zipped(held), models, strict=True))
 
     assert lost("stem") < lost(None)
+
+
+def test_networks_with_nearly_everything_in_common_share_it():
+    """The other end: fine-tunes of one network, for which a deep trunk is best at the cost of one."""
+    first = randomise(Residual(4), 4).double()
+    second, generator = copy.deepcopy(first), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in second.parameters():
+            p.mul_(1 + 0.01 * torch.randn(p.shape, generator=generator))
+    report = fxzip.compile_zip(
+        first, second, X[:2], data=[X, X.flip(-1)], until="auto", width="auto", max_cost=1.05
+    ).report
+    assert report["flops"]["trunk"] > 0.9 * report["flops"]["total"]
+    assert min(report["auto"]["agreement"]) > 0.9
