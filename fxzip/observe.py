@@ -114,11 +114,15 @@ def _features(value: Tensor, watch: Watch, k: int, positions: int) -> Tensor | N
     """
     if tuple(value.shape[a] for a in watch.axes) != watch.sizes[k]:
         return None
-    if watch.pooled:
-        value = value.mean(watch.pooled, keepdim=True)
-    ends = tuple(range(value.ndim - len(watch.axes), value.ndim))
-    run = value.detach().movedim(watch.axes, ends)
-    outer = run.shape[: value.ndim - len(watch.axes)]
+    axes, pooled = watch.axes, watch.pooled
+    if watch.period and value.shape[0] % watch.period == 0:
+        value = value.unflatten(0, (-1, watch.period))
+        axes, pooled = tuple(a + 1 for a in axes), tuple(a + 1 for a in pooled)
+    if pooled:
+        value = value.mean(pooled, keepdim=True)
+    ends = tuple(range(value.ndim - len(axes), value.ndim))
+    run = value.detach().movedim(axes, ends)
+    outer = run.shape[: value.ndim - len(axes)]
     rest = outer.numel()
     if rest > positions:
         places = torch.arange(positions, device=run.device) * rest // positions

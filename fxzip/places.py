@@ -30,7 +30,8 @@ class Watch:
     ATen call of a node, or the value of the node (call `VALUE`).
 
     `index[k]` has shape [occurrences, n_k]: where the features sit along the run made of `axes`. Axes that other
-    features of the models lie along, in orders of their own, are `pooled`: averaged out.
+    features of the models lie along, in orders of their own, are `pooled`: averaged out. Where axis 0 holds both these
+    and the batch, the former are `period` places next to one another; 0: there is no such period, or no need of one.
     """
 
     space: int
@@ -41,13 +42,14 @@ class Watch:
     pooled: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
     index: tuple[Tensor, ...]
+    period: int = 0
     sample: bool = False  # taken as it is, not for the moments
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """What is seen, whatever the number of the space: watches of two trunks that agree in it see the same."""
         runs = tuple(index.numpy().tobytes() for index in self.index)
-        return self.node, self.call, self.arg, self.axes, self.pooled, self.sizes, runs, self.sample
+        return self.node, self.call, self.arg, self.axes, self.pooled, self.period, self.sizes, runs, self.sample
 
     @cached_property
     def in_order(self) -> tuple[bool, ...]:
@@ -63,15 +65,19 @@ def watches(trunk: Trunk) -> list[Watch]:
     sites = [{(s.node, s.call, s.arg, tuple(sorted(varying(s.labels)))): s for s in label.sites}
              for label in trunk.labellings]  # fmt: skip
     labelled: dict[tuple[str, int, int], set[int]] = defaultdict(set)
-    for node, call, arg, axes in sites[0]:
+    periods: dict[tuple[str, int, int], int] = {}
+    for (node, call, arg, axes), site in sites[0].items():
         labelled[node, call, arg].update(axes)
+        if axes == (0,):
+            periods[node, call, arg] = _period(site.labels.reshape(-1))
     for node, call, arg, axes in sites[0]:
         twins = tuple(own.get(node, "") for own in names)
         keys = [(twin, call, arg, axes) for twin in twins]
         if all(key in own for key, own in zip(keys, sites, strict=True)):
             here = [own[key] for key, own in zip(keys, sites, strict=True)]
-            pooled = tuple(sorted(labelled[node, call, arg] - set(axes)))
-            for watch in _watches_at(trunk, here, twins, axes, pooled):
+            pooled = _pooled(trunk, labelled[node, call, arg] - set(axes))
+            period = periods.get((node, call, arg), 0) if 0 in pooled else 0
+            for watch in _watches_at(trunk, here, twins, axes, pooled, period):
                 found[watch.space].append((here[0].consumed, watch))
     for watch in _handed_over(trunk):
         found[watch.space].append((True, watch))
@@ -93,7 +99,24 @@ def _handed_over(trunk: Trunk) -> Iterator[Watch]:
         for axes, same in zip(runs[0], zip(*fields, strict=True), strict=True):
             shapes = [program.shapes[twin] for program, twin in zip(trunk.alignment.programs, twins, strict=True)]
             here = [Site(t, VALUE, -1, f, shape, True) for t, f, shape in zip(twins, same, shapes, strict=True)]
-            yield from _watches_at(trunk, here, twins, axes, tuple(sorted(labelled - set(axes))))
+            yield from _watches_at(trunk, here, twins, axes, _pooled(trunk, labelled - set(axes)))
+
+
+def _pooled(trunk: Trunk, axes: set[int]) -> tuple[int, ...]:
+    """Of a model by itself nothing has to be: its features are in one order."""
+    return tuple(sorted(axes)) if len(trunk.spaces) > 1 else ()
+
+
+def _period(labels: Tensor) -> int:
+    """The length of the pattern that labels repeat; 0 if they repeat none.
+
+    >>> _period(torch.tensor([3, 4, 5, 3, 4, 5])), _period(torch.tensor([3, 4, 5]))
+    (3, 0)
+    """
+    again = (labels == labels[0]).nonzero().flatten()
+    period = int(again[1]) if len(again) > 1 else 0
+    whole = period and len(labels) % period == 0
+    return period if whole and bool((labels.reshape(-1, period) == labels[:period]).all()) else 0
 
 
 def _chosen(candidates: list[tuple[bool, Watch]]) -> list[Watch]:
@@ -113,7 +136,12 @@ def _chosen(candidates: list[tuple[bool, Watch]]) -> list[Watch]:
 
 
 def _watches_at(
-    trunk: Trunk, here: list[Site], twins: tuple[str, ...], axes: tuple[int, ...], pooled: tuple[int, ...]
+    trunk: Trunk,
+    here: list[Site],
+    twins: tuple[str, ...],
+    axes: tuple[int, ...],
+    pooled: tuple[int, ...],
+    period: int = 0,
 ) -> Iterator[Watch]:
     """A watch for every space all of whose features sit at this site in all models."""
     layouts = [own.layout(site.labels) for own, site in zip(trunk.spaces, here, strict=True)]
@@ -124,4 +152,4 @@ def _watches_at(
             index = tuple(slots(layout, number) for layout, number in zip(layouts, numbers, strict=True))
             features = [own.spaces[number].size for own, number in zip(trunk.spaces, numbers, strict=True)]
             if [run.shape[1] for run in index] == features:
-                yield Watch(space, twins, here[0].call, here[0].arg, axes, pooled, sizes, index)
+                yield Watch(space, twins, here[0].call, here[0].arg, axes, pooled, sizes, index, period)

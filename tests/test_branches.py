@@ -5,14 +5,18 @@ import copy
 import pytest
 import torch
 from networks import Residual, randomise
+from random_networks import random_network
 from torch import nn
 from torch.nn import functional as F
 
 import fxzip
 from fxzip.branches import Alone, behind, narrowed, trunk_alone
 from fxzip.compiler import survey
+from fxzip.elastic import _copies as copies
+from fxzip.elastic import stiff_spaces
 from fxzip.inputs import as_call
 from fxzip.observe import observe
+from fxzip.plan import planned, reaches
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
 
@@ -229,3 +233,56 @@ def test_networks_with_nearly_everything_in_common_share_it():
     ).report
     assert report["flops"]["trunk"] > 0.9 * report["flops"]["total"]
     assert min(report["auto"]["agreement"]) > 0.9
+
+
+def widened(model, sample, seed):
+    """The same function with copies of features wherever the number of features is free; and the sizes that were."""
+    found = survey([model], as_call(sample))
+    own, generator = found.alone[0], torch.Generator().manual_seed(seed)
+    if own is None:
+        return None
+    spaces = own.spaces[0].spaces
+    able = [s for s, space in enumerate(spaces) if space.legality == "free" and space.tie is None]
+    wide = set(able) - set(stiff_spaces(own, able))
+    merges = {
+        s: copies(space.size, -(-space.size // 4) if s in wide else 0, generator) for s, space in enumerate(spaces)
+    }
+    network = fxzip.rewrite(planned(own, merges, reaches(own), kept={s: merges[s].size for s in wide})).single(0)
+    return network, {spaces[s].name: spaces[s].size for s in wide}
+
+
+def check_that_narrowing_takes_out_what_widening_put_in(seed):
+    """Returns how many spaces were narrowed."""
+    pair = [randomise(random_network(seed)[0], 2 * seed + k).double() for k in range(2)]
+    x = torch.randn(256, 2, 6, generator=torch.Generator().manual_seed(seed)).double()
+    wide = [widened(model, x[:2], seed + k) for k, model in enumerate(pair)]
+    if None in wide:
+        return 0
+    models, sizes = zip(*wide, strict=True)
+    assert max(relative(a(x), b(x)) for a, b in zip(pair, models, strict=True)) < 1e-9
+    found = survey(models, as_call(x[:2]))
+    trunk = found.trunk(next(n for n in found.alignment.pairs if "stem" in n))
+    own, kept = [], []
+    for k, alone in enumerate(found.alone):
+        own.append(Alone(alone, observe(alone, [as_call(x)])))
+        spaces = alone.spaces[0].spaces
+        names = {s: spaces[s].name.removeprefix("trunk.").removeprefix("head_0.") for s in behind(trunk, k, alone)}
+        kept.append({s: sizes[k][name] for s, name in names.items() if name in sizes[k] and spaces[s].size > 1})
+    statistics = observe(trunk, [as_call(x)])
+    both = {s: sum(seen.sizes) for s, seen in statistics.items() if trunk.spaces[0].spaces[s].legality == "free"}
+    zipping = fxzip.plan(trunk, statistics, fxzip.Energy(), both)
+    zipped = fxzip.rewrite(narrowed(zipping, own, kept, fxzip.Energy()))
+    with torch.no_grad():
+        lost = max(relative(y, model(x)) for y, model in zip(zipped(x), pair, strict=True))
+    assert lost < 1e-6, (seed, lost)
+    return sum(map(len, kept))
+
+
+def test_narrowing_takes_out_what_widening_put_in():
+    assert sum(check_that_narrowing_takes_out_what_widening_put_in(seed) for seed in range(12)) > 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(6))
+def test_narrowing_takes_out_what_widening_put_in_in_many_networks(block):
+    assert sum(check_that_narrowing_takes_out_what_widening_put_in(seed) for seed in range(50 * block, 50 * block + 50))

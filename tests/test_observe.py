@@ -255,3 +255,36 @@ def test_an_oracle_that_sees_other_features_fails(pair, trunk):
     wrong = moments([inputs_of(model, ["layer1.0.conv1"], batches) for model in pair])
     with pytest.raises(AssertionError):
         same(observed(trunk, batches)["layer1.0.conv1.weight"], wrong)
+
+
+class TokenMixing(nn.Module):
+    """Sums over places, channel by channel: the call sees batch and channels as one axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv1d(2, 5, 1)
+        self.first, self.second = nn.Linear(6, 7), nn.Linear(7, 6)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.head((x + self.second(torch.relu(self.first(x)))).mean(2))
+
+
+def hidden_of(*models):
+    """The moments of the space inside, on 16 images, and the images."""
+    x = torch.randn(16, 2, 6, generator=torch.Generator().manual_seed(0)).double()
+    return observed(trunk_of(*models, sample=x[:2]), [x])["first.weight"], x
+
+
+def test_channels_are_averaged_out_image_by_image():
+    """Their order differs from model to model, so pairs of channels are no evidence; each image still is."""
+    models = [randomise(TokenMixing(), seed).double() for seed in range(2)]
+    found, x = hidden_of(*models)
+    joint = torch.cat([torch.relu(m.first(torch.relu(m.stem(x)))).mean(1).detach() for m in models], 1)
+    assert found.count == 16
+    close(found.covariance, torch.cov(joint.T, correction=0))
+
+
+def test_of_one_model_every_channel_counts():
+    assert hidden_of(randomise(TokenMixing()).double())[0].count == 16 * 5
