@@ -248,7 +248,12 @@ def widened(model, sample, seed):
         s: copies(space.size, -(-space.size // 4) if s in wide else 0, generator) for s, space in enumerate(spaces)
     }
     network = fxzip.rewrite(planned(own, merges, reaches(own), kept={s: merges[s].size for s in wide})).single(0)
-    return network, {spaces[s].name: spaces[s].size for s in wide}
+    return network, {(spaces[s].name, nth(spaces, s)): spaces[s].size for s in wide}
+
+
+def nth(spaces, number):
+    """Parts of one axis have one name."""
+    return sum(other.name == spaces[number].name for other in spaces[:number])
 
 
 def check_that_narrowing_takes_out_what_widening_put_in(seed):
@@ -266,10 +271,13 @@ def check_that_narrowing_takes_out_what_widening_put_in(seed):
     for k, alone in enumerate(found.alone):
         own.append(Alone(alone, observe(alone, [as_call(x)])))
         spaces = alone.spaces[0].spaces
-        names = {s: spaces[s].name.removeprefix("trunk.").removeprefix("head_0.") for s in behind(trunk, k, alone)}
-        kept.append({s: sizes[k][name] for s, name in names.items() if name in sizes[k] and spaces[s].size > 1})
+        names = {s: (spaces[s].name.removeprefix("trunk."), nth(spaces, s)) for s in behind(trunk, k, alone)}
+        kept.append({s: sizes[k][name] for s, name in names.items() if name in sizes[k]})
     statistics = observe(trunk, [as_call(x)])
-    both = {s: sum(seen.sizes) for s, seen in statistics.items() if trunk.spaces[0].spaces[s].legality == "free"}
+    able = [s for s in statistics if trunk.spaces[0].spaces[s].legality == "free"]
+    if stiff_spaces(trunk, able):  # then the trunk has no room for the features of both
+        return 0
+    both = {s: sum(statistics[s].sizes) for s in able}
     zipping = fxzip.plan(trunk, statistics, fxzip.Energy(), both)
     zipped = fxzip.rewrite(narrowed(zipping, own, kept, fxzip.Energy()))
     with torch.no_grad():
@@ -283,6 +291,6 @@ def test_narrowing_takes_out_what_widening_put_in():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(6))
+@pytest.mark.parametrize("block", range(4))
 def test_narrowing_takes_out_what_widening_put_in_in_many_networks(block):
-    assert sum(check_that_narrowing_takes_out_what_widening_put_in(seed) for seed in range(50 * block, 50 * block + 50))
+    assert sum(check_that_narrowing_takes_out_what_widening_put_in(seed) for seed in range(25 * block, 25 * block + 25))
