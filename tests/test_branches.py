@@ -272,7 +272,8 @@ def check_that_narrowing_takes_out_what_widening_put_in(seed):
         own.append(Alone(alone, observe(alone, [as_call(x)])))
         spaces = alone.spaces[0].spaces
         names = {s: (spaces[s].name.removeprefix("trunk."), nth(spaces, s)) for s in behind(trunk, k, alone)}
-        kept.append({s: sizes[k][name] for s, name in names.items() if name in sizes[k]})
+        alive = {s for s, seen in own[k].statistics.items() if seen.alive.all()}  # the dead go with any others
+        kept.append({s: sizes[k][name] for s, name in names.items() if name in sizes[k] and s in alive})
     statistics = observe(trunk, [as_call(x)])
     able = [s for s in statistics if trunk.spaces[0].spaces[s].legality == "free"]
     if stiff_spaces(trunk, able):  # then the trunk has no room for the features of both
