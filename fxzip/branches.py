@@ -1,8 +1,8 @@
 """What is redundant within one model: heads that keep fewer features than their models had.
 
 Behind the cut nothing is shared, but a head may still be narrowed: features of its own are merged with one another, by
-the same statistics and the same clusters as in the trunk. For that each model is looked at by itself, as a zip of one,
-whose trunk goes as far as it can; of its spaces those count that lie wholly behind the cut.
+the same statistics and the same clusters as in the trunk. For that each model is looked at by itself, as a zip of one
+that is all trunk; of its spaces those count that lie wholly behind the cut.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .align import Alignment, align
 from .analysis.labelling import Labelling
+from .elastic import elastic_spaces
 from .errors import AlignError
 from .inputs import Call
+from .losses import Losses
 from .matching import Energy, JointMethod, Merge, Method, Problem, Zip, match_spaces
 from .moments import Moments
 from .observe import observe
-from .plan import ZipPlan, head_params, planned, problem_of, reaches, unmerged_spaces
+from .plan import ZipPlan, planned, problem_of, reaches
 from .trunk import Trunk, find_trunk
 
 
@@ -30,18 +33,28 @@ class Alone:
     """One model by itself.
 
     Attributes:
-        trunk: of this model only, as far as it can go.
+        trunk: the whole model, up to what it returns.
         statistics: moments of its spaces, by number.
     """
 
     trunk: Trunk
     statistics: Mapping[int, Moments]
 
+    @cached_property
+    def losses(self) -> Losses:
+        """What its spaces lose with fewer features."""
+        return Losses(self.trunk, self.statistics)
 
-def trunk_alone(alignment: Alignment, labelling: Labelling, pinned: dict[int, str], k: int) -> Trunk | None:
-    """The trunk of model k by itself; None if it has none."""
+    @cached_property
+    def elastic(self) -> tuple[frozenset[int], dict[int, str]]:
+        """Spaces that may have another size; of others that look like it the reasons why they may not."""
+        return elastic_spaces(self.trunk, self.statistics)
+
+
+def whole_trunk(alignment: Alignment, labelling: Labelling, pinned: dict[int, str], k: int) -> Trunk | None:
+    """Model k as a trunk by itself; None if it has no parameters."""
     with suppress(AlignError):
-        return find_trunk(align((alignment.programs[k],)), [labelling], pinned=[pinned])
+        return find_trunk(align((alignment.programs[k],)), [labelling], pinned=[pinned], whole=True)
     return None
 
 
@@ -54,21 +67,16 @@ def observe_alone(trunks: Sequence[Trunk | None], data: Sequence[Iterable[Call]]
 
 
 def behind(trunk: Trunk, k: int, own: Trunk) -> frozenset[int]:
-    """Spaces of `own`, model k by itself, that may be narrowed in its head.
-
-    None of their features arises, is read, or sits beside others in front of the cut; and whatever the model does with
-    them behind `own` needs no basis of its own.
-    """
+    """Spaces of `own`, model k by itself, of which nothing arises, is read, or lies on one axis with others in front of
+    the cut."""
     labelling = own.labellings[0]
     nodes = set(trunk.names(k).values()) | trunk.alignment.stem(k)
+    front = {s for name in nodes for labels in labelling.fields.get(name, ()) for s in _spaces(own, labels)}
     runs = {name: [_spaces(own, run) for run in labels.fields] for name, labels in labelling.params.items()}
-    read = {param for name in nodes for param in labelling.touches[name]}
-    read |= {param for name in own.nodes for param in labelling.touches[name]} & head_params(own, 0)
-    front = {s for name in read & runs.keys() for held in runs[name] for s in held}
-    front |= {s for name in nodes for labels in labelling.fields.get(name, ()) for s in _spaces(own, labels)}
-    beside = {s for found in runs.values() for held in found if held & front for s in held}
-    basis = unmerged_spaces(own, 0, reaches(own)[0])
-    return frozenset(range(len(own.spaces[0].spaces))) - front - beside - basis
+    read = {name for node in nodes for name in labelling.touches[node]} & runs.keys()
+    front |= {s for name in read for run in runs[name] for s in run}
+    beside = {s for found in runs.values() for run in found if run & front for s in run}
+    return frozenset(range(len(own.spaces[0].spaces))) - front - beside
 
 
 def _spaces(own: Trunk, labels: Tensor) -> set[int]:

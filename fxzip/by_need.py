@@ -1,11 +1,8 @@
 """How many features each space keeps by need, at a given cost.
 
-Space s with m_s features kept loses the energy L_s(m_s), the geometric mean of what is lost if readers make the best of
-all features that are left (`matching/energy.py`: what a refit could get in a linear network) and if they read each
-feature back from its own cluster (`matching/clusterwise.py`: what they have at least). The network takes the FLOPs
-C(m). Starting with all features of all models, the space that loses the least per FLOP saved gives up some, until C is
-what is wanted: the greedy solution of  min Σ_s r_s L_s(m_s)  with  C(m) ≤ `max_cost` · C of the first model,  where r_s
-is the number of weights that read the space, each of which sees the loss.
+Space s with m_s features kept loses r_s L_s(m_s), see `losses.py`; the network takes the FLOPs C(m). Starting with all
+features of all models, the space that loses the least per FLOP saved gives up some, until C is what is wanted: the
+greedy solution of  min Σ_s r_s L_s(m_s)  with  C(m) ≤ `max_cost` · C of the first model.
 
 The heads' own spaces (`branches.py`) are among them. In the trunk a feature serves all models, but the weights of all
 models read it; in a head a model's features meet that model's weights only. So an early cut with narrow heads may lose
@@ -16,20 +13,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from .analysis.relabel import group_run
 from .branches import Alone
 from .errors import CostError
-from .matching import Energy
-from .matching.clusterwise import cluster_losses, energies
-from .matching.energy import energy_losses, reading
+from .losses import Losses
 from .moments import Moments
-from .plan import head_nodes, head_params, problem_of, reaches, unmerged_spaces
+from .plan import head_nodes, head_params, reaches, unmerged_spaces
 from .trunk import Trunk
 
 Flops = Sequence[Mapping[str, int]]
@@ -53,13 +46,14 @@ def by_need(
     Raises:
         CostError: what has to keep its size takes more than `max_cost`.
     """
-    losses = _losses(TRUNK, trunk, statistics, free)
+    shared = Losses(trunk, statistics)
+    losses = {(TRUNK, s): shared.of(s) for s in free}
     base = {(TRUNK, s): trunk.spaces[0].spaces[s].size for s in free}
     for k, (own, narrow) in enumerate(zip(alone, heads, strict=True)):
         if own is not None:
-            losses |= _losses(k, own.trunk, own.statistics, narrow)
+            losses |= {(k, s): own.losses.of(s) for s in narrow}
             base |= {(k, s): own.trunk.spaces[0].spaces[s].size for s in narrow}
-    costs = _Costs(trunk, flops, [None if own is None else own.trunk for own in alone], heads)
+    costs = _Costs(trunk, flops, free, [None if own is None else own.trunk for own in alone], heads)
     kept = {s: len(losses[s]) - 1 for s in base}
     budget, one = max_cost * sum(flops[0].values()), sum(flops[0].values())
     total = costs.total({s: kept[s] / base[s] for s in base})
@@ -90,24 +84,12 @@ def by_need(
     return kept
 
 
-def _losses(
-    part: int, trunk: Trunk, statistics: Mapping[int, Moments], free: Iterable[int]
-) -> dict[Key, npt.NDArray[np.float64]]:
-    """For each space r_s L_s(m), m = 0, ..., N."""
-    problem = problem_of(trunk, statistics, Energy(), reaches(trunk))
-    result = {}
-    for s in free:
-        space = problem.spaces[s]
-        assert space.moments is not None
-        readers = max((len(own) for own in space.readers), default=1)
-        told = energy_losses(space.moments, reading(space.moments, space.readers), Energy().floor)
-        kept = cluster_losses(space.moments, energies(space.moments, space.readers), Energy().floor)
-        result[part, s] = max(readers, 1) * np.sqrt(told * kept)
-    return result
+_Axis = Mapping[Key, tuple[float, float]]
+"""Spaces along one axis of a call: share of its places; the first model's size relative to that of the call's model."""
 
 
 class _Costs:
-    """FLOPs as a function of the spaces' sizes relative to what they were.
+    """FLOPs as a function of the spaces' sizes relative to what they were, in the first model those of the trunk.
 
     A call with a parameter takes FLOPs in proportion to the parameter's length along each of its labelled axes; a run
     that is shared out among several spaces has the length of all of them. A head that needs features in its own basis
@@ -115,23 +97,25 @@ class _Costs:
     """
 
     def __init__(
-        self, trunk: Trunk, flops: Flops, alone: Sequence[Trunk | None], heads: Sequence[Collection[int]]
-    ) -> None:
+        self, trunk: Trunk, flops: Flops, free: Collection[int], alone: Sequence[Trunk | None],
+        heads: Sequence[Collection[int]],
+    ) -> None:  # fmt: skip
         self.fixed = 0
-        self._calls: list[_Scaled] = []
+        self._calls: list[tuple[int, list[_Axis]]] = []
         self._of: dict[Key, list[int]] = defaultdict(list)
         inside = set(trunk.nodes)
         for node, cost in flops[0].items():
             if node in inside:
-                self._add(cost, _lengths(trunk, 0, trunk.labellings[0].touches[node], TRUNK))
+                given = {(TRUNK, s): 1.0 for s in free}
+                self._add(cost, _lengths(trunk, 0, trunk.labellings[0].touches[node], TRUNK), given)
         for k, own in enumerate(flops):
             inside = set(trunk.names(k).values())
             self.fixed += sum(own[name] for name in trunk.alignment.stem(k) if name in own and name not in inside)
             reach, params = reaches(trunk)[k], head_params(trunk, k)
-            given = {(TRUNK, s) for s in range(len(trunk.partners[k]))}
-            given -= {(TRUNK, s) for s in unmerged_spaces(trunk, k, reach)}
+            unmerged = unmerged_spaces(trunk, k, reach)
+            given = {(TRUNK, s): _size(trunk, 0, s) / _size(trunk, k, s) for s in free if s not in unmerged}
             single = alone[k] if k < len(alone) else None
-            given |= {(k, s) for s in heads[k]} if single is not None else set()
+            given |= {(k, s): 1.0 for s in heads[k]} if single is not None else {}
             for name in head_nodes(trunk, k):
                 cost = own.get(name, 0)
                 touched = trunk.labellings[k].touches[name] & params if cost else frozenset()
@@ -139,16 +123,18 @@ class _Costs:
                 if single is not None:
                     mine = _lengths(single, 0, touched, k)
                     lengths = [{**shared, **more} for shared, more in zip(lengths, mine, strict=True)]
-                self._add(cost, [{s: f for s, f in length.items() if s in given} for length in lengths])
+                self._add(cost, lengths, given)
 
-    def _add(self, cost: int, lengths: Sequence[Mapping[Key, float]]) -> None:
-        held = [length for length in lengths if length]
-        if not cost or not held:
+    def _add(self, cost: int, lengths: Sequence[Mapping[Key, float]], given: Mapping[Key, float]) -> None:
+        """A call with the shares of spaces along its axes, of which those count that are `given`."""
+        every = ({s: (share, given[s]) for s, share in length.items() if s in given} for length in lengths)
+        axes: list[_Axis] = [axis for axis in every if axis]
+        if not cost or not axes:
             self.fixed += cost
             return
-        for key in {key for length in held for key in length}:
+        for key in {key for axis in axes for key in axis}:
             self._of[key].append(len(self._calls))
-        self._calls.append((cost, held))
+        self._calls.append((cost, axes))
 
     def total(self, ratio: Mapping[Key, float]) -> float:
         return self.fixed + sum(_scaled(*call, ratio) for call in self._calls)
@@ -160,11 +146,12 @@ class _Costs:
         return sum(_scaled(*call, ratio) - _scaled(*call, after) for call in calls)
 
 
-_Scaled = tuple[int, Sequence[Mapping[Key, float]]]  # FLOPs of a call; for each of its axes spaces with their shares
+def _scaled(cost: int, axes: Sequence[_Axis], ratio: Mapping[Key, float]) -> float:
+    return cost * math.prod(1 + sum(f * (ratio[s] * first - 1) for s, (f, first) in axis.items()) for axis in axes)
 
 
-def _scaled(cost: int, lengths: Sequence[Mapping[Key, float]], ratio: Mapping[Key, float]) -> float:
-    return cost * math.prod(1 + sum(f * (ratio.get(s, 1.0) - 1) for s, f in length.items()) for length in lengths)
+def _size(trunk: Trunk, k: int, space: int) -> int:
+    return trunk.spaces[k].spaces[trunk.partners[k][space]].size
 
 
 def _lengths(

@@ -17,7 +17,7 @@ from .agreement import hold_out
 from .align import Alignment, align
 from .analysis import Labelling, label, self_check
 from .arguments import models_and_sample
-from .branches import Alone, behind, narrowed, observe_alone, trunk_alone
+from .branches import Alone, behind, narrowed, observe_alone, whole_trunk
 from .calibration import Calibration
 from .cuts import Cut, find_cuts
 from .errors import AlignError, BarrierError, CutError, InputError
@@ -141,7 +141,9 @@ def compile_zip(
     else:
         trunk = found.trunk(until)
         statistics = observe(trunk, calibration("observing") if recipe.observes else ())
-        zipped = assemble(found, trunk, statistics, calibration, recipe, alone(found, [trunk], calibration, recipe))
+        zipped = assemble(
+            found, trunk, statistics, calibration, recipe, each_alone(found, [trunk], calibration, recipe)
+        )
     return with_shifts(zipped, calibration) if joint else zipped
 
 
@@ -167,10 +169,10 @@ class Survey:
         return tuple(flops_by_node(program.module, program.call) for program in self.alignment.programs)
 
     @cached_property
-    def alone(self) -> tuple[Trunk | None, ...]:
-        """The trunk of each model by itself; None where it has none."""
+    def whole_trunks(self) -> tuple[Trunk | None, ...]:
+        """Each model as a trunk by itself; None where it has no parameters."""
         pairs = zip(self.labellings, self.pinned, strict=True)
-        return tuple(trunk_alone(self.alignment, own, pins, k) for k, (own, pins) in enumerate(pairs))
+        return tuple(whole_trunk(self.alignment, own, pins, k) for k, (own, pins) in enumerate(pairs))
 
     def trunk(self, until: str | float | None = None, *, whole: bool = False) -> Trunk:
         """The trunk that ends at `until`, or (`whole`) at the outputs."""
@@ -242,9 +244,11 @@ def _fits(refit: Refit) -> bool:
     return refit is least_squares or isinstance(refit, LeastSquares)
 
 
-def alone(found: Survey, trunks: Iterable[Trunk], calibration: Calibration, recipe: Recipe) -> tuple[Alone | None, ...]:
+def each_alone(
+    found: Survey, trunks: Iterable[Trunk], calibration: Calibration, recipe: Recipe
+) -> tuple[Alone | None, ...]:
     """Every model by itself and what the data show of it, if heads behind some of the trunks can be narrowed."""
-    own = found.alone if recipe.narrows else ()
+    own = found.whole_trunks if recipe.narrows else ()
     if not any(one is not None and behind(trunk, k, one) for trunk in trunks for k, one in enumerate(own)):
         return ()
     return observe_alone(own, [calibration("observing heads") for _ in own])
@@ -254,7 +258,7 @@ def assemble(
     found: Survey, trunk: Trunk, statistics: Mapping[int, Moments], calibration: Calibration, recipe: Recipe,
     own: Sequence[Alone | None] = (),
 ) -> ZippedModule:  # fmt: skip
-    """The stages behind the observation: plan -> rewrite -> refit -> report. `own`: what `alone` gives."""
+    """The stages behind the observation: plan -> rewrite -> refit -> report. `own`: what `each_alone` gives."""
     widths = choose_widths(trunk, statistics, *recipe.sizing, found.flops, own)
     zipping = narrowed(plan(trunk, statistics, recipe.method, widths.kept), own, widths.heads, recipe.method)
     zipped = rewrite(zipping)
@@ -299,7 +303,7 @@ def _automatic(found: Survey, calibration: Calibration, recipe: Recipe, goal: Go
     fit, held = hold_out(calibration, found.alignment.programs)
     cuts, trunks = cuts_and_trunks(found)
     statistics = observe_all(trunks, fit("observing"))
-    own = alone(found, trunks, fit, recipe)
+    own = each_alone(found, trunks, fit, recipe)
 
     def build_on_the_rest(place: int) -> ZippedModule:
         return assemble(found, trunks[place], statistics[place], fit, recipe, own)

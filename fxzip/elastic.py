@@ -9,7 +9,7 @@ an error or as another output. The trial runs the very passes that emit a zipped
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,12 +17,29 @@ import torch
 from .align import Alignment, attribute
 from .analysis.trial import Trial, relative_difference, run_with
 from .matching import Merge
+from .moments import Moments
 from .plan import planned, reaches
 from .rewrite import rewrite
 from .tracing import Program
 from .trunk import Trunk
 
 Sizes = Mapping[int, int]  # by space number of model 0
+_FEWEST = 3  # positions: of two any features are alike, or opposite
+
+
+def elastic_spaces(
+    trunk: Trunk, statistics: Mapping[int, Moments], asked: Collection[int] | None = None
+) -> tuple[frozenset[int], dict[int, str]]:
+    """Of the spaces asked for (None: all that are free) those that can get another size, and of the others why not."""
+    spaces = trunk.spaces[0].spaces
+    able = {s for s, space in enumerate(spaces) if space.legality == "free" and space.tie is None}
+    wanted = able if asked is None else asked
+    tried = [s for s in wanted if s in able and s in statistics and statistics[s].count >= _FEWEST]
+    stiff = stiff_spaces(trunk, tried)
+    reasons = {
+        s: stiff.get(s) or spaces[s].reason or "it was not observed" for s in wanted if s not in tried or s in stiff
+    }
+    return frozenset(tried) - stiff.keys(), reasons
 
 
 def stiff_spaces(trunk: Trunk, candidates: Sequence[int]) -> dict[int, str]:

@@ -49,7 +49,7 @@ def head_module(plan: ZipPlan, k: int) -> fx.GraphModule:
     own = plan.heads.get(k)
     if own is None:
         return _folded(copy.deepcopy(plan.trunk.alignment.programs[k].module), plan, k)
-    return _folded(_folded(trunk_module(own), own, 0), plan, k)
+    return _folded(trunk_module(own), plan, k)
 
 
 def _folded(module: fx.GraphModule, plan: ZipPlan, k: int) -> fx.GraphModule:

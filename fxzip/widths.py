@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .branches import Alone, behind
 from .by_need import TRUNK, Flops, by_need
-from .elastic import stiff_spaces
+from .elastic import elastic_spaces
 from .errors import InputError
 from .moments import Moments
 from .trunk import Trunk
@@ -76,56 +76,39 @@ def choose_widths(
     if not isinstance(width, (str, Mapping)) and width == 1:
         return Widths({})
     spaces = trunk.spaces[0].spaces
-    able = _able(trunk)
-    asked = _asked(trunk, width) if isinstance(width, Mapping) else dict.fromkeys(able, width)
-    free, reasons = _elastic(trunk, statistics, able, asked)
+    asked = _asked(trunk, width) if isinstance(width, Mapping) else None
+    free, reasons = elastic_spaces(trunk, statistics, asked)
     notes = _notes(trunk, reasons)
+    narrowed: list[Mapping[int, int]] = []
     if isinstance(width, str):
-        heads = [_behind(trunk, k, own) for k, own in enumerate(alone)]
-        for k, (own, (_, why)) in enumerate(zip(alone, heads, strict=True)):
-            notes += [] if own is None else _notes(own.trunk, why, f" in head {k}")
-        limit = 1.0 if max_cost is None else max_cost
-        found = by_need(trunk, statistics, free, limit, flops, alone, [narrow for narrow, _ in heads])
-        kept = {s: m for (part, s), m in found.items() if part == TRUNK}
+        heads = [frozenset() if own is None else behind(trunk, k, own.trunk) & own.elastic[0]
+                 for k, own in enumerate(alone)]  # fmt: skip
+        found = by_need(
+            trunk,
+            statistics,
+            sorted(free),
+            1.0 if max_cost is None else max_cost,
+            flops,
+            alone,
+            list(map(sorted, heads)),
+        )
+        kept = {s: found[TRUNK, s] for s in free}
+        for k, own in enumerate(alone):
+            if own is not None:
+                here = behind(trunk, k, own.trunk)
+                notes += _notes(own.trunk, {s: why for s, why in own.elastic[1].items() if s in here}, f" in head {k}")
+            sizes = [] if own is None else [space.size for space in own.trunk.spaces[0].spaces]
+            narrowed.append({s: found[k, s] for s in sorted(heads[k]) if found[k, s] != sizes[s]})
     else:
-        found = {}
-        most = {s: sum(own.spaces[trunk.partners[k][s]].size for k, own in enumerate(trunk.spaces)) for s in free}
-        kept = {s: min(max(1, round(float(asked[s]) * spaces[s].size)), most[s]) for s in free}
-    narrowed = tuple(
-        {
-            s: m
-            for (part, s), m in found.items()
-            if part == k and own is not None and m != own.trunk.spaces[0].spaces[s].size
-        }
-        for k, own in enumerate(alone)
-    )
-    return Widths({s: m for s, m in kept.items() if m != spaces[s].size}, tuple(notes), narrowed)
+        share = {s: float(width[spaces[s].name] if isinstance(width, Mapping) else width) for s in free}
+        kept = {s: min(max(1, round(share[s] * spaces[s].size)), sum(_sizes(trunk, s))) for s in free}
+    changed = {s: kept[s] for s in sorted(free) if {kept[s]} != set(_sizes(trunk, s))}
+    return Widths(changed, tuple(notes), tuple(narrowed))
 
 
-def _able(trunk: Trunk) -> set[int]:
-    """Spaces that may have another number of features, as far as the analysis knows."""
-    return {s for s, space in enumerate(trunk.spaces[0].spaces) if space.legality == "free" and space.tie is None}
-
-
-def _elastic(
-    trunk: Trunk, statistics: Mapping[int, Moments], able: Collection[int], asked: Collection[int]
-) -> tuple[list[int], dict[int, str]]:
-    """Of the spaces asked for those that can get another size, and of the others the reasons."""
-    tried = [s for s in asked if s in able and s in statistics and statistics[s].count]
-    stiff = stiff_spaces(trunk, tried)
-    spaces = trunk.spaces[0].spaces
-    reasons = {
-        s: stiff.get(s) or spaces[s].reason or "it was not observed" for s in asked if s not in tried or s in stiff
-    }
-    return [s for s in tried if s not in stiff], reasons
-
-
-def _behind(trunk: Trunk, k: int, own: Alone | None) -> tuple[list[int], dict[int, str]]:
-    """The spaces of head k that may be narrowed; of those that look like it but may not, the reasons."""
-    if own is None:
-        return [], {}
-    able = _able(own.trunk) & behind(trunk, k, own.trunk)
-    return _elastic(own.trunk, own.statistics, able, sorted(able))
+def _sizes(trunk: Trunk, space: int) -> list[int]:
+    """How many features each model has."""
+    return [own.spaces[trunk.partners[k][space]].size for k, own in enumerate(trunk.spaces)]
 
 
 def _notes(trunk: Trunk, reasons: Mapping[int, str], where: str = "") -> list[str]:
@@ -147,7 +130,7 @@ def overspent(report: Mapping[str, Any], width: Width, max_cost: float | None) -
     )
 
 
-def _asked(trunk: Trunk, width: Mapping[str, float]) -> dict[int, float]:
+def _asked(trunk: Trunk, width: Mapping[str, float]) -> set[int]:
     spaces = trunk.spaces[0].spaces
     names = [space.name for space in spaces]
     for name in width:
@@ -155,4 +138,4 @@ def _asked(trunk: Trunk, width: Mapping[str, float]) -> dict[int, float]:
             near = difflib.get_close_matches(name, names, n=3)
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise InputError(f"`width` must name spaces of the trunk (see `fxzip.inspect`); found {name!r}.{hint}")
-    return {s: width[name] for s, name in enumerate(names) if name in width}
+    return {s for s, name in enumerate(names) if name in width}

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.branches import Alone, behind, narrowed, trunk_alone
+from fxzip.branches import Alone, behind, narrowed, whole_trunk
 from fxzip.compiler import survey
 from fxzip.elastic import _copies as copies
 from fxzip.elastic import stiff_spaces
@@ -70,7 +70,7 @@ def relative(found, wanted):
 
 
 def alone_of(found, k=0):
-    trunk = trunk_alone(found.alignment, found.labellings[k], found.pinned[k], k)
+    trunk = whole_trunk(found.alignment, found.labellings[k], found.pinned[k], k)
     return Alone(trunk, observe(trunk, [as_call(X)]))
 
 
@@ -238,7 +238,7 @@ def test_networks_with_nearly_everything_in_common_share_it():
 def widened(model, sample, seed):
     """The same function with copies of features wherever the number of features is free; and the sizes that were."""
     found = survey([model], as_call(sample))
-    own, generator = found.alone[0], torch.Generator().manual_seed(seed)
+    own, generator = found.whole_trunks[0], torch.Generator().manual_seed(seed)
     if own is None:
         return None
     spaces = own.spaces[0].spaces
@@ -268,7 +268,7 @@ def check_that_narrowing_takes_out_what_widening_put_in(seed):
     found = survey(models, as_call(x[:2]))
     trunk = found.trunk(next(n for n in found.alignment.pairs if "stem" in n))
     own, kept = [], []
-    for k, alone in enumerate(found.alone):
+    for k, alone in enumerate(found.whole_trunks):
         own.append(Alone(alone, observe(alone, [as_call(x)])))
         spaces = alone.spaces[0].spaces
         names = {s: (spaces[s].name.removeprefix("trunk."), nth(spaces, s)) for s in behind(trunk, k, alone)}
@@ -295,3 +295,67 @@ def test_narrowing_takes_out_what_widening_put_in():
 @pytest.mark.parametrize("block", range(4))
 def test_narrowing_takes_out_what_widening_put_in_in_many_networks(block):
     assert sum(check_that_narrowing_takes_out_what_widening_put_in(seed) for seed in range(25 * block, 25 * block + 25))
+
+
+class Beside(nn.Module):
+    """A head whose last layer reads features of its own beside those of the trunk."""
+
+    def __init__(self, classes, convolutional=False):
+        super().__init__()
+        self.convolutional = convolutional
+        build = (lambda *sizes: nn.Conv2d(*sizes, 1)) if convolutional else nn.Linear
+        self.first, self.second, self.third = build(3, 16), build(16, 20), build(20, 18)
+        self.head = build(34, classes)
+
+    def forward(self, x):
+        x = F.relu(self.first(x if self.convolutional else x.mean((2, 3))))
+        return self.head(torch.cat([x, F.relu(self.third(F.relu(self.second(x))))], 1))
+
+
+@pytest.mark.parametrize("until", ["first", "auto"])
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_features_that_the_last_layer_reads_beside_those_of_the_trunk(convolutional, until):
+    models = [randomise(Beside(n, convolutional), n).double() for n in (4, 5)]
+    settings = {"data": [X, X.flip(-1)], "until": until, "width": "auto"}
+    zipped = fxzip.compile_zip(*models, X[:2], max_cost=1.3, **settings)
+    assert {own["name"] for head in zipped.report["narrowed"] for own in head} <= {"second.weight"}
+    assert zipped.report["flops"]["total"] <= 1.3 * zipped.report["flops"]["originals"][0]
+    exact = fxzip.compile_zip(*models, X[:2], max_cost=9.0, **settings)
+    with torch.no_grad():
+        assert max(relative(y, model(X)) for y, model in zip(exact(X), models, strict=True)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("until", ["layer1", None])
+def test_half_precision(dtype, until):
+    models = [randomise(Residual(n), n).to(dtype) for n in (4, 5)]
+    x = X.to(dtype)
+    zipped = fxzip.compile_zip(*models, x[:2], data=[x], until=until, width="auto", max_cost=1.4)
+    with torch.no_grad():
+        assert all(y.dtype == dtype and bool(y.isfinite().all()) for y in zipped(x))
+
+
+@pytest.mark.parametrize("cost", [0.9, 1.2, 1.6, 2.2])
+@pytest.mark.parametrize("widths", [((16, 20), (12, 26)), ((12, 20), (16, 20))])
+def test_models_of_unlike_widths_take_what_they_may(widths, cost):
+    class Net(nn.Module):
+        def __init__(self, classes, first, second):
+            super().__init__()
+            self.c1, self.c2 = nn.Conv2d(3, first, 3), nn.Conv2d(first, second, 3)
+            self.c3, self.head = nn.Conv2d(second, 12, 3), nn.Linear(12, classes)
+
+        def forward(self, x):
+            return self.head(F.relu(self.c3(F.relu(self.c2(F.relu(self.c1(x)))))).mean((2, 3)))
+
+    models = [randomise(Net(n, *sizes), n).double() for n, sizes in zip((4, 5), widths, strict=True)]
+    zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="c1", width="auto", max_cost=cost)
+    flops = zipped.report["flops"]
+    assert min(0.9 * cost, 1.5) < flops["total"] / flops["originals"][0] <= cost
+    assert [tuple(y.shape) for y in zipped(X[:3])] == [(3, 4), (3, 5)]
+
+
+def test_spaces_seen_at_hardly_any_positions_keep_their_size():
+    models = [randomise(Stages(n), n).double() for n in (4, 5)]
+    few = fxzip.compile_zip(*models, X[:2], data=[X[:2]], until="stem", width="auto", max_cost=1.9).report
+    assert all(own["name"] != "hidden.weight" for head in few["narrowed"] for own in head)
+    assert any("`hidden.weight` in head 0 keeps its 6 features: it was not observed" in note for note in few["notes"])

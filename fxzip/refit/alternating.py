@@ -79,7 +79,7 @@ def alternate(
         solve: the regression on x of [places, n]: float64 [d, n].
         rounds: at most.
     """
-    x, features = _precise(x), _precise(wish.features)
+    x, features = precise(x), precise(wish.features)
     features = features - features.mean(0)
     metric = wish.metric
     whole = float(((features.T @ features).double() * metric).sum())
@@ -97,7 +97,7 @@ def alternate(
         return _State(values, told, reading, max(1 - float((read * reading).sum()) / whole, 0.0))
 
     values = x @ weight.to(x)
-    now = state(values if wish.offset is None else values + _precise(wish.offset))
+    now = state(values if wish.offset is None else values + precise(wish.offset))
     if not math.isfinite(now.lost):
         return weight, []
     losses, step = [now.lost], _STEP
@@ -131,7 +131,7 @@ def alternate(
     return weight, losses
 
 
-def _precise(values: Tensor) -> Tensor:
+def precise(values: Tensor) -> Tensor:
     """In float32 at least: sums of products of half precision overflow, or drown."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 

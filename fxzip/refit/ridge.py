@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..cholesky import ridged_cholesky
 from ..errors import DataError
-from .alternating import Wish, alternate
+from .alternating import Wish, alternate, precise
 
 
 class Solution(NamedTuple):
@@ -65,7 +65,7 @@ def ridge_solution(
     Returns:
         W in float64, [d + 1, n]; the ridge used; with a wish the share that is lost.
     """
-    ones = _with_one(x, constant)
+    ones, t, offset = _with_one(precise(x), constant), precise(t), None if offset is None else precise(offset)
     system = _Normal(ones)
     factor, ridge = system.factor(ridge)
     start = ones @ prior.to(ones)
@@ -112,7 +112,8 @@ def best_ridge(
         held: bool [positions]: one half; the other half is the rest.
         rectified: a ReLU follows: where the target is ≤ 0, values ≤ 0 are no error.
     """
-    ones, base = _with_one(x, constant), _base(t, offset)
+    t, offset = precise(t), None if offset is None else precise(offset)
+    ones, base = _with_one(precise(x), constant), _base(t, offset)
     errors = torch.zeros(len(ridges), dtype=torch.float64)
     for fitted in (~held, held):
         own = ones[fitted]

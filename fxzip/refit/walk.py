@@ -30,6 +30,7 @@ class _Part:
     Attributes:
         name: as in the nodes' meta.
         nodes: its nodes, in order.
+        units: what can be fitted of it.
         originals: that have what its values should be.
         goals: what they should be.
         plan: that its features were merged by; None: none were.
@@ -38,10 +39,18 @@ class _Part:
 
     name: str
     nodes: list[fx.Node]
+    units: list[Unit]
     originals: Sequence[Lockstep]
     goals: TrunkGoals | HeadGoals | NarrowGoals
     plan: ZipPlan | None
     freedom: Freedom | None = None
+
+    def starts(self) -> dict[fx.Node, list[Unit]]:
+        """Units by the node of their first call."""
+        found: dict[fx.Node, list[Unit]] = defaultdict(list)
+        for unit in self.units:
+            found[unit.sites[0].node].append(unit)
+        return found
 
     def function(self, node: fx.Node) -> Function | None:
         """What acts on each feature of a result whose features are free; None elsewhere."""
@@ -64,6 +73,7 @@ class Walk:
         self.names = [plan.trunk.names(k) for k in range(len(self.originals))]
         numbers = [number for _, number, _ in batches]
         self.flow = follow(net, programs[0].call)
+        self.fit = Fit()
         self.parts = self._find_parts(max(self.sources) + 1)
         if settings.turns:
             fitted = self._readers(programs[0].call, calls)
@@ -75,7 +85,6 @@ class Walk:
             self.zipped, self.survey, numbers, settings.positions, settings.least,
             free=lambda node: (part := self.parts.get(part_of(node))) is not None and part.function(node) is not None,
         )  # fmt: skip
-        self.fit = Fit()
 
     def _find_parts(self, sources: int) -> dict[str, _Part]:
         """Trunk and heads by name."""
@@ -83,14 +92,20 @@ class Walk:
         for node in self.net.graph.nodes:
             if node.op != "output":
                 nodes[part_of(node)].append(node)
-        goals = TrunkGoals(self.plan, self.originals, sources)
-        parts = {"trunk": _Part("trunk", nodes["trunk"], self.originals, goals, self.plan)}
+
+        def part(
+            name: str, originals: Sequence[Lockstep], goals: TrunkGoals | HeadGoals | NarrowGoals, plan: ZipPlan | None
+        ) -> _Part:
+            units, left = find_units(self.net, self.survey, set(nodes[name]))
+            self.fit.left |= left
+            return _Part(name, nodes[name], units, originals, goals, plan)
+
+        result = {"trunk": part("trunk", self.originals, TrunkGoals(self.plan, self.originals, sources), self.plan)}
         for k, original in enumerate(self.originals):
-            name, own = f"head {k}", self.plan.heads.get(k)
-            whole = HeadGoals(original, self.plan.trunk.labellings[k])
-            aims = whole if own is None else NarrowGoals(TrunkGoals(own, [original], sources), whole)
-            parts[name] = _Part(name, nodes[name], [original], aims, own)
-        return parts
+            own, whole = self.plan.heads.get(k), HeadGoals(original, self.plan.trunk.labellings[k])
+            goals = whole if own is None else NarrowGoals(TrunkGoals(own, [original], sources), whole)
+            result[f"head {k}"] = part(f"head {k}", [original], goals, own)
+        return result
 
     def _readers(self, sample: Call, calls: Sequence[Call]) -> set[tuple[fx.Node, int]]:
         """The linear calls that will be fitted and read all features at once."""
@@ -98,7 +113,7 @@ class Walk:
         rows = sum(batch_size(call) or 1 for call in calls) / (batch_size(sample) or 1)
         places = {(step.node, step.call): step.shape.numel() * rows for step in self.flow.steps}
         for part in self.parts.values():
-            for unit in find_units(self.net, self.survey, set(part.nodes))[0]:
+            for unit in part.units:
                 if unit.kernel is None or unit.kernel.groups > 1 or len(unit.kernel.axes) > 1:
                     continue
                 outputs = unit.kernel.flat.shape[1]
@@ -112,7 +127,7 @@ class Walk:
         """Run the trunk of all networks node by node and fit each unit when the inputs of its first call are there."""
         self._stems()
         part = self.parts["trunk"]
-        starts = self._units(part)
+        starts = part.starts()
         for node in part.nodes:
             name = node.meta["fxzip"]["from"][0]
             twins = [net.nodes[own[name]] for net, own in zip(self.originals, self.names, strict=True) if name in own]
@@ -122,7 +137,7 @@ class Walk:
         """Run head k and fit its units in turn, towards what its own network gives there."""
         original, own = self.originals[k], set(self.names[k].values())
         part = self.parts[f"head {k}"]
-        starts = self._units(part)
+        starts = part.starts()
         for node in part.nodes:
             twin = original.nodes.get(node.meta["fxzip"]["from"][0])
             mine = [] if twin is None or twin.name in own else [(original, twin)]
@@ -162,15 +177,6 @@ class Walk:
         for env in self.zipped.envs:
             for other in others:
                 self.zipped.value(env, other)
-
-    def _units(self, part: _Part) -> dict[fx.Node, list[Unit]]:
-        """Units by the node of their first call."""
-        units, left = find_units(self.net, self.survey, set(part.nodes))
-        self.fit.left |= left
-        starts: dict[fx.Node, list[Unit]] = defaultdict(list)
-        for unit in units:
-            starts[unit.sites[0].node].append(unit)
-        return starts
 
     def _stems(self) -> None:
         """What the models compute on their own in front of the trunk, and where it is merged: nothing is fitted."""
