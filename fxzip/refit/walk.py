@@ -33,7 +33,7 @@ class _Part:
         units: what can be fitted of it.
         originals: that have what its values should be.
         goals: what they should be.
-        plan: that its features were merged by; None: none were.
+        merged: the goals of features that were merged; None: none were.
         freedom: which of them may be other combinations than that; None: none.
     """
 
@@ -42,7 +42,7 @@ class _Part:
     units: list[Unit]
     originals: Sequence[Lockstep]
     goals: TrunkGoals | HeadGoals | NarrowGoals
-    plan: ZipPlan | None
+    merged: TrunkGoals | None
     freedom: Freedom | None = None
 
     def starts(self) -> dict[fx.Node, list[Unit]]:
@@ -78,9 +78,8 @@ class Walk:
         if settings.turns:
             fitted = self._readers(programs[0].call, calls)
             for part in self.parts.values():
-                merged = part.goals.merged if isinstance(part.goals, NarrowGoals) else part.goals
-                if part.plan is not None and isinstance(merged, TrunkGoals):
-                    part.freedom = Freedom(part.plan, merged, self.flow, fitted)
+                if part.merged is not None:
+                    part.freedom = Freedom(part.merged.plan, part.merged, self.flow, fitted)
         self.sampler = Sampler(
             self.zipped, self.survey, numbers, settings.positions, settings.least,
             free=lambda node: (part := self.parts.get(part_of(node))) is not None and part.function(node) is not None,
@@ -94,17 +93,20 @@ class Walk:
                 nodes[part_of(node)].append(node)
 
         def part(
-            name: str, originals: Sequence[Lockstep], goals: TrunkGoals | HeadGoals | NarrowGoals, plan: ZipPlan | None
-        ) -> _Part:
+            name: str, originals: Sequence[Lockstep], goals: TrunkGoals | HeadGoals | NarrowGoals,
+            merged: TrunkGoals | None,
+        ) -> _Part:  # fmt: skip
             units, left = find_units(self.net, self.survey, set(nodes[name]))
             self.fit.left |= left
-            return _Part(name, nodes[name], units, originals, goals, plan)
+            return _Part(name, nodes[name], units, originals, goals, merged)
 
-        result = {"trunk": part("trunk", self.originals, TrunkGoals(self.plan, self.originals, sources), self.plan)}
+        goals = TrunkGoals(self.plan, self.originals, sources)
+        result = {"trunk": part("trunk", self.originals, goals, goals)}
         for k, original in enumerate(self.originals):
-            own, whole = self.plan.heads.get(k), HeadGoals(original, self.plan.trunk.labellings[k])
-            goals = whole if own is None else NarrowGoals(TrunkGoals(own, [original], sources), whole)
-            result[f"head {k}"] = part(f"head {k}", [original], goals, own)
+            whole, own = HeadGoals(original, self.plan.trunk.labellings[k]), self.plan.heads.get(k)
+            merged = None if own is None else TrunkGoals(own, [original], sources)
+            aims = whole if merged is None else NarrowGoals(merged, whole)
+            result[f"head {k}"] = part(f"head {k}", [original], aims, merged)
         return result
 
     def _readers(self, sample: Call, calls: Sequence[Call]) -> set[tuple[fx.Node, int]]:
@@ -119,7 +121,7 @@ class Walk:
                 outputs = unit.kernel.flat.shape[1]
                 if sum(places.get((s.node, s.call), 0.0) for s in unit.sites) < outputs * unit.inputs:
                     continue  # so few positions keep its weights near those that were merged
-                if part.plan is None or all(part.goals.of(unit, site) is not None for site in unit.sites):
+                if part.merged is None or all(part.goals.of(unit, site) is not None for site in unit.sites):
                     found |= {(site.node, site.call) for site in unit.sites}
         return found
 
