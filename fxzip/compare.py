@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from .agreement import HeldOut, hold_out
 from .arguments import models_and_sample
+from .branches import Alone
 from .calibration import Calibration
-from .compiler import Recipe, Survey, assemble, cuts_and_trunks, survey
-from .errors import InputError
+from .compiler import Recipe, Survey, assemble, cuts_and_trunks, each_alone, survey
+from .errors import CostError, InputError
 from .joint import needs_classifiers, needs_tasks, with_shifts
 from .matching import METHODS, Method, resolve
 from .observe import observe_all
@@ -26,6 +27,7 @@ from .rules import RULES, Rule
 from .side_by_side import side_by_side
 from .table import Table
 from .trunk import Trunk
+from .widths import check_width
 from .zipped import ZippedModule
 
 Score = Callable[[nn.Module], float | Mapping[str, float]]
@@ -40,6 +42,7 @@ def sweep(
     *,
     data: Any = None,
     cuts: Sequence[str | float | None] | None = None,
+    max_costs: Sequence[float] | None = None,
     method: str | Method = "zip",
     refit: str | Refit | None = "auto",
     score: Score | None = None,
@@ -49,7 +52,7 @@ def sweep(
     rules: Mapping[str, Rule] = RULES,
     progress: bool | None = None,
 ) -> Table:
-    """The frontier of cost against agreement: one zip for each cut, and all models side by side.
+    """The frontier of cost against agreement: one zip for each cut (and cost), and all models side by side.
 
     >>> import torch
     >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
@@ -64,6 +67,8 @@ def sweep(
         sample_input, data, method, refit, joint, verify, rules, progress: as in `compile_zip`.
         cuts: what `until` takes, each. None: up to twelve, evenly over the FLOPs, such that one tensor alone crosses
             if there are as many.
+        max_costs: widths by need at each of these costs, as `compile_zip` with `width="auto"`: a row for each of them
+            at each cut. A cost that cannot be had at a cut is a row with the message.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
         held_out: batches to measure agreement on. None: every fifth input of `data`, which then serves for nothing
             else.
@@ -74,7 +79,10 @@ def sweep(
     """
     name = method if isinstance(method, str) else repr(method)
     recipe = Recipe.of(method, refit, calibrated=data is not None)
-    lines = [_Line(name, _shown(recipe.refit_name), recipe)]
+    sizings = [recipe.sizing] if max_costs is None else [("auto", float(cost)) for cost in max_costs]
+    for sizing in sizings:
+        check_width(*sizing, len(models))
+    lines = [_Line(name, _shown(recipe.refit_name), replace(recipe, sizing=sizing)) for sizing in sizings]
     setting = _Setting.of(models, sample_input, data, held_out, progress, "`sweep`", joint, verify, rules)
     if cuts is None:
         cuts = [cut.until for cut in cuts_and_trunks(setting.found, limit=SWEPT)[0]]
@@ -186,15 +194,17 @@ class _Setting:
         start = time.perf_counter()
         trunks = [self.found.trunk(cut) for cut in cuts]
         statistics = observe_all(trunks, self.calibration("observing"))
+        alone = each_alone(self.found, trunks, self.calibration, lines[0].recipe) if lines else ()
         seconds = self.seconds + time.perf_counter() - start
         rows = [self._bound(score)]
         places = [(place, line) for place in range(len(cuts)) for line in lines]
         for place, line in tqdm(places, desc="zipping", unit="zip", disable=not self.calibration.show, leave=False):
             row = {"method": line.method, "refit": line.refit, "until": cuts[place]}
+            row["max_cost"] = line.recipe.sizing[1]
             try:
-                rows.append(row | self._measured(line, trunks[place], statistics[place], score))
+                rows.append(row | self._measured(line, trunks[place], statistics[place], alone, score))
             except Exception as error:
-                if strict:
+                if strict and not isinstance(error, CostError):
                     raise
                 rows.append(row | {"error": f"{type(error).__name__}: {error}"})
         note = (
@@ -203,15 +213,23 @@ class _Setting:
         )
         return Table(tuple({**dict.fromkeys(("cost", "error")), **row} for row in rows), note)
 
-    def _measured(self, line: _Line, trunk: Trunk, statistics: Any, score: Score | None) -> dict[str, Any]:
+    def _measured(
+        self, line: _Line, trunk: Trunk, statistics: Any, alone: Sequence[Alone | None], score: Score | None
+    ) -> dict[str, Any]:
         start = time.perf_counter()
-        zipped = self._shifted(assemble(self.found, trunk, statistics, self.calibration, line.recipe))
+        zipped = self._shifted(assemble(self.found, trunk, statistics, self.calibration, line.recipe, alone))
         return self._values(zipped, score, time.perf_counter() - start)
 
     def _bound(self, score: Score | None) -> dict[str, Any]:
         """The row of the models themselves: nothing merged."""
         whole = self._shifted(side_by_side(self.models, self.sample))
-        return {"method": "side by side", "refit": None, "until": None, **self._values(whole, score, None)}
+        return {
+            "method": "side by side",
+            "refit": None,
+            "until": None,
+            "max_cost": None,
+            **self._values(whole, score, None),
+        }
 
     def _shifted(self, network: ZippedModule) -> ZippedModule:
         return with_shifts(network, self.calibration) if self.joint else network

@@ -8,7 +8,7 @@ from typing import Any
 
 from .figures import axes
 
-FIXED = ("method", "refit", "until", "cost", "parameters", "agreement", "worst", "seconds", "error")
+FIXED = ("method", "refit", "until", "max_cost", "cost", "parameters", "agreement", "worst", "seconds", "error")
 """Keys of every row; what the score function gives stands between "worst" and "seconds"."""
 
 
@@ -25,9 +25,10 @@ class Table(Sequence[Mapping[str, Any]]):
     zip     heads  1.000      0.900
 
     Attributes:
-        rows: one zip each, with the keys "method", "refit", "until", "cost" and "parameters" (of the zip, relative to
-            the first model), "agreement" (mean over the heads), "worst" (of the heads), the user's scores, "seconds"
-            (of matching, rewriting and refit), and "error": None, or why there is no zip.
+        rows: one zip each, with the keys "method", "refit", "until", "max_cost" (what widths by need may take, else
+            None), "cost" and "parameters" (of the zip, relative to the first model), "agreement" (mean over the heads),
+            "worst" (of the heads), the user's scores, "seconds" (of matching, rewriting and refit), and "error": None,
+            or why there is no zip.
         note: what holds for all rows.
     """
 
@@ -69,14 +70,16 @@ class Table(Sequence[Mapping[str, Any]]):
     __repr__ = __str__
 
     def plot(self, ax: Any = None, *, y: str | None = None) -> Any:
-        """Draw `y` (the first score, else the agreement) over the cost, a line per method. Returns matplotlib axes."""
+        """Draw `y` (the first score, else the agreement) over the cost, a line per method, and per cut where widths are
+        by need. Returns matplotlib axes."""
         ax = axes(ax)
         y = y or next(iter(self.scores), "agreement")
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows:
             if row.get("error") is None and row.get(y) is not None:
                 refit = "" if row.get("refit") is None else f" + {row['refit']}"
-                lines.setdefault(f"{row['method']}{refit}", []).append((row["cost"], row[y]))
+                cut = "" if row.get("max_cost") is None else f" until {_cell('until', row)}"
+                lines.setdefault(f"{row['method']}{refit}{cut}", []).append((row["cost"], row[y]))
         for label, points in lines.items():
             ax.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
         ax.set_xlabel("FLOPs relative to the first model")

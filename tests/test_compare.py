@@ -190,6 +190,19 @@ def test_a_sweep_is_the_frontier(pair):
     assert "score" in str(table)
 
 
+def test_a_sweep_over_costs_with_widths_by_need(pair):
+    table = fxzip.sweep(pair, X, data=DATA, cuts=["layer1", None], max_costs=[0.001, 1.0, 1.5], progress=False)
+    assert [(row["until"], row["max_cost"]) for row in table[1:]] == [
+        (cut, cost) for cut in ("layer1", None) for cost in (0.001, 1.0, 1.5)
+    ]
+    for row in table[1:]:
+        assert (row["cost"] or 0) <= row["max_cost"]
+        assert ("CostError" in (row["error"] or "")) == (row["max_cost"] == 0.001)
+    assert "max_cost" in str(table)
+    with pytest.raises(fxzip.InputError, match="`max_cost` must be positive"):
+        fxzip.sweep(pair, X, data=DATA, max_costs=[0.0], progress=False)
+
+
 def test_a_sweep_over_ones_own_cuts(pair):
     table = fxzip.sweep(pair, X, data=DATA, cuts=[0.5, "layer1"], progress=False)
     assert [row["until"] for row in table] == [None, 0.5, "layer1"]
