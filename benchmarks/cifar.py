@@ -90,7 +90,7 @@ def evaluate_zipped(
     seconds = time.perf_counter() - start
     accuracy = evaluate(zipped, models, images, device)
     name = f"{refit}, joint" if settings.joint else refit
-    found = zipped.report.as_dict().get("auto")
+    found = zipped.report.get("auto")
     until = until if found is None else f"{until}: {found['until'] or 'none'}"
     return Result(method, until, width, name, *astuple(accuracy), *ratios(zipped), seconds)
 

@@ -7,7 +7,7 @@ that is all trunk; of its spaces those count that lie wholly behind the cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,11 +19,9 @@ from .align import Alignment, align
 from .analysis.labelling import Labelling
 from .elastic import elastic_spaces
 from .errors import AlignError
-from .inputs import Call
 from .losses import Losses
 from .matching import Energy, JointMethod, Merge, Method, Problem, Zip, match_spaces
 from .moments import Moments
-from .observe import observe
 from .plan import ZipPlan, planned, problem_of, reaches
 from .trunk import Trunk, find_trunk
 
@@ -51,19 +49,15 @@ class Alone:
         return elastic_spaces(self.trunk, self.statistics)
 
 
-def whole_trunk(alignment: Alignment, labelling: Labelling, pinned: dict[int, str], k: int) -> Trunk | None:
-    """Model k as a trunk by itself; None if it has no parameters."""
-    with suppress(AlignError):
-        return find_trunk(align((alignment.programs[k],)), [labelling], pinned=[pinned], whole=True)
-    return None
-
-
-def observe_alone(trunks: Sequence[Trunk | None], data: Sequence[Iterable[Call]]) -> tuple[Alone | None, ...]:
-    """The trunks with what the data show of their spaces, one pass for each."""
-    return tuple(
-        None if trunk is None else Alone(trunk, observe(trunk, calls))
-        for trunk, calls in zip(trunks, data, strict=True)
-    )
+def whole_trunks(
+    alignment: Alignment, labellings: Sequence[Labelling], pinned: Sequence[dict[int, str]]
+) -> dict[int, Trunk]:
+    """Each model as a trunk by itself, by its number; those without parameters are left out."""
+    result = {}
+    for k, (program, labelling, pins) in enumerate(zip(alignment.programs, labellings, pinned, strict=True)):
+        with suppress(AlignError):
+            result[k] = find_trunk(align((program,)), [labelling], pinned=[pins], whole=True)
+    return result
 
 
 def behind(trunk: Trunk, k: int, own: Trunk) -> frozenset[int]:
@@ -86,20 +80,16 @@ def _spaces(own: Trunk, labels: Tensor) -> set[int]:
 
 def narrowed(
     whole: ZipPlan,
-    alone: Sequence[Alone | None],
-    kept: Sequence[Mapping[int, int]],
+    alone: Mapping[int, Alone],
+    kept: Mapping[int, Mapping[int, int]],
     method: Method | JointMethod,
 ) -> ZipPlan:
-    """The plan with heads that keep so many features, by space of each model alone.
+    """The plan with heads that keep so many features: model -> space of the model alone -> number.
 
     Methods that only match features of several models leave it to `Energy` to match those of one.
     """
-    heads = {
-        k: _narrowed(own, sizes, method if isinstance(method, (Zip, Energy)) else Energy())
-        for k, (own, sizes) in enumerate(zip(alone, kept, strict=True))
-        if own is not None and sizes
-    }
-    return replace(whole, heads=heads)
+    within = method if isinstance(method, (Zip, Energy)) else Energy()
+    return replace(whole, heads={k: _narrowed(alone[k], sizes, within) for k, sizes in kept.items()})
 
 
 def _narrowed(own: Alone, kept: Mapping[int, int], method: Method | JointMethod) -> ZipPlan:

@@ -26,14 +26,14 @@ from .plan import head_nodes, head_params, reaches, unmerged_spaces
 from .trunk import Trunk
 
 Flops = Sequence[Mapping[str, int]]
-Key = tuple[int, int]  # a space: number of the model whose head it is in, or TRUNK; its own number there
-TRUNK = -1
+_Key = tuple[int, int]  # a space: number of the model whose head it is in, or _TRUNK; its own number there
+_TRUNK = -1
 
 
 def by_need(
-    trunk: Trunk, statistics: Mapping[int, Moments], free: Sequence[int], max_cost: float, flops: Flops,
-    alone: Sequence[Alone | None], heads: Sequence[Collection[int]],
-) -> dict[Key, int]:  # fmt: skip
+    trunk: Trunk, statistics: Mapping[int, Moments], free: Collection[int], max_cost: float, flops: Flops,
+    alone: Mapping[int, Alone], narrow: Mapping[int, Collection[int]],
+) -> tuple[dict[int, int], dict[int, dict[int, int]]]:  # fmt: skip
     """Give up features where that loses the least per FLOP saved, until the cost is right; then use what is left.
 
     Args:
@@ -41,24 +41,26 @@ def by_need(
         free: its spaces that may have another size, by number.
         max_cost: FLOPs of the zipped network relative to the first model.
         flops: of every node of every model.
-        alone: every model by itself; `heads`: of each the spaces that its head may narrow.
+        alone: models by themselves; `narrow`: of each the spaces that its head may narrow.
+
+    Returns:
+        How many features the free spaces keep, and for each model those of its head.
 
     Raises:
         CostError: what has to keep its size takes more than `max_cost`.
     """
     shared = Losses(trunk, statistics)
-    losses = {(TRUNK, s): shared.of(s) for s in free}
-    base = {(TRUNK, s): trunk.spaces[0].spaces[s].size for s in free}
-    for k, (own, narrow) in enumerate(zip(alone, heads, strict=True)):
-        if own is not None:
-            losses |= {(k, s): own.losses.of(s) for s in narrow}
-            base |= {(k, s): own.trunk.spaces[0].spaces[s].size for s in narrow}
-    costs = _Costs(trunk, flops, free, [None if own is None else own.trunk for own in alone], heads)
+    losses = {(_TRUNK, s): shared.of(s) for s in sorted(free)}
+    base = {(_TRUNK, s): trunk.sizes(s)[0] for s in sorted(free)}
+    for k, spaces in narrow.items():
+        losses |= {(k, s): alone[k].losses.of(s) for s in sorted(spaces)}
+        base |= {(k, s): alone[k].trunk.sizes(s)[0] for s in sorted(spaces)}
+    costs = _Costs(trunk, flops, free, alone, narrow)
     kept = {s: len(losses[s]) - 1 for s in base}
     budget, one = max_cost * sum(flops[0].values()), sum(flops[0].values())
     total = costs.total({s: kept[s] / base[s] for s in base})
 
-    def steps(sign: int) -> list[tuple[float, Key, int, float]]:
+    def steps(sign: int) -> list[tuple[float, _Key, int, float]]:
         """(loss per FLOP, space, its new size, new total) of all steps by a sixteenth of a space, cheapest first."""
         ratio = {s: kept[s] / base[s] for s in base}
         result = []
@@ -81,10 +83,13 @@ def by_need(
         _, space, kept[space], total = possible[0]
     while affordable := [step for step in steps(+1) if step[3] <= budget]:
         _, space, kept[space], total = affordable[0]
-    return kept
+    parts: dict[int, dict[int, int]] = {part: {} for part in (_TRUNK, *narrow)}
+    for (part, s), size in kept.items():
+        parts[part][s] = size
+    return parts.pop(_TRUNK), parts
 
 
-_Axis = Mapping[Key, tuple[float, float]]
+_Axis = Mapping[_Key, tuple[float, float]]
 """Spaces along one axis of a call: share of its places; the first model's size relative to that of the call's model."""
 
 
@@ -97,35 +102,32 @@ class _Costs:
     """
 
     def __init__(
-        self, trunk: Trunk, flops: Flops, free: Collection[int], alone: Sequence[Trunk | None],
-        heads: Sequence[Collection[int]],
+        self, trunk: Trunk, flops: Flops, free: Collection[int], alone: Mapping[int, Alone],
+        narrow: Mapping[int, Collection[int]],
     ) -> None:  # fmt: skip
         self.fixed = 0
         self._calls: list[tuple[int, list[_Axis]]] = []
-        self._of: dict[Key, list[int]] = defaultdict(list)
-        inside = set(trunk.nodes)
+        self._of: dict[_Key, list[int]] = defaultdict(list)
+        inside, given = set(trunk.nodes), {(_TRUNK, s): 1.0 for s in free}
         for node, cost in flops[0].items():
             if node in inside:
-                given = {(TRUNK, s): 1.0 for s in free}
-                self._add(cost, _lengths(trunk, 0, trunk.labellings[0].touches[node], TRUNK), given)
-        for k, own in enumerate(flops):
-            inside = set(trunk.names(k).values())
+                self._add(cost, _lengths(trunk, 0, trunk.labellings[0].touches[node], _TRUNK), given)
+        for k, (own, reach) in enumerate(zip(flops, reaches(trunk), strict=True)):
+            inside, params = set(trunk.names(k).values()), head_params(trunk, k)
             self.fixed += sum(own[name] for name in trunk.alignment.stem(k) if name in own and name not in inside)
-            reach, params = reaches(trunk)[k], head_params(trunk, k)
             unmerged = unmerged_spaces(trunk, k, reach)
-            given = {(TRUNK, s): _size(trunk, 0, s) / _size(trunk, k, s) for s in free if s not in unmerged}
-            single = alone[k] if k < len(alone) else None
-            given |= {(k, s): 1.0 for s in heads[k]} if single is not None else {}
+            given = {(_TRUNK, s): trunk.sizes(s)[0] / trunk.sizes(s)[k] for s in free if s not in unmerged}
+            given |= {(k, s): 1.0 for s in narrow.get(k, ())}
             for name in head_nodes(trunk, k):
                 cost = own.get(name, 0)
                 touched = trunk.labellings[k].touches[name] & params if cost else frozenset()
-                lengths = _lengths(trunk, k, touched, TRUNK, reach)
-                if single is not None:
-                    mine = _lengths(single, 0, touched, k)
+                lengths = _lengths(trunk, k, touched, _TRUNK, reach)
+                if k in narrow:
+                    mine = _lengths(alone[k].trunk, 0, touched, k)
                     lengths = [{**shared, **more} for shared, more in zip(lengths, mine, strict=True)]
                 self._add(cost, lengths, given)
 
-    def _add(self, cost: int, lengths: Sequence[Mapping[Key, float]], given: Mapping[Key, float]) -> None:
+    def _add(self, cost: int, lengths: Sequence[Mapping[_Key, float]], given: Mapping[_Key, float]) -> None:
         """A call with the shares of spaces along its axes, of which those count that are `given`."""
         every = ({s: (share, given[s]) for s, share in length.items() if s in given} for length in lengths)
         axes: list[_Axis] = [axis for axis in every if axis]
@@ -136,27 +138,23 @@ class _Costs:
             self._of[key].append(len(self._calls))
         self._calls.append((cost, axes))
 
-    def total(self, ratio: Mapping[Key, float]) -> float:
+    def total(self, ratio: Mapping[_Key, float]) -> float:
         return self.fixed + sum(_scaled(*call, ratio) for call in self._calls)
 
-    def saved(self, ratio: Mapping[Key, float], space: Key, less: float) -> float:
+    def saved(self, ratio: Mapping[_Key, float], space: _Key, less: float) -> float:
         """FLOPs saved by making one space that small."""
         after = {**ratio, space: less}
         calls = [self._calls[number] for number in self._of[space]]
         return sum(_scaled(*call, ratio) - _scaled(*call, after) for call in calls)
 
 
-def _scaled(cost: int, axes: Sequence[_Axis], ratio: Mapping[Key, float]) -> float:
+def _scaled(cost: int, axes: Sequence[_Axis], ratio: Mapping[_Key, float]) -> float:
     return cost * math.prod(1 + sum(f * (ratio[s] * first - 1) for s, (f, first) in axis.items()) for axis in axes)
-
-
-def _size(trunk: Trunk, k: int, space: int) -> int:
-    return trunk.spaces[k].spaces[trunk.partners[k][space]].size
 
 
 def _lengths(
     trunk: Trunk, k: int, params: Collection[str], part: int, reach: Tensor | None = None
-) -> list[dict[Key, float]]:
+) -> list[dict[_Key, float]]:
     """For each axis of the largest labelled parameter of a call: space -> its share of the places.
 
     Spaces are those of model k in `trunk`, by their numbers in model 0, as of `part`.

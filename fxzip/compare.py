@@ -194,7 +194,8 @@ class _Setting:
         start = time.perf_counter()
         trunks = [self.found.trunk(cut) for cut in cuts]
         statistics = observe_all(trunks, self.calibration("observing"))
-        alone = each_alone(self.found, trunks, self.calibration, lines[0].recipe) if lines else ()
+        recipe = next((line.recipe for line in lines if line.recipe.narrows), None)
+        alone = {} if recipe is None else each_alone(self.found, trunks, self.calibration, recipe)
         seconds = self.seconds + time.perf_counter() - start
         rows = [self._bound(score)]
         places = [(place, line) for place in range(len(cuts)) for line in lines]
@@ -214,7 +215,7 @@ class _Setting:
         return Table(tuple({**dict.fromkeys(("cost", "error")), **row} for row in rows), note)
 
     def _measured(
-        self, line: _Line, trunk: Trunk, statistics: Any, alone: Sequence[Alone | None], score: Score | None
+        self, line: _Line, trunk: Trunk, statistics: Any, alone: Mapping[int, Alone], score: Score | None
     ) -> dict[str, Any]:
         start = time.perf_counter()
         zipped = self._shifted(assemble(self.found, trunk, statistics, self.calibration, line.recipe, alone))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from .agreement import hold_out
 from .align import Alignment, align
 from .analysis import Labelling, label, self_check
 from .arguments import models_and_sample
-from .branches import Alone, behind, narrowed, observe_alone, whole_trunk
+from .branches import Alone, behind, narrowed, whole_trunks
 from .calibration import Calibration
 from .cuts import Cut, find_cuts
 from .errors import AlignError, BarrierError, CutError, InputError
@@ -169,10 +170,9 @@ class Survey:
         return tuple(flops_by_node(program.module, program.call) for program in self.alignment.programs)
 
     @cached_property
-    def whole_trunks(self) -> tuple[Trunk | None, ...]:
-        """Each model as a trunk by itself; None where it has no parameters."""
-        pairs = zip(self.labellings, self.pinned, strict=True)
-        return tuple(whole_trunk(self.alignment, own, pins, k) for k, (own, pins) in enumerate(pairs))
+    def whole_trunks(self) -> dict[int, Trunk]:
+        """Each model as a trunk by itself, by its number; those without parameters are left out."""
+        return whole_trunks(self.alignment, self.labellings, self.pinned)
 
     def trunk(self, until: str | float | None = None, *, whole: bool = False) -> Trunk:
         """The trunk that ends at `until`, or (`whole`) at the outputs."""
@@ -244,19 +244,17 @@ def _fits(refit: Refit) -> bool:
     return refit is least_squares or isinstance(refit, LeastSquares)
 
 
-def each_alone(
-    found: Survey, trunks: Iterable[Trunk], calibration: Calibration, recipe: Recipe
-) -> tuple[Alone | None, ...]:
-    """Every model by itself and what the data show of it, if heads behind some of the trunks can be narrowed."""
-    own = found.whole_trunks if recipe.narrows else ()
-    if not any(one is not None and behind(trunk, k, one) for trunk in trunks for k, one in enumerate(own)):
-        return ()
-    return observe_alone(own, [calibration("observing heads") for _ in own])
+def each_alone(found: Survey, trunks: Iterable[Trunk], calibration: Calibration, recipe: Recipe) -> dict[int, Alone]:
+    """The models by themselves and what the data show of them, if heads behind some of the trunks can be narrowed."""
+    own = found.whole_trunks if recipe.narrows else {}
+    if not any(behind(trunk, k, one) for trunk in trunks for k, one in own.items()):
+        return {}
+    return {k: Alone(one, observe(one, calibration("observing heads"))) for k, one in own.items()}
 
 
 def assemble(
     found: Survey, trunk: Trunk, statistics: Mapping[int, Moments], calibration: Calibration, recipe: Recipe,
-    own: Sequence[Alone | None] = (),
+    own: Mapping[int, Alone] = MappingProxyType({}),
 ) -> ZippedModule:  # fmt: skip
     """The stages behind the observation: plan -> rewrite -> refit -> report. `own`: what `each_alone` gives."""
     widths = choose_widths(trunk, statistics, *recipe.sizing, found.flops, own)

@@ -65,18 +65,16 @@ def watches(trunk: Trunk) -> list[Watch]:
     sites = [{(s.node, s.call, s.arg, tuple(sorted(varying(s.labels)))): s for s in label.sites}
              for label in trunk.labellings]  # fmt: skip
     labelled: dict[tuple[str, int, int], set[int]] = defaultdict(set)
-    periods: dict[tuple[str, int, int], int] = {}
-    for (node, call, arg, axes), site in sites[0].items():
+    for node, call, arg, axes in sites[0]:
         labelled[node, call, arg].update(axes)
-        if axes == (0,):
-            periods[node, call, arg] = _period(site.labels.reshape(-1))
     for node, call, arg, axes in sites[0]:
         twins = tuple(own.get(node, "") for own in names)
         keys = [(twin, call, arg, axes) for twin in twins]
         if all(key in own for key, own in zip(keys, sites, strict=True)):
             here = [own[key] for key, own in zip(keys, sites, strict=True)]
             pooled = _pooled(trunk, labelled[node, call, arg] - set(axes))
-            period = periods.get((node, call, arg), 0) if 0 in pooled else 0
+            others = sites[0].get((node, call, arg, (0,))) if 0 in pooled else None
+            period = 0 if others is None else _period(others.labels.reshape(-1))
             for watch in _watches_at(trunk, here, twins, axes, pooled, period):
                 found[watch.space].append((here[0].consumed, watch))
     for watch in _handed_over(trunk):

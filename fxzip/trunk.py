@@ -48,6 +48,10 @@ class Trunk:
         """Node name in model 0 -> node name in model k, over the trunk."""
         return {name: self.alignment.pairs[name][k] for name in self.nodes}
 
+    def sizes(self, space: int) -> tuple[int, ...]:
+        """How many features each model has in a space of model 0."""
+        return tuple(own.spaces[self.partners[k][space]].size for k, own in enumerate(self.spaces))
+
 
 def find_trunk(
     alignment: Alignment, labellings: Sequence[Labelling], *, until: str | float | None = None,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from .branches import Alone, behind
-from .by_need import TRUNK, Flops, by_need
+from .by_need import Flops, by_need
 from .elastic import elastic_spaces
 from .errors import InputError
 from .moments import Moments
@@ -24,12 +25,12 @@ class Widths:
     Attributes:
         kept: by space number of model 0.
         notes: for the report.
-        heads: for each model the same of its head's spaces, by their numbers in the model alone.
+        heads: model -> the same of its head's spaces, by their numbers in the model alone.
     """
 
     kept: Mapping[int, int]
     notes: tuple[str, ...] = ()
-    heads: tuple[Mapping[int, int], ...] = ()
+    heads: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
 
 
 def check_width(width: Width, max_cost: float | None, models: int) -> None:
@@ -57,7 +58,7 @@ def choose_widths(
     width: Width,
     max_cost: float | None,
     flops: Flops,
-    alone: Sequence[Alone | None] = (),
+    alone: Mapping[int, Alone] = MappingProxyType({}),
 ) -> Widths:
     """The numbers of features to keep.
 
@@ -67,7 +68,7 @@ def choose_widths(
         width: of every space, relative to the first model; a dict of that by the name of a space; or "auto", by need.
         max_cost: with "auto": FLOPs of the zipped network relative to the first model; None: 1.
         flops: of every node of every model.
-        alone: every model by itself; with "auto" its head may keep fewer features too. Without, heads stay as they are.
+        alone: models by themselves; with "auto" its head may keep fewer features too. Without, heads stay as they are.
 
     Raises:
         InputError: a name is no space of the trunk, or cannot have another size.
@@ -78,37 +79,25 @@ def choose_widths(
     spaces = trunk.spaces[0].spaces
     asked = _asked(trunk, width) if isinstance(width, Mapping) else None
     free, reasons = elastic_spaces(trunk, statistics, asked)
-    notes = _notes(trunk, reasons)
-    narrowed: list[Mapping[int, int]] = []
+    notes, heads = _notes(trunk, reasons), {}
     if isinstance(width, str):
-        heads = [frozenset() if own is None else behind(trunk, k, own.trunk) & own.elastic[0]
-                 for k, own in enumerate(alone)]  # fmt: skip
-        found = by_need(
-            trunk,
-            statistics,
-            sorted(free),
-            1.0 if max_cost is None else max_cost,
-            flops,
-            alone,
-            list(map(sorted, heads)),
-        )
-        kept = {s: found[TRUNK, s] for s in free}
-        for k, own in enumerate(alone):
-            if own is not None:
-                here = behind(trunk, k, own.trunk)
-                notes += _notes(own.trunk, {s: why for s, why in own.elastic[1].items() if s in here}, f" in head {k}")
-            sizes = [] if own is None else [space.size for space in own.trunk.spaces[0].spaces]
-            narrowed.append({s: found[k, s] for s in sorted(heads[k]) if found[k, s] != sizes[s]})
+        narrow = {}
+        for k, own in alone.items():
+            here, (elastic, why) = behind(trunk, k, own.trunk), own.elastic
+            narrow[k] = here & elastic
+            notes += _notes(own.trunk, {s: why[s] for s in here & why.keys()}, f" in head {k}")
+        limit = 1.0 if max_cost is None else max_cost
+        kept, found = by_need(trunk, statistics, free, limit, flops, alone, narrow)
+        heads = {k: _changed(alone[k].trunk, sizes) for k, sizes in found.items()}
     else:
         share = {s: float(width[spaces[s].name] if isinstance(width, Mapping) else width) for s in free}
-        kept = {s: min(max(1, round(share[s] * spaces[s].size)), sum(_sizes(trunk, s))) for s in free}
-    changed = {s: kept[s] for s in sorted(free) if {kept[s]} != set(_sizes(trunk, s))}
-    return Widths(changed, tuple(notes), tuple(narrowed))
+        kept = {s: min(max(1, round(share[s] * spaces[s].size)), sum(trunk.sizes(s))) for s in free}
+    return Widths(_changed(trunk, kept), tuple(notes), {k: sizes for k, sizes in heads.items() if sizes})
 
 
-def _sizes(trunk: Trunk, space: int) -> list[int]:
-    """How many features each model has."""
-    return [own.spaces[trunk.partners[k][space]].size for k, own in enumerate(trunk.spaces)]
+def _changed(trunk: Trunk, kept: Mapping[int, int]) -> dict[int, int]:
+    """Without the spaces that keep what every model has."""
+    return {s: kept[s] for s in sorted(kept) if {kept[s]} != set(trunk.sizes(s))}
 
 
 def _notes(trunk: Trunk, reasons: Mapping[int, str], where: str = "") -> list[str]:

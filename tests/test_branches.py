@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.branches import Alone, behind, narrowed, whole_trunk
+from fxzip.branches import Alone, behind, narrowed
 from fxzip.compiler import survey
 from fxzip.elastic import _copies as copies
 from fxzip.elastic import stiff_spaces
@@ -70,7 +70,7 @@ def relative(found, wanted):
 
 
 def alone_of(found, k=0):
-    trunk = whole_trunk(found.alignment, found.labellings[k], found.pinned[k], k)
+    trunk = found.whole_trunks[k]
     return Alone(trunk, observe(trunk, [as_call(X)]))
 
 
@@ -91,12 +91,9 @@ def test_heads_without_their_redundant_features_compute_the_same(method):
     found = survey(models, as_call(X[:2]))
     trunk = found.trunk("stem")
     zipping = fxzip.plan(trunk, observe(trunk, [as_call(X)]), fxzip.resolve(method), {0: 12})
-    own = [alone_of(found, k) for k in range(2)]
-    kept = [
-        {s: 6 for s in behind(trunk, k, alone.trunk) if alone.trunk.spaces[0].spaces[s].size == 9}
-        for k, alone in enumerate(own)
-    ]
-    assert [len(sizes) for sizes in kept] == [2, 2]
+    own = {k: alone_of(found, k) for k in range(2)}
+    kept = {k: {s: 6 for s in behind(trunk, k, one.trunk) if one.trunk.sizes(s) == (9,)} for k, one in own.items()}
+    assert [len(sizes) for sizes in kept.values()] == [2, 2]
     zipped = fxzip.rewrite(narrowed(zipping, own, kept, fxzip.resolve(method)))
     for k in range(2):
         head = zipped.get_submodule(f"head_{k}")
@@ -126,7 +123,7 @@ def test_only_spaces_wholly_behind_the_cut_are_narrowed(until):
 
 
 def test_features_beside_those_of_the_trunk_are_not_narrowed():
-    class Beside(nn.Module):
+    class Between(nn.Module):
         def __init__(self, classes):
             super().__init__()
             self.first, self.second = nn.Linear(192, 8), nn.Linear(8, 7)
@@ -137,7 +134,7 @@ def test_features_beside_those_of_the_trunk_are_not_narrowed():
             x = torch.cat([x, F.relu(self.second(x))], 1)
             return self.head(F.relu(self.third(x)))
 
-    models = [randomise(Beside(n), n).double() for n in (4, 5)]
+    models = [randomise(Between(n), n).double() for n in (4, 5)]
     assert names_behind(survey(models, as_call(X[:2])), "first") == {"third.weight"}
     zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="first", width="auto", max_cost=1.2)
     assert [tuple(y.shape) for y in zipped(X[:3])] == [(3, 4), (3, 5)]
@@ -238,7 +235,7 @@ def test_networks_with_nearly_everything_in_common_share_it():
 def widened(model, sample, seed):
     """The same function with copies of features wherever the number of features is free; and the sizes that were."""
     found = survey([model], as_call(sample))
-    own, generator = found.whole_trunks[0], torch.Generator().manual_seed(seed)
+    own, generator = found.whole_trunks.get(0), torch.Generator().manual_seed(seed)
     if own is None:
         return None
     spaces = own.spaces[0].spaces
@@ -267,13 +264,13 @@ def check_that_narrowing_takes_out_what_widening_put_in(seed):
     assert max(relative(a(x), b(x)) for a, b in zip(pair, models, strict=True)) < 1e-9
     found = survey(models, as_call(x[:2]))
     trunk = found.trunk(next(n for n in found.alignment.pairs if "stem" in n))
-    own, kept = [], []
-    for k, alone in enumerate(found.whole_trunks):
-        own.append(Alone(alone, observe(alone, [as_call(x)])))
+    own, kept = {}, {}
+    for k, alone in found.whole_trunks.items():
+        own[k] = Alone(alone, observe(alone, [as_call(x)]))
         spaces = alone.spaces[0].spaces
         names = {s: (spaces[s].name.removeprefix("trunk."), nth(spaces, s)) for s in behind(trunk, k, alone)}
         alive = {s for s, seen in own[k].statistics.items() if seen.alive.all()}  # the dead go with any others
-        kept.append({s: sizes[k][name] for s, name in names.items() if name in sizes[k] and s in alive})
+        kept[k] = {s: sizes[k][name] for s, name in names.items() if name in sizes[k] and s in alive}
     statistics = observe(trunk, [as_call(x)])
     able = [s for s in statistics if trunk.spaces[0].spaces[s].legality == "free"]
     if stiff_spaces(trunk, able):  # then the trunk has no room for the features of both
@@ -284,7 +281,7 @@ def check_that_narrowing_takes_out_what_widening_put_in(seed):
     with torch.no_grad():
         lost = max(relative(y, model(x)) for y, model in zip(zipped(x), pair, strict=True))
     assert lost < 1e-6, (seed, lost)
-    return sum(map(len, kept))
+    return sum(map(len, kept.values()))
 
 
 def test_narrowing_takes_out_what_widening_put_in():
