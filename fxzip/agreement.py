@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Calibration
+from .calibration import Calibration, as_batch
 from .errors import DataError
-from .inputs import Call, batch_size, leaves, map_tensors
+from .inputs import Call, JointCall, batch_size, leaves, map_tensors
 from .tracing import Program, run_eager
 
 EVERY = 5
@@ -132,7 +132,7 @@ def hold_out(
                 f"{name} holds out every fifth input of `data` and measures agreement on at least {LEAST}; found "
                 f"{found} of {total}{' in whole batches' if whole else ''}. Pass at least {EVERY * LEAST} inputs."
             )
-    sources = tuple([call.kwargs or call.args for call in calls] for calls in kept)
+    sources = tuple([as_batch(call) for call in calls] for calls in kept)
     return replace(calibration, sources=sources), HeldOut.of(held, programs)
 
 
@@ -142,4 +142,11 @@ def _put(call: Call, chosen: Tensor, put: Callable[[Call], Any]) -> None:
         put(call)
     elif bool(chosen.any()):
         size = len(chosen)
-        put(map_tensors(lambda t: t[chosen.to(t.device)] if t.ndim and len(t) == size else t, call))
+        put(_rows(call, chosen, size))
+
+
+def _rows(call: Call, chosen: Tensor, size: int) -> Call:
+    """The chosen inputs of a batch."""
+    if isinstance(call, JointCall):
+        return JointCall.of(_rows(part, chosen, size) for part in call.parts)
+    return map_tensors(lambda t: t[chosen.to(t.device)] if t.ndim and len(t) == size else t, call)

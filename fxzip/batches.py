@@ -5,29 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import DataError
 from .inputs import Call, JointCall, batch_size, leaves
-
-
-def replayable(data: Any) -> Iterable[Any]:
-    """The data as something that can be iterated several times; an iterator is drained into a list, once.
-
-    >>> import torch
-    >>> data = replayable(torch.ones(1) for _ in range(2))
-    >>> len(list(data)), len(list(data))
-    (2, 2)
-    """
-    if isinstance(data, (Tensor, Mapping)):
-        return [data]
-    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-        raise DataError(
-            f"`data` must be an iterable of batches; found `{type(data).__name__}`. "
-            "Pass a DataLoader, or a list of tensors."
-        )
-    return list(data) if isinstance(data, Iterator) else data
 
 
 def batches(data: Any, sample: Call) -> Iterator[Call]:
@@ -39,20 +23,68 @@ def batches(data: Any, sample: Call) -> Iterator[Call]:
     >>> [call.args[0].shape for call in batches([(images, labels)], as_call(torch.ones(1, 3)))]
     [torch.Size([4, 3])]
     """
-    index = -1
-    for index, batch in enumerate([data] if isinstance(data, (Tensor, Mapping)) else data):
+    index, rows = -1, 0
+    for index, given in enumerate([data] if isinstance(data, (Tensor, Mapping)) else data):
+        batch, call = as_tensors(given), sample
         if isinstance(sample, JointCall):
-            yield _joined(batch, index, sample)
+            call = _joined(batch, index, sample)
         else:
-            yield _checked(_in_form(batch, index, sample), index, sample)
+            call = _checked(_in_form(batch, index, sample), index, sample)
+        size = batch_size(call)
+        if size != 0:  # of an empty batch there is nothing to learn, not even a mean
+            rows += size or 1
+            yield call
     if index < 0:
         raise DataError("`data` must yield at least one batch; it gave none.")
+    if not rows:
+        raise DataError(f"`data` must yield at least one input; all of its batches ({index + 1}) are empty.")
+
+
+def as_tensors(value: Any) -> Any:
+    """A batch with numpy arrays made tensors, in tuples, lists and dicts, which become plain ones.
+
+    >>> as_tensors([np.zeros(2), "a"])
+    [tensor([0., 0.], dtype=torch.float64), 'a']
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(np.array(value))  # a copy: the array may be read-only or lie backwards
+    if isinstance(value, Mapping):
+        return {key: as_tensors(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(as_tensors, value)) if type(value) in (tuple, list) else tuple(map(as_tensors, value))
+    return value
+
+
+def fits(value: Any, sample: Call) -> bool:
+    """Whether a value has the form of a batch: kind and number of dimensions of the sample's tensors.
+
+    >>> from fxzip.inputs import as_call
+    >>> fits(torch.ones(4, 3), as_call(torch.ones(1, 3))), fits(torch.ones(4), as_call(torch.ones(1, 3)))
+    (True, False)
+    """
+    try:
+        _checked(_in_form(as_tensors(value), 0, sample), 0, sample)
+    except DataError:
+        return False
+    return True
+
+
+def single(item: Any, sample: Call) -> bool:
+    """Whether an item of a dataset is one input without a batch axis, not a batch."""
+    item = as_tensors(item)
+    if isinstance(sample, JointCall) or fits(item, sample):
+        return False
+    flat = item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list)) else [item]
+    likes = [like for like in leaves(sample) if like.ndim]
+    found = [value for value in flat if isinstance(value, Tensor)]
+    return any(value.ndim == likes[0].ndim - 1 and _kind(value) == _kind(likes[0]) for value in found)
 
 
 def _in_form(batch: Any, index: int, sample: Call) -> Call:
     if sample.kwargs:
         return _keywords(batch, index, sample)
     wanted = len(sample.args)
+    _check_order(batch, index, sample)
     if isinstance(batch, (tuple, list)) and len(batch) > 0:
         for candidate in (batch, batch[0]):
             if (
@@ -68,8 +100,34 @@ def _in_form(batch: Any, index: int, sample: Call) -> Call:
         return Call((batch,), {})
     raise DataError(
         f"Batch {index} of `data` must hold {_plural(wanted, 'input')} like `sample_input`, {_describe(sample)}; found "
-        f"{_describe(batch)}. Let `data` yield batches of that form, labels after the inputs."
+        f"{_describe(batch)}. {_where_else(batch, sample)}"
     )
+
+
+def _check_order(batch: Any, index: int, sample: Call) -> None:
+    """Inputs come first: an item behind the first that alone is like the sample means that labels came first."""
+    like = sample.args[0]
+    if len(sample.args) > 1 or not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(like, Tensor):
+        return
+    first = batch[0][0] if isinstance(batch[0], (tuple, list)) and len(batch[0]) else batch[0]
+
+    later = [place for place, value in enumerate(batch) if place and _alike(value, like)]
+    if later and isinstance(first, Tensor) and not _alike(first, like):
+        raise DataError(
+            f"Batch {index} of `data` must start with the inputs, {_describe(sample)} of {like.dtype} as in "
+            f"`sample_input`; item 0 is {_describe(first)} of {first.dtype}, as labels are, and item {later[0]} "
+            f"looks like the inputs. Let `data` yield the inputs first: `((b[{later[0]}], b[0]) for b in data)`."
+        )
+
+
+def _where_else(batch: Any, sample: Call) -> str:
+    """A suggestion for a batch of another form."""
+    if isinstance(batch, Mapping) and len(sample.args) == 1:
+        found = [key for key, value in batch.items() if _alike(value, sample.args[0])]
+        if found:
+            return f"Let `data` yield the inputs alone, e.g. `(b[{found[0]!r}] for b in data)`."
+        return "Let `data` yield the inputs alone; or pass a dict as `sample_input` if the models take keywords."
+    return "Let `data` yield batches of that form, labels after the inputs."
 
 
 def _joined(batch: Any, index: int, sample: JointCall) -> JointCall:
@@ -103,6 +161,12 @@ def _is_part(value: Any, sample: Call) -> bool:
 
 def _keywords(batch: Any, index: int, sample: Call) -> Call:
     if isinstance(batch, (tuple, list)) and len(batch) > 0:
+        later = [place for place, value in enumerate(batch) if isinstance(value, Mapping)]
+        if later and not isinstance(batch[0], Mapping):
+            raise DataError(
+                f"Batch {index} of `data` must start with a dict like `sample_input`; item 0 is {_describe(batch[0])}, "
+                f"item {later[0]} a dict. Let `data` yield the inputs first, labels after them."
+            )
         batch = batch[0]
     required = [key for key, value in sample.kwargs.items() if leaves(value)]
     if isinstance(batch, Tensor) and len(required) == 1:
@@ -134,16 +198,27 @@ def _checked(batch: Call, index: int, sample: Call) -> Call:
     for value, like in zip(given, wanted, strict=True):
         if isinstance(like, Tensor):
             if not isinstance(value, Tensor) or value.ndim != like.ndim:
-                raise wrong_shape(batch, index, sample, ValueError(f"{like.ndim} dimensions are needed"))
+                raise wrong_shape(batch, index, sample, ValueError(_dimensions(value, like)))
             if _kind(value) != _kind(like):
                 raise DataError(
                     f"Batch {index} of `data` must have the kind of dtype of `sample_input`, {like.dtype}; found "
                     f"{value.dtype}. Convert it in the data, e.g. `images.float() / 255`."
                 )
-            value = value.detach().to(like.device, like.dtype if like.is_floating_point() else value.dtype)
+            same = like.is_floating_point() or like.is_complex() or torch.bool in (like.dtype, value.dtype)
+            value = value.detach().to(like.device, like.dtype if same else value.dtype)
         moved.append(value)
     args, kwargs = pytree.tree_unflatten(moved, expected)
     return Call(args, kwargs)
+
+
+def _dimensions(value: Any, like: Tensor) -> str:
+    """What is wrong with the number of dimensions."""
+    if isinstance(value, Tensor) and value.ndim == like.ndim - 1:
+        return (
+            f"{like.ndim} dimensions are needed, the first of them the batch. Pass a DataLoader if these are single "
+            "inputs"
+        )
+    return f"{like.ndim} dimensions are needed"
 
 
 def wrong_shape(batch: Call, index: int, sample: Call, cause: Exception) -> DataError:
@@ -160,16 +235,18 @@ def wrong_shape(batch: Call, index: int, sample: Call, cause: Exception) -> Data
     return DataError(f"Batch {index} of `data` has shape {found}; the models were traced with {traced}: {reason}")
 
 
-def not_finite(features: int, node: str, network: str, index: int) -> DataError:
-    """The error to raise when features on batch `index` are not finite.
+def not_finite(features: int, node: str, network: str, index: int, batch: Call | None = None) -> DataError:
+    """The error to raise when features on batch `index` are not finite; `batch`: the batch itself, if it is at hand.
 
     >>> print(not_finite(3, "layer1_conv", "model 0", 7))
     Features must be finite; node `layer1_conv` of model 0 gave 3 non-finite features on batch 7 of `data`. Look for \
 overflow, or for NaN in the data or the parameters.
     """
+    odd = sum(int((~value.isfinite()).sum()) for value in leaves(batch)) if batch is not None else 0
+    itself = f" The batch itself holds {odd} that {'is' if odd == 1 else 'are'} not finite." if odd else ""
     return DataError(
         f"Features must be finite; node `{node}` of {network} gave {features} non-finite features on batch {index} of "
-        "`data`. Look for overflow, or for NaN in the data or the parameters."
+        f"`data`. Look for overflow, or for NaN in the data or the parameters.{itself}"
     )
 
 
@@ -180,7 +257,7 @@ def _alike(value: Any, like: Any) -> bool:
 
 
 def _kind(value: Tensor) -> str:
-    return "float" if value.is_floating_point() or value.is_complex() else "int"
+    return "complex" if value.is_complex() else "float" if value.is_floating_point() else "int"
 
 
 def _describe(value: Any) -> str:

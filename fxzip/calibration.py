@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
-from .batches import batches, replayable
+from .batches import batches
 from .errors import DataError
 from .inputs import Call, JointCall
+from .sources import MAX_BATCHES, PerModel, Source, sources_of
+
+__all__ = ["Calibration", "PerModel", "Replay", "as_batch"]
 
 
-class PerModel(tuple[Any, ...]):
-    """One thing for each model. As `data`: iterables of batches, where a plain list could be taken for batches. As
-    `sample_input`: inputs, where models take inputs of their own.
-
-    >>> len(PerModel(["batches of a"], ["batches of b"]))
-    2
-    """
-
-    def __new__(cls, *sources: Any) -> PerModel:
-        return super().__new__(cls, sources)
-
-
-def _is_batch(item: Any) -> bool:
-    """A tensor, a dict, or a tuple or list that starts with one (or with a tuple of tensors)."""
-    if isinstance(item, (Tensor, Mapping)):
-        return True
-    if not isinstance(item, (tuple, list)) or not item:
-        return False
-    first = item[0]
-    return isinstance(first, Tensor) or (
-        isinstance(first, (tuple, list)) and bool(first) and isinstance(first[0], Tensor)
-    )
-
-
-def _as_batch(sample: Call) -> Any:
-    """A sample input as a batch of data."""
+def as_batch(sample: Call) -> Any:
+    """A call as a batch of data: what `data` may yield for it."""
     if isinstance(sample, JointCall):
         return tuple(p.kwargs or (p.args[0] if len(p.args) == 1 else p.args) for p in sample.parts)
     return sample.kwargs or sample.args
@@ -57,31 +35,43 @@ class Calibration:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, data: Any, sample: Call, models: int, progress: bool | None) -> Calibration:
-        """Sort out what `data` is: None, batches, or one iterable of batches per model."""
+    def of(
+        cls, data: Any, sample: Call, models: int, progress: bool | None, max_batches: int = MAX_BATCHES
+    ) -> Calibration:
+        """Sort out what `data` is: None, batches, or one iterable of batches per model.
+
+        Raises:
+            InputError: `max_batches` is no positive whole number.
+            DataError: `data` is none of these.
+        """
         show = sys.stderr.isatty() if progress is None else progress
+        notes: list[str] = []
+
+        def note(text: str) -> None:
+            if text not in notes:
+                notes.append(text)
+
         if data is None:
-            given = [_as_batch(sample)]
-            note = "no `data` was given: `sample_input` served as calibration data, which is far too little to match by"
-            return cls((given,), sample, "calibrated on `sample_input`", show, [note])
-        listed = isinstance(data, (tuple, list)) and len(data) == models
-        if isinstance(data, PerModel) and isinstance(sample, JointCall):
-            raise DataError(
-                "Models with inputs of their own must be calibrated on inputs that belong together; found a `PerModel` "
-                "of sources. Let `data` yield tuples with an input for each model."
-            )
+            sources_of([], sample, models, max_batches, note)
+            note("no `data` was given: `sample_input` served as calibration data, which is far too little to match by")
+            return cls(([as_batch(sample)],), sample, "calibrated on `sample_input`", show, notes)
         if isinstance(sample, JointCall):
-            return cls((replayable(data),), sample, "calibrated on `data`", show)
-        if isinstance(data, PerModel) or (listed and not any(_is_batch(item) for item in data)):
-            sources = tuple(replayable(source) for source in data)
-            return cls(sources, sample, f"calibrated on {len(sources)} sources of data, one per model", show)
-        return cls((replayable(data),), sample, "calibrated on `data`", show)
+            if isinstance(data, PerModel):
+                raise DataError(
+                    "Models with inputs of their own must be calibrated on inputs that belong together; found a "
+                    "`PerModel` of sources. Let `data` yield tuples with an input for each model."
+                )
+            return cls((Source(data, sample, max_batches, note),), sample, "calibrated on `data`", show, notes)
+        sources = sources_of(data, sample, models, max_batches, note)
+        several = isinstance(data, PerModel) or len(sources) > 1
+        how = f"calibrated on {len(sources)} sources of data, one per model" if several else "calibrated on `data`"
+        return cls(sources, sample, how, show, notes)
 
     @classmethod
     def none(cls, sample: Call) -> Calibration:
         """No data at all, for methods and refits that need none.
 
-        >>> list(Calibration.none(Call((Tensor(),), {}))("observing"))
+        >>> list(Calibration.none(Call((1,), {}))("observing"))
         []
         """
         note = (

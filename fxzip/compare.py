@@ -25,6 +25,7 @@ from .observe import observe_all
 from .refit import Refit
 from .rules import RULES, Rule
 from .side_by_side import side_by_side
+from .sources import MAX_BATCHES
 from .table import Table
 from .trunk import Trunk
 from .widths import check_width
@@ -51,6 +52,7 @@ def sweep(
     verify: bool = True,
     rules: Mapping[str, Rule] = RULES,
     progress: bool | None = None,
+    max_batches: int = MAX_BATCHES,
 ) -> Table:
     """The frontier of cost against agreement: one zip for each cut (and cost), and all models side by side.
 
@@ -64,7 +66,7 @@ def sweep(
 
     Args:
         models: two or more.
-        sample_input, data, method, refit, joint, verify, rules, progress: as in `compile_zip`.
+        sample_input, data, method, refit, joint, verify, rules, progress, max_batches: as in `compile_zip`.
         cuts: what `until` takes, each. None: up to twelve, evenly over the FLOPs, such that one tensor alone crosses
             if there are as many.
         max_costs: widths by need at each of these costs, as `compile_zip` with `width="auto"`: a row for each of them
@@ -83,7 +85,7 @@ def sweep(
     for sizing in sizings:
         check_width(*sizing, len(models))
     lines = [_Line(name, _shown(recipe.refit_name), replace(recipe, sizing=sizing)) for sizing in sizings]
-    setting = _Setting.of(models, sample_input, data, held_out, progress, "`sweep`", joint, verify, rules)
+    setting = _Setting.of(models, sample_input, data, held_out, progress, "`sweep`", joint, verify, rules, max_batches)
     if cuts is None:
         cuts = [cut.until for cut in cuts_and_trunks(setting.found, limit=SWEPT)[0]]
     return setting.table(lines, cuts, score, strict=True)
@@ -103,6 +105,7 @@ def compare(
     verify: bool = True,
     rules: Mapping[str, Rule] = RULES,
     progress: bool | None = None,
+    max_batches: int = MAX_BATCHES,
 ) -> Table:
     """Every method at every cut, and all models side by side.
 
@@ -115,7 +118,7 @@ def compare(
 
     Args:
         models: two or more.
-        sample_input, data, joint, verify, rules, progress: as in `compile_zip`; `joint` goes for all rows.
+        sample_input, data, joint, verify, rules, progress, max_batches: as in `compile_zip`; `joint` goes for all rows.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
         methods: names, methods with their settings, or pairs (method, refit). None: every name in `fxzip.METHODS`. One
             that fails is a row with its message.
@@ -128,7 +131,9 @@ def compare(
     """
     entries = METHODS if methods is None else methods
     chosen = [_Line.of(entry, refit, calibrated=data is not None) for entry in entries]
-    setting = _Setting.of(models, sample_input, data, held_out, progress, "`compare`", joint, verify, rules)
+    setting = _Setting.of(
+        models, sample_input, data, held_out, progress, "`compare`", joint, verify, rules, max_batches
+    )
     return setting.table(chosen, cuts, score, strict=False)
 
 
@@ -168,12 +173,12 @@ class _Setting:
     @classmethod
     def of(
         cls, models: Sequence[nn.Module], sample: Any, data: Any, held_out: Any, progress: bool | None, name: str,
-        joint: bool, verify: bool, rules: Mapping[str, Rule],
+        joint: bool, verify: bool, rules: Mapping[str, Rule], max_batches: int,
     ) -> _Setting:  # fmt: skip
         start = time.perf_counter()
         models = list(models) if isinstance(models, (list, tuple)) else models
         networks, call = models_and_sample((models, sample), name.strip("`"))
-        calibration = Calibration.of(data, call, len(networks), progress)
+        calibration = Calibration.of(data, call, len(networks), progress, max_batches)
         if joint:
             needs_tasks(calibration, len(networks))
         found = survey(networks, call, verify=verify, rules=rules)
@@ -183,7 +188,7 @@ class _Setting:
         if held_out is None:
             calibration, held = hold_out(calibration, programs, name=name)
         else:
-            given = Calibration.of(held_out, call, len(networks), progress)
+            given = Calibration.of(held_out, call, len(networks), progress, max_batches)
             held = HeldOut.of(list(given("holding out").labelled()), programs)
         return cls(networks, sample, found, calibration, held, joint, time.perf_counter() - start)
 

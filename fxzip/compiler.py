@@ -34,6 +34,7 @@ from .refit import LeastSquares, Refit, fit_notes, least_squares, refits
 from .report import flops_by_node, make_report
 from .rewrite import rewrite
 from .rules import RULES, Rule
+from .sources import MAX_BATCHES
 from .stems import find_stems
 from .trunk import Trunk, find_trunk
 from .widths import Width, check_width, choose_widths, overspent
@@ -54,6 +55,7 @@ def compile_zip(
     verify: bool = True,
     strict: bool = False,
     progress: bool | None = None,
+    max_batches: int = MAX_BATCHES,
     rules: Mapping[str, Rule] = RULES,
 ) -> ZippedModule:
     """Zip trained networks of one architecture into one multi-task network, without training.
@@ -73,7 +75,8 @@ def compile_zip(
             another modality): `fxzip.PerModel(input of a, input of b, ...)`; the zip then takes the inputs of all
             models, one after another, and batches of `data` are tuples of inputs that belong together.
         data: unlabelled calibration data: an iterable of batches (a tensor; a tuple or list whose first item is the
-            input; a dict), or `fxzip.PerModel` of one such iterable per model. None: the sample input serves; a method
+            input; a dict), or `fxzip.PerModel` of one such iterable per model (see
+            `fxzip/sources.py`). None: the sample input serves; a method
             that looks at weights only ("weights") then runs without any data, with the refit "stored" unless another
             is asked for.
         method: "zip" (features merged within and across models: ZipIt!, arXiv 2305.03053; under least squares
@@ -105,6 +108,8 @@ def compile_zip(
         verify: check the analysis by relabelling at random.
         strict: raise `BarrierError` where a call without a rule stops the sharing.
         progress: show a bar; None: on a terminal only.
+        max_batches: most batches of `data` (of each source) that are read in a pass, since a loader may have no end;
+            the report says so if there may have been more.
         rules: rule table for ATen calls, `fxzip.RULES | {...}`.
 
     Returns:
@@ -131,7 +136,7 @@ def compile_zip(
         sizing=(width, max_cost if by_need else None),
     )
     goal = Goal.of(until, min_agreement, None if by_need and until != "auto" else max_cost, by_need=by_need)
-    calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress)
+    calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress, max_batches)
     if joint:
         needs_tasks(calibration, len(networks))
     found = survey(networks, call, start=start, verify=verify, strict=strict, rules=rules)

@@ -32,6 +32,7 @@ from .plan import ZipPlan, plan
 from .refit import Refit, refits
 from .rewrite import rewrite
 from .rules import RULES, Rule
+from .sources import MAX_BATCHES
 from .trunk import Trunk
 from .zipped import set_tensor
 
@@ -98,6 +99,7 @@ def barrier(
     verify: bool = True,
     rules: Mapping[str, Rule] = RULES,
     progress: bool | None = None,
+    max_batches: int = MAX_BATCHES,
 ) -> Barrier:
     """A loss or score at points on the line between two networks, after features have been matched one to one.
 
@@ -110,7 +112,7 @@ def barrier(
 
     Args:
         a, b: of one architecture, widths and outputs included.
-        sample_input, data, verify, rules, progress: as in `compile_zip`.
+        sample_input, data, verify, rules, progress, max_batches: as in `compile_zip`.
         loss, score: one of them; a function of one network in evaluation mode. Of a loss less is better, of a score
             greater.
         method: what matches: "permute", "weights" or any that pairs features one to one; "average" leaves b as it is,
@@ -127,7 +129,7 @@ def barrier(
         raise InputError(f"`points` must be at least 3, with both ends; found {points}. The usual number is 11.")
     chosen, corrected = resolve(method), refits(refit)
     networks, call = models_and_sample((a, b, sample_input), "barrier")
-    calibration = Calibration.of(data, call, 2, progress)
+    calibration = Calibration.of(data, call, 2, progress, max_batches)
     found = survey(networks, call, verify=verify, rules=rules)
     if found.alignment.parting[0]:
         raise InputError(

@@ -29,6 +29,7 @@ from .errors import DataError, InputError
 from .inputs import Call, JointCall, as_call, batch_size, with_batch
 from .report import Report
 from .shifts import Evidence, Shifts, fit_shifts
+from .sources import MAX_BATCHES
 from .tracing import Program, run_eager
 from .zipped import ZippedModule
 
@@ -66,7 +67,12 @@ def lift(logits: Tensor, amount: Tensor) -> Tensor:
 
 
 def calibrate_joint(
-    network: ZippedModule, sample_input: Any, data: Any, *, progress: bool | None = None
+    network: ZippedModule,
+    sample_input: Any,
+    data: Any,
+    *,
+    progress: bool | None = None,
+    max_batches: int = MAX_BATCHES,
 ) -> ZippedModule:
     """A copy of a multi-head classifier whose heads can be compared: argmax over all their logits side by side.
 
@@ -84,7 +90,7 @@ def calibrate_joint(
         network: of `compile_zip` or `side_by_side`, whose heads give logits [batch, classes].
         sample_input: as the network takes it.
         data: `fxzip.PerModel` of batches for each head: unlabelled inputs of its own task.
-        progress: show a bar; None: on a terminal only.
+        progress, max_batches: as in `compile_zip`.
 
     Returns:
         The copy, in eval mode. Its report notes the share of inputs whose task the heads name, before and after.
@@ -95,7 +101,7 @@ def calibrate_joint(
         DataError: data is not given per model, or there are fewer than ten inputs of a task.
     """
     heads = _heads(network)
-    calibration = Calibration.of(data, as_call(sample_input), len(heads), progress)
+    calibration = Calibration.of(data, as_call(sample_input), len(heads), progress, max_batches)
     return with_shifts(network, calibration)
 
 

@@ -215,13 +215,13 @@ def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[C
                     _WatchedRun(program.module, watcher).run(*flat_inputs(program.module, call))
             except RuntimeError as error:
                 raise wrong_shape(call, index, program.call, error) from error
-        _take(sums, places, watchers, index)
+        _check_finite(places, watchers, index, call)
+        _take(sums, places, watchers)
     return {space: found.moments() for space, found in sums.items() if found.count}
 
 
-def _take(sums: dict[int, _Sums], places: list[Watch], watchers: list[_Watcher], batch: int) -> None:
+def _take(sums: dict[int, _Sums], places: list[Watch], watchers: list[_Watcher]) -> None:
     """Add what was taken from a batch, one product per space."""
-    _check_finite(places, watchers, batch)
     seen: dict[int, list[Tensor]] = defaultdict(list)
     drawn: list[tuple[int, Tensor]] = []
     for number, watch in enumerate(places):
@@ -246,9 +246,9 @@ def _take(sums: dict[int, _Sums], places: list[Watch], watchers: list[_Watcher],
                     watcher.done.add(number)
 
 
-def _check_finite(places: list[Watch], watchers: list[_Watcher], batch: int) -> None:
+def _check_finite(places: list[Watch], watchers: list[_Watcher], batch: int, call: Call) -> None:
     """Names the first place at which a model computed features that are not finite."""
     for k, watcher in enumerate(watchers):
         for number, own in watcher.taken.items():  # in the order in which the model ran
             if not bool(own.sum().isfinite()) and (bad := int((~own.isfinite().all(0)).sum())):
-                raise not_finite(bad, places[number].node[k], f"model {k}", batch)
+                raise not_finite(bad, places[number].node[k], f"model {k}", batch, call)

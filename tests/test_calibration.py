@@ -55,10 +55,10 @@ def test_as_many_batches_as_models_are_no_sources(data):
     assert calibrated(data).description == "calibrated on `data`"
 
 
-def test_lists_of_tensors_could_be_batches_with_labels_and_are_taken_for_that():
-    sources = [batch(1)], [batch(2), batch(3)]
+def test_lists_of_one_tensor_each_are_batches_without_labels():
+    sources = [batch(1)], [batch(2)]
     assert labelled(calibrated(sources)) == [(0, 1), (0, 2)]
-    assert labelled(calibrated(PerModel(*sources))) == [(0, 1), (1, 2), (1, 3)]
+    assert labelled(calibrated(PerModel(*sources))) == [(0, 1), (1, 2)]
 
 
 def test_a_list_of_another_length_than_models_is_a_list_of_batches():

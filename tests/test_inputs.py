@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxzip.batches import batches, replayable, wrong_shape
+from fxzip.batches import batches, wrong_shape
 from fxzip.errors import DataError, InputError
 from fxzip.inputs import as_call, batch_size, leaves, with_batch
 
@@ -136,16 +136,6 @@ def test_bad_batches(data, sample, message):
 def test_wrong_shape():
     error = wrong_shape(as_call(torch.ones(8, 1, 32, 32)), 4, as_call(torch.ones(2, 3, 32, 32)), ValueError("no\nyes"))
     assert str(error) == ("Batch 4 of `data` has shape (8, 1, 32, 32); the models were traced with (2, 3, 32, 32): no")
-
-
-def test_replayable():
-    data = [IMAGES, IMAGES]
-    assert replayable(data) is data
-    assert len(replayable(IMAGES)) == 1
-    drained = replayable(iter(data))
-    assert [len(list(drained)), len(list(drained))] == [2, 2]
-    with pytest.raises(DataError, match=says("`data` must be an iterable of batches; found `int`")):
-        replayable(3)
 
 
 def test_leaves():
