@@ -35,14 +35,12 @@ def minimise(program: Program, seed: int, fault: Fault, *, seconds: float = 60) 
 
 def signature(program: Program, seed: int) -> str:
     """What a program is made of, in a few words: by this, faults of one kind are told from others."""
-    parts = [_words(block) for block in build(program, seed).blocks]
-    head = build(program, seed).head
-    end = [
-        f"{head.after}, {head.container}"
-        + (", one" if head.one else "")
-        + (", second " + head.second if head.container not in ("tensor", "single") else "")
-    ]
-    return f"{program.kind}: " + " | ".join([*parts, *end])
+    network = build(program, seed)
+    head = network.head
+    end = [head.after, head.special, head.container, "one" if head.one else ""]
+    if head.container not in ("tensor", "single"):
+        end.append(f"second {head.second}")
+    return f"{program.kind}: " + " | ".join([*map(_words, network.blocks), ", ".join(word for word in end if word)])
 
 
 def _words(block: Block) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fixed, images, linear, structure, tokens  # noqa: F401  (each enters its idioms)
+from . import fixed, images, linear, special, structure, tokens  # noqa: F401  (each enters its idioms)
 from .account import Account
 from .building import IDIOMS, Draw, Stream
-from .heads import Head
+from .heads import Context, Head
 from .spaces import Axis
 
 Step = tuple[str, int, tuple[Any, ...]]
@@ -74,6 +74,9 @@ def _step(rng: random.Random, kind: str, depth: int) -> Step:
     return name, rng.randrange(10**6), inner
 
 
+LENGTHS = {"vector": 1, "tokens": 5, "image": 4, "ids": 5}
+
+
 class Network(nn.Module):
     """The network of a program. Steps that do not take what the step before gives are passed over."""
 
@@ -81,27 +84,32 @@ class Network(nn.Module):
         super().__init__()
         self.account = Account()
         draw = Draw(program.head, self.account)
-        self.kind, n = program.kind, 5
-        self.blocks = nn.ModuleList()
-        stream = Stream(program.kind, Axis.fixed(n), {"vector": 1, "tokens": 5, "image": 4, "ids": 5}[program.kind])
+        self.blocks, self.table = nn.ModuleList(), None
+        start = stream = Stream(program.kind, Axis.fixed(5), LENGTHS[program.kind])
+        axis = None
         if program.kind == "ids":
             axis = Axis.new(draw.width())
             self.table = nn.Embedding(11, axis.size)
             self.account.own(self.table.weight, 11, axis)
             stream = Stream("tokens", axis, 5)
+        streams = []
         for name, seed, inner in program.steps:
             if stream.kind in IDIOMS[name].takes and stream.axis.size <= 40:
                 block = IDIOMS[name](Draw(seed, self.account, inner), stream)
                 self.blocks.append(block)
                 stream = block.out
-        self.head = Head(draw, stream, classes, plain=program.head < 0)
+                streams.append(stream)
+        self.head = Head(draw, stream, classes, Context(start, tuple(streams), axis), plain=program.head < 0)
 
     def forward(self, x: Tensor) -> Any:
-        if self.kind == "ids":
+        start = x
+        if self.table is not None:
             x = self.table(x)
+        hidden = []
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+            hidden.append(x)
+        return self.head(x, start, hidden, self.table)
 
     def counterpart(self, seed: int) -> nn.Module:
         """The same function with its features in another order."""
