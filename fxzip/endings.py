@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .align import attribute
 from .errors import InputError
+from .structure import Rebuild
 
 _LINEAR = (F.linear, torch.ops.aten.linear.default)
 
@@ -44,7 +45,7 @@ def ending(network: fx.GraphModule, k: int, output: Any) -> Ending:
     Raises:
         InputError: it returns several tensors, or none of its modules is linear.
     """
-    wrapper = output if isinstance(output, fx.Node) and isinstance(output.target, type) else None
+    wrapper = output if isinstance(output, fx.Node) and isinstance(output.target, Rebuild) else None
     returned: list[fx.Node] = []
     fx.node.map_arg(output if wrapper is None else (wrapper.args, wrapper.kwargs), returned.append)
     if len(returned) != 1:

@@ -39,6 +39,10 @@ class InputError(FxzipError, TypeError):
     """The arguments of a public function do not fit together."""
 
 
+class ContainerError(InputError):
+    """Tensors are held by something that cannot be taken apart and put together again."""
+
+
 class CostError(InputError):
     """`max_cost` is less than what has to keep its size takes."""
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from . import containers
 from .errors import InputError
 
 
@@ -52,9 +52,7 @@ def leaves(value: Any) -> list[Tensor]:
     >>> len(leaves({"a": torch.ones(1), "b": [torch.ones(2), 3]}))
     2
     """
-    if isinstance(value, Call):
-        value = (value.args, value.kwargs)
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return containers.leaves((value.args, value.kwargs) if isinstance(value, Call) else value)
 
 
 def map_tensors(function: Any, call: Call) -> Call:
@@ -63,8 +61,7 @@ def map_tensors(function: Any, call: Call) -> Call:
     >>> map_tensors(lambda t: t + 1, Call((torch.zeros(1),), {})).args
     (tensor([1.]),)
     """
-    args, kwargs = pytree.tree_map_only(Tensor, function, (call.args, call.kwargs))
-    return Call(args, kwargs)
+    return Call(*containers.map_leaves(function, (call.args, call.kwargs)))
 
 
 def as_call(sample_input: Any) -> Call:
@@ -82,6 +79,8 @@ def as_call(sample_input: Any) -> Call:
         call = Call((), {str(key): value for key, value in sample_input.items()})
     elif isinstance(sample_input, (tuple, list)):
         call = Call(tuple(sample_input), {})
+    elif containers.leaves(sample_input):
+        call = Call((sample_input,), {})
     else:
         raise InputError(
             "`sample_input` must be a tensor, or a tuple, list or dict with tensors; found "

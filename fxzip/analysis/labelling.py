@@ -12,15 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..containers import leaves
 from ..rules import Facts, Fields, Rule
 from ..rules.fields import along
 from ..tracing import Program, flat_inputs, quiet_execution
 from .calls import LabelMode
-from .state import Barrier, Entry, ParamLabels, Probed, Site, State, tensors
+from .state import Barrier, Entry, ParamLabels, Probed, Site, State
 
 __all__ = ["Barrier", "Labelling", "ParamLabels", "Probed", "Site", "label", "place_of"]
 
@@ -61,19 +61,19 @@ class _Run(fx.Interpreter):
         state.made = []
         state.where = place_of(n)
         if n.op == "output":
-            for tensor in tensors(_values(self.map_nodes_to_values(n.args, n))):
+            for tensor in leaves(self.map_nodes_to_values(n.args, n)):
                 for labels in state.entry(tensor).fields:
                     state.ledger.pin(labels, "it is the model's output", "output")
         value = super().run_node(n)
         if n.op == "placeholder":
-            for tensor in tensors(_values(value)):
+            for tensor in leaves(value):
                 state.file(Entry(tensor, (), False, False))
         self.facts[n.name] = state.ledger.facts
         self.touches[n.name] = frozenset(state.touches)
         self.seen[n.name] = tuple(state.seen.values())
         if isinstance(value, Tensor):
             self.fields[n.name] = state.entry(value).fields
-        if any(not state.entry(t).static for t in tensors(_values(value))):
+        if any(not state.entry(t).static for t in leaves(value)):
             self.dynamic.add(n.name)
         self._forget(n, value)
         return value
@@ -82,20 +82,14 @@ class _Run(fx.Interpreter):
         """Drop what only the calls inside the node needed, and values that no later node reads, so that memory is that
         of the plain forward pass."""
         entries, holders = self.state.entries, self.holders
-        holders.update(id(t) for t in tensors(_values(value)))
+        holders.update(id(t) for t in leaves(value))
         freed = [self.env[node] for node in self.user_to_last_uses.get(n, ())]
-        dead = [id(t) for t in tensors(_values(freed))]
+        dead = [id(t) for t in leaves(freed)]
         holders.subtract(dead)
         for key in [*self.state.made, *dead]:
             if holders[key] <= 0:
                 entries.pop(key, None)
                 del holders[key]
-
-
-def _values(value: Any) -> Any:
-    """Nested values as lists, whatever containers (dataclasses of outputs too) they come in."""
-    leaves, _ = torch.utils._pytree.tree_flatten(value)
-    return leaves
 
 
 def place_of(node: fx.Node) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..containers import leaves
 from ..inputs import Call, batch_size, map_tensors, with_batch
 from ..tracing import Program, flat_inputs, quiet_execution
 from .relabel import relabelled
@@ -170,7 +171,7 @@ def _wider(value: Any) -> Any:
 
 
 def _finite(output: Any) -> bool:
-    return all(bool(t.isfinite().all()) for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
+    return all(bool(t.isfinite().all()) for t in leaves(output))
 
 
 def relative_difference(expected: Any, found: Any) -> float:
@@ -178,8 +179,8 @@ def relative_difference(expected: Any, found: Any) -> float:
 
     inf where integers differ, or where one is not finite and the other is not the same.
     """
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
-    return max((_tensor_difference(x, y) for x, y in pairs if isinstance(x, Tensor) and x.numel()), default=0.0)
+    pairs = zip(leaves(expected), leaves(found), strict=True)
+    return max((_tensor_difference(x, y) for x, y in pairs if x.numel()), default=0.0)
 
 
 def _tensor_difference(x: Tensor, y: Tensor) -> float:

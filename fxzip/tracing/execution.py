@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..containers import flatten
 from ..inputs import Call, map_tensors
+from ..structure import Structure
 
 TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4}
 """Largest difference that counts as rounding, relative to the largest magnitude; 2e-2 for the half precisions."""
@@ -162,33 +164,39 @@ def difference(found: Any, expected: Any) -> str | None:
     >>> difference({"a": 1}, {"a": 1}) is None
     True
     """
-    if isinstance(expected, Tensor) or isinstance(found, Tensor):
-        return _tensor_difference(found, expected)
-    if is_dataclass(expected) and not isinstance(expected, type):
-        if type(found) is not type(expected):
-            return f"the output is a `{type(found).__name__}` instead of a `{type(expected).__name__}`"
-        pairs = [(getattr(found, f.name), getattr(expected, f.name)) for f in fields(expected)]
-    elif isinstance(expected, dict):
-        if not isinstance(found, dict) or list(found) != list(expected):
-            return f"the output is {_outline(found)} instead of {_outline(expected)}"
-        pairs = [(found[key], expected[key]) for key in expected]
-    elif isinstance(expected, (tuple, list)):
-        same = isinstance(found, tuple) == isinstance(expected, tuple) and isinstance(found, (tuple, list))
-        same = same and getattr(found, "_fields", None) == getattr(expected, "_fields", None)
-        if not same or len(found) != len(expected):
-            return f"the output is {_outline(found)} instead of {_outline(expected)}"
-        pairs = list(zip(found, expected, strict=True))
-    else:
-        try:
-            return None if found is expected or bool(found == expected) else "an output that is no tensor differs"
-        except Exception:  # an object that cannot be compared is not evidence against the trace
-            return None if type(found) is type(expected) else "an output that is no tensor differs"
-    return next((reason for a, b in pairs if (reason := difference(a, b))), None)
+    (mine, left), (theirs, right) = flatten(found), flatten(expected)
+    return _structure_difference(left, right, mine, theirs)
 
 
-def _tensor_difference(found: Any, expected: Any) -> str | None:
-    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
-        return f"the output is {_outline(found)} instead of {_outline(expected)}"
+def _structure_difference(left: Structure, right: Structure, mine: list[Tensor], theirs: list[Tensor]) -> str | None:
+    if left.kind is None and right.kind is None:
+        return _tensor_difference(mine[left.place], theirs[right.place])
+    outlines = _outline(left), _outline(right)
+    if left.kind is not None and right.kind is not None and left.is_constant and right.is_constant:
+        if _same(left.constant, right.constant):
+            return None
+        if outlines[0] == outlines[1]:
+            return "an output that is no tensor differs"
+    if (left.kind, left.keys, len(left.parts)) != (right.kind, right.keys, len(right.parts)) or not left.parts:
+        return f"the output is {outlines[0]} instead of {outlines[1]}"
+    pairs = zip(left.parts, right.parts, strict=True)
+    return next((reason for a, b in pairs if (reason := _structure_difference(a, b, mine, theirs))), None)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Objects that cannot be compared are the same if they are of one class."""
+    if found is expected:
+        return True
+    alike = type(found) is type(expected)
+    if alike and "__eq__" not in {name for kind in type(expected).__mro__[:-1] for name in vars(kind)}:
+        return True
+    try:
+        return bool(found == expected)
+    except Exception:
+        return alike
+
+
+def _tensor_difference(found: Tensor, expected: Tensor) -> str | None:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         here, there = (f"{tuple(value.shape)} of {value.dtype}" for value in (found, expected))
         return f"the output is {here} instead of {there}"
@@ -197,8 +205,8 @@ def _tensor_difference(found: Any, expected: Any) -> str | None:
     odd = ~expected.isfinite()
     if odd.any() and not torch.equal(torch.nan_to_num(found[odd]), torch.nan_to_num(expected[odd])):
         return "the output has non-finite values at other places"
-    gap = torch.where(odd, 0, found - expected).abs()
-    scale = torch.where(odd, 0, expected).abs().max() if expected.numel() else torch.tensor(0.0)
+    gap = torch.where(odd, 0, found.detach() - expected.detach()).abs()
+    scale = torch.where(odd, 0, expected.detach()).abs().max() if expected.numel() else torch.tensor(0.0)
     error = float(gap.max()) if expected.numel() else 0.0
     error = 0.0 if error == 0.0 else error / float(scale) if float(scale) > 0 else float("inf")
     if error <= TOLERANCE.get(expected.dtype, 2e-2):
@@ -206,12 +214,15 @@ def _tensor_difference(found: Any, expected: Any) -> str | None:
     return f"the output differs by {error:.2g} relative to its largest magnitude"
 
 
-def _outline(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"a dict with {list(value)}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a `{type(value).__name__}`"
+def _outline(structure: Structure) -> str:
+    kind, keys, count = structure.kind, list(structure.keys), len(structure.parts)
+    if kind is None:
+        return "a `Tensor`"
+    if structure.is_constant and isinstance(structure.constant, (dict, tuple, list)):
+        keys, count = list(structure.constant), len(structure.constant)
+    if kind is dict:
+        return f"a dict with {keys}"
+    return f"a {kind.__name__} of {count}" if kind in (tuple, list) else f"a `{kind.__name__}`"
 
 
 def deep_copy(model: nn.Module) -> nn.Module:

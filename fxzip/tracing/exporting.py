@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
-from torch.utils import _pytree as pytree
 
-from ..inputs import Call, batch_size, leaves
-from .symbolic import bind, is_built, structure_arg
+from ..containers import Part, flatten, is_plain
+from ..inputs import Call, batch_size
+from ..structure import Rebuild, Structure, notation
+from .symbolic import bind
 
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Position of the submodule among the arguments."""
@@ -29,20 +32,20 @@ def trace_export(root: nn.Module, call: Call, *, dynamic: bool) -> fx.GraphModul
     >>> module(torch.ones(5, 3)).shape
     torch.Size([5, 4])
     """
+    given, arguments = flatten((call.args, call.kwargs))
+    returned: list[Structure] = []
     shapes = None
     if dynamic:
-        shapes = torch.export.ShapesCollection()
-        for value in leaves(call):
-            if value.ndim and value.shape[0] == batch_size(call):
-                shapes[value] = {0: torch.export.Dim.AUTO}
-    with warnings.catch_warnings():
+        sizes = [{0: torch.export.Dim.AUTO} if v.ndim and v.shape[0] == batch_size(call) else None for v in given]
+        shapes = (tuple(sizes),)
+    with warnings.catch_warnings(), _flat_forward(root, arguments, returned):
         warnings.simplefilter("ignore")
-        exported = torch.export.export(root, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(root, tuple(given), dynamic_shapes=shapes, strict=False)
     module = exported.module(check_guards=False)
     graph = module.graph
     inline_regions(module, graph)
     _own_placeholders(root, graph, call)
-    _own_output(graph, exported.call_spec.out_spec)
+    _own_output(graph, returned[-1])
     graph.set_codegen(CodeGen())
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:
@@ -93,43 +96,69 @@ def inline_regions(module: nn.Module, graph: fx.Graph) -> None:
             graph.erase_node(holder)
 
 
+@contextmanager
+def _flat_forward(root: nn.Module, arguments: Structure, returned: list[Structure]) -> Iterator[None]:
+    """Inside, the root takes the leaves of its arguments and returns those of its output, whose structure is noted:
+    `torch.export` knows few containers."""
+    inner = root.forward
+    before = vars(root).get("forward")
+
+    def forward(*given: Any) -> list[Any]:
+        args, kwargs = arguments.build(given)
+        found, structure = flatten(inner(*args, **kwargs), _is_value)
+        returned.append(structure)
+        return found
+
+    root.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del root.forward
+        else:
+            root.forward = before
+
+
+def _is_value(value: Any) -> bool:
+    """Whether it can be an output of an exported graph: a tensor or a size."""
+    return isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
 def _own_placeholders(root: nn.Module, graph: fx.Graph, call: Call) -> None:
     """One placeholder for each argument, by its name, in the order of the signature."""
-    flat = iter([node for node in graph.nodes if node.op == "placeholder"])
-    first = next(iter(graph.nodes))
+    flat = [node for node in graph.nodes if node.op == "placeholder"]
+    pieces = iter(flat)
     named = bind(root, call)[1]
     given = dict(zip(named, call.args, strict=False)) | call.kwargs  # in the order in which they were flattened
-    pieces = {name: [next(flat) for _ in pytree.tree_leaves(value)] for name, value in given.items()}
-    with graph.inserting_before(first):
+    with graph.inserting_before(flat[0]):
         wholes = {name: graph.placeholder(name) for name in named}
-    for name, value in given.items():
-        paths = [path for path, _ in pytree.tree_flatten_with_path(value)[0]]
-        for path, piece in zip(paths, pieces[name], strict=True):
-            last = wholes[name]
-            with graph.inserting_before(piece):
-                for step in path:
-                    index = step.key if isinstance(step, pytree.MappingKey) else step.idx  # type: ignore[attr-defined]
-                    last = graph.call_function(operator.getitem, (last, index))
-            piece.replace_all_uses_with(last)
-            graph.erase_node(piece)
+    with graph.inserting_before(flat[-1].next):
+        for name, value in given.items():
+            for leaf in _read(graph, wholes[name], value):
+                next(pieces).replace_all_uses_with(leaf)
+    for piece in flat:
+        graph.erase_node(piece)
 
 
-def _own_output(graph: fx.Graph, structure: pytree.TreeSpec) -> None:
+def _read(graph: fx.Graph, whole: fx.Node, value: Any) -> list[fx.Node]:
+    """Nodes that take the leaves out of a container, in order."""
+    if isinstance(value, Tensor):
+        return [whole]
+    found = flatten(value)[0]
+    if not is_plain(value):
+        return [graph.call_function(Part(place, len(found)), (whole,)) for place in range(len(found))]
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    parts = [(key, item) for key, item in items if flatten(item)[0]]
+    nodes = [(graph.call_function(operator.getitem, (whole, key)), item) for key, item in parts]
+    return [leaf for node, item in nodes for leaf in _read(graph, node, item)]
+
+
+def _own_output(graph: fx.Graph, structure: Structure) -> None:
+    """The output in its own structure again; what torch.fx has no notation for is built by a call."""
     output = graph.output_node()
-    flat = list(pytree.tree_leaves(output.args[0], is_leaf=lambda item: isinstance(item, fx.Node) or item is None))
 
-    def create(kind: type, kwargs: dict[str, Any]) -> fx.Node:
+    def create(target: Rebuild, args: tuple[Any, ...]) -> fx.Node:
         with graph.inserting_before(output):
-            return graph.call_function(kind, (), kwargs)
+            return graph.call_function(target, args)
 
-    def arg(value: Any) -> Any:
-        if is_built(value):
-            return structure_arg(create, value, arg)
-        if isinstance(value, dict):
-            return {key: arg(item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            items = [arg(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
-
-    output.args = (arg(pytree.tree_unflatten(flat, structure)),)
+    output.args = (notation(structure, list(output.args[0]), create),)  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import InputError, TraceError
-from ..inputs import Call, as_call, batch_size, map_tensors, with_batch
+from ..errors import ContainerError, InputError, TraceError
+from ..inputs import Call, as_call, batch_size, leaves, map_tensors, with_batch
 from .execution import Record, difference, quiet_execution, run_eager, run_recorded
 from .exporting import trace_export
 from .inplace import out_of_place
@@ -97,11 +97,19 @@ def _eager(own: nn.Module, call: Call, name: str) -> _Reference:
     """Run the copy, hooks and all, before anything is folded or dropped."""
     try:
         expected = run_eager(own, call)
+        returned = leaves(expected)
+    except ContainerError as error:
+        raise TraceError(f"`{name}` must return tensors in containers that can be taken apart. {error}") from error
     except Exception as error:
         raise InputError(
             f"`{name}` must run on `sample_input`; it raised {type(error).__name__}: {first_line(error)} "
             "Pass one batch of what the models take."
         ) from error
+    if not returned:
+        raise TraceError(
+            f"`{name}` must return at least one tensor; found none in the `{type(expected).__name__}` that it "
+            "returned. Return the tensors that matter, in a tuple, list, dict or dataclass."
+        )
     size = batch_size(call)
     if size is not None:
         fresh = with_batch(call, 3 if size != 3 else 2)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
+from ..containers import leaves
 from ..inputs import Call, map_tensors
 from .execution import flat_inputs, quiet_execution
 
@@ -113,7 +113,7 @@ class Memory(fx.Interpreter):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.layout == torch.strided)
+    yield from (leaf for leaf in leaves(value) if leaf.layout == torch.strided)
 
 
 def _storage(value: Tensor) -> int:

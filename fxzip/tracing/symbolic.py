@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ..containers import Part, flatten, is_plain
 from ..inputs import Call
+from ..structure import Rebuild
 
 _COMPOSITE = ("torch.nn.modules.container", "torch.nn.modules.transformer")
 
@@ -31,27 +31,6 @@ def bind(model: nn.Module, call: Call) -> tuple[inspect.BoundArguments, dict[str
         else:
             named[name] = value
     return bound, named
-
-
-def is_built(value: Any) -> bool:
-    """Whether the value is a dataclass, for which the graph needs a node that builds it.
-
-    >>> is_built((1, 2))
-    False
-    """
-    return is_dataclass(value) and not isinstance(value, type)
-
-
-def structure_arg(create: Callable[[type, dict[str, Any]], Any], value: Any, arg: Callable[[Any], Any]) -> Any:
-    """The node that builds a dataclass, made by `create`; its fields by `arg`.
-
-    >>> import dataclasses
-    >>> pair = dataclasses.make_dataclass("Pair", ["a", "b"])
-    >>> structure_arg(lambda kind, given: given, pair(1, None), lambda item: -item)
-    {'a': -1}
-    """
-    given = {field.name: getattr(value, field.name) for field in fields(value)}
-    return create(type(value), {key: arg(item) for key, item in given.items() if item is not None})
 
 
 class SymbolicTracer(fx.Tracer):
@@ -86,17 +65,22 @@ class SymbolicTracer(fx.Tracer):
         """Proxies in the structure of the argument; what is no tensor is a constant."""
         if isinstance(value, Tensor):
             return proxy
-        if isinstance(value, dict):
-            return {key: self._unpacked(proxy[key], item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
+        found, structure = flatten(value)
+        if not found:
+            return value
+        if is_plain(value):
+            if isinstance(value, dict):
+                return {key: self._unpacked(proxy[key], item) for key, item in value.items()}
             items = [self._unpacked(proxy[index], item) for index, item in enumerate(value)]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
+        parts = [Part(place, len(found)) for place in range(len(found))]
+        return structure.build([self.create_proxy("call_function", part, (proxy,), {}) for part in parts])
 
     def create_arg(self, a: Any) -> Any:
-        def create(kind: type, kwargs: dict[str, Any]) -> fx.Node:
-            return self.create_node("call_function", kind, (), kwargs)
-
         if issubclass(type(a), fx.Proxy):
             return a.node
-        return structure_arg(create, a, self.create_arg) if is_built(a) else super().create_arg(a)
+        if not is_plain(a) and not isinstance(a, (Tensor, slice, range)):
+            found, structure = flatten(a, lambda value: issubclass(type(value), fx.Proxy))
+            if found:
+                return self.create_node("call_function", Rebuild(structure), tuple(proxy.node for proxy in found), {})
+        return super().create_arg(a)

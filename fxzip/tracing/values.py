@@ -16,9 +16,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
-from torch.utils._pytree import tree_leaves
 
+from ..containers import flatten, leaves
 from ..inputs import Call
 from .symbolic import SymbolicTracer
 
@@ -114,7 +113,7 @@ class ValueTracer(SymbolicTracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        given = [a for a in _flat((args, kwargs)) if issubclass(type(a), ValueProxy)]
+        given = flatten((args, kwargs), _is_proxy)[0]
         proxy.value = self._evaluated(kind, target, args, kwargs)
         proxy.tainted = self._tainted(kind, target, given, proxy.value)
         return proxy
@@ -125,10 +124,8 @@ class ValueTracer(SymbolicTracer):
         if kind == "get_attr":
             return functools.reduce(lambda owner, name: _plain(owner, name), target.split("."), self.root)
 
-        def value_of(arg: Any) -> Any:
-            return arg.value if issubclass(type(arg), ValueProxy) else arg
-
-        args, kwargs = map_aggregate(args, value_of), map_aggregate(kwargs, value_of)
+        found, structure = flatten((args, kwargs), _is_proxy)
+        args, kwargs = structure.build([proxy.value for proxy in found])
         self._evaluating = True
         try:
             if kind == "call_module":
@@ -139,7 +136,7 @@ class ValueTracer(SymbolicTracer):
 
     def _tainted(self, kind: str, target: Any, given: list[ValueProxy], value: Any) -> bool:
         """Whether a number came out of the content of a tensor."""
-        if kind not in ("call_function", "call_method") or any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+        if kind not in ("call_function", "call_method") or leaves(value):
             return False
         about_shape = target in (_SHAPE_METHODS if kind == "call_method" else _SHAPE_FUNCTIONS)
         return any(p.tainted or (isinstance(p.value, Tensor) and not about_shape) for p in given)
@@ -151,7 +148,7 @@ class ValueTracer(SymbolicTracer):
         def recorded(original: Any) -> Any:
             @functools.wraps(original)
             def factory(*args: Any, **kwargs: Any) -> Any:
-                if self._evaluating or not any(issubclass(type(a), ValueProxy) for a in _flat((args, kwargs))):
+                if self._evaluating or not flatten((args, kwargs), _is_proxy)[0]:
                     return original(*args, **kwargs)
                 return self.create_proxy("call_function", original, args, kwargs)
 
@@ -239,10 +236,8 @@ def _on_value(original: Any) -> Any:
     return lambda *args: original(*(arg.value if issubclass(type(arg), ValueProxy) else arg for arg in args))
 
 
-def _flat(structure: Any) -> list[Any]:
-    found: list[Any] = []
-    map_aggregate(structure, lambda item: found.append(item))
-    return found
+def _is_proxy(value: Any) -> bool:
+    return issubclass(type(value), ValueProxy)
 
 
 def _plain(owner: Any, name: str) -> Any:

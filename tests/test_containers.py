@@ -1,0 +1,224 @@
+"""Containers of inputs and outputs: taken apart, put together, and each head's own."""
+
+import collections
+import copy
+import pickle
+import types
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import fxzip
+from fxzip.containers import Part, flatten, leaves, map_leaves
+from fxzip.errors import ContainerError
+from fxzip.structure import Rebuild
+from fxzip.tracing import difference, ladder, trace
+
+
+@dataclass
+class Out:
+    logits: Any
+    features: Any = None
+    classes: int = field(default=7, init=False)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    logits: Any
+    features: Any = None
+
+
+class Named(NamedTuple):
+    logits: Any
+    features: Any
+
+
+class Slots:
+    __slots__ = ("features", "logits")
+
+    def __init__(self, logits, features):
+        self.logits, self.features = logits, features
+
+
+class Plain:
+    def __init__(self, logits, features):
+        self.logits, self.features, self.kind = logits, features, "plain"
+
+
+class Attributes(dict):
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.__dict__ = self
+
+
+class Ordered(collections.OrderedDict):
+    """As outputs of other libraries are: the same tensors as attributes and as items."""
+
+    def __init__(self, logits, features):
+        super().__init__(logits=logits, features=features)
+        self.logits, self.features = logits, features
+
+
+class Items(collections.UserDict):
+    pass
+
+
+class Listed(list):
+    pass
+
+
+KINDS = {
+    "dataclass": lambda y, h: Out(y, h),
+    "frozen dataclass": lambda y, h: Frozen(y, h),
+    "nested dataclass": lambda y, h: Out(Frozen([y], {"h": h})),
+    "named tuple": lambda y, h: Named(y, h),
+    "slots": Slots,
+    "plain object": Plain,
+    "namespace": lambda y, h: types.SimpleNamespace(logits=y, features=h),
+    "dict that is its attributes": lambda y, h: Attributes(logits=y, features=h),
+    "dict with attributes": Ordered,
+    "UserDict": lambda y, h: Items(logits=y, features=h),
+    "defaultdict": lambda y, h: collections.defaultdict(list, logits=y, features=[h]),
+    "list": lambda y, h: Listed([y, Plain(h, None)]),
+    "deque": lambda y, h: collections.deque([y, h], maxlen=2),
+    "dict of objects": lambda y, h: {"a": [Out(y)], "b": Plain(None, h)},
+}
+
+
+class Net(nn.Module):
+    def __init__(self, classes, kind):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+        self.head, self.kind = nn.Linear(16, classes), kind
+
+    def forward(self, x):
+        features = self.body(x)
+        return KINDS[self.kind](self.head(features), features)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_taken_apart_is_put_together_again(kind):
+    value = KINDS[kind](torch.ones(2), torch.zeros(3))
+    found, structure = flatten(value)
+    assert sorted(len(leaf) for leaf in found) == [2, 3]
+    for again in (structure, pickle.loads(pickle.dumps(structure))):
+        built = again.build([leaf + 5 for leaf in found])
+        assert type(built) is type(value)
+        assert [(len(leaf), float(leaf[0])) for leaf in leaves(built)] == [(len(t), float(t[0]) + 5) for t in found]
+    assert difference(map_leaves(torch.clone, value), value) is None
+    assert difference(map_leaves(lambda t: t + 1, value), value) is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rung", ladder.RUNGS)
+def test_outputs_are_traced_on_every_rung(kind, rung, monkeypatch):
+    if rung != "symbolic" and kind not in ("nested dataclass", "dict with attributes", "slots"):
+        pytest.skip("the same code")
+    monkeypatch.setattr(ladder, "RUNGS", (rung,))
+    net = Net(3, kind).double().eval()
+    program = trace(net, torch.randn(4, 8, dtype=torch.float64))
+    x = torch.randn(5, 8, dtype=torch.float64)
+    assert difference(program.module(x), net(x)) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_keep_what_they_return(kind):
+    torch.manual_seed(0)
+    a, b = (Net(n, kind).double().eval() for n in (3, 4))
+    x = torch.randn(32, 8, dtype=torch.float64)
+    wide = fxzip.compile_zip(a, b, x, data=[x], method="permute", refit=None, width=2.0, progress=False)
+    for network in (wide, copy.deepcopy(wide), pickle.loads(pickle.dumps(wide))):
+        for k, model in enumerate((a, b)):
+            assert difference(network(x)[k], model(x)) is None
+            assert difference(network.single(k)(x), model(x)) is None
+    twin = fxzip.relabel(a, x)
+    assert difference(twin(x), a(x)) is None
+    found = fxzip.compile_zip(a, twin, x, data=[x], method="permute", refit=None, progress=False)(x)
+    assert difference(found[1], a(x)) is None
+
+
+def test_a_nested_part_of_the_output_is_its_own_heads():
+    """Logits of as many classes, in an object in an object: two tasks, not one."""
+    torch.manual_seed(0)
+    a, b = (Net(3, "nested dataclass") for _ in range(2))
+    x = torch.randn(64, 8)
+    found = fxzip.compile_zip(a, b, x, data=[x], method="permute", refit=None, progress=False)(x)
+    assert not torch.allclose(found[0].logits.logits[0], found[1].logits.logits[0])
+
+
+class Batch:
+    def __init__(self, x, mask):
+        self.x, self.extra, self.name = x, {"mask": mask}, "batch"
+
+
+class Reads(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.a, self.h = nn.Linear(8, 16), nn.Linear(16, classes)
+
+    def forward(self, batch, scale=None):
+        hidden = torch.relu(self.a(batch.x)) * batch.extra["mask"]
+        return self.h(hidden if scale is None else hidden * scale["by"])
+
+
+@pytest.mark.parametrize("rung", ladder.RUNGS)
+def test_inputs_in_objects(rung, monkeypatch):
+    monkeypatch.setattr(ladder, "RUNGS", (rung,))
+    net = Reads(3).eval()
+    batches = [Batch(torch.randn(n, 8), torch.rand(n, 1)) for n in (4, 5)]
+    scaled = {"by": torch.rand(4, 1)}
+    for sample, other in ((batches[0], (batches[1],)), ((batches[0], scaled), (batches[0], scaled))):
+        program = trace(net, sample)
+        torch.testing.assert_close(program.module(*other), net(*other))
+
+
+def test_inputs_in_objects_are_zipped():
+    a, b = Reads(3).eval(), Reads(2).eval()
+    data = [Batch(torch.randn(16, 8), torch.rand(16, 1)) for _ in range(2)]
+    zipped = fxzip.compile_zip(a, b, (data[0],), data=[(own,) for own in data], width=2.0, method="permute", refit=None)
+    for k, model in enumerate((a, b)):
+        torch.testing.assert_close(zipped(data[1])[k], model(data[1]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ContainerError, match="must hold 2 tensors, as the sample input did; found 1"):
+        zipped(types.SimpleNamespace(x=data[0].x))
+
+
+class Returns(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.fc, self.what = nn.Linear(8, 4), what
+
+    def forward(self, x):
+        return self.what(self.fc(x))
+
+
+class Loop:
+    def __init__(self, x):
+        self.x, self.me = x, self
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda y: None, "must return at least one tensor; found none in the `NoneType`"),
+        (lambda y: 3, "must return at least one tensor; found none in the `int`"),
+        (lambda y: y.detach().numpy(), "must return at least one tensor; found none in the `ndarray`"),
+        (lambda y: [], "must return at least one tensor; found none in the `list`"),
+        (Loop, "found some in a `Loop`, and it holds itself"),
+        (lambda y: {y}, "found some in a `set`"),
+        (lambda y: (row for row in [y]), "found some in a `generator`"),
+    ],
+)
+def test_what_is_no_container_is_refused(what, message):
+    with pytest.raises(fxzip.TraceError, match=message):
+        trace(Returns(what), torch.ones(2, 8))
+
+
+def test_calls_on_containers_are_compared_by_structure():
+    one, other = (Rebuild(flatten(Out(torch.ones(n)))[1]) for n in (1, 2))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != Rebuild(flatten(Frozen(torch.ones(1)))[1])
+    assert (one.__name__, Part(0, 1).__name__) == ("Out", "part")
