@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .containers import flatten
 from .errors import DataError
 from .inputs import Call, JointCall, batch_size, leaves
 
@@ -187,8 +187,8 @@ def _keywords(batch: Any, index: int, sample: Call) -> Call:
 
 def _checked(batch: Call, index: int, sample: Call) -> Call:
     """The batch moved to the sample's device and dtype, after a check of structure, dimensions and kind of dtype."""
-    given, _structure = pytree.tree_flatten((batch.args, batch.kwargs))
-    wanted, expected = pytree.tree_flatten((sample.args, sample.kwargs))
+    given, structure = flatten((batch.args, batch.kwargs))
+    wanted = leaves(sample)
     if len(given) != len(wanted):
         raise DataError(
             f"Batch {index} of `data` must have the structure of `sample_input`, {_describe(sample)}; found "
@@ -196,19 +196,16 @@ def _checked(batch: Call, index: int, sample: Call) -> Call:
         )
     moved = []
     for value, like in zip(given, wanted, strict=True):
-        if isinstance(like, Tensor):
-            if not isinstance(value, Tensor) or value.ndim != like.ndim:
-                raise wrong_shape(batch, index, sample, ValueError(_dimensions(value, like)))
-            if _kind(value) != _kind(like):
-                raise DataError(
-                    f"Batch {index} of `data` must have the kind of dtype of `sample_input`, {like.dtype}; found "
-                    f"{value.dtype}. Convert it in the data, e.g. `images.float() / 255`."
-                )
-            same = like.is_floating_point() or like.is_complex() or torch.bool in (like.dtype, value.dtype)
-            value = value.detach().to(like.device, like.dtype if same else value.dtype)
-        moved.append(value)
-    args, kwargs = pytree.tree_unflatten(moved, expected)
-    return Call(args, kwargs)
+        if value.ndim != like.ndim:
+            raise wrong_shape(batch, index, sample, ValueError(_dimensions(value, like)))
+        if _kind(value) != _kind(like):
+            raise DataError(
+                f"Batch {index} of `data` must have the kind of dtype of `sample_input`, {like.dtype}; found "
+                f"{value.dtype}. Convert it in the data, e.g. `images.float() / 255`."
+            )
+        same = like.is_floating_point() or like.is_complex() or torch.bool in (like.dtype, value.dtype)
+        moved.append(value.detach().to(like.device, like.dtype if same else value.dtype))
+    return Call(*structure.build(moved))
 
 
 def _dimensions(value: Any, like: Tensor) -> str:

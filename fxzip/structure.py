@@ -119,8 +119,8 @@ class Rebuild:
     >>> from collections import OrderedDict
     >>> from torch import Tensor
     >>> from fxzip.containers import flatten
-    >>> Rebuild(flatten(OrderedDict(a=Tensor()))[1])(7)
-    OrderedDict({'a': 7})
+    >>> dict(Rebuild(flatten(OrderedDict(a=Tensor()))[1])(7))
+    {'a': 7}
     """
 
     structure: Structure
