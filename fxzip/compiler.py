@@ -16,7 +16,7 @@ from torch import nn
 
 from .agreement import hold_out
 from .align import Alignment, align
-from .analysis import Labelling, label, self_check
+from .analysis import Labelling, check, label
 from .arguments import models_and_sample
 from .branches import Alone, behind, narrowed, whole_trunks
 from .calibration import Calibration
@@ -162,12 +162,14 @@ class Survey:
         labellings: labels of each model.
         pinned: per model, labels that failed the self-check, with the reason.
         errors: relative error of each model's self-check; None: not run.
+        notes: what the self-check could not see.
     """
 
     alignment: Alignment
     labellings: tuple[Labelling, ...]
     pinned: tuple[dict[int, str], ...]
     errors: tuple[float | None, ...]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def flops(self) -> tuple[dict[str, int], ...]:
@@ -200,9 +202,11 @@ def survey(
     if strict:
         _no_barriers(labellings)
     alignment = align(programs, () if start is None else find_stems(labellings, start))
-    checks = [self_check(labelling) if verify else None for labelling in labellings]
-    pinned = tuple(check[2] if check else {} for check in checks)
-    return Survey(alignment, labellings, pinned, tuple(check[1] if check else None for check in checks))
+    if not verify:
+        return Survey(alignment, labellings, ({},) * len(labellings), (None,) * len(labellings))
+    checks = [check(labelling) for labelling in labellings]
+    notes = tuple(dict.fromkeys(f"model {k}: {note}" for k, one in enumerate(checks) for note in one.notes))
+    return Survey(alignment, labellings, tuple(c.pinned for c in checks), tuple(c.error for c in checks), notes)
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,7 @@ def assemble(
         "refit": recipe.refit_name,
         "data": calibration.description,
         "self_check": list(found.errors),
-        "notes": [*calibration.notes, *widths.notes, *fit_notes(zipped)],
+        "notes": [*found.notes, *calibration.notes, *widths.notes, *fit_notes(zipped)],
     }
     report = make_report(zipped, zipping, settings)
     zipped.meta["fxzip_report"] = report.noting(*overspent(report, *recipe.sizing))

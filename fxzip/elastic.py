@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 
 from .align import Alignment, attribute
-from .analysis.trial import Trial, relative_difference, run_with
+from .analysis.sightings import relative_difference
+from .analysis.trial import Trial, run_with
 from .matching import Merge
 from .moments import Moments
 from .plan import planned, reaches

@@ -9,7 +9,8 @@ from typing import Any
 import networkx as nx
 from torch import nn
 
-from .analysis import label, self_check
+from .analysis import check, label
+from .analysis.checking import Check
 from .analysis.graph import relations
 from .analysis.labelling import Barrier, Labelling
 from .analysis.spaces import FeatureSpace, FeatureSpaces, solve
@@ -30,6 +31,7 @@ class Inspection:
         cuts: what `until` takes.
         rung: how the model was traced.
         error: relative error of the self-check (None: not run).
+        notes: what the self-check could not see.
     """
 
     spaces: tuple[FeatureSpace, ...]
@@ -39,6 +41,7 @@ class Inspection:
     rung: str
     error: float | None
     found: FeatureSpaces = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def graph(self) -> nx.MultiDiGraph:
@@ -46,13 +49,14 @@ class Inspection:
         return relations(self.found)
 
     @classmethod
-    def of(cls, labelling: Labelling, found: FeatureSpaces | None, error: float | None) -> Inspection:
-        found = found or solve(labelling)
+    def of(cls, labelling: Labelling, checked: Check | None = None) -> Inspection:
+        found = solve(labelling) if checked is None else checked.spaces
+        error, notes = (None, ()) if checked is None else (checked.error, tuple(checked.notes))
         spaces = found.spaces
         numbers = sorted({space.tie for space in spaces if space.tie is not None})
         ties = tuple(tuple(space.name for space in spaces if space.tie == number) for number in numbers)
         cuts = tuple(cut_names(list(labelling.program.module.graph.nodes)))
-        return cls(spaces, ties, labelling.barriers, cuts, labelling.program.rung, error, found)
+        return cls(spaces, ties, labelling.barriers, cuts, labelling.program.rung, error, found, notes)
 
     def __str__(self) -> str:
         lines = [f"traced: {self.rung}; self-check: " + ("not run" if self.error is None else f"{self.error:.1e}")]
@@ -62,6 +66,7 @@ class Inspection:
             lines.append(f"{space.name[:48]:48}{space.size:>6}  {space.legality:14}{blocks:>12}  {space.reason}")
         lines += ["tied: " + ", ".join(names) for names in self.ties]
         lines += [f"barrier: {barrier.reason}" for barrier in self.barriers]
+        lines += [f"note: {note}" for note in self.notes]
         lines.append("cuts: " + ", ".join(self.cuts))
         return "\n".join(lines)
 
@@ -79,4 +84,4 @@ def inspect(
     """
     program = trace(check_model(model), as_call(sample_input))
     labelling = label(program, rules)
-    return Inspection.of(labelling, *(self_check(labelling)[:2] if verify else (None, None)))
+    return Inspection.of(labelling, check(labelling) if verify else None)

@@ -201,9 +201,9 @@ def test_large_batches_are_cut_to_two(monkeypatch):
     sizes = []
     original = trial.run_with
 
-    def spy(program, values, call, dtype):
+    def spy(program, values, call, dtype, visit):
         sizes.append((call.args[0].shape[0], dtype))
-        return original(program, values, call, dtype)
+        return original(program, values, call, dtype, visit)
 
     monkeypatch.setattr(trial, "run_with", spy)
     self_check(labelled(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(64, 3)))

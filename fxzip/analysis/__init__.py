@@ -1,10 +1,11 @@
 """Which features of a program may change places: `label` → `solve`, and the self-check of the result.
 
 `labelling` pushes labels through one run, `solver` and `spaces` solve what the rules said, `relabel` makes legal
-relabellings, `trial` runs the program before and after one, `checking` proves the analysis by that.
+relabellings, `trial` runs the program before and after one, `sightings` says what its nodes show, `checking` proves the
+analysis by that.
 """
 
-from .checking import relative_difference, self_check
+from .checking import Check, check, relative_difference, self_check
 from .graph import dependencies, relations
 from .labelling import Barrier, Labelling, ParamLabels, Site, label
 from .relabel import group_run, random_relabelling, relabelled
@@ -12,12 +13,14 @@ from .spaces import FeatureSpace, FeatureSpaces, Layout, solve
 
 __all__ = [
     "Barrier",
+    "Check",
     "FeatureSpace",
     "FeatureSpaces",
     "Labelling",
     "Layout",
     "ParamLabels",
     "Site",
+    "check",
     "dependencies",
     "group_run",
     "label",

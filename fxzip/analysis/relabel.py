@@ -6,7 +6,7 @@ network computes the same function afterwards; `checking` makes the self-check o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -68,11 +68,15 @@ def dense_kernel(value: Tensor, groups: int) -> Tensor:
     return result.reshape(rows, groups * columns, *value.shape[2:])
 
 
-def _origins(spaces: FeatureSpaces, perms: list[Tensor]) -> Ints:
+def _origins(spaces: FeatureSpaces, perms: Sequence[Tensor]) -> Ints:
     """For each class (and, last, for what is none) the class that comes to its places, shape [classes + 1]."""
     origin = np.arange(len(spaces.space_of) + 1)
     for space, perm in zip(spaces.spaces, perms, strict=True):
         origin[space.classes[perm].numpy()] = space.classes.numpy()
+    block_of = spaces.block_of.numpy()
+    held = np.flatnonzero(block_of >= 0)  # a block that no parameter holds goes where its members go
+    held = held[block_of[origin[held]] >= 0]
+    origin[block_of[held]] = block_of[origin[held]]
     return origin
 
 
@@ -102,15 +106,62 @@ class _Runs:
         return torch.from_numpy(order[np.searchsorted(ranked, wanted) + occurrence])
 
 
+class Movement:
+    """What a relabelling does to the value of a node, by the fields that the node has.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from fxzip.analysis import label, solve
+    >>> from fxzip.rules import RULES
+    >>> from fxzip.tracing import trace
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> labelling = label(trace(net, torch.ones(4, 2)), RULES)
+    >>> shift = Movement(solve(labelling), [torch.tensor([1, 2, 0])])
+    >>> shift(torch.tensor([[5.0, 6.0, 7.0]]), labelling.fields["_1"])
+    tensor([[7., 5., 6.]])
+    """
+
+    def __init__(self, spaces: FeatureSpaces, perms: Sequence[Tensor]) -> None:
+        self._runs = _Runs(spaces, _origins(spaces, perms))
+
+    def __call__(self, value: Tensor, fields: Sequence[Tensor]) -> Tensor | None:
+        """The value as it must be afterwards; None if its fields do not say where everything comes from."""
+        for labels in fields:
+            labels = _fitting(labels, value)
+            source = self._runs.sources(labels)
+            if source is not None:
+                if not torch.equal(source.sort().values, torch.arange(len(source))):
+                    return None
+                value = _gathered(value, source.to(value.device), labels)
+        return value
+
+
+def _fitting(labels: Tensor, value: Tensor) -> Tensor:
+    """Labels of a value with fewer rows than the sample: those of the first ones."""
+    return labels if labels.shape[0] in (1, value.shape[0]) else labels[: value.shape[0]]
+
+
+def _gathered(value: Tensor, source: Tensor, labels: Tensor) -> Tensor:
+    """The value with its places along the axes that the labels vary over taken from other places of theirs."""
+    axes = [axis for axis, size in enumerate(labels.shape) if size > 1]
+    if len(axes) == 1:
+        return value.index_select(axes[0], source)
+    ends = list(range(value.ndim - len(axes), value.ndim))
+    run = value.movedim(axes, ends)
+    return run.flatten(-len(axes)).index_select(-1, source).reshape(run.shape).movedim(ends, axes)
+
+
 def relabelled(
     values: Mapping[str, Tensor],
     spaces: FeatureSpaces,
-    perms: list[Tensor],
+    perms: Sequence[Tensor],
     into: Mapping[str, Tensor] | None = None,
+    but: Collection[tuple[str, int]] = (),
 ) -> dict[str, Tensor]:
     """All parameters and buffers in `values` (by name) after the relabelling.
 
-    Those in `into` are written there, in its dtypes.
+    Those in `into` are written there, in its dtypes. Fields in `but` (parameter, number) stay as they are, so that the
+    result is no relabelling.
     """
     params = spaces.labelling.params
     runs = _Runs(spaces, _origins(spaces, perms))
@@ -119,9 +170,10 @@ def relabelled(
         room = None if into is None else into.get(name)
         labels = params.get(name, ParamLabels(()))
         if labels.groups > 1:
-            moved = _grouped_kernel(value, labels, runs)
+            moved = _grouped_kernel(value, labels, runs, [(name, place) in but for place in (0, 1)])
         else:
-            axes = {next(a for a, n in enumerate(run.shape) if n > 1): runs.sources(run) for run in labels.fields}
+            moving = [run for place, run in enumerate(labels.fields) if (name, place) not in but]
+            axes = {next(a for a, n in enumerate(run.shape) if n > 1): runs.sources(run) for run in moving}
             sources = {a: s.to(value.device) for a, s in axes.items() if s is not None}
             moved = _moved(value, sources, torch.empty_like(value) if room is None else room) if sources else value
         result[name] = moved if room is None or moved is room else room.copy_(moved)
@@ -142,9 +194,10 @@ def _moved(value: Tensor, sources: Mapping[int, Tensor], room: Tensor) -> Tensor
     return room
 
 
-def _grouped_kernel(value: Tensor, labels: ParamLabels, runs: _Runs) -> Tensor:
+def _grouped_kernel(value: Tensor, labels: ParamLabels, runs: _Runs, stay: Sequence[bool]) -> Tensor:
     rows, columns = value.shape[0] // labels.groups, value.shape[1]
-    first, second = runs.sources(labels.fields[0]), runs.sources(group_run(labels))
+    first = None if stay[0] else runs.sources(labels.fields[0])
+    second = None if stay[1] else runs.sources(group_run(labels))
     first = torch.arange(len(value)) if first is None else first
     second = torch.arange(labels.groups * columns) if second is None else second
     own = second.reshape(labels.groups, columns).remainder(columns).repeat_interleave(rows, 0)

@@ -72,6 +72,7 @@ class FeatureSpaces:
         klass: label -> class, shape [labels].
         pinned: class -> why it is pinned, with the kind of pin.
         consumed: (parameter, field number) pairs that are summed over against activations.
+        block_of: class -> the class of the block that it moves with, -1 if there is none.
     """
 
     labelling: Labelling
@@ -81,6 +82,7 @@ class FeatureSpaces:
     feature_of: Tensor
     pins: dict[int, tuple[str, str]]
     consumed: frozenset[tuple[str, int]]
+    block_of: Tensor
     touched: dict[str, set[int]] = field(default_factory=dict)
 
     def layout(self, labels: Tensor) -> Layout:
@@ -226,8 +228,10 @@ def _assemble(
         add(np.array([unit.root for unit in family]), tie, torch.arange(len(family))[:, None])
     held = np.flatnonzero(solver.pinned)
     pins = {c: solver.reasons[why] for c, why in zip(held.tolist(), solver.pinned[held].tolist(), strict=True)}
-    klass = torch.from_numpy(solver.klass)
-    return FeatureSpaces(labelling, tuple(spaces), klass, space_of, feature_of, pins, roles.consumed)
+    klass, block_of = torch.from_numpy(solver.klass), torch.full((solver.count,), -1)
+    blocks, members = torch.from_numpy(solver.free_edges())
+    block_of[members] = blocks
+    return FeatureSpaces(labelling, tuple(spaces), klass, space_of, feature_of, pins, roles.consumed, block_of)
 
 
 def _singles(roles: Roles, solver: Solver, kinds: Ints, units: Sequence[Unit]) -> list[Ints]:

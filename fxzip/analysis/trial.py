@@ -1,4 +1,4 @@
-"""A program on random parameters, before and after a relabelling.
+"""A program on random parameters, before and after a relabelling: what it returns, and what its nodes show.
 
 It runs in float64, because deep random networks amplify rounding and a wrong rule may have a small effect; on a batch
 of at most 2; and not on the model's own parameters, because a branch that a checkpoint scales by 1e-6 would hide a
@@ -10,21 +10,22 @@ once as the program runs on them, and the latter are written over for every rela
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..containers import leaves
 from ..inputs import Call, batch_size, map_tensors, with_batch
 from ..tracing import Program, flat_inputs, quiet_execution
-from .relabel import relabelled
+from .labelling import Labelling
+from .relabel import Movement, relabelled
+from .sightings import Sightings, Watcher, departures, relative_difference, tensor_difference, unmoved
 from .spaces import FeatureSpaces
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
@@ -36,8 +37,12 @@ _DOUBLE_LIMIT = 1 << 28  # parameters above this number are checked in their own
 class Trial:
     """A program with random parameters, and what it gives before any relabelling."""
 
-    def __init__(self, program: Program, seed: int, dtype: torch.dtype | None) -> None:
-        self.program = program
+    def __init__(
+        self, program: Program, seed: int, dtype: torch.dtype | None, labelling: Labelling | None = None
+    ) -> None:
+        self.program, self.labelling = program, labelling
+        self.seen: Sightings = {}
+        self.restless: frozenset[str] = frozenset()  # nodes whose values move by rounding alone
         self._room: dict[str, Tensor] = {}
         parameters = list(program.module.parameters())
         own = next((p.dtype for p in parameters if p.dtype in TOLERANCE), torch.float32)
@@ -58,9 +63,16 @@ class Trial:
         self.tolerance = TOLERANCE[self.dtype]
 
     def _prepare(self, seed: int, gain: float = 1.0) -> None:
-        self._set(sane_values(self.program, seed, gain))
+        values = sane_values(self.program, seed, gain)
+        self._set(values)
         if not _finite(self.expected):
+            shown = self._finite_nodes()
             self._set(_tensors(self.program))
+            if not _finite(self.expected) and self._finite_nodes() <= shown:
+                self._set(values)
+
+    def _finite_nodes(self) -> int:
+        return sum(_finite(value) for value in self.seen.values())
 
     def _set(self, values: Mapping[str, Tensor]) -> None:
         self.values = {name: value.detach() for name, value in values.items()}
@@ -68,22 +80,55 @@ class Trial:
         if any(name not in self._room or self._room[name].dtype != self.dtype for name in floats):
             self._room = {name: torch.empty_like(value, dtype=self.dtype) for name, value in floats.items()}
         wide = {name: self._room[name].copy_(value) for name, value in floats.items()}
-        self.expected = run_with(self.program, self.values | wide, self.call, self.dtype)
+        self.expected, self.seen = self._run(self.values | wide)
 
-    def error(self, spaces: FeatureSpaces, perms: list[Tensor]) -> float:
-        """How far the output moves, relative to its largest magnitude."""
-        values = relabelled(self.values, spaces, perms, self._room)
-        return relative_difference(self.expected, run_with(self.program, values, self.call, self.dtype))
+    def _run(self, values: Mapping[str, Tensor]) -> tuple[Any, Sightings]:
+        """What the program returns, and what its nodes show."""
+        if self.labelling is None:
+            return run_with(self.program, values, self.call, self.dtype), {}
+        watcher = Watcher(self.labelling)
+        return run_with(self.program, values, self.call, self.dtype, watcher), watcher.seen
+
+    def error(self, spaces: FeatureSpaces, perms: Sequence[Tensor]) -> float:
+        """How far the output moves, or the value of a node from where it has to go, relative to its largest
+        magnitude."""
+        return self.departure(spaces, perms)[0]
+
+    def departure(
+        self, spaces: FeatureSpaces, perms: Sequence[Tensor], but: Collection[tuple[str, int]] = ()
+    ) -> tuple[float, str]:
+        """The same, and what it is that moves: the output, else the first node. `but` as in `relabelled`."""
+        output, seen = self._run(relabelled(self.values, spaces, perms, self._room, but))
+        moved = relative_difference(self.expected, output)
+        if moved > self.tolerance or self.labelling is None:
+            return moved, "the output"
+        for node, gap in departures(self.seen, seen, self.labelling, Movement(spaces, perms)):
+            if gap > self.tolerance and node not in self.restless:
+                return gap, f"the value of node `{node}`"
+        return moved, "the output"
+
+    def unmoved(self, spaces: FeatureSpaces, perms: Sequence[Tensor]) -> set[int]:
+        """Spaces that a relabelling does not visibly move at each node which carries them."""
+        return set() if self.labelling is None else unmoved(self.seen, self.labelling, spaces, Movement(spaces, perms))
+
+    def vary(self, seed: int, gain: float) -> bool:
+        """Other random parameters, of both signs; whether the program's output is finite on them."""
+        self._set(sane_values(self.program, seed, gain, signed=True))
+        self.restless = frozenset()
+        return _finite(self.expected)
 
     def calm(self, seed: int) -> None:
-        """Make sure that rounding alone moves the output by less than a tenth of the tolerance."""
-        for gain in (0.5, 0.25, None):
+        """Make sure that rounding alone moves the output by less than a tenth of the tolerance, and find the nodes
+        that it moves by more all the same."""
+        for gain in (0.5, 0.25, 0.0, None):
             generator = torch.Generator().manual_seed(seed)
             values = {k: _nudged(_cast(v, self.dtype), generator) for k, v in self.values.items()}
-            moved = relative_difference(self.expected, run_with(self.program, values, self.call, self.dtype))
-            if moved <= self.tolerance / 10:
+            output, seen = self._run(values)
+            still = [(node, tensor_difference(value, seen[node])) for node, value in self.seen.items() if node in seen]
+            self.restless = frozenset(node for node, moved in still if moved > self.tolerance / 10)
+            if gain is None or relative_difference(self.expected, output) <= self.tolerance / 10:
                 return
-            self._prepare(seed, gain) if gain is not None else self._set(_tensors(self.program))
+            self._prepare(seed, gain) if gain else self._set(_tensors(self.program))
 
 
 def _nudged(value: Tensor, generator: torch.Generator) -> Tensor:
@@ -102,10 +147,10 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach().to(dtype) if value.is_floating_point() else value
 
 
-def sane_values(program: Program, seed: int, gain: float = 1.0) -> dict[str, Tensor]:
+def sane_values(program: Program, seed: int, gain: float = 1.0, *, signed: bool = False) -> dict[str, Tensor]:
     """Random parameters under which signals neither die nor explode: scales in [0.5, 1.5], weights of the given gain.
 
-    Integers and buffers outside of the state dict keep their values.
+    Integers and buffers outside of the state dict keep their values. `signed`: every other scale is negative.
     """
     parameters = dict(program.module.named_parameters())
     values = _tensors(program)
@@ -117,21 +162,52 @@ def sane_values(program: Program, seed: int, gain: float = 1.0) -> dict[str, Ten
         generator.random(out=noise.numpy(), dtype=np.float32)
         if tensor.ndim < 2:
             noise += 0.5
+            if signed and name in parameters and noise.ndim:
+                noise[1::2].neg_()
         else:
             noise.sub_(0.5).mul_(gain * (12 / max(tensor[0].numel(), 1)) ** 0.5)
         values[name] = noise.to(tensor.device)
     return values
 
 
-def run_with(program: Program, values: Mapping[str, Tensor], call: Call, dtype: torch.dtype) -> Any:
+Visit = Callable[[fx.Node, Any], Any]
+"""What is done with the value of each node; gives the value to go on with."""
+
+
+def run_with(
+    program: Program, values: Mapping[str, Tensor], call: Call, dtype: torch.dtype, visit: Visit | None = None
+) -> Any:
     """The program's output with other parameters, in `dtype` throughout if that is float64."""
     buffers = dict(program.module.named_buffers())
     own = {k: _cast(v, dtype) for k, v in values.items()}
     own |= {k: v.clone() for k, v in own.items() if k in buffers}
     inputs = flat_inputs(program.module, map_tensors(lambda t: _cast(t, dtype).clone(), call))
+    module: nn.Module = program.module
+    if visit is not None:
+        module, own = _Visited(program.module, visit), {f"module.{name}": value for name, value in own.items()}
     with quiet_execution(), _in_double() if dtype == torch.float64 else nullcontext():
         torch.manual_seed(0)
-        return torch.func.functional_call(program.module, own, tuple(inputs))
+        return torch.func.functional_call(module, own, tuple(inputs))
+
+
+class _Visited(nn.Module):
+    """A graph module that runs node by node."""
+
+    def __init__(self, module: fx.GraphModule, visit: Visit) -> None:
+        super().__init__()
+        self.module, self.visit = module, visit
+
+    def forward(self, *inputs: Any) -> Any:
+        return _Visiting(self.module, self.visit).run(*inputs)
+
+
+class _Visiting(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, visit: Visit) -> None:
+        super().__init__(module)
+        self.visit, self.extra_traceback = visit, False
+
+    def run_node(self, n: fx.Node) -> Any:
+        return self.visit(n, super().run_node(n))
 
 
 @contextmanager
@@ -172,23 +248,3 @@ def _wider(value: Any) -> Any:
 
 def _finite(output: Any) -> bool:
     return all(bool(t.isfinite().all()) for t in leaves(output))
-
-
-def relative_difference(expected: Any, found: Any) -> float:
-    """max |expected - found| / max |expected|, the worst over all tensors of two equal structures.
-
-    inf where integers differ, or where one is not finite and the other is not the same.
-    """
-    pairs = zip(leaves(expected), leaves(found), strict=True)
-    return max((_tensor_difference(x, y) for x, y in pairs if x.numel()), default=0.0)
-
-
-def _tensor_difference(x: Tensor, y: Tensor) -> float:
-    if not (x.is_floating_point() or x.is_complex()):
-        return 0.0 if torch.equal(x, y) else math.inf
-    odd = ~x.isfinite()
-    if bool(odd.any()) and not torch.equal(torch.nan_to_num(x[odd]), torch.nan_to_num(y[odd])):
-        return math.inf
-    scale = float(torch.where(odd, 0, x).detach().abs().max()) or 1.0
-    gap = float(torch.where(odd, 0, x - y).detach().abs().max()) / scale
-    return gap if math.isfinite(gap) else math.inf
