@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Moments:
         sizes: (n_1, ..., n_K), features per model; N = Σ n_k.
         samples: the same features at a few positions, as they are before the nonlinearity, shape [at most 512, N], or
             None. They decide between features that the moments cannot tell apart, such as those that a ReLU silences.
+        marks: what the weights around a feature are like, whatever the order of all other features, shape [N, d], or
+            None. They decide between features that the data cannot tell apart (see `unclear`).
     """
 
     count: float
@@ -35,6 +38,7 @@ class Moments:
     outer: Tensor
     sizes: tuple[int, ...]
     samples: Tensor | None = None
+    marks: Tensor | None = None
 
     def __add__(self, other: Moments) -> Moments:
         drawn = [own for own in (self.samples, other.samples) if own is not None]
@@ -44,6 +48,7 @@ class Moments:
             self.outer + other.outer,
             self.sizes,
             torch.cat(drawn)[:SAMPLES] if drawn else None,
+            self.marks,
         )
 
     @property
@@ -71,6 +76,21 @@ class Moments:
         scale = torch.where(self.alive, variance.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
         return covariance.mul_(scale[:, None]).mul_(scale).clamp_(-1, 1).fill_diagonal_(1.0)
 
+    def unclear(self, correlation: Tensor | None = None) -> Tensor:
+        """Which features the data cannot tell from others of their model, bool, shape [N]: those that never vary, and
+        affine copies of others. `correlation` saves computing it again.
+
+        >>> x = torch.tensor([[1.0, 3.0, 0.0, 2.0], [2.0, 5.0, 1.0, 2.0], [3.0, 7.0, 0.0, 2.0]])
+        >>> moments([x]).unclear()
+        tensor([ True,  True, False,  True])
+        """
+        correlation = self.correlation if correlation is None else correlation
+        result = ~self.alive
+        for a, b in pairwise(self.offsets()):
+            own = correlation[a:b, a:b].abs().fill_diagonal_(0)
+            result[a:b] |= (own > 1 - 1e-4).any(1)
+        return result
+
     def offsets(self) -> tuple[int, ...]:
         """Start of every model's features in x, and N at the end."""
         ends = torch.tensor([0, *self.sizes]).cumsum(0)
@@ -82,7 +102,8 @@ class Moments:
         index = torch.cat([part + offset for part, offset in zip(parts, offsets, strict=False)])
         sizes = tuple(len(part) for part in parts)
         samples = None if self.samples is None else self.samples[:, index]
-        return Moments(self.count, self.total[index], self.outer[index][:, index], sizes, samples)
+        marks = None if self.marks is None else self.marks[index.cpu()]
+        return Moments(self.count, self.total[index], self.outer[index][:, index], sizes, samples, marks)
 
 
 def moments(features: Sequence[Tensor]) -> Moments:

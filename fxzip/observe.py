@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .batches import not_finite, wrong_shape
 from .inputs import Call
 from .moments import SAMPLES, Moments
-from .places import VALUE, Watch, watches
+from .places import VALUE, Spot, Watch, watches
 from .tracing import Program, flat_inputs, quiet_execution
 from .trunk import Trunk
 
@@ -81,22 +81,24 @@ class _Watcher(TorchDispatchMode):
     def __init__(self, places: list[Watch], k: int) -> None:
         super().__init__()
         self.k = k
-        self.wanted: dict[tuple[str, int], list[tuple[int, Watch]]] = defaultdict(list)
+        self.wanted: dict[tuple[str, Spot], list[tuple[int, Watch]]] = defaultdict(list)
         for number, watch in enumerate(places):
             self.wanted[watch.node[k], watch.call].append((number, watch))
         tally = Counter(watch.space for watch in places if not watch.sample)
         self.positions = [SAMPLES_A_BATCH if w.sample else -(-_positions(w) // tally[w.space]) for w in places]
-        self.node, self.calls = "", 0
+        self.node = ""
+        self.calls: Counter[str] = Counter()
         self.taken: dict[int, Tensor] = {}
         self.done: set[int] = set()  # watches of which enough has been taken
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.take(self.calls, args, out)
-        self.calls += 1
+        name = func._schema.name.split("::")[-1]
+        self.take((name, self.calls[name]), args, out)
+        self.calls[name] += 1
         return out
 
-    def take(self, call: int, args: Sequence[Any], out: Any) -> None:
+    def take(self, call: Spot, args: Sequence[Any], out: Any) -> None:
         """What is watched of a call of the node that runs, or of its value (`VALUE`)."""
         for number, watch in self.wanted.get((self.node, call), ()):
             if number in self.done:
@@ -112,6 +114,8 @@ def _features(value: Tensor, watch: Watch, k: int, positions: int) -> Tensor | N
 
     None if the run has another length than traced.
     """
+    if max(*watch.axes, *watch.pooled, 0) >= value.ndim:
+        return None
     if tuple(value.shape[a] for a in watch.axes) != watch.sizes[k]:
         return None
     axes, pooled = watch.axes, watch.pooled
@@ -157,7 +161,7 @@ class _WatchedRun(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if not self.left and n.op != "placeholder":
             return None
-        self.watcher.node, self.watcher.calls = n.name, 0
+        self.watcher.node, self.watcher.calls = n.name, Counter()
         value = super().run_node(n)
         self.watcher.take(VALUE, (), value)
         self.left.discard(n.name)
@@ -226,8 +230,8 @@ def _take(sums: dict[int, _Sums], places: list[Watch], watchers: list[_Watcher])
     drawn: list[tuple[int, Tensor]] = []
     for number, watch in enumerate(places):
         features = [watcher.taken[number] for watcher in watchers if number in watcher.taken]
-        if len(features) < len(watchers):
-            continue
+        if len(features) < len(watchers) or len({len(own) for own in features}) > 1:
+            continue  # rows that each model picks by itself do not belong together
         joint = torch.cat(features, dim=1)
         if watch.sample:
             drawn.append((number, joint))

@@ -21,13 +21,17 @@ from .analysis.spaces import slots
 from .rules import varying
 from .trunk import Trunk
 
-VALUE = -1
+Spot = tuple[str, int]
+"""A call inside a node: its name, and which of the calls of that name it is."""
+
+VALUE: Spot = ("", -1)
+"""No call: the value of the node."""
 
 
 @dataclass(frozen=True, eq=False)
 class Watch:
-    """One place where features of a space can be seen in all models: argument `arg` (-1: the result) of the `call`-th
-    ATen call of a node, or the value of the node (call `VALUE`).
+    """One place where features of a space can be seen in all models: argument `arg` (-1: the result) of an ATen call
+    inside a node, or the value of the node (call `VALUE`).
 
     `index[k]` has shape [occurrences, n_k]: where the features sit along the run made of `axes`. Axes that other
     features of the models lie along, in orders of their own, are `pooled`: averaged out. Where axis 0 holds both these
@@ -36,7 +40,7 @@ class Watch:
 
     space: int
     node: tuple[str, ...]
-    call: int
+    call: Spot
     arg: int
     axes: tuple[int, ...]
     pooled: tuple[int, ...]
@@ -62,9 +66,9 @@ def watches(trunk: Trunk) -> list[Watch]:
     """Where to look: per space where its features are read, else where they arise."""
     found: dict[int, list[tuple[bool, Watch]]] = defaultdict(list)
     names = [trunk.names(k) for k in range(len(trunk.spaces))]
-    sites = [{(s.node, s.call, s.arg, tuple(sorted(varying(s.labels)))): s for s in label.sites}
+    sites = [{(s.node, (s.name, s.nth), s.arg, tuple(sorted(varying(s.labels)))): s for s in label.sites}
              for label in trunk.labellings]  # fmt: skip
-    labelled: dict[tuple[str, int, int], set[int]] = defaultdict(set)
+    labelled: dict[tuple[str, Spot, int], set[int]] = defaultdict(set)
     for node, call, arg, axes in sites[0]:
         labelled[node, call, arg].update(axes)
     for node, call, arg, axes in sites[0]:
@@ -96,7 +100,7 @@ def _handed_over(trunk: Trunk) -> Iterator[Watch]:
         labelled = set().union(*runs[0])
         for axes, same in zip(runs[0], zip(*fields, strict=True), strict=True):
             shapes = [program.shapes[twin] for program, twin in zip(trunk.alignment.programs, twins, strict=True)]
-            here = [Site(t, VALUE, -1, f, shape, True) for t, f, shape in zip(twins, same, shapes, strict=True)]
+            here = [Site(t, -1, -1, f, shape, True, *VALUE) for t, f, shape in zip(twins, same, shapes, strict=True)]
             yield from _watches_at(trunk, here, twins, axes, _pooled(trunk, labelled - set(axes)))
 
 
@@ -150,4 +154,5 @@ def _watches_at(
             index = tuple(slots(layout, number) for layout, number in zip(layouts, numbers, strict=True))
             features = [own.spaces[number].size for own, number in zip(trunk.spaces, numbers, strict=True)]
             if [run.shape[1] for run in index] == features:
-                yield Watch(space, twins, here[0].call, here[0].arg, axes, pooled, sizes, index, period)
+                spot = here[0].name, here[0].nth
+                yield Watch(space, twins, spot, here[0].arg, axes, pooled, sizes, index, period)

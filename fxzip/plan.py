@@ -8,7 +8,7 @@ own weights W, the gather is folded away: W U_k x* = W x_k.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from .analysis.spaces import FeatureSpaces, Layout
 from .errors import InputError
-from .matching import JointMethod, Merge, Method, Problem, Space, match_spaces, needs
+from .matching import JointMethod, Merge, Method, Problem, Space, Weight, marks, match_spaces, match_unseen, needs
 from .moments import Moments
 from .readers import readers
 from .trunk import Trunk
@@ -34,7 +34,7 @@ class ZipPlan:
         merges: space number of model 0 -> its merge.
         folded: for each model, the spaces whose unmerge goes into the head's weights.
         reach: for each model, label of a head -> the trunk's label that it is the same feature as (0: none).
-        unobserved: spaces for which the data showed nothing; they are merged by position.
+        unobserved: spaces for which the data showed nothing; they are matched by weights, if at all.
         kept: space number of model 0 -> how many features it keeps, where that is not the number of model 0.
         heads: model -> the plan of that model by itself, where its head keeps fewer features (see `branches`).
     """
@@ -77,7 +77,21 @@ def problem_of(
                 kept=(kept or {}).get(number, 0),
             )
         )
-    return Problem(tuple(spaces), weights_of(trunk) if "weights" in needs(method) else ())
+    weights = weights_of(trunk) if "weights" in needs(method) else ()
+    return Problem(_marked(trunk, spaces, weights) if "moments" in needs(method) else tuple(spaces), weights)
+
+
+def _marked(trunk: Trunk, spaces: Sequence[Space], weights: Sequence[Weight]) -> tuple[Space, ...]:
+    """The spaces; where the data cannot tell features apart, their moments come with marks of the weights."""
+    unclear = {s for s, space in enumerate(spaces) if space.moments is not None and bool(space.moments.unclear().any())}
+    if unclear and not weights:
+        weights = weights_of(trunk)
+    result = list(spaces)
+    for s in unclear:
+        seen = spaces[s].moments
+        assert seen is not None
+        result[s] = replace(spaces[s], moments=replace(seen, marks=marks(weights, s)))
+    return tuple(result)
 
 
 def plan(
@@ -94,7 +108,7 @@ def plan(
     kept = kept or {}
     reach = reaches(trunk)
     problem = problem_of(trunk, statistics, method, reach, kept)
-    merges = dict(enumerate(match_spaces(problem, method)))
+    merges: dict[int, Merge] = dict(enumerate(match_spaces(problem, method)))
     for number, size in kept.items():
         if merges[number].size != size:
             raise InputError(
@@ -103,6 +117,8 @@ def plan(
             )
     asks = "moments" in needs(method)
     unobserved = frozenset(s for s, space in enumerate(problem.spaces) if asks and space.moments is None)
+    if unobserved and "weights" not in needs(method) and not getattr(method, "by_position", False):
+        merges |= match_unseen(replace(problem, weights=weights_of(trunk)), merges)
     return planned(trunk, merges, reach, unobserved, kept)
 
 

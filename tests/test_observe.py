@@ -137,7 +137,7 @@ def test_narrow_spaces_are_seen_at_more_positions_than_wide_ones():
     def count(features):
         index = torch.arange(features)[None]
         return module._positions(
-            places.Watch(0, ("a", "b"), 0, 0, (1,), (), ((features,), (features,)), (index, index))
+            places.Watch(0, ("a", "b"), ("mm", 0), 0, (1,), (), ((features,), (features,)), (index, index))
         )
 
     least, most = module.POSITIONS

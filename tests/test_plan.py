@@ -54,15 +54,24 @@ def test_every_space_has_a_merge_of_the_first_models_size():
     assert not planned.unobserved
 
 
-def test_what_the_data_does_not_reach_is_merged_by_position_and_said_so():
-    models = [randomise(Residual(4), seed).double() for seed in (1, 2)]
-    trunk, statistics = observed(models=models)
-    missing = min(statistics)
-    planned = plan(trunk, {s: seen for s, seen in statistics.items() if s != missing}, fxzip.Permute())
-    assert planned.unobserved == {missing}
-    identity = torch.arange(planned.merges[missing].sizes[0])
-    for k in range(2):
-        torch.testing.assert_close(planned.merges[missing].assignment(k), identity)
+@pytest.mark.parametrize("method", [fxzip.Permute(), fxzip.Zip(), fxzip.Energy()])
+def test_what_the_data_does_not_reach_is_matched_by_weights_and_said_so(method):
+    model = randomise(Residual(4), 1).double()
+    trunk, statistics = observed(models=[model, fxzip.relabel(model, X)])
+    right = plan(trunk, statistics, fxzip.Permute()).merges
+    for missing in statistics:
+        planned = plan(trunk, {s: seen for s, seen in statistics.items() if s != missing}, method)
+        assert planned.unobserved == {missing}
+        for k in range(2):
+            torch.testing.assert_close(planned.merges[missing].assignment(k), right[missing].assignment(k))
+
+
+def test_average_merges_by_position_whatever_the_data_reaches():
+    trunk, statistics = observed(models=[randomise(Residual(4), seed).double() for seed in (1, 2)])
+    planned = plan(trunk, {}, fxzip.Average())
+    assert planned.unobserved == set(statistics)
+    for s, merge in planned.merges.items():
+        torch.testing.assert_close(merge.assignment(1), torch.arange(merge.sizes[0]), msg=str(s))
 
 
 def test_the_head_is_what_the_trunk_is_not():

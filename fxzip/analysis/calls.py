@@ -116,6 +116,8 @@ def _note_sites(state: State, call: Invocation) -> None:
     """
     if call.name not in _SUMS:
         return
+    nth = state.tally[state.node, call.name]
+    state.tally[state.node, call.name] += 1
     values = [(place, t) for place, t in enumerate(call.args) if isinstance(t, Tensor)]
     moving = [(place, t) for place, t in values if not state.entry(t).static]
     if not moving:
@@ -126,4 +128,5 @@ def _note_sites(state: State, call: Invocation) -> None:
     for place, tensor in [*moving, (-1, call.out)]:
         for labels in state.entry(tensor).fields:
             consumed = place >= 0 and len(moving) == 1
-            state.sites.append(Site(state.node, state.calls, place, labels, tensor.shape, consumed))
+            site = Site(state.node, state.calls, place, labels, tensor.shape, consumed, call.name, nth)
+            state.sites.append(site)

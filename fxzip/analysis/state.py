@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,10 @@ class ParamLabels:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place where features can be watched: argument `arg` (-1: the result) of the `call`-th ATen call of a node."""
+    """A place where features can be watched: argument `arg` (-1: the result) of the `call`-th ATen call of a node.
+
+    `name`, `nth`: the call as the `nth` of its name in the node, which holds whatever torch does between such calls.
+    """
 
     node: str
     call: int
@@ -33,6 +37,8 @@ class Site:
     labels: Tensor
     shape: torch.Size
     consumed: bool
+    name: str = ""
+    nth: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class State:
     touches: set[str] = field(default_factory=set)
     seen: dict[int, Tensor] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
+    tally: Counter[tuple[str, str]] = field(default_factory=Counter)  # sums by node and name
     barriers: list[Barrier] = field(default_factory=list)
     probed: list[Probed] = field(default_factory=list)
     made: list[int] = field(default_factory=list)  # ids of the entries of the node under way

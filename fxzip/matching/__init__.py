@@ -29,12 +29,14 @@ from fxzip.matching.clustering import Agglomerative, KMeans
 from fxzip.matching.cycles import CycleConsistent
 from fxzip.matching.dualspace import MuDSC
 from fxzip.matching.energy import Energy
+from fxzip.matching.marks import marks
 from fxzip.matching.merge import Merge, Method, similarity
 from fxzip.matching.optimal import Optimal
 from fxzip.matching.permute import Permute
 from fxzip.matching.problem import JointMethod, Problem, Run, Space, Weight, match_spaces, needs
 from fxzip.matching.recover import Recover
 from fxzip.matching.transport import Transport
+from fxzip.matching.unseen import match_unseen
 from fxzip.matching.weights import WeightMatching
 from fxzip.matching.zipping import Zip
 
@@ -104,8 +106,10 @@ __all__ = [
     "Weight",
     "WeightMatching",
     "Zip",
+    "marks",
     "match_blocks",
     "match_spaces",
+    "match_unseen",
     "needs",
     "resolve",
     "similarity",

@@ -24,6 +24,7 @@ class Average:
     """
 
     name: ClassVar[str] = "average"
+    by_position: ClassVar[bool] = True
 
     def __call__(self, moments: Moments, size: int | None = None) -> Merge:
         """The identity merge of K models with n features each.

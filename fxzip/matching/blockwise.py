@@ -174,9 +174,10 @@ def _merge_inside(space: BlockMoments, alike: Tensor, matched: Sequence[Tensor],
     features = torch.cat([blocks + offset for blocks, offset in zip(matched, offsets[:-1], strict=True)], dim=1)
     totals, outers = moments.total[features], moments.outer[features[:, :, None], features[:, None, :]]
     samples = [None if moments.samples is None else moments.samples[:, row] for row in features]
+    marks = [None if moments.marks is None else moments.marks[row.cpu()] for row in features]
     parts = [
-        method(Moments(moments.count, total, outer, widths, drawn), widths[0])
-        for total, outer, drawn in zip(totals, outers, samples, strict=True)
+        method(Moments(moments.count, total, outer, widths, drawn, own), widths[0])
+        for total, outer, drawn, own in zip(totals, outers, samples, marks, strict=True)
     ]
     rows, columns = matched[0][:, :, None], features[:, None, :]
     merge = alike.new_zeros(moments.sizes[0], sum(moments.sizes))

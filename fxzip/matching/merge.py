@@ -183,6 +183,7 @@ def similarity(moments: Moments) -> Tensor:
             "Look for overflow or NaN in the features, or in `data`."
         )
     correlation = moments.correlation
+    unclear = moments.unclear(correlation).nonzero().flatten()
     still = (~moments.alive).nonzero().flatten()
     if len(still):
         value = moments.mean[still]
@@ -192,10 +193,31 @@ def similarity(moments: Moments) -> Tensor:
         model = model_index(moments.sizes, still.device)[still]
         pair = (still[:, None], still[None, :])
         correlation[pair] = torch.where(model[:, None] == model[None, :], correlation[pair], alike)
-    return correlation if moments.samples is None else _tie_broken(correlation, moments.samples)
+    if moments.samples is not None:
+        correlation = _tie_broken(correlation, moments.samples)
+    return _told_apart(correlation, moments, unclear) if len(unclear) else correlation
 
 
 TIE = 1e-4
+FINER = 1e-5
+
+
+def _told_apart(alike: Tensor, moments: Moments, unclear: Tensor) -> Tensor:
+    """(1 - c) · alike + FINER · (nearness of features + nearness of marks), c the sum of the weights, in place."""
+    pairs = (unclear[:, None], unclear[None, :])
+    tables = [_near(moments.outer[pairs])]
+    if moments.marks is not None:
+        own = moments.marks[unclear.cpu()]
+        tables.append(_near(own @ own.T).to(alike.device))
+    alike[pairs] = (alike[pairs] * (1 - FINER * len(tables)) + FINER * sum(tables)).clamp(-1, 1)
+    return alike.fill_diagonal_(1.0)
+
+
+def _near(products: Tensor) -> Tensor:
+    """1 - |x - y|² / (|x|² + |y|²) of all pairs, from their inner products; 1 for two zeros."""
+    square = products.diagonal()
+    total = square[:, None] + square[None, :]
+    return torch.where(total > 0, 2 * products / total.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
 
 
 def _tie_broken(alike: Tensor, samples: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ def needs(method: Method | JointMethod) -> frozenset[str]:
 def match_spaces(problem: Problem, method: Method | JointMethod) -> list[Merge]:
     """A merge for every space: all together by a joint method; else free ones on their own, tied ones block by block.
 
-    Where nothing was observed, features are matched by position.
+    Where nothing was observed, features are left in their positions: see `unseen` for what weights say of them.
 
     Raises:
         InputError, DataError: as the method does.

@@ -46,7 +46,7 @@ def signature(weight: Weight, place: int, space: int, k: int) -> Tensor:
     run, value = weight.runs[place], weight.values[k]
     slots = run.slots[space][k].to(value.device)
     if weight.groups > 1:
-        moved = value if place == 0 else _columns_first(value, weight.groups)
+        moved = value if place == 0 else columns_first(value, weight.groups)
         moved = _in_order(moved, 1)
     else:
         for other in weight.runs:
@@ -74,7 +74,7 @@ def _in_order(value: Tensor, axis: int) -> Tensor:
     return torch.from_numpy(np.sort(moved.cpu().numpy(), axis=-1)).to(value.device).movedim(-1, axis)
 
 
-def _columns_first(value: Tensor, groups: int) -> Tensor:
+def columns_first(value: Tensor, groups: int) -> Tensor:
     """A grouped kernel [O, C / groups, ...] as [C, O / groups, ...]."""
     rows, columns = value.shape[0] // groups, value.shape[1]
     split = value.reshape(groups, rows, columns, *value.shape[2:]).transpose(1, 2)
