@@ -25,9 +25,11 @@ from .errors import AlignError, BarrierError, CutError, InputError
 from .frontier import Goal, best_agreeing, deepest_agreeing, earliest_affordable
 from .inputs import Call, JointCall
 from .joint import needs_classifiers, needs_tasks, with_shifts
-from .matching import Energy, JointMethod, Method, needs, resolve
+from .lifting import lifted
+from .matching import Average, Energy, JointMethod, Method, needs, resolve
 from .moments import Moments
 from .observe import observe, observe_all
+from .own import differing
 from .own_inputs import trace_all
 from .plan import plan
 from .refit import LeastSquares, Refit, fit_notes, least_squares, refits
@@ -36,6 +38,7 @@ from .rewrite import rewrite
 from .rules import RULES, Rule
 from .sources import MAX_BATCHES
 from .stems import find_stems
+from .tracing import Program
 from .trunk import Trunk, find_trunk
 from .widths import Width, check_width, choose_widths, overspent
 from .zipped import ZippedModule, reuse_memory
@@ -106,7 +109,7 @@ def compile_zip(
             all of an input by the same amount, such that together the heads tell the tasks apart. Order and softmax of
             a head's own logits stay. Needs data per model; see `fxzip/joint.py`.
         verify: check the analysis by relabelling at random.
-        strict: raise `BarrierError` where a call without a rule stops the sharing.
+        strict: raise `BarrierError` where a call without a rule, or features that cannot be matched, stop the sharing.
         progress: show a bar; None: on a terminal only.
         max_batches: most batches of `data` (of each source) that are read in a pass, since a loader may have no end;
             the report says so if there may have been more.
@@ -139,7 +142,8 @@ def compile_zip(
     calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress, max_batches)
     if joint:
         needs_tasks(calibration, len(networks))
-    found = survey(networks, call, start=start, verify=verify, strict=strict, rules=rules)
+    by_position = isinstance(recipe.method, Average)
+    found = survey(networks, call, start=start, verify=verify, strict=strict, by_position=by_position, rules=rules)
     if joint:
         needs_classifiers(found.alignment.programs)
     if goal is not None:
@@ -163,6 +167,8 @@ class Survey:
         pinned: per model, labels that failed the self-check, with the reason.
         errors: relative error of each model's self-check; None: not run.
         notes: what the self-check could not see.
+        strict: a place where features cannot be matched is an error.
+        by_position: features that cannot be matched are averaged place by place.
     """
 
     alignment: Alignment
@@ -170,6 +176,8 @@ class Survey:
     pinned: tuple[dict[int, str], ...]
     errors: tuple[float | None, ...]
     notes: tuple[str, ...] = ()
+    strict: bool = False
+    by_position: bool = False
 
     @cached_property
     def flops(self) -> tuple[dict[str, int], ...]:
@@ -184,7 +192,17 @@ class Survey:
     def trunk(self, until: str | float | None = None, *, whole: bool = False) -> Trunk:
         """The trunk that ends at `until`, or (`whole`) at the outputs."""
         flops = self.flops[0] if isinstance(until, float) else None
-        return find_trunk(self.alignment, self.labellings, until=until, flops=flops, pinned=self.pinned, whole=whole)
+        result = find_trunk(
+            self.alignment, self.labellings, until=until, flops=flops, pinned=self.pinned, whole=whole,
+            by_position=self.by_position,
+        )  # fmt: skip
+        if self.strict and result.unmatched:
+            raise BarrierError(
+                f"`strict=True` allows no place where features cannot be matched; {len(result.unmatched)} found:\n  "
+                + "\n  ".join(f"node `{name}`: {reason}" for name, reason in result.unmatched.items())
+                + "\nChoose an earlier cut with `until`, or `strict=False` to stop sharing there."
+            )
+        return result
 
 
 def survey(
@@ -194,19 +212,34 @@ def survey(
     start: str | Sequence[str] | None = None,
     verify: bool = True,
     strict: bool = False,
+    by_position: bool = False,
     rules: Mapping[str, Rule] = RULES,
 ) -> Survey:
     """The stages that depend on neither cut nor method: trace -> label, self-check -> align."""
-    programs = trace_all(networks, call)
+    programs: Sequence[Program] = trace_all(networks, call)
     labellings = tuple(label(program, rules) for program in programs)
     if strict:
         _no_barriers(labellings)
     alignment = align(programs, () if start is None else find_stems(labellings, start))
+    found = _with_lifted(alignment, labellings)
+    if found is not None:
+        programs, labellings = found, tuple(label(program, rules) for program in found)
+        alignment = align(programs, () if start is None else find_stems(labellings, start))
+    asked = {"strict": strict, "by_position": by_position}
     if not verify:
-        return Survey(alignment, labellings, ({},) * len(labellings), (None,) * len(labellings))
+        return Survey(alignment, labellings, ({},) * len(labellings), (None,) * len(labellings), **asked)
     checks = [check(labelling) for labelling in labellings]
     notes = tuple(dict.fromkeys(f"model {k}: {note}" for k, one in enumerate(checks) for note in one.notes))
-    return Survey(alignment, labellings, tuple(c.pinned for c in checks), tuple(c.error for c in checks), notes)
+    return Survey(alignment, labellings, tuple(c.pinned for c in checks), tuple(c.error for c in checks), notes, **asked)
+
+
+def _with_lifted(alignment: Alignment, labellings: Sequence[Labelling]) -> list[Program] | None:
+    """The programs with scalars in which they differ lifted to features; None where there are none, or not in all."""
+    differ = differing(alignment)
+    if not differ:
+        return None
+    result = [lifted(own, {alignment.params[name][k] for name in differ}) for k, own in enumerate(labellings)]
+    return None if any(program is None for program in result) else [p for p in result if p is not None]
 
 
 @dataclass(frozen=True)
@@ -276,7 +309,7 @@ def assemble(
         "refit": recipe.refit_name,
         "data": calibration.description,
         "self_check": list(found.errors),
-        "notes": [*found.notes, *calibration.notes, *widths.notes, *fit_notes(zipped)],
+        "notes": [*trunk.notes, *found.notes, *calibration.notes, *widths.notes, *fit_notes(zipped)],
     }
     report = make_report(zipped, zipping, settings)
     zipped.meta["fxzip_report"] = report.noting(*overspent(report, *recipe.sizing))
@@ -293,7 +326,9 @@ def cuts_and_trunks(found: Survey, limit: int = 32) -> tuple[list[Cut], list[Tru
     pairs = []
     for cut in find_cuts(full, found.flops, limit=limit):
         with suppress(AlignError, CutError):
-            pairs.append((cut, full if cut.until is None else found.trunk(cut.until)))
+            trunk = full if cut.until is None else found.trunk(cut.until)
+            if not trunk.alike:  # else the heads would read a value that is nobody's own
+                pairs.append((cut, trunk))
     return [cut for cut, _ in pairs], [trunk for _, trunk in pairs]
 
 

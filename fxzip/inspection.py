@@ -16,6 +16,7 @@ from .analysis.labelling import Barrier, Labelling
 from .analysis.spaces import FeatureSpace, FeatureSpaces, solve
 from .inputs import as_call
 from .naming import cut_names
+from .own import fixed_places
 from .rules import RULES, Rule
 from .tracing import check_model, trace
 
@@ -28,6 +29,8 @@ class Inspection:
         spaces: the feature spaces.
         ties: groups of names of spaces whose blocks move together.
         barriers: calls without a rule.
+        fixed: nodes in front of which the trunk of two models ends, since features keep an order of their own there,
+            with the reasons.
         cuts: what `until` takes.
         rung: how the model was traced.
         error: relative error of the self-check (None: not run).
@@ -37,6 +40,7 @@ class Inspection:
     spaces: tuple[FeatureSpace, ...]
     ties: tuple[tuple[str, ...], ...]
     barriers: tuple[Barrier, ...]
+    fixed: dict[str, str]
     cuts: tuple[str, ...]
     rung: str
     error: float | None
@@ -56,7 +60,8 @@ class Inspection:
         numbers = sorted({space.tie for space in spaces if space.tie is not None})
         ties = tuple(tuple(space.name for space in spaces if space.tie == number) for number in numbers)
         cuts = tuple(cut_names(list(labelling.program.module.graph.nodes)))
-        return cls(spaces, ties, labelling.barriers, cuts, labelling.program.rung, error, found, notes)
+        fixed = fixed_places(labelling, found)
+        return cls(spaces, ties, labelling.barriers, fixed, cuts, labelling.program.rung, error, found, notes)
 
     def __str__(self) -> str:
         lines = [f"traced: {self.rung}; self-check: " + ("not run" if self.error is None else f"{self.error:.1e}")]
@@ -67,6 +72,7 @@ class Inspection:
         lines += ["tied: " + ", ".join(names) for names in self.ties]
         lines += [f"barrier: {barrier.reason}" for barrier in self.barriers]
         lines += [f"note: {note}" for note in self.notes]
+        lines += [f"fixed order: node `{name}`: {reason}" for name, reason in self.fixed.items()]
         lines.append("cuts: " + ", ".join(self.cuts))
         return "\n".join(lines)
 

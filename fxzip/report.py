@@ -147,6 +147,8 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
             "modules": [module_path(node) for node in edge],
             "parting": [text for text in trunk.alignment.parting if text],
             "ends": dict(trunk.ends),
+            "unmatched": dict(trunk.unmatched),
+            "alike": list(trunk.alike),
             "merged": [list(twins) for twins in trunk.alignment.entries],
         },
         "spaces": spaces,

@@ -1,19 +1,21 @@
 """Where the trunk ends: the largest part of the common graph, from the inputs on, that may and shall be shared.
 
-Three things end it: the programs part; the user says so (`until`); or sharing would not be sound. The latter is
-decided by what the nodes of the trunk say of labels, and by nothing that the heads do: a cut before a call without a
-rule makes the features in front of it free.
+Four things end it: the programs part; the user says so (`until`); what a model returns is its own; or sharing would not
+be sound, because features cannot be matched or told apart again (see `own`). The latter is decided by what the nodes of
+the trunk say of labels, and by nothing that the heads do: a cut before a call without a rule, or before one that fixes
+the order of features, makes the features in front of it free.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import networkx as nx
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .align import Alignment
 from .analysis.graph import dependencies
@@ -21,7 +23,14 @@ from .analysis.labelling import Labelling
 from .analysis.spaces import FeatureSpaces, solve
 from .errors import AlignError, CutError
 from .naming import cut_names, named
+from .own import (
+    heads_begin,
+)
+from .pairing import pair_spaces
 from .rules import varying
+from .unmatched import Common
+
+_LAST_SUM = "what it computes from features by its weights goes into what the model returns"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +44,10 @@ class Trunk:
         spaces: feature spaces of each model's trunk; space s of model 0 is space `partners[k][s]` of model k.
         partners: per model, space numbers.
         ends: why the trunk goes no further: node name in model 0 -> reason.
+        unmatched: those of `ends` where features cannot be matched.
+        alike: nodes whose values heads read though they have no features that could be given back to each model: all
+            heads get the same one. There are some only where the user has asked for them with `until`.
+        returned: nodes that by default belong to the heads, for what they compute is what the models return.
     """
 
     alignment: Alignment
@@ -43,6 +56,23 @@ class Trunk:
     spaces: tuple[FeatureSpaces, ...]
     partners: tuple[tuple[int, ...], ...]
     ends: Mapping[str, str]
+    unmatched: Mapping[str, str] = field(default_factory=dict)
+    alike: tuple[str, ...] = ()
+    returned: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user has asked for with `until` that would not be shared otherwise."""
+        notes = []
+        if self.returned:
+            names = ", ".join(f"`{name}`" for name in self.returned)
+            notes.append(
+                f"`until` shares {names}, by which the models compute what they return: heads may be much alike"
+            )
+        if self.alike:
+            names = ", ".join(f"`{name}`" for name in self.alike)
+            notes.append(f"{names} carries no features of its own for each model: all heads read the same value")
+        return notes
 
     def names(self, k: int) -> dict[str, str]:
         """Node name in model 0 -> node name in model k, over the trunk."""
@@ -56,46 +86,160 @@ class Trunk:
 def find_trunk(
     alignment: Alignment, labellings: Sequence[Labelling], *, until: str | float | None = None,
     flops: Mapping[str, int] | None = None, pinned: Sequence[dict[int, str]] | None = None, whole: bool = False,
+    by_position: bool = False,
 ) -> Trunk:  # fmt: skip
     """Choose the trunk. `until`: a node name, a module path, a fraction of `flops` (per node of model 0), or None.
 
     `whole`: the trunk goes on to the outputs, past calls without a rule too. That is the basis in which networks are
-    relabelled and interpolated; for sharing it would not do.
+    relabelled and interpolated; for sharing it would not do. `by_position`: what cannot be matched may be averaged
+    place by place, as `method="average"` asks for.
 
     Raises:
         AlignError: nothing can be shared.
         CutError: `until` names nothing, or something that the models do not share.
     """
     graph, order = shareable(alignment)
-    pinned = pinned or [{} for _ in labellings]
-    ends = {} if whole else _unsound(alignment, labellings, pinned, until_given=isinstance(until, str))
-    shared = {name for name in alignment.pairs if name not in ends}
-    names = _closed(graph, order, shared)
     _check_entries(alignment, labellings)
+    pinned = pinned or [{} for _ in labellings]
+    common = Common(alignment, tuple(labellings), tuple(pinned), tuple(order), by_position)
+    search = _Search(alignment, tuple(labellings), graph, order, common)
+    if whole:
+        return search.whole()
     if isinstance(until, str):
-        wanted = before(graph, _behind_the_start(alignment, order, until))
-        missing = [node for node in order if node.name in wanted and node.name not in names]
+        return search.up_to(until)
+    ends = search.unsound()
+    names = search.closed(alignment.pairs.keys() - ends.keys())
+    if until is not None:
+        names = search.closed(_fraction(order, names, float(until), flops or {}))
+    return search.deepest(names, ends)
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """Finds the nodes of a trunk; `graph` and `order` are those of model 0 behind its stem."""
+
+    alignment: Alignment
+    labellings: tuple[Labelling, ...]
+    graph: nx.DiGraph
+    order: Sequence[fx.Node]
+    common: Common
+
+    @cached_property
+    def returned(self) -> set[str]:
+        """Nodes of model 0 that belong to the head of some model."""
+        result: set[str] = set()
+        for k, label in enumerate(self.labellings):
+            agree = {twins[k] for name, twins in self.alignment.params.items() if name not in self.common.differ}
+            begin = heads_begin(label, set(label.params) - agree)
+            result |= {name for name, twins in self.alignment.pairs.items() if twins[k] in begin}
+        return result
+
+    def whole(self) -> Trunk:
+        """The models up to what they return, whatever lies between."""
+        names = self._unpacked(self.closed(self.alignment.pairs.keys()))
+        self._not_empty(names, {})
+        return self._trunk(names, self.common.solved(names, outputs=True), {})
+
+    def deepest(self, names: set[str], ends: dict[str, str]) -> Trunk:
+        """The largest trunk within `names` in which all is matched, and whose values can be given back."""
+        unmatched: dict[str, str] = {}
+        names = self._unpacked(names)
+        while True:
+            self._not_empty(names, ends | unmatched)
+            spaces = self.common.solved(names)
+            found = self.common.unmatched(names, spaces)
+            unmatched |= found
+            left = names - found.keys() if found else names - self.common.alike(names, spaces)
+            if left == names:
+                return self._trunk(names, spaces, ends, unmatched=unmatched)
+            names = self.closed(left)
+
+    def up_to(self, until: str) -> Trunk:
+        """The trunk that the user asks for.
+
+        Raises:
+            CutError: something in it cannot be shared.
+        """
+        ends = self.unsound(until_given=True)
+        names = self.closed(self.alignment.pairs.keys() - ends.keys())
+        wanted = before(self.graph, _behind_the_start(self.alignment, self.order, until))
+        missing = [node for node in self.order if node.name in wanted and node.name not in names]
         if missing:
-            raise CutError(_beyond(until, missing[0], alignment, ends, names))
-        names = wanted
-    elif until is not None:
-        names = _fraction(graph, order, names, float(until), flops or {})
-    names = _unpacked(graph, order, names, shared)
-    dynamic = [n for n in order if n.name in names and n.op != "placeholder" and n.name in labellings[0].dynamic]
-    if not any(labellings[0].touches[n.name] for n in dynamic):
-        raise AlignError(_nothing(alignment, order, ends, names))
-    spaces = tuple(
-        solve(label, {alignment.pairs[name][k] for name in names} | (_output(label) if whole else set()),
-              pinned=pinned[k], entering=alignment.entering(k))
-        for k, label in enumerate(labellings)
-    )  # fmt: skip
-    nodes = tuple(n.name for n in order if n.name in names)
-    return Trunk(alignment, tuple(labellings), nodes, spaces, _partners(alignment, spaces), ends)
+            raise CutError(_beyond(until, missing[0], self.alignment, ends, names))
+        wanted = self._unpacked(wanted, names)
+        self._not_empty(wanted, ends)
+        spaces = self.common.solved(wanted)
+        found = self.common.unmatched(wanted, spaces)
+        if found:
+            first = next(node for node in self.order if node.name in found)
+            raise CutError(_beyond(until, first, self.alignment, found, self.closed(wanted - found.keys())))
+        alike = self.common.in_order(self.common.alike(wanted, spaces))
+        returned = self.common.in_order(self.returned & wanted)
+        return self._trunk(wanted, spaces, ends, alike=alike, returned=returned)
 
+    def unsound(self, *, until_given: bool = False) -> dict[str, str]:
+        """Nodes of model 0 that cannot be shared, or with no cut asked for should not be, with the reasons."""
+        ends: dict[str, str] = {}
+        whole = [solve(label, pinned=pins) for label, pins in zip(self.labellings, self.common.pinned, strict=True)]
+        barriers = [{b.node: b.reason for b in reversed(label.barriers)} for label in self.labellings]
+        for name, twins in self.alignment.pairs.items():
+            reason = _different_shapes(self.labellings, twins)
+            shapes = {label.program.shapes.get(own) for label, own in zip(self.labellings, twins, strict=True)}
+            free = name in self.common.same or (until_given and len(shapes) == 1)
+            for k, twin in enumerate(twins):
+                output = "" if free else _writes_output(self.labellings[k], whole[k], twin)
+                reason = reason or barriers[k].get(twin, "") or output
+            if not reason and not until_given and name in self.returned:
+                reason = _LAST_SUM
+            if reason:
+                ends[name] = reason
+        return ends
 
-def _output(label: Labelling) -> set[str]:
-    """The node that returns: it pins what the model returns."""
-    return {label.program.module.graph.output_node().name}
+    def closed(self, allowed: Collection[str]) -> set[str]:
+        """The allowed nodes of which all that must come before is in the result too."""
+        result: set[str] = set()
+        for node in self.order:
+            if node.name in allowed and result.issuperset(self.graph.predecessors(node.name)):
+                result.add(node.name)
+        return result
+
+    def _unpacked(self, names: set[str], shared: Collection[str] | None = None) -> set[str]:
+        """Items that are taken out of a tuple belong to the node that returns the tuple."""
+        shared = self.alignment.pairs if shared is None else shared
+        items = {n.name for n in self.order if n.target is operator.getitem and n.name in shared}
+        return self.closed(names | {name for name in items if names.issuperset(self.graph.predecessors(name))})
+
+    def _not_empty(self, names: set[str], ends: Mapping[str, str]) -> None:
+        label = self.labellings[0]
+        dynamic = [n for n in self.order if n.name in names and n.op != "placeholder" and n.name in label.dynamic]
+        if not any(label.touches[n.name] for n in dynamic):
+            raise AlignError(_nothing(self.alignment, self.order, ends, names) + self._way_out(ends))
+
+    def _way_out(self, ends: Mapping[str, str]) -> str:
+        """What to do where by default nothing can be shared."""
+        label = self.labellings[0]
+        for name in reversed([name for name in cut_names(self.order) if "." not in name]) if ends else ():
+            with suppress(AlignError, CutError):
+                self.up_to(name)
+                return (
+                    f" Say where the trunk ends: `until={name!r}` shares up to there, and gives each head its own "
+                    "features back."
+                )
+        sums = [node for node in self.order if label.facts[node.name].sums and node.name in self.alignment.pairs]
+        behind = [user.name for node in sums[:1] for user in node.users if user.name in self.alignment.pairs]
+        if ends and behind and not self.alignment.stems:
+            return f" Let each model compute on its own what is in front: `start={behind[0]!r}` begins to share there."
+        return ""
+
+    def _trunk(
+        self, names: set[str], spaces: tuple[FeatureSpaces, ...], ends: Mapping[str, str], *,
+        unmatched: Mapping[str, str] | None = None, alike: tuple[str, ...] = (), returned: tuple[str, ...] = (),
+    ) -> Trunk:  # fmt: skip
+        unmatched = unmatched or {}
+        return Trunk(
+            self.alignment, self.labellings, self.common.in_order(names), spaces, pair_spaces(self.alignment, spaces),
+            {**ends, **unmatched}, unmatched, alike, returned,
+        )  # fmt: skip
 
 
 def shareable(alignment: Alignment) -> tuple[nx.DiGraph, list[fx.Node]]:
@@ -118,25 +262,6 @@ def _behind_the_start(alignment: Alignment, order: Sequence[fx.Node], until: str
             f"{', '.join(repr(name) for name in cut_names(order)[:3])}."
         )
     return found
-
-
-def _unsound(
-    alignment: Alignment, labellings: Sequence[Labelling], pinned: Sequence[dict[int, str]], *, until_given: bool
-) -> dict[str, str]:
-    """Nodes of model 0 that cannot be shared, whatever the user wants, with the reasons."""
-    ends: dict[str, str] = {}
-    whole = [solve(label, pinned=pins) for label, pins in zip(labellings, pinned, strict=True)]
-    barriers = [{barrier.node: barrier.reason for barrier in reversed(label.barriers)} for label in labellings]
-    for name, twins in alignment.pairs.items():
-        reason = _different_shapes(labellings, twins)
-        for k, twin in enumerate(twins):
-            shapes = {label.program.shapes.get(own) for label, own in zip(labellings, twins, strict=True)}
-            free = until_given and len(shapes) == 1
-            output = "" if free else _writes_output(labellings[k], whole[k], twin)
-            reason = reason or barriers[k].get(twin, "") or output
-        if reason:
-            ends[name] = reason
-    return ends
 
 
 def _check_entries(alignment: Alignment, labellings: Sequence[Labelling]) -> None:
@@ -177,30 +302,13 @@ def _writes_output(label: Labelling, spaces: FeatureSpaces, node: str) -> str:
     return ""
 
 
-def _closed(graph: nx.DiGraph, order: Sequence[fx.Node], allowed: Collection[str]) -> set[str]:
-    """The allowed nodes of which all that must come before is in the result too."""
-    result: set[str] = set()
-    for node in order:
-        if node.name in allowed and result.issuperset(graph.predecessors(node.name)):
-            result.add(node.name)
-    return result
-
-
 def before(graph: nx.DiGraph, targets: Sequence[fx.Node]) -> set[str]:
     """Names of the targets, of all they are computed from, and of the inputs."""
     inputs = {name for name, node in graph.nodes(data="node") if node.op == "placeholder"}
     return inputs.union({node.name for node in targets}, *(nx.ancestors(graph, node.name) for node in targets))
 
 
-def _unpacked(graph: nx.DiGraph, order: Sequence[fx.Node], names: set[str], shared: Collection[str]) -> set[str]:
-    """Items that are taken out of a tuple belong to the node that returns the tuple."""
-    items = {n.name for n in order if n.op == "call_function" and n.target is operator.getitem and n.name in shared}
-    return _closed(graph, order, names | {name for name in items if names.issuperset(graph.predecessors(name))})
-
-
-def _fraction(
-    graph: nx.DiGraph, order: Sequence[fx.Node], names: set[str], share: float, flops: Mapping[str, int]
-) -> set[str]:
+def _fraction(order: Sequence[fx.Node], names: set[str], share: float, flops: Mapping[str, int]) -> set[str]:
     """The sharable nodes in order, up to the first whose FLOPs would make it more than a share of all FLOPs."""
     if not 0 < share <= 1:
         raise CutError(f"`until` as a fraction of the FLOPs must lie in (0, 1]; found {share}.")
@@ -212,7 +320,7 @@ def _fraction(
             break
         budget -= cost
         kept.add(node.name)
-    return _closed(graph, order, kept & names)
+    return kept & names
 
 
 def _beyond(until: str, node: fx.Node, alignment: Alignment, ends: Mapping[str, str], names: set[str]) -> str:
@@ -237,58 +345,3 @@ def _nothing(alignment: Alignment, order: Sequence[fx.Node], ends: Mapping[str, 
         why = "no node with parameters lies before the cut"
     place = "`start`" if alignment.stems else "the input"
     return f"`compile_zip` needs models that agree from {place} on; {why}."
-
-
-def _partners(alignment: Alignment, spaces: Sequence[FeatureSpaces]) -> tuple[tuple[int, ...], ...]:
-    """Pair the spaces of all models by the parameters on which they occur."""
-    signatures = [
-        _signatures(own, {twins[k]: name for name, twins in alignment.params.items()}, alignment.entering(k))
-        for k, own in enumerate(spaces)
-    ]
-    result = []
-    for k, own in enumerate(signatures):
-        places = {signature: number for number, signature in enumerate(own)}
-        if set(places) != set(signatures[0]) or len(places) != len(own):
-            raise AlignError(
-                f"Models that are zipped must have the same feature spaces in the trunk; model 0 has "
-                f"{len(signatures[0])}, model {k} has {len(own)}. Choose an earlier cut with `until`."
-            )
-        result.append(tuple(places[signature] for signature in signatures[0]))
-    return tuple(result)
-
-
-def _signatures(spaces: FeatureSpaces, names: Mapping[str, str], entering: Mapping[str, int]) -> list[tuple]:
-    """Per space: on which parameters, in which field, how often each feature occurs, and in how many blocks.
-
-    Values that enter from the stem (`entering`: their nodes and numbers) count as parameters.
-    """
-    found: list[dict[tuple[str, int], int]] = [{} for _ in spaces.spaces]
-
-    def count(labels: Tensor, name: str, place: int) -> None:
-        layout = spaces.layout(labels)
-        for number in torch.unique(layout.space[layout.space >= 0]).tolist():
-            here = layout.space == number
-            found[number][name, place] = int(layout.occurrence[here].max()) + 1
-
-    for param, twin in names.items():
-        if param not in spaces.labelling.params:
-            continue
-        for place, labels in enumerate(spaces.labelling.params[param].fields):
-            count(labels, twin, place)
-    for node, entry in entering.items():
-        for labels in spaces.labelling.fields.get(node, ()):
-            count(labels, f"entry {entry}", min(varying(labels)))
-    return [
-        (
-            space.legality,
-            None if space.blocks is None else len(space.blocks),
-            tuple(sorted(places.items())),
-            _nth(spaces, number),
-        )
-        for number, (space, places) in enumerate(zip(spaces.spaces, found, strict=True))
-    ]
-
-
-def _nth(spaces: FeatureSpaces, number: int) -> int:
-    """Spaces on the same parameters (parts of one axis) are told apart by their order."""
-    return sum(1 for other in spaces.spaces[:number] if other.name == spaces.spaces[number].name)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import RuleError
-from ..rules import Fields, Invocation, elementwise, is_pointwise, varying
+from ..rules import Fields, Invocation, contraction, elementwise, is_pointwise, movement, varying
 from ..rules.probing import probe
 from .state import Barrier, Entry, Probed, Site, State, tensors
 from .writing import write_in_place, written_by
@@ -39,6 +39,8 @@ class LabelMode(TorchDispatchMode):
             lambda t: before.get(id(t)) or state.operand(t), state.restart,
         )  # fmt: skip
         dynamic = any(not state.entry(t).static for t in inputs)
+        if dynamic and _weighs(state, call):
+            state.ledger.facts.sums = True
         labelled = any(state.entry(t).fields for t in inputs)
         result = _apply(state, call) if labelled else None
         if written:
@@ -49,6 +51,15 @@ class LabelMode(TorchDispatchMode):
         _note_sites(state, call)
         state.calls += 1
         return out
+
+
+def _weighs(state: State, call: Invocation) -> bool:
+    """Whether a call on activations may sum over features with learned weights, or look them up in a learned table."""
+    rule = state.rules.get(call.name)
+    known = rule is not None or is_pointwise(call.func)
+    if known and rule not in (contraction.product, contraction.convolution, movement.embedding):
+        return False
+    return any(entry.static and entry.learned for entry in map(state.entry, call.tensors()))
 
 
 def _apply(state: State, call: Invocation) -> Fields | list[Fields] | None:

@@ -108,7 +108,7 @@ class State:
         constant = entry.static and not entry.learned
         if constant and loose and tensor.numel() <= _VALUES_COMPARED:
             loose = frozenset(a for a in loose if not _same_along(tensor, a))
-        return Operand(tensor, entry.fields, entry.static, loose)
+        return Operand(tensor, entry.fields, entry.static, loose, entry.learned)
 
     def lies_in_parameter(self, tensor: Tensor) -> bool:
         """Whether it is a parameter or a view of one."""

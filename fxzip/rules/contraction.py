@@ -74,8 +74,10 @@ def _roles(ledger: Ledger, x: Operand, y: Operand, fx: list[Tensor], fy: list[Te
     for labels in (x if x.static else y).fields:
         if varying(labels) & summed:
             ledger.consume(labels)
-        elif x.static != y.static:
-            ledger.touch("param", labels)
+        else:
+            ledger.touch("written", labels)
+            if x.static != y.static:
+                ledger.touch("param", labels)
 
 
 def _plus(call: Invocation, bias: Tensor | None, fields: Fields, ndim: int, first: int | None = None) -> Fields:
@@ -115,7 +117,7 @@ def _grouped(operand: Operand, axis: int, groups: int) -> Operand:
     loose = frozenset(own | {a + (a > axis) for a in operand.loose if a != axis})
     view = tensor.reshape([*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :]])
     loose = frozenset(a for a in loose if view.shape[a] > 1)
-    return Operand(view, tuple(fields), operand.static, loose)
+    return Operand(view, tuple(fields), operand.static, loose, operand.learned)
 
 
 def convolution(call: Invocation) -> Fields:
@@ -176,7 +178,7 @@ def _first_place(operand: Operand, fields: Fields) -> Operand:
     while tensor.ndim > 2:
         tensor = tensor.select(2, 0)
     flat = tuple(labels.reshape(labels.shape[:2]) for labels in fields)
-    return Operand(tensor, flat, operand.static, operand.loose & {0, 1})
+    return Operand(tensor, flat, operand.static, operand.loose & {0, 1}, operand.learned)
 
 
 def _group_fields(ledger: Ledger, w: Operand, groups: int) -> Fields:

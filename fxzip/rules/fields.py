@@ -78,6 +78,8 @@ class Facts:
     pins: list[Pin] = field(default_factory=list)
     consumed: list[Tensor] = field(default_factory=list)  # labels of parameters contracted with activations
     touched: list[tuple[str, Tensor]] = field(default_factory=list)  # ("mix" | "dual" | "param" | ..., labels)
+    refusals: list[str] = field(default_factory=list)  # why only models that agree here to the bit can share the node
+    sums: bool = False  # features are summed over with weights, or looked up in a table of weights
 
 
 class Ledger:
@@ -162,6 +164,11 @@ class Ledger:
         those = self._those(labels)
         if those.numel():
             self.facts.consumed.append(those)
+
+    def refuse(self, reason: str) -> None:
+        """What the call does depends on the order of features that the model has learned, so that those of two models
+        cannot be matched: only models that agree to the bit may share it."""
+        self.facts.refusals.append(reason)
 
     # relations of fields -------------------------------------------------------------------------------------------
 
@@ -260,12 +267,14 @@ class Operand:
     """A tensor inside a call: its fields, whether it depends on the model's input, and its unlabelled axes.
 
     `loose` holds the axes along which the values differ while no field varies: positions, batch, fixed tables.
+    `learned`: parameters, or buffers of the state dict, went into it.
     """
 
     tensor: Tensor
     fields: Fields
     static: bool
     loose: frozenset[int]
+    learned: bool = False
 
     @property
     def ndim(self) -> int:
@@ -280,4 +289,5 @@ class Operand:
             for i in order:
                 shape[axes[i]] = labels.shape[i]
             fields.append(labels.permute(order).reshape(shape))
-        return Operand(self.tensor, tuple(fields), self.static, frozenset(axes[i] for i in self.loose))
+        loose = frozenset(axes[i] for i in self.loose)
+        return Operand(self.tensor, tuple(fields), self.static, loose, self.learned)

@@ -45,6 +45,15 @@ def _relate_all(ledger: Ledger, operands: Sequence[Operand]) -> None:
                     known |= {id(h) for h in (f, g) if int(h.min()) > 0}
 
 
+def _touch(ledger: Ledger, x: Operand, others: Sequence[Operand]) -> None:
+    """Note that a parameter meets activations; axes that only it has, it brings in: features that it writes."""
+    known = frozenset(axis for y in others for axis in y.loose.union(*map(varying, y.fields)))
+    for labels in x.fields:
+        ledger.touch("param", labels)
+        if x.learned and not varying(labels) & known:
+            ledger.touch("written", labels)
+
+
 def meet(ledger: Ledger, operands: Sequence[Operand], what: str) -> Fields:
     """Operands (placed in the same axes) meet elementwise: relate their fields, return the result's fields.
 
@@ -61,6 +70,5 @@ def meet(ledger: Ledger, operands: Sequence[Operand], what: str) -> Fields:
     if any(not x.static for x in operands):
         for x in operands:
             if x.static:
-                for f in x.fields:
-                    ledger.touch("param", f)
+                _touch(ledger, x, [y for y in operands if y is not x])
     return merged_fields([tuple(f for f in x.fields if id(f) not in dead) for x in operands])

@@ -79,6 +79,10 @@ def index(call: Invocation) -> Fields | None:
         for labels in item.fields:
             call.ledger.pin(labels, f"`{call.name}` takes it for a position")
         if not item.static:
+            if item.learned and source.static and source.learned:
+                call.ledger.refuse(
+                    f"`{call.name}` reads places of learned values by numbers that the model has computed"
+                )
             for labels in source.fields:
                 call.ledger.fix(labels, axes, f"`{call.name}` picks it by indices that depend on the input")
     return move(call)  # type: ignore[return-value]
@@ -94,12 +98,16 @@ def embedding(call: Invocation) -> Fields:
     """embedding(weight, indices): rows are read by number, so they stay; the features of a row go on."""
     weight = call.operand(call.args[0])
     indices = call.args[1]
+    numbers = call.operand(indices)
+    if weight.learned and numbers.learned and not numbers.static:
+        call.ledger.refuse(f"`{call.name}` reads rows of a learned table by numbers that the model has computed")
     result = []
     for labels in weight.fields:
         if 0 in varying(labels):
             call.ledger.fix(labels, frozenset({0}), "`embedding` reads its rows by number")
         if 1 in varying(labels):
             call.ledger.touch("param", labels)
+            call.ledger.touch("written", labels)
         if varying(labels) == {1}:
             result.append(labels.reshape([1] * indices.ndim + [-1]))
     return tuple(result)

@@ -37,6 +37,8 @@ def positional_reduce(call: Invocation) -> Fields | list[Fields] | None:
     axes = axes_of(call.arg(names["dim"], "dim"), x.ndim)
     for labels in x.fields:
         call.ledger.fix(labels, axes, f"`{call.name}` depends on the order of features")
+        if axes & varying(labels):
+            call.ledger.refuse(f"`{call.name}` depends on the order of features")
     return reduce(call)
 
 
@@ -47,6 +49,8 @@ def ordered(call: Invocation) -> Fields | list[Fields]:
     axes = axes_of(call.arg(names["dim"], "dim", -1), x.ndim)
     for labels in x.fields:
         call.ledger.fix(labels, axes, f"`{call.name}` depends on the order of features")
+        if axes & varying(labels):
+            call.ledger.refuse(f"`{call.name}` depends on the order of features")
     return _outputs(call, tuple(labels for labels in x.fields if not axes & varying(labels)))
 
 

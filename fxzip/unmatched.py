@@ -1,0 +1,133 @@
+"""What in the common graph could be shared only by averaging unmatched features, or by giving all heads one value."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from .align import Alignment
+from .analysis.labelling import Labelling
+from .analysis.spaces import FeatureSpaces, solve
+from .own import (
+    agreeing,
+    carries_features,
+    differing,
+    names_of,
+    pins_on,
+    unmatched_labels,
+    unmatched_params,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Common:
+    """The graph that the models have in common, behind their stems, and what in it is the same to the bit.
+
+    Attributes:
+        pinned: per model, labels that have to be left alone, with the reasons.
+        order: nodes of model 0, in order.
+        by_position: what cannot be matched may be averaged place by place.
+    """
+
+    alignment: Alignment
+    labellings: tuple[Labelling, ...]
+    pinned: tuple[dict[int, str], ...]
+    order: tuple[fx.Node, ...]
+    by_position: bool = False
+
+    @cached_property
+    def differ(self) -> frozenset[str]:
+        """Parameters of model 0 in which the models do not agree to the bit."""
+        return differing(self.alignment)
+
+    @cached_property
+    def same(self) -> set[str]:
+        """Nodes of model 0 whose values are the same in all models, to the bit."""
+        return agreeing(self.alignment, self.labellings[0], self.differ)
+
+    def in_order(self, names: Collection[str]) -> tuple[str, ...]:
+        return tuple(node.name for node in self.order if node.name in names)
+
+    def solved(self, names: Iterable[str], *, outputs: bool = False) -> tuple[FeatureSpaces, ...]:
+        """The feature spaces of each model; with `outputs`, what the models return keeps its order."""
+        return tuple(
+            solve(
+                label,
+                {self.alignment.pairs[name][k] for name in names} | (_output(label) if outputs else set()),
+                pinned=self.pinned[k],
+                entering=self.alignment.entering(k),
+            )
+            for k, label in enumerate(self.labellings)
+        )
+
+    def unmatched(self, names: set[str], spaces: Sequence[FeatureSpaces]) -> dict[str, str]:
+        """Nodes that would be averaged place by place, or that fix the order of features, with the reasons."""
+        if self.by_position:
+            return {}
+        own = self.in_order(names - self.same)
+        found: dict[str, str] = {}
+        loose = False
+        for k, label in enumerate(self.labellings):
+            facts = {name: label.facts[self.alignment.pairs[name][k]] for name in own}
+            left = unmatched_labels(list(facts.values()), spaces[k])
+            loose = loose or left.numel() > 0
+            for name, said in facts.items():
+                reason = next(iter(said.refusals), "") or (pins_on(said, spaces[k], left) if left.numel() else "")
+                if reason:
+                    found.setdefault(name, reason)
+        if found or loose:  # what else cannot be matched may be so for this reason alone
+            return found or self._first_without_choice(own)
+        first = self.labellings[0]
+        read = {param for name in own for param in first.touches[name]} & self.differ
+        bare = unmatched_params(read, spaces[0])
+        for name in own:
+            if first.touches[name] & bare:
+                param = min(first.touches[name] & bare)
+                found.setdefault(name, f"the models differ in `{param}`, which has no features that could be matched")
+        return found
+
+    def _first_without_choice(self, own: Sequence[str]) -> dict[str, str]:
+        """The node, with the reason, with which features get into the trunk, or a constraint on them, that leaves
+        nothing to match: found by halving, for what says so may be several nodes together."""
+
+        def left(count: int) -> tuple[list[str], str]:
+            names = set(own[:count]) | self.same
+            for k, found in enumerate(self.solved(names)):
+                label = self.labellings[k]
+                facts = [label.facts[self.alignment.pairs[name][k]] for name in own[:count]]
+                labels = unmatched_labels(facts, found)
+                if labels.numel():
+                    return names_of(label, found, labels), (found.pin_of(labels) or ("",))[0]
+            return [], ""
+
+        low, high = 0, len(own)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if left(middle)[0] else (middle, high)
+        names, why = left(high)
+        why = why or "they may not change places with one another"
+        return {own[high - 1]: f"features of `{names[0] if names else own[high - 1]}` cannot be matched: {why}"}
+
+    def alike(self, names: set[str], spaces: Sequence[FeatureSpaces]) -> set[str]:
+        """Values that something behind the trunk reads and that carry no features to be given back to each model."""
+        label = self.labellings[0]
+        result = set()
+        for node in self.order:
+            inside = node.name in names and node.name in label.dynamic and node.name in label.program.shapes
+            if not inside or node.name in self.same or node.op == "placeholder":
+                continue
+            readers = {u.name for u in node.users if u.op == "output" or u.name in label.dynamic}
+            twins = self.alignment.pairs[node.name]
+            if not names.issuperset(readers) and not all(
+                carries_features(own, spaces[k], twins[k]) for k, own in enumerate(self.labellings)
+            ):
+                result.add(node.name)
+        return result
+
+
+def _output(label: Labelling) -> set[str]:
+    """The node that returns: it pins what the model returns."""
+    return {label.program.module.graph.output_node().name}
