@@ -170,6 +170,7 @@ class _Search:
         self._not_empty(wanted, ends)
         spaces = self.common.solved(wanted)
         found = self.common.unmatched(wanted, spaces)
+        found = {name: reason for name, reason in found.items() if name not in self.returned}  # that was asked for
         if found:
             first = next(node for node in self.order if node.name in found)
             raise CutError(_beyond(until, first, self.alignment, found, self.closed(wanted - found.keys())))
@@ -218,13 +219,16 @@ class _Search:
     def _way_out(self, ends: Mapping[str, str]) -> str:
         """What to do where by default nothing can be shared."""
         label = self.labellings[0]
+        found: list[tuple[int, str]] = []
         for name in reversed([name for name in cut_names(self.order) if "." not in name]) if ends else ():
             with suppress(AlignError, CutError):
-                self.up_to(name)
-                return (
-                    f" Say where the trunk ends: `until={name!r}` shares up to there, and gives each head its own "
-                    "features back."
-                )
+                found.append((len(self.up_to(name).returned), name))
+        if found:
+            name = min(found, key=lambda pair: pair[0])[1]
+            return (
+                f" Say where the trunk ends: `until={name!r}` shares up to there, and gives each head its own "
+                "features back."
+            )
         sums = [node for node in self.order if label.facts[node.name].sums and node.name in self.alignment.pairs]
         behind = [user.name for node in sums[:1] for user in node.users if user.name in self.alignment.pairs]
         if ends and behind and not self.alignment.stems:

@@ -63,11 +63,19 @@ class Common:
             for k, label in enumerate(self.labellings)
         )
 
+    def _read(self, names: set[str]) -> set[str]:
+        """Those of the nodes that depend on the input, and what they read of the rest."""
+        result: set[str] = set()
+        for node in reversed(self.order):
+            if node.name in names and (node.name in self.labellings[0].dynamic or node.name in result):
+                result |= {node.name, *(source.name for source in node.all_input_nodes if source.name in names)}
+        return result
+
     def unmatched(self, names: set[str], spaces: Sequence[FeatureSpaces]) -> dict[str, str]:
         """Nodes that would be averaged place by place, or that fix the order of features, with the reasons."""
         if self.by_position:
             return {}
-        own = self.in_order(names - self.same)
+        own = self.in_order(self._read(names) - self.same)
         found: dict[str, str] = {}
         loose = False
         for k, label in enumerate(self.labellings):
