@@ -225,12 +225,16 @@ def survey(
     if found is not None:
         programs, labellings = found, tuple(label(program, rules) for program in found)
         alignment = align(programs, () if start is None else find_stems(labellings, start))
-    asked = {"strict": strict, "by_position": by_position}
-    if not verify:
-        return Survey(alignment, labellings, ({},) * len(labellings), (None,) * len(labellings), **asked)
-    checks = [check(labelling) for labelling in labellings]
-    notes = tuple(dict.fromkeys(f"model {k}: {note}" for k, one in enumerate(checks) for note in one.notes))
-    return Survey(alignment, labellings, tuple(c.pinned for c in checks), tuple(c.error for c in checks), notes, **asked)
+    checks = [check(labelling) if verify else None for labelling in labellings]
+    return Survey(
+        alignment,
+        labellings,
+        pinned=tuple({} if own is None else own.pinned for own in checks),
+        errors=tuple(None if own is None else own.error for own in checks),
+        notes=tuple(dict.fromkeys(f"model {k}: {note}" for k, own in enumerate(checks) if own for note in own.notes)),
+        strict=strict,
+        by_position=by_position,
+    )
 
 
 def _with_lifted(alignment: Alignment, labellings: Sequence[Labelling]) -> list[Program] | None:
