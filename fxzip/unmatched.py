@@ -122,7 +122,9 @@ class Common:
     def alike(self, names: set[str], spaces: Sequence[FeatureSpaces]) -> set[str]:
         """Values that something behind the trunk reads and that carry no features to be given back to each model."""
         label = self.labellings[0]
-        result = set()
+        result: set[str] = set()
+        if self.by_position:  # what has the same place in all models is given back at that place
+            return result
         for node in self.order:
             inside = node.name in names and node.name in label.dynamic and node.name in label.program.shapes
             if not inside or node.name in self.same or node.op == "placeholder":
