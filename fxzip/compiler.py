@@ -22,6 +22,7 @@ from .branches import Alone, behind, narrowed, whole_trunks
 from .calibration import Calibration
 from .cuts import Cut, find_cuts
 from .errors import AlignError, BarrierError, CutError, InputError
+from .flops import flops_by_node
 from .frontier import Goal, best_agreeing, deepest_agreeing, earliest_affordable
 from .inputs import Call, JointCall
 from .joint import needs_classifiers, needs_tasks, with_shifts
@@ -33,7 +34,7 @@ from .own import differing
 from .own_inputs import trace_all
 from .plan import plan
 from .refit import LeastSquares, Refit, fit_notes, least_squares, refits
-from .report import flops_by_node, make_report
+from .report import make_report
 from .rewrite import rewrite
 from .rules import RULES, Rule
 from .sources import MAX_BATCHES
@@ -180,7 +181,7 @@ class Survey:
     by_position: bool = False
 
     @cached_property
-    def flops(self) -> tuple[dict[str, int], ...]:
+    def flops(self) -> tuple[Mapping[str, int], ...]:
         """FLOPs of every node of every model on its sample."""
         return tuple(flops_by_node(program.module, program.call) for program in self.alignment.programs)
 

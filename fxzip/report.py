@@ -6,34 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
-
-from .inputs import Call
+from .flops import count_flops
 from .naming import module_path
 from .plan import ZipPlan
-from .tracing import Program, flat_inputs, quiet_execution
+from .tracing import Program
 from .zipped import ZippedModule, mix
-
-
-class _Counting(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.flops: dict[str, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False) as counter:
-            value = super().run_node(n)
-        self.flops[n.name] = int(counter.get_total_flops())
-        return value
-
-
-def flops_by_node(module: fx.GraphModule, call: Call) -> dict[str, int]:
-    """FLOPs of every node on a sample, as torch's FlopCounterMode counts them (2 per multiply-add)."""
-    run = _Counting(module)
-    with quiet_execution():
-        run.run(*flat_inputs(module, call))
-    return run.flops
 
 
 @dataclass(frozen=True)
@@ -42,7 +19,8 @@ class Report(Mapping[str, Any]):
 
     Keys: "models", "method", "refit", "data", "cut", "spaces", "narrowed", "flops", "parameters", "unmerges", "mixed",
     "barriers", "self_check", "tracing", "notes". "narrowed" holds for each head its spaces that keep fewer features.
-    "flops" and "parameters" hold "trunk", "heads", "total", "originals", "side_by_side". "unmerges" are the nodes that
+    "flops" and "parameters" hold "trunk", "heads", "total", "originals", "side_by_side"; "flops" also
+    "unknown", the calls whose FLOPs are not known and count as none. "unmerges" are the nodes that
     give a head its own features; "mixed" those of them that take a matrix product, the others gather.
     """
 
@@ -84,15 +62,28 @@ def _costs(trunk: int, heads: list[int], stems: list[int], originals: list[int])
 
 
 def _flops(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, Any]:
-    by_node = flops_by_node(zipped, programs[0].call)
+    found = count_flops(zipped, programs[0].call)
     parts: dict[str, int] = {}
     for node in zipped.graph.nodes:
         part = node.meta.get("fxzip", {}).get("part", "trunk")
-        parts[part] = parts.get(part, 0) + by_node[node.name]
+        parts[part] = parts.get(part, 0) + found.by_node[node.name]
     heads, stems = ([parts.get(f"{part} {k}", 0) for k in range(len(programs))] for part in ("head", "stem"))
-    return _costs(
-        parts.get("trunk", 0), heads, stems, [sum(flops_by_node(p.module, p.call).values()) for p in programs]
-    )
+    originals = [count_flops(p.module, p.call) for p in programs]
+    unknown = [f"`{name}` (node `{node}`)" for node, names in found.unknown.items() for name in names]
+    known = _costs(parts.get("trunk", 0), heads, stems, [own.total for own in originals])
+    return known | {"unknown": unknown}
+
+
+def uncounted(costs: Mapping[str, Any]) -> list[str]:
+    """A note if there are calls whose FLOPs are not known; `costs` as in a report."""
+    names: list[str] = costs["flops"].get("unknown", [])
+    if not names:
+        return []
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return [
+        f"the FLOPs of {shown} are not known and count as none: shares of FLOPs (`until` as a fraction, `max_cost`, "
+        "`width`) and the figures of this report leave them out"
+    ]
 
 
 def _parameters(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, Any]:
@@ -139,9 +130,11 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
         if any(user.name not in set(trunk.nodes) for user in n.users) and n.name in trunk.labellings[0].dynamic
     ]
     left = [node for node in zipped.graph.nodes if node.meta.get("fxzip", {}).get("unmerge")]
+    spent = costs(zipped, programs)
     values = {
         "models": len(programs),
         **settings,
+        "notes": [*settings.get("notes", []), *uncounted(spent)],
         "cut": {
             "after": [node.name for node in edge],
             "modules": [module_path(node) for node in edge],
@@ -153,7 +146,7 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
         },
         "spaces": spaces,
         "narrowed": narrow,
-        **costs(zipped, programs),
+        **spent,
         "unmerges": [node.name for node in left],
         "mixed": [node.name for node in left if node.target is mix],
         "barriers": [b.reason for label in trunk.labellings for b in label.barriers],

@@ -10,7 +10,7 @@ from torch import fx, nn
 from .arguments import models_and_sample
 from .entering import copied_node
 from .own_inputs import trace_all
-from .report import Report, costs
+from .report import Report, costs, uncounted
 from .rewrite import forget_buffers
 from .tracing import Program
 from .zipped import ZippedModule, reuse_memory
@@ -96,10 +96,11 @@ def _placeholders_first(graph: fx.Graph) -> None:
 
 def _report(result: ZippedModule, programs: tuple[Program, ...]) -> Report:
     cut: Mapping[str, Any] = {"after": [], "modules": [], "parting": [], "ends": {}}
+    spent = costs(result, programs)
     values = {
         "models": len(programs), "method": "side by side", "refit": None, "data": "no data needed",
-        "self_check": [None] * len(programs), "notes": ["nothing is merged"], "cut": cut, "spaces": [],
-        **costs(result, programs), "unmerges": [], "barriers": [], "probed": [],
+        "self_check": [None] * len(programs), "notes": ["nothing is merged", *uncounted(spent)], "cut": cut,
+        "spaces": [], **spent, "unmerges": [], "barriers": [], "probed": [],
         "tracing": [{"rung": p.rung, "failures": list(p.failures)} for p in programs],
     }  # fmt: skip
     return Report(values)
