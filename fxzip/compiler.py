@@ -34,7 +34,7 @@ from .own import differing
 from .own_inputs import trace_all
 from .plan import plan
 from .refit import LeastSquares, Refit, fit_notes, least_squares, refits
-from .report import make_report
+from .report import Report, make_report
 from .rewrite import rewrite
 from .rules import RULES, Rule
 from .sources import MAX_BATCHES
@@ -317,8 +317,16 @@ def assemble(
         "notes": [*trunk.notes, *found.notes, *calibration.notes, *widths.notes, *fit_notes(zipped)],
     }
     report = make_report(zipped, zipping, settings)
-    zipped.meta["fxzip_report"] = report.noting(*overspent(report, *recipe.sizing))
+    zipped.meta["fxzip_report"] = report.noting(*overspent(report, *recipe.sizing), *_saves_nothing(report))
     return zipped
+
+
+def _saves_nothing(report: Report) -> list[str]:
+    flops = report["flops"]
+    ratio = flops["total"] / max(flops["side_by_side"], 1)
+    if ratio < 1:
+        return []
+    return [f"the zip takes {ratio:.2f}x the FLOPs of the models side by side: what they can share saves none"]
 
 
 def cuts_and_trunks(found: Survey, limit: int = 32) -> tuple[list[Cut], list[Trunk]]:

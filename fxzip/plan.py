@@ -18,7 +18,20 @@ from scipy.sparse.csgraph import connected_components
 
 from .analysis.spaces import FeatureSpaces, Layout
 from .errors import InputError
-from .matching import JointMethod, Merge, Method, Problem, Space, Weight, marks, match_spaces, match_unseen, needs
+from .matching import (
+    Energy,
+    JointMethod,
+    Merge,
+    Method,
+    Problem,
+    Space,
+    Weight,
+    marks,
+    match_spaces,
+    match_unseen,
+    needs,
+)
+from .matching.recover import recovered
 from .moments import Moments
 from .readers import readers
 from .trunk import Trunk
@@ -37,6 +50,8 @@ class ZipPlan:
         unobserved: spaces for which the data showed nothing; they are matched by weights, if at all.
         kept: space number of model 0 -> how many features it keeps, where that is not the number of model 0.
         heads: model -> the plan of that model by itself, where its head keeps fewer features (see `branches`).
+        readings: (space, model) -> how the head reads its features from the merged ones where they are not copied from
+            its own clusters, [features of the model, merged features].
     """
 
     trunk: Trunk
@@ -46,6 +61,11 @@ class ZipPlan:
     unobserved: frozenset[int] = field(default_factory=frozenset)
     kept: Mapping[int, int] = field(default_factory=dict)
     heads: Mapping[int, ZipPlan] = field(default_factory=dict)
+    readings: Mapping[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def U(self, space: int, k: int) -> torch.Tensor:
+        """How head k gets its features of a space from the merged ones where that is not folded into its weights."""
+        return self.readings.get((space, k), self.merges[space].U(k))
 
 
 def problem_of(
@@ -119,7 +139,40 @@ def plan(
     unobserved = frozenset(s for s, space in enumerate(problem.spaces) if asks and space.moments is None)
     if unobserved and "weights" not in needs(method) and not getattr(method, "by_position", False):
         merges |= match_unseen(replace(problem, weights=weights_of(trunk)), merges)
-    return planned(trunk, merges, reach, unobserved, kept)
+    result = planned(trunk, merges, reach, unobserved, kept)
+    if not isinstance(method, Energy) or kept:  # others copy, as published; a budget leaves no room for products
+        return result
+    return replace(result, readings=_readings(problem, merges, result.folded))
+
+
+_COPIED, _BETTER, _RIDGE = 0.02, 0.8, 1e-3
+"""The share of the variance that a copy may miss, how much of that a product may miss, and the regression's ridge."""
+
+
+def _readings(
+    problem: Problem, merges: Mapping[int, Merge], folded: Sequence[frozenset[int]]
+) -> dict[tuple[int, int], torch.Tensor]:
+    """`ZipPlan.readings`: by linear regression where copies miss much, for a copy reads its own clusters only."""
+    result = {}
+    for s, space in enumerate(problem.spaces):
+        if space.legality != "free" or space.tie is not None or space.moments is None:
+            continue
+        full = recovered(merges[s], space.moments, _RIDGE)
+        own = torch.split(torch.arange(sum(space.sizes)), list(space.sizes))
+        for k in range(len(space.sizes)):
+            if s not in folded[k]:
+                copied, read = (_missed(merge, space.moments, own[k]) for merge in (merges[s], full))
+                if copied > _COPIED and read < _BETTER * copied:
+                    result[s, k] = full.U(k)
+    return result
+
+
+def _missed(merge: Merge, moments: Moments, own: torch.Tensor) -> float:
+    """The share of the variance of some features that is lost by merging and unmerging."""
+    covariance = moments.covariance.cpu()
+    rest = (torch.eye(len(covariance), dtype=covariance.dtype) - merge.unmerge.cpu() @ merge.merge.cpu())[own]
+    left = torch.einsum("ij,jk,ik->", rest, covariance, rest)
+    return float(left / covariance.diagonal()[own].sum().clamp(min=torch.finfo(covariance.dtype).tiny))
 
 
 def reaches(trunk: Trunk) -> tuple[torch.Tensor, ...]:

@@ -198,7 +198,7 @@ class _Head:
         if not spaces:
             return None
         device = next((p.device for p in self.program.module.parameters()), None)
-        matrices = {(s, partners[s]): self.plan.merges[s].U(self.k) for s in spaces}
+        matrices = {(s, partners[s]): self.plan.U(s, self.k) for s in spaces}
         places = PlaceMap.between(merged, own, matrices)
         index = places.gather
         if index is None:

@@ -26,7 +26,7 @@ LAYERS = [  # a stage sees its own layer and those further down
     ["trunk", "folding", "endings", "lifting"],
     ["unmatched", "pairing"],
     ["own"],
-    ["align", "analysis", "stems", "own_inputs"],
+    ["align", "analysis", "stems", "own_inputs", "flops"],
     ["rules", "tracing"],
     ["batches"],
     ["moments", "inputs", "naming", "containers", "structure", "table", "sizes", "shifts", "cholesky"],

@@ -1,5 +1,7 @@
 """What a model returns is its own, and nothing is averaged that was not matched."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -182,3 +184,19 @@ def test_a_normalisation_of_the_input_that_differs_stays_with_its_model():
     zipped = zipped_pair(a, b, start="relu", width=2)
     for found, model in zip(zipped(X), (a, b), strict=True):
         assert relative_difference(model(X), found) <= 1e-9
+
+
+def test_features_that_are_not_folded_are_read_from_all_merged_ones_where_copies_miss_much(monkeypatch):
+    a, b = pair(middle=lambda s, h: h.cumsum(1))
+    zipped = zipped_pair(a, b, method=fxzip.Energy())
+    monkeypatch.setattr(sys.modules["fxzip.plan"], "_BETTER", 0.0)
+    copied = zipped_pair(a, b, method=fxzip.Energy())
+    assert zipped.report["mixed"]
+    assert not copied.report["mixed"]
+    errors = [
+        [relative_difference(model(X), found) for model, found in zip((a, b), one(X), strict=True)]
+        for one in (zipped, copied)
+    ]
+    assert sum(errors[0]) < sum(errors[1])
+    monkeypatch.undo()
+    assert not zipped_pair(a, a, method=fxzip.Energy(), until="relu_1").report["mixed"]
