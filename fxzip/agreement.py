@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .calibration import Calibration, as_batch
 from .errors import DataError
-from .inputs import Call, JointCall, batch_size, leaves, map_tensors
+from .inputs import Call, batch_size, leaves, select_rows
 from .tracing import Program, run_eager
 
 EVERY = 5
@@ -141,12 +141,4 @@ def _put(call: Call, chosen: Tensor, put: Callable[[Call], Any]) -> None:
     if bool(chosen.all()):
         put(call)
     elif bool(chosen.any()):
-        size = len(chosen)
-        put(_rows(call, chosen, size))
-
-
-def _rows(call: Call, chosen: Tensor, size: int) -> Call:
-    """The chosen inputs of a batch."""
-    if isinstance(call, JointCall):
-        return JointCall.of(_rows(part, chosen, size) for part in call.parts)
-    return map_tensors(lambda t: t[chosen.to(t.device)] if t.ndim and len(t) == size else t, call)
+        put(select_rows(call, chosen))

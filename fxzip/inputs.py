@@ -64,6 +64,24 @@ def map_tensors(function: Any, call: Call) -> Call:
     return Call(*containers.map_leaves(function, (call.args, call.kwargs)))
 
 
+def select_rows(call: Call, chosen: Tensor | slice) -> Call:
+    """Some inputs of a batch: rows of every tensor that has the batch size.
+
+    >>> select_rows(Call((torch.ones(4, 2), torch.ones(3)), {}), slice(1)).args[0].shape
+    torch.Size([1, 2])
+    """
+    if isinstance(call, JointCall):
+        return JointCall.of(select_rows(part, chosen) for part in call.parts)
+    size = batch_size(call)
+
+    def taken(value: Tensor) -> Tensor:
+        if not value.ndim or len(value) != size:
+            return value
+        return value[chosen.to(value.device)] if isinstance(chosen, Tensor) else value[chosen]
+
+    return map_tensors(taken, call)
+
+
 def as_call(sample_input: Any) -> Call:
     """The call that a sample input stands for: a tensor is the only argument, a tuple or list the positional ones, a
     dict the keyword arguments.

@@ -128,6 +128,8 @@ def _places_moved(value: Tensor, after: Tensor, labels: Tensor) -> Tensor:
         scale = float(torch.where(finite, value, 0).abs().max()) if value.numel() else 0.0
     ends = [axis for axis, size in enumerate(labels.shape) if size > 1]
     rest = [axis for axis in range(value.ndim) if axis not in ends]
+    if not value.numel():  # rows of which a model picks none
+        return torch.zeros(labels.numel(), dtype=torch.bool)
     largest = gap.amax(rest) if rest else gap
     return (largest > 1e-6 * scale).flatten().cpu()
 

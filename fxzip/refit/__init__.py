@@ -80,6 +80,10 @@ def fit_notes(zipped: ZippedModule) -> list[str]:
     notes += [
         f"`{name}` needed a ridge of {ridge:.0e}: its inputs are rank-deficient" for name, ridge in fit.raised.items()
     ]
-    if not fit.all_batches:
-        notes.append("batches beyond the memory limit were left out (`fxzip.LeastSquares(memory=...)` raises it)")
+    used, seen = fit.inputs
+    if used < seen:
+        notes.append(
+            f"least squares used {used} of {seen} inputs: those beyond the memory limit were left out "
+            "(`fxzip.LeastSquares(memory=...)` raises it)"
+        )
     return notes

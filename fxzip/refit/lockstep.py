@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from ..inputs import Call, batch_size
-from ..tracing import Program, flat_inputs
+from ..inputs import Call, batch_size, leaves, select_rows
+from ..tracing import Program, flat_inputs, run_recorded
 
 Env = dict[fx.Node, Any]
 
@@ -75,41 +75,53 @@ class Lockstep:
                     env.pop(source, None)
 
 
-def live_bytes(program: Program) -> float:
-    """Peak of the bytes that the values of all live nodes take, per row of the batch."""
-    waiting = {node: len(node.users) for node in program.module.graph.nodes}
+def live_bytes(module: fx.GraphModule, shapes: Mapping[str, Sequence[int]], call: Call) -> float:
+    """Peak of the bytes that the values of all live nodes take, per row of the batch; `shapes` are those on `call`."""
+    waiting = {node: len(node.users) for node in module.graph.nodes}
     alive: dict[fx.Node, int] = {}
-    width = next((p.element_size() for p in program.module.parameters()), 4)
+    width = next((p.element_size() for p in module.parameters()), 4)
     peak = 0
-    for node in program.module.graph.nodes:
-        if node.op != "get_attr" and node.name in program.shapes:
-            alive[node] = math.prod(program.shapes[node.name]) * width
+    for node in module.graph.nodes:
+        if node.op != "get_attr" and node.name in shapes:
+            alive[node] = math.prod(shapes[node.name]) * width
         peak = max(peak, sum(alive.values()))
         for source in node.all_input_nodes:
             waiting[source] -= 1
             if waiting[source] == 0:
                 alive.pop(source, None)
-    return peak / max(batch_size(program.call) or 1, 1)
+    return peak / max(batch_size(call) or 1, 1)
+
+
+def bytes_per_row(net: fx.GraphModule, programs: Sequence[Program]) -> float:
+    """What an input takes in a walk: the values that live at a time in the originals and in the zipped network, of its
+    own widths, and the input itself, which is held all the time."""
+    call = programs[0].call
+    zipped = live_bytes(net, run_recorded(net, call).shapes, call)
+    held = sum(value.nbytes for value in leaves(call)) / max(batch_size(call) or 1, 1)
+    return zipped + held + sum(live_bytes(own.module, own.shapes, own.call) for own in programs)
 
 
 def within_memory(
-    data: Iterable[tuple[int, Call]], programs: Sequence[Program], memory: int, sources: int = 1
-) -> tuple[list[tuple[int, int, Call]], bool]:
-    """As many batches as fit, taken evenly from all `sources`, at least one each; and whether any was left out.
+    data: Iterable[tuple[int, Call]], per_row: float, memory: float, sources: int = 1, *, whole: bool = False
+) -> tuple[list[tuple[int, int, Call]], tuple[int, int]]:
+    """As many inputs as fit, taken evenly from all `sources`, at least one each; how many these are, and of how many.
 
-    Each batch comes with the number of its source, and its own among all of them.
+    Each batch comes with the number of its source, and its own among all of them. The first batch of a source is cut if
+    it is too large itself, unless models take `whole` batches only.
     """
-    per_row = sum(live_bytes(program) for program in programs) + live_bytes(programs[0])
     by_source: dict[int, list[tuple[int, Call]]] = {}
-    rows: dict[int, int] = {}
-    cut = False
+    used = seen = 0
     limit = memory / max(per_row, 1.0)
     for number, (source, call) in enumerate(data):
         own = by_source.setdefault(source, [])
         size = batch_size(call) or 1
-        if own and sum(rows.values()) + size > limit * (source + 1) / max(source + 1, sources):
-            cut = True
+        seen += size
+        room = int(limit * (source + 1) / max(source + 1, sources)) - used
+        if size > room and not own and not whole:
+            size = max(room, 1)
+            call = select_rows(call, slice(size))
+        elif size > room and own:
             continue
         own.append((number, call))
-        rows[source] = rows.get(source, 0) + size
-    return [(source, *own) for source, calls in sorted(by_source.items()) for own in calls], cut
+        used += size
+    return [(source, *own) for source, calls in sorted(by_source.items()) for own in calls], (used, seen)

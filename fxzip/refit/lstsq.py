@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from ..inputs import Call
 from ..plan import ZipPlan
 from ..zipped import ZippedModule
-from .lockstep import within_memory
+from .lockstep import bytes_per_row, within_memory
+from .samples import sample_bytes
 from .solving import Fit, Settings
 from .survey import decomposed
 from .walk import Walk
 
 __all__ = ["Fit", "LeastSquares", "least_squares"]
+
+_SHARE = 0.75  # of the memory for values of nodes; the rest is for what calls inside a node make
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,17 @@ class LeastSquares(Settings):
         labelled = getattr(data, "labelled", None)
         numbered = labelled() if labelled is not None else ((0, call) for call in data)
         programs = plan.trunk.alignment.programs
-        batches, cut = within_memory(numbered, programs, self.memory, getattr(data, "sources", 1))
+        samples = min(sample_bytes(result, self.positions, self.least), self.memory / 2)
+        batches, inputs = within_memory(
+            numbered, bytes_per_row(result, programs), _SHARE * (self.memory - samples), getattr(data, "sources", 1),
+            whole=any(not program.batch_axes for program in programs),
+        )  # fmt: skip
         with decomposed():
             walk = Walk(result, plan, batches, self)
             walk.trunk()
             for k in range(len(programs)):
                 walk.head(k)
-        walk.fit.all_batches = not cut
+        walk.fit.inputs = inputs
         result.meta["fxzip_fit"] = walk.fit
         return result
 

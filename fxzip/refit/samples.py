@@ -21,6 +21,23 @@ from .units import Site, Unit, called
 _RELUS = (F.relu, torch.relu, torch.ops.aten.relu.default)
 
 
+def row_bytes(inputs: int, outputs: int, itemsize: int) -> int:
+    """What a position of a regression takes: inputs as drawn, joined and with a column of ones; targets, summands and
+    the originals' features as drawn and joined, what is left of them in float64."""
+    return (4 * inputs + 10 * outputs) * itemsize
+
+
+def sample_bytes(net: nn.Module, positions: int, least: int) -> float:
+    """What the samples of the largest regression of a network may take, and its Gram matrix."""
+    most = 0.0
+    for value in net.parameters():
+        if value.ndim > 1 and value.is_floating_point():
+            outputs, inputs = len(value), value.numel() // max(len(value), 1)
+            row = row_bytes(inputs, outputs, value.element_size())
+            most = max(most, max(least, positions * inputs) * row + 16.0 * inputs**2)
+    return most
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One batch's part of a regression.
@@ -52,6 +69,7 @@ class Sampler:
         net: the zipped network.
         numbers: of the batches, for messages.
         positions, least: see `LeastSquares`.
+        room: most bytes of the samples of a unit.
         free: whether what reads the result of a node allows other combinations of its features.
     """
 
@@ -60,6 +78,7 @@ class Sampler:
     numbers: Sequence[int]
     positions: int
     least: int
+    room: float
     free: Callable[[fx.Node], bool]
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     tails: dict[Site, bool] = field(default_factory=dict)
@@ -73,7 +92,10 @@ class Sampler:
         wanted = goal.on(source, envs[1:])
         tail, total = self._tail(site, env, wanted, goal, sums)
         inputs = unit.kernel.flat.shape[-1] if unit.kernel is not None else 1
-        wished = max(self.least, self.positions * inputs) / (len(self.net) * len(unit.sites))
+        groups = unit.kernel.groups if unit.kernel is not None else 1
+        size = unit.kernel.flat.element_size() if unit.kernel is not None else 4
+        row = row_bytes(inputs * groups, math.prod(wanted.shape[a] for a in wanted.axes), size)
+        wished = min(max(self.least, self.positions * inputs), self.room / row) / (len(self.net) * len(unit.sites))
         places = there = t = offset = None
         last = wanted
         if tail is not None and total is not None:

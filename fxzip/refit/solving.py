@@ -20,12 +20,12 @@ from .units import Unit, called
 @dataclass
 class Fit:
     """Notes for the report: calls fitted, calls left as zipped with the reason, calls whose ridge had to grow,
-    whether all batches were used, and for calls with free features the share of the originals' that is lost."""
+    how many inputs were used of how many, and for calls with free features the share of the originals' that is lost."""
 
     fitted: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     raised: dict[str, float] = field(default_factory=dict)
-    all_batches: bool = True
+    inputs: tuple[int, int] = (0, 0)
     lost: dict[str, float] = field(default_factory=dict)
 
 
@@ -42,7 +42,8 @@ class Settings:
         rounds: of majorisation in front of a ReLU, see `ridge_solution`.
         turns: of alternating least squares, at most, where merged features may be any that tell of the originals', see
             `alternating`; 0: none.
-        memory: bytes that the activations of all networks on all batches may take; batches beyond are left out.
+        memory: bytes that the activations of all networks, the inputs and the samples of a regression may take; inputs
+            beyond are left out, and of samples that take more than half of it fewer positions are taken.
     """
 
     ridge: float = 1e-4

@@ -81,7 +81,7 @@ class Walk:
                 if part.merged is not None:
                     part.freedom = Freedom(part.merged.plan, part.merged, self.flow, fitted)
         self.sampler = Sampler(
-            self.zipped, self.survey, numbers, settings.positions, settings.least,
+            self.zipped, self.survey, numbers, settings.positions, settings.least, settings.memory / 2,
             free=lambda node: (part := self.parts.get(part_of(node))) is not None and part.function(node) is not None,
         )  # fmt: skip
 
