@@ -212,7 +212,7 @@ def test_pins_name_the_output_first():
     labelling, spaces = analysed(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3))
     assert spaces.pin_of(labelling.params["2.weight"].fields[0]) == ("it is the model's output", "output")
     reason, kind = spaces.pin_of(labelling.params["0.weight"].fields[1])
-    assert (reason, kind) == ("`addmm` meets it with values that carry no feature", "fixed")
+    assert (reason, kind) == ("`addmm` meets it with values that carry no feature (node `_0`, module `0`)", "fixed")
     assert spaces.pin_of(labelling.params["0.weight"].fields[0]) is None
 
 

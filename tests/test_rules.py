@@ -221,7 +221,7 @@ class Bench:
             ledger = self.state.ledger
             runs = tuple(along(ledger.fresh(tensor.shape[a]), a, tensor.ndim) for a in own)
             entry = self.state.entry(tensor)
-            entry.fields, entry.static, entry.learned = runs, place in static, place in static
+            entry.fields, entry.static, entry.learned, entry.known = runs, place in static, place in static, False
             self.state.held[id(tensor)] = entry
             self.fields.append(runs)
         with torch.no_grad(), LabelMode(self.state):
@@ -392,7 +392,7 @@ CALLS = {
     "select_scatter": (lambda x, y: torch.select_scatter(x, y, 0, 1), [(3, 6), (6,)], [(1,), (0,)], ()),
     "copy": (lambda x, y: x.clone().copy_(y), [(3, 6), (6,)], [(1,), (0,)], ()),
 }
-IMMOVABLE = {"argmax", "cumsum", "topk"}
+IMMOVABLE = {"argmax", "cumsum", "topk", "flip", "roll"}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -406,8 +406,8 @@ def test_rules_against_values(name):
 
 
 def test_the_oracle_can_fail():
-    """A test of the test: a rule that forgets the flip is noticed."""
-    bench = Bench(lambda x: x.flip(1), [values(2, 5)], [(1,)])
+    """A test of the test: a rule that forgets the order is noticed."""
+    bench = Bench(lambda x: x[:, torch.tensor([4, 2, 3, 0, 1])], [values(2, 5)], [(1,)])
     entry = bench.state.entry(bench.out)
     entry.fields = tuple(labels.flip(1) for labels in entry.fields)
     with pytest.raises(AssertionError):
@@ -470,8 +470,10 @@ REASONS = {
     "`mm` meets it with values that carry no feature": (torch.mm, [(3, 5), (5, 4)], [(), (0, 1)]),
     "`index` picks it by indices that depend on the input": (
         lambda x, y: x[:, y.argmax(1)], [(2, 5), (3, 4)], [(1,), ()]),
-    "`gather` takes it for a position": (lambda x, y: x.gather(0, (y > 0).long()), [(2, 5), (2, 5)], [(1,), (1,)]),
-    "it is taken out alone (node `here`)": (lambda x: x[:, 0], [(3, 5)], [(1,)]),
+    "`gather` takes it for a position": (lambda x, y: x.gather(0, (y > 0).long()), [(2, 5), (2, 5)], [(1,), (0,)]),
+    "it is taken out alone": (lambda x: x[:, 0], [(3, 5)], [(1,)]),
+    "`flip` depends on the order of features": (lambda x: x.flip(1), [(3, 5)], [(1,)]),
+    "`roll` depends on the order of features": (lambda x: x.roll(1, 1), [(3, 5)], [(1,)]),
 }  # fmt: skip
 
 
@@ -479,7 +481,10 @@ REASONS = {
 def test_reasons_of_pins(reason):
     call, shapes, axes = REASONS[reason]
     bench = Bench(call, [values(*shape) for shape in shapes], axes)
-    assert reason in {pin.reason for pin in bench.facts.pins}
+    pins = {pin.reason: pin.kind for pin in bench.facts.pins}
+    (found,) = (text for text in pins if text.startswith(f"{reason} ("))
+    assert re.fullmatch(r"(`\w+` [^()]+ \(|[^`][^()]+ \(`\w+`, )node `here`\)", found), found
+    assert pins[found] == "fixed"
 
 
 def test_the_example_of_the_documentation_prints_what_it_says(capsys):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import RuleError
-from ..rules import Fields, Invocation, contraction, elementwise, is_pointwise, movement, varying
+from ..rules import Fields, Invocation, contraction, elementwise, is_pointwise, is_random, movement, varying
 from ..rules.probing import probe
+from ..rules.uniform import FACTORIES, UNWRITTEN, uniform_axes
 from .state import Barrier, Entry, Probed, Site, State, tensors
-from .writing import write_in_place, written_by
+from .writing import Earlier, write_in_place, written_by
 
 
 class LabelMode(TorchDispatchMode):
@@ -30,24 +32,26 @@ class LabelMode(TorchDispatchMode):
         for tensor in inputs:
             if id(tensor) in state.names:
                 state.touches.add(state.names[id(tensor)])
-        before = {id(t): state.operand(t) for t in inputs} if written else {}
+        earlier = Earlier.of(state, inputs, written) if written else Earlier({}, {})
         out = func(*args, **kwargs)
         if written and name.endswith("_"):
             name = name.rstrip("_")
         call = Invocation(
             name, func, tuple(args), kwargs, out, state.ledger,
-            lambda t: before.get(id(t)) or state.operand(t), state.restart,
+            lambda t: earlier.operands.get(id(t)) or state.operand(t), state.restart,
         )  # fmt: skip
         dynamic = any(not state.entry(t).static for t in inputs)
+        dynamic = dynamic or is_random(func)
         if dynamic and _weighs(state, call):
             state.ledger.facts.sums = True
         labelled = any(state.entry(t).fields for t in inputs)
-        result = _apply(state, call) if labelled else None
+        state.ledger.call, state.ledger.where = name, state.where
+        result = _apply(state, call) if labelled or (is_random(func) and name in state.rules) else None
         if written:
-            write_in_place(state, call, written, result, dynamic)
-        else:
-            learned = any(state.entry(t).learned for t in inputs)
-            _store(state, out, result, not dynamic, learned)
+            write_in_place(state, call, written, result, dynamic, earlier)
+        if not written or not any(out is t for t in written):
+            _file(state, call, result, dynamic)
+        _end_at_uncertain_sizes(state, call)
         _note_sites(state, call)
         state.calls += 1
         return out
@@ -99,20 +103,41 @@ def _check_fields(state: State, call: Invocation, result: Any) -> None:
                 )
 
 
-def _store(state: State, out: Any, result: Fields | list[Fields] | None, static: bool, learned: bool) -> None:
-    if isinstance(out, Tensor):
-        given = result if isinstance(result, tuple) else ()
+def _file(state: State, call: Invocation, result: Fields | list[Fields] | None, dynamic: bool) -> None:
+    """File what is known of each tensor that the call returns."""
+    entries = [state.entry(t) for t in call.tensors()][call.name in FACTORIES :]  # of those the first gives the shape
+    known = all(entry.known for entry in entries) and call.name not in UNWRITTEN and not is_random(call.func)
+    learned = any(state.entry(t).learned for t in call.tensors())
+    outs = call.out if isinstance(call.out, (list, tuple)) else [call.out]
+    uniform = iter(uniform_axes(call, state.uniform))
+    for place, out in enumerate(outs):
+        if not isinstance(out, Tensor):
+            continue
+        given: Any = result
+        if call.out is not out:
+            given = result[place] if isinstance(result, list) and place < len(result) else ()
+        given = given if isinstance(given, tuple) else ()
         for labels in given:
             if not varying(labels):
-                state.ledger.pin(labels, f"it is taken out alone ({state.where})")
+                state.ledger.pin(labels, "it is taken out alone")
         fields = tuple(labels for labels in given if varying(labels))
         state.seen.update((id(f), f) for f in fields)
-        state.file(Entry(out, fields, static, learned))
-    elif isinstance(out, (list, tuple)):
-        for place, item in enumerate(out):
-            part = result[place] if isinstance(result, list) and place < len(result) else None
-            if isinstance(item, (Tensor, list, tuple)):
-                _store(state, item, part, static, learned)
+        state.file(Entry(out, fields, not dynamic, learned, known, next(uniform)))
+
+
+def _end_at_uncertain_sizes(state: State, call: Invocation) -> None:
+    """What takes as many elements as a value computed with parameters says gives each model another number of them."""
+    if torch.Tag.dynamic_output_shape not in getattr(call.func, "tags", ()):
+        return
+    asked = list(call.tensors())
+    if "index" in call.name or call.name in ("masked_select", "repeat_interleave"):
+        asked = [t for t in asked[1:] if t.dtype in (torch.bool, torch.uint8) or call.name == "repeat_interleave"]
+    if any(not state.entry(t).static and state.entry(t).learned for t in asked):
+        reason = (
+            f"how many elements `{call.name}` ({state.where}) takes is computed with parameters, so that each model "
+            "takes others"
+        )
+        state.barriers.append(Barrier(state.node, call.name, reason))
 
 
 _SUMS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "convolution": 0, "addmv": 1, "mv": 0, "embedding": 1}

@@ -6,6 +6,7 @@ stage can solve for any part of the graph, a trunk for instance, by leaving out 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -92,6 +93,9 @@ class _Run(fx.Interpreter):
                 del holders[key]
 
 
+_OURS = re.compile(r"[/\\](torch|fxzip)[/\\]")  # files whose lines say nothing about the model
+
+
 def place_of(node: fx.Node) -> str:
     """How messages name a node: its name, module path and source line when known."""
     parts = [f"node `{node.name}`"]
@@ -100,6 +104,7 @@ def place_of(node: fx.Node) -> str:
     trace = node.meta.get("stack_trace") or node.stack_trace
     if trace:
         lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+        lines = [line for line in lines if not _OURS.search(line)]
         if lines:
             file, line = lines[-1].split(",")[:2]
             name = file.split("/")[-1].strip('" ')

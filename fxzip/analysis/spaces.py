@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..rules import Facts
+from ..rules.fields import occurrences
 from .kinds import Runs, kinds_of
 from .labelling import Labelling
 from .roles import Roles
@@ -91,7 +92,7 @@ class FeatureSpaces:
         classes = torch.where(flat > 0, self.klass[flat.clamp(min=0)], -1)
         space = torch.where(classes >= 0, self.space_of[classes.clamp(min=0)], -1)
         feature = torch.where(space >= 0, self.feature_of[classes.clamp(min=0)], -1)
-        return Layout(space, feature, _occurrences(classes))
+        return Layout(space, feature, occurrences(classes))
 
     def pin_of(self, labels: Tensor) -> tuple[str, str] | None:
         """(reason, kind) of the worst pin among the labels: output before barrier before fixed; None if free."""
@@ -108,19 +109,6 @@ def slots(layout: Layout, space: int) -> Tensor:
     count = len(here) // times
     result = torch.empty(times, count, dtype=torch.int64)
     result[layout.occurrence[here], layout.feature[here]] = here
-    return result
-
-
-def _occurrences(classes: Tensor) -> Tensor:
-    """For each place, how many earlier places hold the same class."""
-    order = torch.argsort(classes, stable=True)
-    ranked = classes[order]
-    start = torch.ones_like(ranked, dtype=torch.bool)
-    start[1:] = ranked[1:] != ranked[:-1]
-    places = torch.arange(len(ranked))
-    first = torch.where(start, places, 0).cummax(0).values if len(ranked) else places
-    result = torch.empty_like(places)
-    result[order] = places - first
     return result
 
 

@@ -61,12 +61,18 @@ class Barrier:
 
 @dataclass
 class Entry:
-    """A live tensor: its fields, whether it is the same for every input, and whether parameters went into it."""
+    """A live tensor: its fields, whether it is the same for every input, and whether parameters went into it.
+
+    `known`: neither input nor parameters went into its values (though its shape may be that of the input), so that they
+    may be looked at. `uniform`: axes along which the values are the same whatever the input and the parameters.
+    """
 
     tensor: Tensor
     fields: Fields
     static: bool
     learned: bool
+    known: bool = False
+    uniform: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -91,7 +97,7 @@ class State:
     def entry(self, tensor: Tensor) -> Entry:
         found = self.held.get(id(tensor)) or self.entries.get(id(tensor))
         if found is None:
-            found = self.file(Entry(tensor, (), True, False))
+            found = self.file(Entry(tensor, (), True, False, True))
         return found
 
     def file(self, entry: Entry) -> Entry:
@@ -103,12 +109,17 @@ class State:
     def operand(self, tensor: Tensor) -> Operand:
         entry = self.entry(tensor)
         covered = frozenset(a for labels in entry.fields for a in varying(labels))
-        axes = zip(tensor.shape, tensor.stride(), strict=True)
-        loose = frozenset(a for a, (n, s) in enumerate(axes) if n > 1 and s and a not in covered)
-        constant = entry.static and not entry.learned
-        if constant and loose and tensor.numel() <= _VALUES_COMPARED:
-            loose = frozenset(a for a in loose if not _same_along(tensor, a))
-        return Operand(tensor, entry.fields, entry.static, loose, entry.learned)
+        loose = frozenset(range(tensor.ndim)) - covered - self.uniform(tensor, covered)
+        return Operand(tensor, entry.fields, entry.static, loose, entry.learned, entry.known)
+
+    def uniform(self, tensor: Tensor, apart: frozenset[int] = frozenset()) -> frozenset[int]:
+        """Axes (others than `apart`) along which the values are the same whatever the input and the parameters."""
+        entry = self.entry(tensor)
+        axes = enumerate(zip(tensor.shape, _strides(tensor), strict=True))
+        same = entry.uniform | {a for a, (n, s) in axes if n == 1 or not s}
+        if entry.known and tensor.numel() <= _VALUES_COMPARED:
+            same |= {a for a in range(tensor.ndim) if a not in same | apart and _same_along(tensor, a)}
+        return same
 
     def lies_in_parameter(self, tensor: Tensor) -> bool:
         """Whether it is a parameter or a view of one."""
@@ -123,6 +134,11 @@ class State:
         if name is not None and self.params[name].groups != groups:
             self.params[name] = ParamLabels(fields(), groups)
             self.entry(tensor).fields = self.params[name].fields
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides; those of a tensor without any (a sparse one) count as none of them 0."""
+    return tensor.stride() if tensor.layout == torch.strided else (1,) * tensor.ndim
 
 
 def _same_along(tensor: Tensor, axis: int) -> bool:

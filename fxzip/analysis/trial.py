@@ -27,6 +27,7 @@ from .labelling import Labelling
 from .relabel import Movement, relabelled
 from .sightings import Sightings, Watcher, departures, relative_difference, tensor_difference, unmoved
 from .spaces import FeatureSpaces
+from .stillness import Still
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 """Largest movement of the output that counts as rounding, relative to its largest magnitude."""
@@ -177,7 +178,7 @@ Visit = Callable[[fx.Node, Any], Any]
 def run_with(
     program: Program, values: Mapping[str, Tensor], call: Call, dtype: torch.dtype, visit: Visit | None = None
 ) -> Any:
-    """The program's output with other parameters, in `dtype` throughout if that is float64."""
+    """The program's output with other parameters, in `dtype` throughout if that is float64, and without noise."""
     buffers = dict(program.module.named_buffers())
     own = {k: _cast(v, dtype) for k, v in values.items()}
     own |= {k: v.clone() for k, v in own.items() if k in buffers}
@@ -185,7 +186,7 @@ def run_with(
     module: nn.Module = program.module
     if visit is not None:
         module, own = _Visited(program.module, visit), {f"module.{name}": value for name, value in own.items()}
-    with quiet_execution(), _in_double() if dtype == torch.float64 else nullcontext():
+    with quiet_execution(), _in_double() if dtype == torch.float64 else nullcontext(), Still():
         torch.manual_seed(0)
         return torch.func.functional_call(module, own, tuple(inputs))
 

@@ -6,14 +6,16 @@ their strides; the labels written are laid into the base's, and every view of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..rules import FIXED, VOID, Fields, Invocation, Ledger, Operand, compress, varying
+from ..rules import FIXED, VOID, Fields, Invocation, Ledger, Operand, compress, is_random, varying
+from ..rules.movement import filler
+from ..rules.uniform import FACTORIES, uniform_axes
 from .state import Barrier, Entry, State, tensors
 
 
@@ -83,11 +85,13 @@ def write(ledger: Ledger, base: Operand, value: Operand, where: Window, what: st
     for new in value.fields:
         key = varying(new) - where.partial
         old = next((labels for labels in left if varying(labels) - where.partial == key), None)
+        if old is None:  # parts of an axis that have been written at other places
+            old = next((labels for labels in left if varying(labels) & varying(new) & where.partial), None)
         if old is not None:
             left = [labels for labels in left if labels is not old]
         if varying(new) == key and (old is None or varying(old) == key):
             if old is not None:
-                ledger.equal(old, new)
+                new = ledger.agree(old, new)
             else:
                 ledger.fix(new, base.loose, f"{what} writes it beside values that carry no feature")
             result.append(new)
@@ -106,15 +110,15 @@ def _assembled(base: Operand, old: Tensor | None, value: Operand, new: Tensor | 
     varied = (varying(old) if old is not None else frozenset()) | (varying(new) if new is not None else frozenset())
     varied |= where.partial
     shape = [n if a in varied else 1 for a, n in enumerate(base.tensor.shape)]
-    full = torch.full(shape, _filler(base, varied)) if old is None else old.expand(shape).clone()
+    full = torch.full(shape, filler(base, varied)) if old is None else old.expand(shape).clone()
     part = full[tuple(place if a in varied else slice(None) for a, place in enumerate(where.places))]
-    part.copy_(new.expand_as(part) if new is not None else torch.full((), _filler(value, varied)))
+    part.fill_(FIXED)
+    empty = bool((full == VOID).any())  # what is written is then no such place, unless it is the same constant
+    if new is not None:
+        part.copy_(torch.where(new == VOID, FIXED, new) if empty else new)
+    elif not empty or old is None:
+        part.fill_(filler(value, varied, [base] if empty else []))
     return full
-
-
-def _filler(operand: Operand, axes: frozenset[int]) -> int:
-    """What an operand without labels puts there: nothing, if its values are the same everywhere."""
-    return FIXED if operand.loose & axes or not operand.static else VOID
 
 
 def seen_through(view: Tensor, base: Tensor, fields: Fields) -> Fields | bool:
@@ -162,43 +166,86 @@ def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return result
 
 
-def write_in_place(state: State, call: Invocation, written: list[Tensor], result: Any, dynamic: bool) -> None:
+@dataclass(frozen=True)
+class Earlier:
+    """What was known before a call that writes: of its operands, and of what else lies in the memory written."""
+
+    operands: Mapping[int, Operand]
+    uniform: Mapping[int, frozenset[int]]
+
+    @classmethod
+    def of(cls, state: State, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Earlier:
+        storages = {_storage(tensor) for tensor in written}
+        there = [entry.tensor for entry in _entries(state) if _storage(entry.tensor) in storages]
+        found = {id(tensor): tensor for tensor in (*inputs, *there)}
+        operands = {key: state.operand(tensor) for key, tensor in found.items()}
+        return cls(operands, {key: state.uniform(tensor) for key, tensor in found.items()})
+
+
+def write_in_place(
+    state: State, call: Invocation, written: list[Tensor], result: Any, dynamic: bool, earlier: Earlier
+) -> None:
     """In-place calls: label the whole memory anew, and what other tensors see of it."""
     for tensor in written:
-        storage = tensor.untyped_storage()._cdata
-        entries = [e for e in _entries(state) if e.tensor.untyped_storage()._cdata == storage]
+        entries = [e for e in _entries(state) if _storage(e.tensor) == _storage(tensor)]
         entries.sort(key=lambda e: -e.tensor.numel())
         base, where = next((e, w) for e in entries if (w := window(tensor, e.tensor)) or e.tensor is tensor)
-        value = _valuewritten_by(state, call, tensor, result, dynamic)
-        labelled = any(e.fields for e in entries) or value.fields
+        value, uniform = _written(state, call, tensor, result, dynamic, earlier)
+        labelled = bool(value.fields) or any(e.fields for e in entries)
+        views: dict[int, Fields | bool] = {}
         for entry in entries:
             entry.learned = entry.learned or any(state.entry(t).learned for t in call.tensors())
         if labelled and where is not None:
-            before = call.operand(tensor) if base.tensor is tensor else state.operand(base.tensor)
-            base.fields = write(state.ledger, before, value, where, f"`{call.name}_` ({state.where})")
-            views = {id(e): seen_through(e.tensor, base.tensor, base.fields) for e in entries if e is not base}
+            before = earlier.operands[id(base.tensor)]
+            base.fields = write(state.ledger, before, value, where, f"`{call.name}_`")
+            views |= {id(e): seen_through(e.tensor, base.tensor, base.fields) for e in entries if e is not base}
         else:
-            views = {id(e): bool(labelled) for e in entries if e is not base}
+            views = {id(e): labelled for e in entries if e is not base}
         if (id(base.tensor) in state.names and labelled) or any(view is True for view in views.values()):
             _refuse(state, call, [*value.fields, *(f for e in entries for f in e.fields)])
             views = {id(e): () for e in entries}
         for entry in entries:
             view = views.get(id(entry), False)
             entry.fields = view if isinstance(view, tuple) else entry.fields
-            entry.static = entry.static and (not dynamic or (view is False and entry is not base))
+            untouched = labelled and view is False and entry is not base
+            entry.static = entry.static and (not dynamic or untouched)
+            if not untouched:
+                whole = entry is base and where is not None and not where.partial
+                entry.known = value.known and (whole or entry.known)
+                entry.uniform = _uniform(entry, where, uniform) if entry is base and where is not None else frozenset()
         state.seen.update((id(f), f) for f in base.fields)
 
 
-def _valuewritten_by(state: State, call: Invocation, tensor: Tensor, result: Any, dynamic: bool) -> Operand:
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
+        return id(tensor)
+
+
+def _uniform(base: Entry, where: Window, uniform: frozenset[int]) -> frozenset[int]:
+    """Axes of the base along which its values are the same everywhere after something was written that is so."""
+    axes = frozenset(a for a, own in enumerate(where.axes) if own in uniform) - where.partial
+    return axes & base.uniform if where.partial else axes
+
+
+def _written(
+    state: State, call: Invocation, tensor: Tensor, result: Any, dynamic: bool, earlier: Earlier
+) -> tuple[Operand, frozenset[int]]:
+    """The values written, as an operand over the tensor that they are written into, and their uniform axes."""
     ndim = tensor.ndim
     if call.name == "copy":
-        value = call.operand(call.args[1])
-        return value.place(range(ndim - value.ndim, ndim), ndim)
-    if call.name in ("fill", "zero"):
-        return Operand(tensor, (), True, frozenset())
+        value, uniform = call.operand(call.args[1]), earlier.uniform[id(call.args[1])]
+        axes = range(ndim - value.ndim, ndim)
+        return value.place(axes, ndim), frozenset(axes[a] for a in uniform) | set(range(ndim - value.ndim))
+    uniform = uniform_axes(replace(call, out=tensor), lambda t: earlier.uniform.get(id(t), frozenset()))[0]
+    known = not is_random(call.func) and all(
+        earlier.operands[id(t)].known for t in call.tensors() if call.name not in FACTORIES or t is not tensor
+    )
     fields: Fields = result if isinstance(result, tuple) else ()
     covered = frozenset(a for labels in fields for a in varying(labels))
-    return Operand(tensor, fields, not dynamic, frozenset(a for a, n in enumerate(tensor.shape) if n > 1) - covered)
+    loose = frozenset(a for a, n in enumerate(tensor.shape) if n > 1) - covered - uniform
+    return Operand(tensor, fields, not dynamic, loose, known), uniform
 
 
 def _entries(state: State) -> Iterator[Entry]:

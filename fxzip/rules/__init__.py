@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from . import contraction, elementwise, movement, reduction, scattering
+from . import contraction, elementwise, movement, noise, reduction, scattering
 from .fields import FIXED, VOID, Facts, Fields, Ledger, Operand, Pin, compress, varying
-from .invocation import Invocation, Rule, is_pointwise
+from .invocation import Invocation, Rule, is_pointwise, is_random
 from .meeting import meet
 
 __all__ = [
     "FIXED", "RULES", "VOID", "Facts", "Fields", "Invocation", "Ledger", "Operand", "Pin", "Rule",
-    "compress", "elementwise", "is_pointwise", "meet", "movement", "reduction", "varying",
+    "compress", "elementwise", "is_pointwise", "is_random", "meet", "movement", "reduction", "varying",
 ]  # fmt: skip
 
 
@@ -27,28 +27,34 @@ def _rows(rule: Rule, names: str) -> dict[str, Rule]:
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
-        **_rows(
-            movement.move,
-            """view _unsafe_view reshape _reshape_alias permute transpose t expand slice select unbind split
-            split_with_sizes split_copy chunk squeeze unsqueeze clone contiguous detach alias as_strided unfold flip
-            roll repeat repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle diagonal
-            movedim swapaxes narrow lift_fresh lift_fresh_copy view_as_real narrow_copy unflatten rot90""",
-        ),
+        **dict.fromkeys(movement.MOVES, movement.move),
+        **_rows(movement.turn, "flip roll rot90"),
+        "view_as_real": movement.as_pairs,
+        "view_as_complex": movement.as_complex,
         **_rows(
             elementwise.first_operand,
             """_to_copy to dropout native_dropout tril triu alpha_dropout feature_dropout relu6 relu hardtanh
             hardswish hardsigmoid hardshrink silu mish gelu celu elu selu leaky_relu threshold softplus softshrink
-            log_sigmoid_forward clamp nan_to_num fill_ bernoulli""",
+            log_sigmoid_forward clamp nan_to_num""",
         ),
         **_rows(elementwise.elementwise, "prelu _prelu_kernel where masked_fill addcmul addcdiv lerp fmod"),
         **_rows(
             elementwise.unlabelled,
             """zeros ones full empty arange zeros_like ones_like full_like empty_like new_zeros new_ones new_full
-            new_empty rand randn rand_like randn_like scalar_tensor linspace eye fill zero new_empty_strided
+            new_empty scalar_tensor linspace eye fill zero new_empty_strided randperm
             empty_strided sym_size sym_numel sym_stride empty_permuted""",
         ),
+        **_rows(
+            noise.noise,
+            """rand randn randint rand_like randn_like randint_like uniform exponential cauchy log_normal geometric
+            random normal_functional""",
+        ),
+        **_rows(noise.given_noise, "bernoulli normal poisson binomial"),
+        **_rows(noise.rrelu, "rrelu_with_noise rrelu_with_noise_functional"),
+        "multinomial": noise.drawn,
         "glu": elementwise.gated,
-        **_rows(movement.index, "index index_select gather _unsafe_index"),
+        **_rows(movement.index, "index index_select _unsafe_index"),
+        "gather": movement.gather,
         "copy": movement.copy,
         **_rows(scattering.scatter, "index_add index_copy index_reduce scatter scatter_add scatter_reduce"),
         **_rows(scattering.index_put, "index_put _unsafe_index_put _index_put_impl"),
@@ -81,8 +87,12 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d
             upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
             upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d
-            _upsample_nearest_exact2d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
-            replication_pad2d replication_pad3d max_unpool2d mkldnn_max_pool2d""",
+            _upsample_nearest_exact2d max_unpool2d mkldnn_max_pool2d""",
+        ),
+        **_rows(
+            movement.padded,
+            """reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+            replication_pad3d""",
         ),
         **_rows(reduction.grid_sample, "grid_sampler_2d grid_sampler_3d"),
         "im2col": reduction.im2col,

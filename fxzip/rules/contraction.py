@@ -8,6 +8,7 @@ block label per place there: attention heads, the groups of a convolution.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .fields import Fields, Ledger, Operand, compress, varying
@@ -18,9 +19,9 @@ from .meeting import meet, merged_fields
 def _spread(ledger: Ledger, labels: Tensor, axes: frozenset[int]) -> Tensor:
     """Make a field the same along `axes`."""
     for axis in sorted(axes & varying(labels)):
-        first = labels.narrow(axis, 0, 1)
-        ledger.equal(labels, first)
-        labels = first
+        whole = labels.amax(axis, keepdim=True)  # a feature, if there is one at any place
+        ledger.equal(labels, whole)
+        labels = torch.where(whole > 0, whole, labels.amin(axis, keepdim=True))
     return labels
 
 

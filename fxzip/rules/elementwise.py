@@ -26,8 +26,7 @@ def gated(call: Invocation) -> Fields:
             result.append(labels)
             continue
         first, second = labels.chunk(2, dim)
-        call.ledger.equal(first, second)
-        result.append(first)
+        result.append(call.ledger.agree(first, second))
     return tuple(result)
 
 

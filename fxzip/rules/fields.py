@@ -77,17 +77,22 @@ class Facts:
     blocks: list[Tensor] = field(default_factory=list)  # each [2, R]: block, member
     pins: list[Pin] = field(default_factory=list)
     consumed: list[Tensor] = field(default_factory=list)  # labels of parameters contracted with activations
-    touched: list[tuple[str, Tensor]] = field(default_factory=list)  # ("mix" | "dual" | "param" | ..., labels)
+    touched: list[tuple[str, Tensor]] = field(default_factory=list)  # ("mix" | "extremum" | "dual" | "param", labels)
     refusals: list[str] = field(default_factory=list)  # why only models that agree here to the bit can share the node
     sums: bool = False  # features are summed over with weights, or looked up in a table of weights
 
 
 class Ledger:
-    """Collects the facts of the node under way (`facts`) and hands out new labels."""
+    """Collects the facts of the node under way (`facts`) and hands out new labels.
+
+    `call` and `where` (the ATen call and the node under way) are named in the reasons of pins.
+    """
 
     def __init__(self) -> None:
         self.size = 1  # label 0 is VOID
         self.facts = Facts()
+        self.call = ""
+        self.where = ""
 
     def fresh(self, *shape: int) -> Tensor:
         """New labels, one per element of `shape`."""
@@ -112,27 +117,42 @@ class Ledger:
             return
         pairs = self._pairs(a, b)
         if int(pairs.min()) <= 0:
-            pairs = self._held(pairs)
+            least, other = pairs.min(0).values, pairs.max(0).values
+            self.pin(other[(least == FIXED) & (other > 0)], "it is added to values that carry no feature")
+            self._beside_nothing(a, b)
+            self._beside_nothing(b, a)
+            pairs = pairs[:, least > 0]
         differ = pairs[0] != pairs[1]
         if bool(differ.any()):
             self.facts.equal.append(self._distinct(pairs if bool(differ.all()) else pairs[:, differ]))
 
-    def _held(self, pairs: Tensor) -> Tensor:
-        """Pin the partners of FIXED and tie those of VOID; the pairs that are left."""
-        least, other = pairs.min(0).values, pairs.max(0).values
-        self.pin(other[(least == FIXED) & (other > 0)], "it is added to values that carry no feature")
-        void = (least == VOID) & (other > 0)
-        if bool(void.any()):
-            mates = self.fresh(1)
-            self.pin(mates, "padded places keep to themselves")
-            self.block(mates, other[void])
-        return pairs[:, least > 0]
+    def agree(self, a: Tensor, b: Tensor) -> Tensor:
+        """`equal(a, b)`, and the labels of both: a feature where either has one, else FIXED before VOID."""
+        self.equal(a, b)
+        return joint(a, b)
+
+    def _beside_nothing(self, labels: Tensor, other: Tensor) -> None:
+        """Features that meet VOID keep to themselves: those that meet it at the same of their places, in order."""
+        pairs = self._pairs(labels, other)
+        void = (pairs[1] == VOID) & (pairs[0] > 0)
+        if not bool(void.any()):
+            return
+        rank = occurrences(pairs[0])
+        members, which = pairs[0, void].unique(return_inverse=True)
+        marks = torch.zeros(len(members), dtype=torch.int64)
+        marks.index_add_(0, which, _scrambled(rank[void] + 1))
+        patterns, kind = marks.unique(return_inverse=True)
+        mates = self.fresh(len(patterns))
+        self.pin(mates, "padded places keep to themselves")
+        self.block(mates[kind], members)
 
     def block(self, blocks: Tensor, members: Tensor) -> None:
         """Each label of `blocks` (broadcast) is a block with the label of `members` at the same place as a member."""
         pairs = self._pairs(blocks, members)
         self.pin(pairs[1, (pairs[0] == FIXED) & (pairs[1] > 0)], "its block meets values that carry no feature")
         self.pin(pairs[0, (pairs[1] == FIXED) & (pairs[0] > 0)], "it holds values that carry no feature")
+        if int(pairs[0].min()) <= 0:
+            self._beside_nothing(members, blocks)
         pairs = pairs[:, (pairs > 0).all(0)]
         if pairs.numel():
             self.facts.blocks.append(self._distinct(pairs))
@@ -151,10 +171,18 @@ class Ledger:
     def pin(self, labels: Tensor, reason: str, kind: str = "fixed") -> None:
         those = self._those(labels)
         if those.numel():
-            self.facts.pins.append(Pin(those, reason, kind))
+            self.facts.pins.append(Pin(those, self._placed(reason) if kind == "fixed" else reason, kind))
+
+    def _placed(self, reason: str) -> str:
+        """The reason with the call, unless it names it, and the node."""
+        names = [f"`{self.call}`"] if self.call and not reason.startswith("`") else []
+        places = ", ".join([*names, *([self.where] if self.where else [])])
+        return f"{reason} ({places})" if places else reason
 
     def touch(self, kind: str, labels: Tensor) -> None:
-        """Note that a call does something to these features which matters for folding ("mix", "dual", "param")."""
+        """Note what a call does to these features that matters later: "param" (elementwise with a parameter), "mix" (a
+        symmetric function of them all), "extremum" (one that does not see how often a value occurs), "dual" (both
+        factors of a sum are activations)."""
         those = self._those(labels)
         if those.numel():
             self.facts.touched.append((kind, those))
@@ -232,13 +260,44 @@ class Ledger:
         return self.project(labels, varying(labels) - axes)
 
 
+def occurrences(labels: Tensor) -> Tensor:
+    """For each place of a run, how many earlier places hold the same label.
+
+    >>> occurrences(torch.tensor([7, 8, 7, 7]))
+    tensor([0, 0, 1, 2])
+    """
+    order = torch.argsort(labels, stable=True)
+    ranked = labels[order]
+    start = torch.ones_like(ranked, dtype=torch.bool)
+    start[1:] = ranked[1:] != ranked[:-1]
+    places = torch.arange(len(ranked))
+    first = torch.where(start, places, 0).cummax(0).values if len(ranked) else places
+    result = torch.empty_like(places)
+    result[order] = places - first
+    return result
+
+
+def joint(a: Tensor, b: Tensor) -> Tensor:
+    """Labels of places that two fields share: a feature where either has one, else FIXED before VOID.
+
+    >>> joint(torch.tensor([3, 0, 0, -1]), torch.tensor([4, 5, -1, 6]))
+    tensor([ 3,  5, -1,  6])
+    """
+    return torch.where(a > 0, a, torch.where(b > 0, b, torch.minimum(a, b)))
+
+
+def _scrambled(numbers: Tensor) -> Tensor:
+    """Hashes, mod 2**64."""
+    marks = numbers * _SCRAMBLE
+    marks = (marks ^ (marks >> 29)) * _SCRAMBLE
+    return marks ^ (marks >> 32)
+
+
 def _same_members(rows: Tensor) -> tuple[Tensor, Tensor]:
     """For rows of labels [n, members] the first of each kind, in order, and for each row its kind; by hashes."""
     if len(rows) == 1:
         return torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    marks = rows * _SCRAMBLE  # mod 2**64
-    marks = (marks ^ (marks >> 29)) * _SCRAMBLE
-    marks = (marks ^ (marks >> 32)).sum(1)
+    marks = _scrambled(rows).sum(1)
     found, which = marks.unique(return_inverse=True)
     places = torch.arange(len(rows))
     first = torch.full((len(found),), len(rows)).scatter_reduce_(0, which, places, "amin")
@@ -268,6 +327,7 @@ class Operand:
 
     `loose` holds the axes along which the values differ while no field varies: positions, batch, fixed tables.
     `learned`: parameters, or buffers of the state dict, went into it.
+    `known`: its values depend on neither input nor parameters, so that they may be looked at.
     """
 
     tensor: Tensor
@@ -275,6 +335,7 @@ class Operand:
     static: bool
     loose: frozenset[int]
     learned: bool = False
+    known: bool = False
 
     @property
     def ndim(self) -> int:
@@ -290,4 +351,4 @@ class Operand:
                 shape[axes[i]] = labels.shape[i]
             fields.append(labels.permute(order).reshape(shape))
         loose = frozenset(axes[i] for i in self.loose)
-        return Operand(self.tensor, tuple(fields), self.static, loose, self.learned)
+        return Operand(self.tensor, tuple(fields), self.static, loose, self.learned, self.known)

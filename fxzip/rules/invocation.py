@@ -60,5 +60,14 @@ def axes_of(dim: Any, ndim: int) -> frozenset[int]:
     return frozenset(int(d) % max(ndim, 1) for d in dims)
 
 
+def names(text: str) -> frozenset[str]:
+    """Names of calls, written with spaces between them."""
+    return frozenset(text.split())
+
+
+def is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
+
 def is_pointwise(func: Any) -> bool:
     return torch.Tag.pointwise in getattr(func, "tags", ())

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .fields import Fields, Ledger, Operand, varying
+from .fields import Fields, Ledger, Operand, joint, varying
 
 
 def merged_fields(groups: Sequence[Fields]) -> Fields:
@@ -22,7 +21,7 @@ def merged_fields(groups: Sequence[Fields]) -> Fields:
         for at, (owner, other) in enumerate(kept):
             if owner != index and varying(labels) <= varying(other):
                 if varying(labels) == varying(other):
-                    kept[at] = (owner, torch.where(other > 0, other, labels))
+                    kept[at] = (owner, joint(other, labels))
                 break
         else:
             if varying(labels):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -11,9 +13,19 @@ import torch
 from torch import Tensor
 
 from .fields import FIXED, VOID, Fields, Operand, compress, varying
-from .invocation import Invocation
+from .invocation import Invocation, axes_of, names
 
-_COPIES = ("clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy")
+MOVES = names(
+    """view _unsafe_view reshape _reshape_alias permute transpose t expand slice select unbind split split_with_sizes
+    split_copy unsafe_split unsafe_split_with_sizes unsafe_chunk chunk squeeze unsqueeze clone contiguous detach alias
+    as_strided unfold flip roll rot90 repeat repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle
+    native_channel_shuffle diagonal movedim swapaxes narrow lift_fresh lift_fresh_copy narrow_copy unflatten
+    _conj _conj_physical conj_physical resolve_conj _neg_view resolve_neg"""
+)
+_COPIES = (
+    "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy",
+    "_conj", "_conj_physical", "conj_physical", "resolve_conj", "_neg_view", "resolve_neg",
+)  # fmt: skip
 _VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten")
 _KEEP_SIZES_OF_ONE = ("permute", "transpose", "t", "flip", "repeat", "unsqueeze", "movedim", "swapaxes", "rot90")
 
@@ -54,7 +66,11 @@ def reshaped(labels: Tensor, old: torch.Size, new: torch.Size) -> Tensor:
 
 def move(call: Invocation) -> Fields | list[Fields]:
     """view, permute, expand, slice, select, split, flip, roll, pixel_shuffle, unfold ..."""
-    source = call.operand(call.args[0])
+    return replay(call, call.operand(call.args[0]))
+
+
+def replay(call: Invocation, source: Operand) -> Fields | list[Fields]:
+    """The call on the fields of its first operand, given as `source`."""
     shape = source.tensor.shape
     moved = [_replay(call, labels, shape) for labels in source.fields]
     if isinstance(call.out, Tensor):
@@ -66,15 +82,44 @@ def _live(fields: list[Tensor]) -> Fields:
     return tuple(map(compress, fields))
 
 
+def turn(call: Invocation) -> Fields | list[Fields]:
+    """flip, roll, rot90: movement of positions; along features it depends on their order."""
+    x = call.operand(call.args[0])
+    dims = call.arg(2, "dims", [0, 1]) if call.name != "flip" else call.arg(1, "dims")
+    if call.name == "roll":
+        dims = call.arg(2, "dims", [])
+    for labels in x.fields:
+        call.ledger.fix(labels, axes_of(dims, x.ndim), f"`{call.name}` depends on the order of features")
+    return move(call)
+
+
+def as_pairs(call: Invocation) -> Fields:
+    """view_as_real: a new last axis of real and imaginary parts."""
+    return tuple(labels.unsqueeze(-1) for labels in call.operand(call.args[0]).fields)
+
+
+def as_complex(call: Invocation) -> Fields:
+    """view_as_complex: the last axis holds real and imaginary parts, which stay what they are."""
+    x = call.operand(call.args[0])
+    result = []
+    for labels in x.fields:
+        call.ledger.fix(labels, frozenset({x.ndim - 1}), f"`{call.name}` takes it for a real or imaginary part")
+        rest = call.ledger.project(labels, varying(labels) - {x.ndim - 1})
+        if rest is not None:
+            result.append(rest.squeeze(-1))
+    return tuple(result)
+
+
 def index(call: Invocation) -> Fields | None:
-    """index, index_select, gather: movement along fixed indices; indices computed from the input fix those axes."""
+    """index, index_select: movement along fixed indices; indices computed from the input fix those axes."""
     source = call.operand(call.args[0])
-    if call.name == "index":
-        axes = frozenset(axis for axis, item in enumerate(call.args[1]) if item is not None)
+    if call.name.endswith("index"):
         chosen = [item for item in call.args[1] if item is not None]
+        items = places(call.args[1])
+        axes = frozenset(axis for axis, item in enumerate(items) if item is not None)
+        moved = replace(call, args=(call.args[0], items))
     else:
-        axes = frozenset({call.args[1] % max(source.ndim, 1)})
-        chosen = [call.args[2]]
+        axes, chosen, moved = frozenset({call.args[1] % max(source.ndim, 1)}), [call.args[2]], call
     for item in map(call.operand, chosen):
         for labels in item.fields:
             call.ledger.pin(labels, f"`{call.name}` takes it for a position")
@@ -85,7 +130,37 @@ def index(call: Invocation) -> Fields | None:
                 )
             for labels in source.fields:
                 call.ledger.fix(labels, axes, f"`{call.name}` picks it by indices that depend on the input")
-    return move(call)  # type: ignore[return-value]
+    return move(moved)  # type: ignore[return-value]
+
+
+def places(items: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices with masks as the places where they are true, one index for each axis of a mask.
+
+    >>> places([None, torch.tensor([[True, False], [False, True]])])
+    [None, tensor([0, 1]), tensor([0, 1])]
+    """
+    result: list[Tensor | None] = []
+    for item in items:
+        mask = item is not None and item.dtype in (torch.bool, torch.uint8)
+        result += item.nonzero().unbind(1) if mask and item is not None else [item]
+    return result
+
+
+def gather(call: Invocation) -> Fields:
+    """gather(x, dim, index): at each place of the other axes, an element along `dim` is picked by number."""
+    x, item = call.operand(call.args[0]), call.operand(call.args[2])
+    dim = frozenset({call.args[1] % max(x.ndim, 1)})
+    for labels in item.fields:
+        call.ledger.fix(labels, dim, f"`{call.name}` takes it for a position")
+        for other in x.fields:
+            call.ledger.relate(labels.narrow(min(dim), 0, 1), other.narrow(min(dim), 0, 1))
+    for labels in x.fields:
+        call.ledger.fix(labels, item.loose - dim, f"`{call.name}` picks it by indices of its own at every place")
+        if not item.static:
+            call.ledger.fix(labels, dim, f"`{call.name}` picks it by indices that depend on the input")
+    fields = move(call)
+    assert isinstance(fields, tuple)
+    return fields
 
 
 def copy(call: Invocation) -> Fields:
@@ -114,7 +189,8 @@ def embedding(call: Invocation) -> Fields:
 
 
 def pad(call: Invocation) -> Fields:
-    """constant_pad_nd: new places along a labelled axis hold no feature."""
+    """constant_pad_nd: new places along a labelled axis hold no feature. Of places that hold nothing already, with
+    what value nobody knows, those are fixed."""
     source = call.operand(call.args[0])
     amounts = list(call.args[1])
     result = []
@@ -123,13 +199,43 @@ def pad(call: Invocation) -> Fields:
         for place in range(len(amounts) // 2):
             axis = source.ndim - 1 - place
             widths += amounts[2 * place : 2 * place + 2] if labels.shape[axis] > 1 else [0, 0]
+        if any(widths):
+            labels = torch.where(labels == VOID, FIXED, labels)
         result.append(torch.constant_pad_nd(labels, widths, VOID))
     return tuple(result)
 
 
-def _filler(operand: Operand, dim: int) -> int:
-    """What an operand without labels along `dim` puts there: nothing, if its values are the same everywhere."""
-    return FIXED if dim in operand.loose or not operand.static else VOID
+def padded(call: Invocation) -> Fields:
+    """reflection_pad, replication_pad: movement along the last axes; features there are repeated."""
+    x = call.operand(call.args[0])
+    count = len(call.args[1]) // 2
+    ends = frozenset(range(x.ndim - count, x.ndim))
+    result = []
+    for labels in x.fields:
+        if varying(labels) & ends:
+            shape = [x.tensor.shape[axis] if axis in ends else n for axis, n in enumerate(labels.shape)]
+            labels = call.func(labels.expand(shape).double(), *call.args[1:]).long()  # exact below 2**53
+        result.append(labels)
+    return _live(result)
+
+
+def filler(operand: Operand, axes: frozenset[int], others: Sequence[Operand] = ()) -> int:
+    """What an operand without labels along `axes` puts there: nothing, if its values are the same everywhere.
+
+    Nothing has one value: beside `others` that put nothing there it does so only if they are the same constant.
+    """
+    if axes & operand.loose.union(*map(varying, operand.fields)):
+        return FIXED
+    alike = all(_constant(operand) is not None and _constant(operand) == _constant(other) for other in others)
+    return VOID if alike else FIXED
+
+
+def _constant(operand: Operand) -> float | complex | bool | None:
+    """The one value that an operand has everywhere, if that is known."""
+    if not operand.known or operand.loose or operand.fields or not operand.tensor.numel():
+        return None
+    value: float | complex | bool = operand.tensor[(0,) * operand.ndim].item()
+    return value
 
 
 def cat(call: Invocation) -> Fields:
@@ -149,7 +255,7 @@ def stack(call: Invocation) -> Fields:
         part = call.operand(tensor)
         fields = tuple(labels.unsqueeze(dim) for labels in part.fields)
         loose = frozenset(axis + (axis >= dim) for axis in part.loose)
-        parts.append(Operand(tensor.unsqueeze(dim), fields, part.static, loose))
+        parts.append(Operand(tensor.unsqueeze(dim), fields, part.static, loose, part.known))
     return joined(call, parts, dim)
 
 
@@ -168,23 +274,28 @@ def joined(call: Invocation, parts: list[Operand], dim: int) -> Fields:
                         call.ledger.fix(labels, key & part.loose, f"`{call.name}` joins it with unlabelled values")
         first = [several[0] if several else None for several in found]
         if key and all(labels is None or labels.shape[dim] == 1 for labels in first):
-            present = [labels for labels in first if labels is not None]
-            for labels in present[1:]:
-                call.ledger.equal(present[0], labels)
-            result.append(present[0])
+            whole, *present = [labels for labels in first if labels is not None]
+            for labels in present:
+                whole = call.ledger.agree(whole, labels)
+            result.append(whole)
             continue
         result.append(_concatenate(parts, first, key, dim))
     return tuple(labels for labels in result if varying(labels))
 
 
 def _concatenate(parts: list[Operand], fields: list[Tensor | None], key: frozenset[int], dim: int) -> Tensor:
-    pieces = []
+    pieces: list[Tensor] = []
+    empty: list[Operand] = []  # what put VOID in so far
     for part, labels in zip(parts, fields, strict=True):
         shape = [size if axis == dim or axis in key else 1 for axis, size in enumerate(part.tensor.shape)]
         if labels is None:
-            pieces.append(torch.full(shape, _filler(part, dim)))
+            piece = torch.full(shape, filler(part, frozenset({dim}), empty))
         else:
-            pieces.append(labels.expand(shape))
+            piece = torch.where(labels == VOID, FIXED, labels) if empty else labels
+            piece = piece.expand(shape)
+        if bool((piece == VOID).any()):
+            empty.append(part)
+        pieces.append(piece)
     return torch.cat(pieces, dim)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from .fields import Fields, Operand, varying
@@ -34,12 +35,16 @@ def scatter(call: Invocation) -> Fields:
 
 def index_put(call: Invocation) -> Fields | None:
     """index_put(x, indices, values): indices on adjacent axes; the values' last axes are those of x behind them."""
-    x, values = call.operand(call.args[0]), call.operand(call.args[2])
-    spans = [i for i, item in enumerate(call.args[1]) if item is not None]
+    x, values, items = call.operand(call.args[0]), call.operand(call.args[2]), call.args[1]
+    spans = [i for i, item in enumerate(items) if item is not None]
     if spans != list(range(spans[0], spans[-1] + 1)):
         return None
-    masks = sum(call.args[1][i].ndim - 1 for i in spans if _mask(call, i))
-    first, last = spans[0], spans[-1] + 1 + masks
+    if len(spans) == 1 and _mask(items[spans[0]]) and values.tensor.numel() == 1:
+        return _put_where(call, x, call.operand(items[spans[0]]), values, spans[0])
+    for item in (items[i] for i in spans):
+        for labels in call.operand(item).fields:
+            call.ledger.pin(labels, f"`{call.name}` takes it for a position")
+    first, last = spans[0], spans[-1] + 1 + sum(items[i].ndim - 1 for i in spans if _mask(items[i]))
     x = _without(call, x, frozenset(range(first, last)))
     tail = x.ndim - last
     rest = [a for a in range(values.ndim) if a < values.ndim - tail]
@@ -53,8 +58,15 @@ def index_put(call: Invocation) -> Fields | None:
     return meet(call.ledger, [x, part.place(range(x.ndim - inner.ndim, x.ndim), x.ndim)], f"`{call.name}`")
 
 
-def _mask(call: Invocation, place: int) -> bool:
-    return str(call.args[1][place].dtype) in ("torch.bool", "torch.uint8")
+def _mask(item: Tensor) -> bool:
+    return item.dtype in (torch.bool, torch.uint8)
+
+
+def _put_where(call: Invocation, x: Operand, mask: Operand, value: Operand, first: int) -> Fields:
+    """One value wherever a mask is true: `where(mask, value, x)`, the mask's axes those of x from `first` on."""
+    placed = mask.place(range(first, first + mask.ndim), x.ndim)
+    one = Operand(value.tensor.reshape(()), (), value.static, frozenset())
+    return meet(call.ledger, [x, placed, one.place((), x.ndim)], f"`{call.name}`")
 
 
 def slice_scatter(call: Invocation) -> Fields | None:
@@ -74,9 +86,8 @@ def select_scatter(call: Invocation) -> Fields:
     start = call.args[3] % x.tensor.shape[dim]
     fields = tuple(labels.unsqueeze(dim) for labels in source.fields)
     loose = frozenset(a + (a >= dim) for a in source.loose)
-    return _replaced(
-        call, x, Operand(source.tensor.unsqueeze(dim), fields, source.static, loose), dim, start, start + 1
-    )
+    row = Operand(source.tensor.unsqueeze(dim), fields, source.static, loose, source.known)
+    return _replaced(call, x, row, dim, start, start + 1)
 
 
 def _replaced(call: Invocation, x: Operand, source: Operand, dim: int, start: int, stop: int) -> Fields:
@@ -87,4 +98,4 @@ def _replaced(call: Invocation, x: Operand, source: Operand, dim: int, start: in
 
 def _narrow(x: Operand, dim: int, start: int, length: int) -> Operand:
     fields = tuple(labels.narrow(dim, start, length) if labels.shape[dim] > 1 else labels for labels in x.fields)
-    return Operand(x.tensor.narrow(dim, start, length), fields, x.static, x.loose)
+    return Operand(x.tensor.narrow(dim, start, length), fields, x.static, x.loose, x.known)
