@@ -219,7 +219,8 @@ def _same_tensors(
         if params.get(name, twin) != twin or back.get(twin, name) != name or tensor.ndim != value.ndim:
             return False
         shared = name not in first.persistent and not isinstance(tensor, nn.Parameter)
-        if (shared or (not tensor.is_floating_point() and tensor.ndim > 0)) and not _same_values(tensor, value):
+        number = tensor.is_floating_point() or tensor.is_complex()
+        if (shared or (not number and tensor.ndim > 0)) and not _same_values(tensor, value):
             return False
     for (name, _), (twin, _) in zip(ours, theirs, strict=True):
         params[name], back[twin] = twin, name

@@ -48,11 +48,21 @@ def stiff_spaces(trunk: Trunk, candidates: Sequence[int]) -> dict[int, str]:
 
     Two forward passes of each model and one for each trial; one trial if all candidates pass.
     """
-    stiff: dict[int, str] = {}
+    stiff = _extrema(trunk, candidates)
     for k in range(len(trunk.spaces)):
         left = [space for space in candidates if space not in stiff]
         stiff |= _stiff(_Trials(trunk, k).failure, left)
     return stiff
+
+
+def _extrema(trunk: Trunk, candidates: Sequence[int]) -> dict[int, str]:
+    """Spaces over which a maximum is taken: it does not see copies, so that a trial would show nothing."""
+    spaces, found = trunk.spaces[0], {}
+    for node in trunk.nodes:
+        for labels in (labels for how, labels in trunk.labellings[0].facts[node].touched if how == "extremum"):
+            for space in spaces.space_of[spaces.klass[labels]].unique().tolist():
+                found[space] = f"a maximum over its features depends on which there are (node `{node}`)"
+    return {space: found[space] for space in candidates if space in found}
 
 
 def _stiff(failure: Callable[[Sequence[int]], str], candidates: Sequence[int]) -> dict[int, str]:

@@ -133,6 +133,8 @@ def _features(value: Tensor, watch: Watch, k: int, positions: int) -> Tensor | N
         run = run[_unravel(places, outer)].flatten(1)
     else:
         run = run.clone(memory_format=torch.contiguous_format).reshape(rest, -1)
+    if run.is_complex():  # real and imaginary parts are features at two positions
+        run = torch.cat([run.real, run.imag])
     if run.dtype in (torch.float16, torch.bfloat16):
         run = run.float()
     if watch.in_order[k]:

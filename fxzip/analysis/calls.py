@@ -61,7 +61,7 @@ def _weighs(state: State, call: Invocation) -> bool:
     """Whether a call on activations may sum over features with learned weights, or look them up in a learned table."""
     rule = state.rules.get(call.name)
     known = rule is not None or is_pointwise(call.func)
-    if known and rule not in (contraction.product, contraction.convolution, movement.embedding):
+    if known and rule not in (contraction.product, contraction.convolution, movement.embedding, movement.embedding_bag):
         return False
     return any(entry.static and entry.learned for entry in map(state.entry, call.tensors()))
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..rules import Facts
@@ -18,7 +19,10 @@ class Roles:
     """What parameters have to do with classes.
 
     Attributes:
-        consumed: the parameter axes that are summed over against activations, as (parameter, field number).
+        consumed: the parameter axes that are summed over against activations, as (parameter, field number). One that
+            writes features as well (a kernel and its transpose) counts as written.
+        both: classes on an axis of that sort: what is summed over takes U, what is written M, and one parameter is
+            both only if MᵀM = I up to a factor.
         names: of the parameters, and of what enters.
         first: for each class the number of the first name that has it on another axis, `len(names)` if none has.
         named: the same, or if there is none the first that has it on a consumed axis.
@@ -30,6 +34,7 @@ class Roles:
     names: tuple[str, ...]
     first: Ints
     named: Ints
+    both: NDArray[np.bool_]
 
     @classmethod
     def of(
@@ -41,7 +46,10 @@ class Roles:
         written: Mapping[str, Sequence[Tensor]],
     ) -> Roles:
         unmerged, used = np.zeros(labelling.size, bool), np.zeros(solver.count, bool)
+        writes, both = np.zeros(labelling.size, bool), np.zeros(solver.count, bool)
         for fact in facts:
+            for labels in (labels for how, labels in fact.touched if how == "param"):
+                writes[labels.numpy()] = True
             for labels in fact.consumed:
                 unmerged[labels.numpy()] = True
             for labels in (*fact.consumed, *(labels for _, labels in fact.touched)):
@@ -53,15 +61,19 @@ class Roles:
             entering = number >= len(names) - len(written)
             for place, labels in enumerate(written[name] if entering else labelling.params[name].fields):
                 flat = labels.reshape(-1).numpy()
-                classes = solver.klass[flat[flat > 0]]
+                flat = flat[flat > 0]
+                classes = solver.klass[flat]
+                summed_over = bool(unmerged[flat].any())
+                if summed_over and writes[flat].any():
+                    both[classes[used[classes]]] = True
                 if entering:
                     first[classes] = number
-                elif unmerged[flat[flat > 0]].any():
+                elif summed_over and not writes[flat].any():
                     consumed.add((name, place))
                     summed[classes[used[classes]]] = number
                 else:
                     first[classes[used[classes]]] = number
-        return cls(frozenset(consumed), names, first, np.where(first < len(names), first, summed))
+        return cls(frozenset(consumed), names, first, np.where(first < len(names), first, summed), both)
 
     def name(self, classes: Ints) -> str | None:
         """The name by which features are called, None if nothing has them: that of the first class which has one."""

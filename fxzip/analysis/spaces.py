@@ -38,7 +38,7 @@ class FeatureSpace:
         name: the parameter that writes the features first.
         classes: class numbers, shape [n]; the features' order is that of this array.
         legality: "free", "blockwise" (whole blocks first, then inside a block), "relabel only" (averaging clusters
-            would not be exact even through linear calls: q and k of a head), or "pinned".
+            would not be exact even through linear calls: q and k of a head, a kernel and its transpose), or "pinned".
         reason: why it is not free.
         tie: number of the tie group whose blocks move together, or None.
         blocks: feature numbers, shape [blocks, features per block], or None.
@@ -198,6 +198,8 @@ def _assemble(
         legality, reason = ("free", "") if tie is None else ("blockwise", _TIED)
         if dual[classes].any():
             legality, reason = "relabel only", _DUAL
+        elif roles.both[classes].any():
+            legality, reason = "relabel only", _BOTH
         spaces.append(FeatureSpace(named, index, legality, reason, tie, blocks))
 
     for classes in _singles(roles, solver, kinds, units):
@@ -233,4 +235,5 @@ def _singles(roles: Roles, solver: Solver, kinds: Ints, units: Sequence[Unit]) -
 
 
 _DUAL = "two activations are multiplied and summed over it: both sides share one map"
+_BOTH = "one parameter writes it and is summed over along it: both at once only a relabelling can be"
 _TIED = "its features move in whole blocks"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..rules import FIXED, VOID, Fields, Invocation, Ledger, Operand, compress, is_random, varying
-from ..rules.movement import filler
+from ..rules.joining import filler
 from ..rules.uniform import FACTORIES, uniform_axes
 from .state import Barrier, Entry, State, tensors
 
@@ -245,7 +245,7 @@ def _written(
     fields: Fields = result if isinstance(result, tuple) else ()
     covered = frozenset(a for labels in fields for a in varying(labels))
     loose = frozenset(a for a, n in enumerate(tensor.shape) if n > 1) - covered - uniform
-    return Operand(tensor, fields, not dynamic, loose, known), uniform
+    return Operand(tensor, fields, not dynamic, loose, known=known), uniform
 
 
 def _entries(state: State) -> Iterator[Entry]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from . import contraction, elementwise, movement, noise, reduction, scattering
-from .fields import FIXED, VOID, Facts, Fields, Ledger, Operand, Pin, compress, varying
+from . import contraction, elementwise, joining, movement, noise, reduction, scattering
+from .fields import FIXED, VOID, Fields, Operand, compress, varying
 from .invocation import Invocation, Rule, is_pointwise, is_random
+from .ledger import Facts, Ledger, Pin
 from .meeting import meet
 
 __all__ = [
@@ -61,9 +62,10 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "slice_scatter": scattering.slice_scatter,
         "select_scatter": scattering.select_scatter,
         "embedding": movement.embedding,
+        **_rows(movement.embedding_bag, "_embedding_bag _embedding_bag_forward_only"),
         "constant_pad_nd": movement.pad,
-        "cat": movement.cat,
-        "stack": movement.stack,
+        "cat": joining.cat,
+        "stack": joining.stack,
         "_weight_norm_interface": movement.weight_norm,
         **_rows(
             reduction.reduce,
@@ -72,6 +74,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         **_rows(reduction.positional_reduce, "argmax argmin"),
         **_rows(reduction.ordered, "cumsum cumprod sort topk cummax cummin logcumsumexp"),
+        **_rows(reduction.places_of, "nonzero nonzero_numpy nonzero_static argwhere masked_select"),
         **_rows(reduction.softmax, "_softmax _log_softmax softmax log_softmax _safe_softmax"),
         **_rows(reduction.layer_norm, "native_layer_norm layer_norm"),
         **_rows(
@@ -95,6 +98,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             replication_pad3d""",
         ),
         **_rows(reduction.grid_sample, "grid_sampler_2d grid_sampler_3d"),
+        **_rows(reduction.transform, "_fft_r2c _fft_c2r _fft_c2c"),
         "im2col": reduction.im2col,
         "col2im": reduction.col2im,
         **_rows(contraction.product, "mm bmm mv dot vdot addmm baddbmm addmv"),

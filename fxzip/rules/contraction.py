@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fields import Fields, Ledger, Operand, compress, varying
+from .fields import Fields, Operand, compress, varying
 from .invocation import Invocation
+from .ledger import Ledger
 from .meeting import meet, merged_fields
 
 
@@ -32,6 +33,7 @@ def contract(ledger: Ledger, x: Operand, y: Operand, spec: str, what: str) -> Fi
     """
     left, right, out = spec.replace("->", ",").split(",")
     letters = "".join(dict.fromkeys(out + left + right))
+    first_reads = _lies_along(x, left, out) and not _lies_along(y, right, out)
     x = x.place([letters.index(c) for c in left], len(letters))
     y = y.place([letters.index(c) for c in right], len(letters))
     summed = frozenset(i for i, c in enumerate(letters) if c not in out)
@@ -45,7 +47,7 @@ def contract(ledger: Ledger, x: Operand, y: Operand, spec: str, what: str) -> Fi
     for f in fx:
         for g in fy:
             ledger.relate(f, g)
-    _roles(ledger, x, y, fx, fy, summed)
+    _roles(ledger, x, y, fx, fy, summed, first_reads)
     why = f"{what} meets it with values that carry no feature"
     groups: list[Fields] = []
     for own, other in ((fx, y), (fy, x)):
@@ -65,20 +67,37 @@ def _trim(labels: Tensor, ndim: int) -> Tensor:
     return labels.reshape(labels.shape[:ndim])
 
 
-def _roles(ledger: Ledger, x: Operand, y: Operand, fx: list[Tensor], fy: list[Tensor], summed: frozenset[int]) -> None:
-    """Who unmerges: the parameter's side of a sum; where both sides are activations only relabelling is exact."""
+def _lies_along(operand: Operand, letters: str, out: str) -> bool:
+    """Whether the last axis in memory is summed over, as in a weight [outputs, inputs]."""
+    strides = zip(letters, operand.tensor.shape, operand.tensor.stride(), strict=True)
+    return any(step == 1 and size > 1 and letter not in out for letter, size, step in strides)
+
+
+def _roles(
+    ledger: Ledger, x: Operand, y: Operand, fx: list[Tensor], fy: list[Tensor], summed: frozenset[int],
+    first_reads: bool,
+) -> None:  # fmt: skip
+    """Who unmerges: the parameter's side of a sum; where both sides are activations only relabelling is exact.
+
+    Of two parameters' the second, as in `F.linear(queries, weight)`, unless the first alone is laid out like a weight
+    (`first_reads`), as in a product U @ V that is used as one.
+    """
     if not x.static and not y.static:
         for labels in (*fx, *fy):
             if varying(labels) & summed:
                 ledger.touch("dual", labels)
         return
-    for labels in (x if x.static else y).fields:
+    weight, other = (x, y) if not y.static or (x.static and first_reads) else (y, x)
+    for labels in weight.fields:
         if varying(labels) & summed:
             ledger.consume(labels)
-        else:
+        elif not other.static:  # of two parameters multiplied the product's use will tell
+            ledger.touch("param", labels)
             ledger.touch("written", labels)
-            if x.static != y.static:
-                ledger.touch("param", labels)
+    for labels in other.fields if other.static else ():
+        if varying(labels) & summed:  # it writes what the other sums over
+            ledger.touch("param", labels)
+            ledger.touch("written", labels)
 
 
 def _plus(call: Invocation, bias: Tensor | None, fields: Fields, ndim: int, first: int | None = None) -> Fields:
@@ -118,7 +137,7 @@ def _grouped(operand: Operand, axis: int, groups: int) -> Operand:
     loose = frozenset(own | {a + (a > axis) for a in operand.loose if a != axis})
     view = tensor.reshape([*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :]])
     loose = frozenset(a for a in loose if view.shape[a] > 1)
-    return Operand(view, tuple(fields), operand.static, loose, operand.learned)
+    return Operand(view, tuple(fields), operand.static, loose)
 
 
 def convolution(call: Invocation) -> Fields:
@@ -179,7 +198,7 @@ def _first_place(operand: Operand, fields: Fields) -> Operand:
     while tensor.ndim > 2:
         tensor = tensor.select(2, 0)
     flat = tuple(labels.reshape(labels.shape[:2]) for labels in fields)
-    return Operand(tensor, flat, operand.static, operand.loose & {0, 1}, operand.learned)
+    return Operand(tensor, flat, operand.static, operand.loose & {0, 1})
 
 
 def _group_fields(ledger: Ledger, w: Operand, groups: int) -> Fields:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fields import Fields, Ledger, Operand
+from .fields import Fields, Operand
+from .ledger import Ledger
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .fields import Fields, Ledger, Operand, joint, varying
+from .fields import Fields, Operand, joint, varying
+from .ledger import Ledger
 
 
 def merged_fields(groups: Sequence[Fields]) -> Fields:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,19 @@ def reduce(call: Invocation) -> Fields | list[Fields]:
     axes = axes_of(dim, x.ndim)
     result = []
     for labels in x.fields:
+        if axes & varying(labels) and _is_extremum(call):
+            call.ledger.touch("extremum", labels)
         rest = call.ledger.mix(labels, axes)
         if rest is not None:
             result.append(rest if keep else rest.reshape([s for a, s in enumerate(rest.shape) if a not in axes]))
     return _outputs(call, tuple(result))
+
+
+def _is_extremum(call: Invocation) -> bool:
+    """Whether the call does not see how often a value occurs, so that copies of features show nothing."""
+    if call.name in ("norm", "linalg_vector_norm"):
+        return abs(float(call.arg(1, "ord" if "linalg" in call.name else "p", 2) or 0)) == math.inf
+    return call.name in ("amax", "amin", "max", "min", "any", "all", "aminmax")
 
 
 def positional_reduce(call: Invocation) -> Fields | list[Fields] | None:
@@ -52,6 +63,30 @@ def ordered(call: Invocation) -> Fields | list[Fields]:
         if axes & varying(labels):
             call.ledger.refuse(f"`{call.name}` depends on the order of features")
     return _outputs(call, tuple(labels for labels in x.fields if not axes & varying(labels)))
+
+
+def places_of(call: Invocation) -> Fields:
+    """nonzero, masked_select: which places are taken, in which order, depends on where they lie."""
+    for x in call.operands():
+        for labels in x.fields:
+            call.ledger.pin(labels, f"`{call.name}` depends on the order of features")
+            call.ledger.refuse(f"`{call.name}` depends on the order of features")
+    return ()
+
+
+def transform(call: Invocation) -> Fields:
+    """_fft_r2c(x, dims, ...) and its kin: positions along `dims` are mixed, labels elsewhere go on."""
+    x = call.operand(call.args[0])
+    axes = axes_of(call.args[1], x.ndim)
+    result = []
+    for labels in x.fields:
+        call.ledger.fix(labels, axes, f"`{call.name}` mixes what lies along it by the order of places")
+        if axes & varying(labels):
+            call.ledger.refuse(f"`{call.name}` depends on the order of features")
+        rest = call.ledger.project(labels, varying(labels) - axes)
+        if rest is not None:
+            result.append(rest)
+    return tuple(result)
 
 
 def softmax(call: Invocation) -> Fields:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .fields import Fields, Operand, varying
 from .invocation import Invocation
+from .joining import joined
 from .meeting import meet
-from .movement import joined
 
 
 def _without(call: Invocation, operand: Operand, axes: frozenset[int]) -> Operand:
@@ -54,7 +54,7 @@ def index_put(call: Invocation) -> Fields | None:
     fields = tuple(labels.reshape(labels.shape[len(rest) :]) for labels in values.fields)
     loose = frozenset(a - len(rest) for a in values.loose)
     inner = values.tensor.flatten(0, len(rest) - 1)[0] if rest and values.tensor.numel() else values.tensor
-    part = Operand(inner, fields, values.static, loose)
+    part = Operand(inner, fields, values.static, loose, values.learned)
     return meet(call.ledger, [x, part.place(range(x.ndim - inner.ndim, x.ndim), x.ndim)], f"`{call.name}`")
 
 
@@ -65,7 +65,7 @@ def _mask(item: Tensor) -> bool:
 def _put_where(call: Invocation, x: Operand, mask: Operand, value: Operand, first: int) -> Fields:
     """One value wherever a mask is true: `where(mask, value, x)`, the mask's axes those of x from `first` on."""
     placed = mask.place(range(first, first + mask.ndim), x.ndim)
-    one = Operand(value.tensor.reshape(()), (), value.static, frozenset())
+    one = Operand(value.tensor.reshape(()), (), value.static, frozenset(), value.learned)
     return meet(call.ledger, [x, placed, one.place((), x.ndim)], f"`{call.name}`")
 
 
@@ -86,7 +86,7 @@ def select_scatter(call: Invocation) -> Fields:
     start = call.args[3] % x.tensor.shape[dim]
     fields = tuple(labels.unsqueeze(dim) for labels in source.fields)
     loose = frozenset(a + (a >= dim) for a in source.loose)
-    row = Operand(source.tensor.unsqueeze(dim), fields, source.static, loose, source.known)
+    row = Operand(source.tensor.unsqueeze(dim), fields, source.static, loose, source.learned, source.known)
     return _replaced(call, x, row, dim, start, start + 1)
 
 
@@ -98,4 +98,4 @@ def _replaced(call: Invocation, x: Operand, source: Operand, dim: int, start: in
 
 def _narrow(x: Operand, dim: int, start: int, length: int) -> Operand:
     fields = tuple(labels.narrow(dim, start, length) if labels.shape[dim] > 1 else labels for labels in x.fields)
-    return Operand(x.tensor.narrow(dim, start, length), fields, x.static, x.loose, x.known)
+    return Operand(x.tensor.narrow(dim, start, length), fields, x.static, x.loose, x.learned, x.known)

@@ -1,0 +1,261 @@
+"""The ledger: the facts that every rule is written in.
+
+A relabelling π moves the elements of a tensor such that those labelled l land where π(l) was, and rules record in a
+`Ledger` what π has to respect:
+
+* equal(a, b): a and b are one feature.
+* block(b, m): π maps the members m of block b onto the members of block π(b).
+* pin(l): π(l) = l.
+
+Two fields that meet on common axes S = A(f) ∩ A(g) are related by `relate`: equal where A(f) = A(g) = S, the coarser a
+block of the finer where one contains the other, and both members of a new block over S otherwise. A field that meets
+unlabelled values on axes S keeps its place there (`fix`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .fields import FIXED, VOID, compress, joint, occurrences, varying
+
+_LOOKED_AT = 1 << 14
+_SCRAMBLE = -0x61C8864680B583EB  # an odd number without structure
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Labels that no relabelling moves, with the reason. `kind`: "fixed" (the basis is given from outside), "barrier"
+    (a call without a rule) or "output" (what the model returns)."""
+
+    labels: Tensor
+    reason: str
+    kind: str
+
+
+@dataclass
+class Facts:
+    """What the calls inside one fx node say about labels."""
+
+    equal: list[Tensor] = field(default_factory=list)  # each [2, E]
+    blocks: list[Tensor] = field(default_factory=list)  # each [2, R]: block, member
+    pins: list[Pin] = field(default_factory=list)
+    consumed: list[Tensor] = field(default_factory=list)  # labels of parameters contracted with activations
+    touched: list[tuple[str, Tensor]] = field(default_factory=list)  # (a kind, see `Ledger.touch`; labels)
+    refusals: list[str] = field(default_factory=list)  # why only models that agree here to the bit can share the node
+    sums: bool = False  # features are summed over with weights, or looked up in a table of weights
+
+
+class Ledger:
+    """Collects the facts of the node under way (`facts`) and hands out new labels.
+
+    `call` and `where` (the ATen call and the node under way) are named in the reasons of pins.
+    """
+
+    def __init__(self) -> None:
+        self.size = 1  # label 0 is VOID
+        self.facts = Facts()
+        self.call = ""
+        self.where = ""
+
+    def fresh(self, *shape: int) -> Tensor:
+        """New labels, one per element of `shape`."""
+        count = int(torch.Size(shape).numel())
+        labels = torch.arange(self.size, self.size + count).reshape(shape)
+        self.size += count
+        return labels
+
+    def _pairs(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = torch.broadcast_tensors(a, b)
+        return torch.stack([a.reshape(-1), b.reshape(-1)])
+
+    def _distinct(self, pairs: Tensor) -> Tensor:
+        if pairs.shape[1] <= 4096:
+            return pairs
+        keys = torch.unique(pairs[0] * self.size + pairs[1])
+        return torch.stack([keys // self.size, keys % self.size])
+
+    def equal(self, a: Tensor, b: Tensor) -> None:
+        """a and b (broadcast) name the same features. Partners of FIXED are pinned, those of VOID keep together."""
+        if a is b:
+            return
+        pairs = self._pairs(a, b)
+        if int(pairs.min()) <= 0:
+            least, other = pairs.min(0).values, pairs.max(0).values
+            self.pin(other[(least == FIXED) & (other > 0)], "it is added to values that carry no feature")
+            self._beside_nothing(a, b)
+            self._beside_nothing(b, a)
+            pairs = pairs[:, least > 0]
+        differ = pairs[0] != pairs[1]
+        if bool(differ.any()):
+            self.facts.equal.append(self._distinct(pairs if bool(differ.all()) else pairs[:, differ]))
+
+    def agree(self, a: Tensor, b: Tensor) -> Tensor:
+        """`equal(a, b)`, and the labels of both: a feature where either has one, else FIXED before VOID."""
+        self.equal(a, b)
+        return joint(a, b)
+
+    def _beside_nothing(self, labels: Tensor, other: Tensor) -> None:
+        """Features that meet VOID keep to themselves: those that meet it at the same of their places, in order."""
+        pairs = self._pairs(labels, other)
+        void = (pairs[1] == VOID) & (pairs[0] > 0)
+        if not bool(void.any()):
+            return
+        rank = occurrences(pairs[0])
+        members, which = pairs[0, void].unique(return_inverse=True)
+        marks = torch.zeros(len(members), dtype=torch.int64)
+        marks.index_add_(0, which, _scrambled(rank[void] + 1))
+        patterns, kind = marks.unique(return_inverse=True)
+        mates = self.fresh(len(patterns))
+        self.pin(mates, "padded places keep to themselves")
+        self.block(mates[kind], members)
+
+    def block(self, blocks: Tensor, members: Tensor) -> None:
+        """Each label of `blocks` (broadcast) is a block with the label of `members` at the same place as a member."""
+        pairs = self._pairs(blocks, members)
+        self.pin(pairs[1, (pairs[0] == FIXED) & (pairs[1] > 0)], "its block meets values that carry no feature")
+        self.pin(pairs[0, (pairs[1] == FIXED) & (pairs[0] > 0)], "it holds values that carry no feature")
+        if int(pairs[0].min()) <= 0:
+            self._beside_nothing(members, blocks)
+        pairs = pairs[:, (pairs > 0).all(0)]
+        if pairs.numel():
+            self.facts.blocks.append(self._distinct(pairs))
+
+    def _those(self, labels: Tensor) -> Tensor:
+        """The distinct features among the labels, in order."""
+        labels = labels.reshape(-1)
+        if labels.numel() and int(labels.min()) <= 0:
+            labels = labels[labels > 0]
+        if labels.numel() < self.size >> 7:  # sorting takes as long as a look at a hundred times as many flags
+            return torch.as_tensor(labels.unique())
+        found = torch.zeros(self.size, dtype=torch.bool)
+        found[labels] = True
+        return found.nonzero().flatten()
+
+    def pin(self, labels: Tensor, reason: str, kind: str = "fixed") -> None:
+        those = self._those(labels)
+        if those.numel():
+            self.facts.pins.append(Pin(those, self._placed(reason) if kind == "fixed" else reason, kind))
+
+    def _placed(self, reason: str) -> str:
+        """The reason with the call, unless it names it, and the node."""
+        names = [f"`{self.call}`"] if self.call and not reason.startswith("`") else []
+        places = ", ".join([*names, *([self.where] if self.where else [])])
+        return f"{reason} ({places})" if places else reason
+
+    def touch(self, kind: str, labels: Tensor) -> None:
+        """Note what a call does to these features that matters later: "param" (elementwise with a parameter), "mix" (a
+        symmetric function of them all), "extremum" (one that does not see how often a value occurs), "dual" (both
+        factors of a sum are activations), "written" (a parameter writes them)."""
+        those = self._those(labels)
+        if those.numel():
+            self.facts.touched.append((kind, those))
+
+    def consume(self, labels: Tensor) -> None:
+        """These labels of a parameter are summed over against activations: they take the unmerge matrix."""
+        those = self._those(labels)
+        if those.numel():
+            self.facts.consumed.append(those)
+
+    def refuse(self, reason: str) -> None:
+        """What the call does depends on the order of features that the model has learned, so that those of two models
+        cannot be matched: only models that agree to the bit may share it."""
+        self.facts.refusals.append(self._placed(reason))
+
+    # relations of fields -------------------------------------------------------------------------------------------
+
+    def project(self, labels: Tensor, axes: frozenset[int]) -> Tensor | None:
+        """A new block label per place on `axes`, with the field's labels there as members; None if `axes` is empty.
+
+        Places with the same members are one block, so that it is seen where blocks do not change: along the batch, or
+        along windows that were laid behind one another.
+        """
+        axes = axes & varying(labels)
+        if not axes:
+            return None
+        if axes == varying(labels):
+            return labels
+        inner = [axis for axis in range(labels.ndim) if axis not in axes]
+        shape = [labels.shape[axis] for axis in sorted(axes)]
+        rows = labels.permute(*sorted(axes), *inner).reshape(torch.Size(shape).numel(), -1)
+        first, which = _same_members(rows)
+        blocks = self.fresh(len(first))
+        self.block(blocks[:, None], rows[first])
+        return compress(blocks[which].reshape([n if axis in axes else 1 for axis, n in enumerate(labels.shape)]))
+
+    def relate(self, f: Tensor, g: Tensor) -> None:
+        """Two fields (same number of axes) whose tensors meet elementwise on all axes."""
+        shared = varying(f) & varying(g)
+        if not shared:
+            return
+        if varying(f) == varying(g):
+            self.equal(f, g)
+        elif shared == varying(f):
+            self.block(f, g)
+        elif shared == varying(g):
+            self.block(g, f)
+        else:
+            blocks = self.project(f, shared)
+            assert blocks is not None
+            self.block(blocks, g)
+
+    def fix(self, labels: Tensor, axes: frozenset[int], reason: str) -> bool:
+        """The field keeps its place along `axes`; along its other axes features may still move. Whether none can.
+
+        A feature may only go where another is that lies at the same places along `axes`: if no two do, none can move
+        (the rows of a relative position table, one diagonal each).
+        """
+        axes = axes & varying(labels)
+        if not axes:
+            return False
+        if axes == varying(labels) or _told_apart(labels, axes):
+            self.pin(labels, reason)
+            return True
+        blocks = self.project(labels, axes)
+        assert blocks is not None
+        self.pin(blocks, reason)
+        return False
+
+    def mix(self, labels: Tensor, axes: frozenset[int]) -> Tensor | None:
+        """A symmetric function over `axes` (sum, norm, softmax): what is left of the field outside of `axes`."""
+        if not axes & varying(labels):
+            return labels
+        self.touch("mix", labels)
+        return self.project(labels, varying(labels) - axes)
+
+
+def _scrambled(numbers: Tensor) -> Tensor:
+    """Hashes, mod 2**64."""
+    marks = numbers * _SCRAMBLE
+    marks = (marks ^ (marks >> 29)) * _SCRAMBLE
+    return marks ^ (marks >> 32)
+
+
+def _same_members(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For rows of labels [n, members] the first of each kind, in order, and for each row its kind; by hashes."""
+    if len(rows) == 1:
+        return torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    marks = _scrambled(rows).sum(1)
+    found, which = marks.unique(return_inverse=True)
+    places = torch.arange(len(rows))
+    first = torch.full((len(found),), len(rows)).scatter_reduce_(0, which, places, "amin")
+    order = first.argsort()
+    return first[order], order.argsort()[which]
+
+
+def _told_apart(labels: Tensor, axes: frozenset[int]) -> bool:
+    """Whether no two features of a field lie at the same places along `axes`. Large fields are not looked at."""
+    if labels.numel() > _LOOKED_AT:
+        return False
+    inner = [axis for axis in range(labels.ndim) if axis not in axes]
+    count = int(torch.Size([labels.shape[axis] for axis in axes]).numel())
+    if count < 2:
+        return False
+    runs = labels.permute(*sorted(axes), *inner).reshape(count, -1)
+    found, which = runs.unique(return_inverse=True)
+    pairs = (which * count + torch.arange(count)[:, None]).unique()
+    salts = torch.randint(1 << 62, (count,), generator=torch.Generator().manual_seed(0))
+    marks = torch.zeros(len(found), dtype=torch.int64).index_add_(0, pairs // count, salts[pairs % count])[found > 0]
+    return len(marks.unique()) == len(marks)
