@@ -47,7 +47,7 @@ def contract(ledger: Ledger, x: Operand, y: Operand, spec: str, what: str) -> Fi
     for f in fx:
         for g in fy:
             ledger.relate(f, g)
-    _roles(ledger, x, y, fx, fy, summed, first_reads)
+    _roles(ledger, x, y, fx, fy, summed, known, first_reads)
     why = f"{what} meets it with values that carry no feature"
     groups: list[Fields] = []
     for own, other in ((fx, y), (fy, x)):
@@ -75,7 +75,7 @@ def _lies_along(operand: Operand, letters: str, out: str) -> bool:
 
 def _roles(
     ledger: Ledger, x: Operand, y: Operand, fx: list[Tensor], fy: list[Tensor], summed: frozenset[int],
-    first_reads: bool,
+    known: frozenset[int], first_reads: bool,
 ) -> None:  # fmt: skip
     """Who unmerges: the parameter's side of a sum; where both sides are activations only relabelling is exact.
 
@@ -93,7 +93,8 @@ def _roles(
             ledger.consume(labels)
         elif not other.static:  # of two parameters multiplied the product's use will tell
             ledger.touch("param", labels)
-            ledger.touch("written", labels)
+            if varying(labels) - known:  # others meet what the activations have already: positions, frequencies
+                ledger.touch("written", labels)
     for labels in other.fields if other.static else ():
         if varying(labels) & summed:  # it writes what the other sums over
             ledger.touch("param", labels)

@@ -78,8 +78,8 @@ def _fields(
         for slot in slots:
             static = call.operands()[slot.operand].static
             call.ledger.touch("param" if static else "mix", slot.labels)
-            if None in axes:
-                call.ledger.touch("extremum", slot.labels)  # it may be one
+            if None in axes and len(slots) == 1:
+                call.ledger.touch("extremum", slot.labels)  # a median, say
         for place, (axis, out) in enumerate(zip(axes, outputs, strict=True)):
             if axis is not None:
                 groups[place].append((along(run, axis, out.ndim),))
