@@ -53,6 +53,8 @@ def _sweep(seeds: range, seconds: float, each: int) -> int:
         except FaultyAccount as error:
             found = Found([Fault("the generator", str(error), "")])
         done, failed = done + 1, failed + bool(found.faults)
+        if done % 25 == 0:
+            print(f"{done} networks, {failed} with a fault", flush=True)
         total.refused += found.refused
         total.held += found.held
         for fault in found.faults:

@@ -15,12 +15,14 @@ import warnings
 from collections import Counter, UserDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fxzip
+from fxzip.naming import cut_names
 
 from .program import Program, build, inputs
 
@@ -115,10 +117,12 @@ class Trial:
             return None
         if kind == "fraction":
             return round(self.rng.uniform(0.05, 1), 3)
-        from fxzip.naming import cut_names
+        return self.rng.choice(self.names)
 
-        names = cut_names(list(fxzip.trace(self.model, self.x[:4]).module.graph.nodes))
-        return self.rng.choice(names)
+    @cached_property
+    def names(self) -> list[str]:
+        """The nodes and modules at which the network may be cut."""
+        return cut_names(list(fxzip.trace(self.model, self.x[:4]).module.graph.nodes))
 
     def compiled(self, oracle: str, a: nn.Module, b: nn.Module, check: Callable[[Any], str], **setting: Any) -> None:
         """Compile, check, and enter what comes of it; `check` returns what does not hold, or nothing."""
@@ -133,15 +137,17 @@ class Trial:
             wrong = wrong or _side_effects(before, (a, b))
         except fxzip.FxzipError as refusal:
             self.found.refused[f"{type(refusal).__name__}: {_plain(str(refusal))}"] += 1
+            if _unwind():
+                self.found.faults.append(Fault(oracle, "the process is left inside vmap", said))
             return
         except FaultyAccount:
             raise
         except Exception as crash:
-            where = [f for f in traceback.extract_tb(crash.__traceback__) if "fxzip" in f.filename][-1:]
-            place = f"{where[0].filename.split('fxzip/')[-1]}:{where[0].name}" if where else "outside"
-            text = f"{type(crash).__name__} in {place}: {_plain(str(crash))}"
-            self.found.faults.append(Fault(oracle, text, said, traceback.format_exc(limit=-4)))
+            self.found.faults.append(Fault(oracle, _crash(crash), said, traceback.format_exc(limit=-4)))
+            _unwind()
             return
+        if _unwind():
+            wrong = "the process is left inside vmap"
         if wrong:
             self.found.faults.append(Fault(oracle, wrong.split("|")[0], said, wrong))
         else:
@@ -154,6 +160,21 @@ class Trial:
             return "" if max(off) <= bound else f"wrong outputs| errors of the heads {[f'{e:.1e}' for e in off]}"
 
         return check
+
+
+def _crash(crash: Exception) -> str:
+    """What was raised, and in which function of the package."""
+    where = [f for f in traceback.extract_tb(crash.__traceback__) if "fxzip" in f.filename][-1:]
+    place = f"{where[0].filename.split('fxzip/')[-1]}:{where[0].name}" if where else "outside"
+    return f"{type(crash).__name__} in {place}: {_plain(str(crash))}"
+
+
+def _unwind() -> bool:
+    """Leave transforms of torch.func that a failed compile left behind; whether there were any."""
+    left = torch._C._functorch.peek_interpreter_stack() is not None
+    if left:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)
+    return left
 
 
 def _plain(text: str) -> str:
@@ -253,6 +274,12 @@ BY_NAME = {
     "distinct heads": heads_are_distinct,
     "like any network": like_any_network,
 }
+
+
+def _name(oracle: Callable[[Trial], None]) -> str:
+    return next(name for name, own in BY_NAME.items() if own is oracle)
+
+
 ORACLES = tuple(BY_NAME.values())
 
 
@@ -265,4 +292,11 @@ def run(program: Program, seed: int, oracles: tuple[Callable[[Trial], None], ...
             oracle(trial)
         except fxzip.FxzipError as refusal:  # while a cut was chosen
             trial.found.refused[f"{type(refusal).__name__}: {_plain(str(refusal))}"] += 1
+        except FaultyAccount:
+            raise
+        except Exception as crash:
+            trial.found.faults.append(
+                Fault(_name(oracle), _crash(crash), "tracing alone", traceback.format_exc(limit=-4))
+            )
+        _unwind()
     return trial.found
