@@ -6,7 +6,7 @@ import pytest
 import torch
 from fuzz.building import IDIOMS, Draw
 from fuzz.minimise import minimise
-from fuzz.oracles import Fault, FaultyAccount, difference, verified_counterpart
+from fuzz.oracles import ORACLES, Fault, FaultyAccount, difference, run, verified_counterpart
 from fuzz.program import Program, build, inputs, random_program
 from fuzz.spaces import Axis
 
@@ -94,3 +94,32 @@ def test_programs_are_data():
     assert eval(repr(program), {"Program": Program}) == program
     ours, theirs = build(program, 2).state_dict(), build(program, 2).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def sweep(seeds, each):
+    """Some oracles of each seed in turn; what does not hold is shown with the command that makes it smaller."""
+    faults, held, refused = [], 0, 0
+    for seed in seeds:
+        program = random_program(seed)
+        found = run(program, seed, [ORACLES[(seed + turn) % len(ORACLES)] for turn in range(each)])
+        faults += [f"python -m fuzz --first {seed} --count 1: {fault}" for fault in found.faults]
+        held, refused = held + found.held.total(), refused + found.refused.total()
+    assert not faults, "\n\n".join(faults)
+    assert held >= refused, "where most is refused, nothing is tested"
+
+
+def test_what_must_hold_of_a_few_networks():
+    sweep(range(10), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 100, 10))
+def test_what_must_hold(first):
+    sweep(range(first, first + 10), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.hours
+@pytest.mark.parametrize("first", range(1000, 3000, 50))
+def test_what_must_hold_of_many(first):
+    sweep(range(first, first + 50), len(ORACLES))

@@ -13,7 +13,7 @@ import re
 import traceback
 import warnings
 from collections import Counter, UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
@@ -283,7 +283,7 @@ def _name(oracle: Callable[[Trial], None]) -> str:
 ORACLES = tuple(BY_NAME.values())
 
 
-def run(program: Program, seed: int, oracles: tuple[Callable[[Trial], None], ...] = ORACLES) -> Found:
+def run(program: Program, seed: int, oracles: Sequence[Callable[[Trial], None]] = ORACLES) -> Found:
     """All oracles on the networks of a program."""
     trial = Trial(program, seed)
     for oracle in oracles:
