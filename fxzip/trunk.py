@@ -167,7 +167,7 @@ class _Search:
         if missing:
             raise CutError(_beyond(until, missing[0], self.alignment, ends, names))
         wanted = self._unpacked(wanted, names)
-        self._not_empty(wanted, ends)
+        self._not_empty(wanted, ends, hint=False)
         spaces = self.common.solved(wanted)
         found = self.common.unmatched(wanted, spaces)
         found = {name: reason for name, reason in found.items() if name not in self.returned}  # that was asked for
@@ -210,11 +210,13 @@ class _Search:
         items = {n.name for n in self.order if n.target is operator.getitem and n.name in shared}
         return self.closed(names | {name for name in items if names.issuperset(self.graph.predecessors(name))})
 
-    def _not_empty(self, names: set[str], ends: Mapping[str, str]) -> None:
+    def _not_empty(self, names: set[str], ends: Mapping[str, str], *, hint: bool = True) -> None:
+        """Raise unless something with weights is shared; with a `hint`, which is looked for, on what to do instead."""
         label = self.labellings[0]
         dynamic = [n for n in self.order if n.name in names and n.op != "placeholder" and n.name in label.dynamic]
         if not any(label.touches[n.name] for n in dynamic):
-            raise AlignError(_nothing(self.alignment, self.order, ends, names) + self._way_out(ends))
+            way_out = self._way_out(ends) if hint else ""
+            raise AlignError(_nothing(self.alignment, self.order, ends, names) + way_out)
 
     def _way_out(self, ends: Mapping[str, str]) -> str:
         """What to do where by default nothing can be shared."""
@@ -223,6 +225,8 @@ class _Search:
         for name in reversed([name for name in cut_names(self.order) if "." not in name]) if ends else ():
             with suppress(AlignError, CutError):
                 found.append((len(self.up_to(name).returned), name))
+                if not found[-1][0]:
+                    break
         if found:
             name = min(found, key=lambda pair: pair[0])[1]
             return (

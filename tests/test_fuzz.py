@@ -108,11 +108,8 @@ def sweep(seeds, each):
     assert held >= refused, "where most is refused, nothing is tested"
 
 
-def test_what_must_hold_of_a_few_networks():
-    sweep(range(10), 1)
-
-
 @pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.parametrize("first", range(0, 100, 10))
 def test_what_must_hold(first):
     sweep(range(first, first + 10), 3)

@@ -204,3 +204,19 @@ def test_features_that_are_not_folded_are_read_from_all_merged_ones_where_copies
     assert sum(errors[0]) < sum(errors[1])
     monkeypatch.undo()
     assert not zipped_pair(a, a, method=fxzip.Energy(), until="relu_1").report["mixed"]
+
+
+class Near(nn.Module):
+    """Distances to vectors of its own: nothing but a call without a rule meets parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x):
+        return torch.cdist(x.abs().sqrt(), self.codes)
+
+
+def test_the_search_for_a_way_out_ends_where_no_cut_shares_anything():
+    with pytest.raises(fxzip.AlignError, match="models that agree from the input on; node `cdist` ends the trunk"):
+        fxzip.compile_zip(Near(), Near(), torch.randn(8, 6))
