@@ -14,6 +14,7 @@ from .compiler import Recipe, assemble, compile_zip, survey
 from .errors import (
     AlignError,
     BarrierError,
+    ContainerError,
     CostError,
     CutError,
     DataError,
@@ -22,6 +23,7 @@ from .errors import (
     InputError,
     PinnedSpaceWarning,
     SelfCheckError,
+    SpecializationError,
     TraceError,
 )
 from .inspection import inspect
@@ -72,6 +74,7 @@ __all__ = [
     "Barrier",
     "BarrierError",
     "Calibration",
+    "ContainerError",
     "CostError",
     "CutError",
     "CycleConsistent",
@@ -94,6 +97,7 @@ __all__ = [
     "RegMean",
     "Report",
     "SelfCheckError",
+    "SpecializationError",
     "Table",
     "TraceError",
     "Transport",

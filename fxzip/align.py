@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .stems import Stem
-from .tracing import Program
+from .tracing import Program, require
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +112,8 @@ def _key(node: fx.Node, module: fx.GraphModule, numbers: Mapping[fx.Node, int], 
             return "slice", constant(value.start), constant(value.stop), constant(value.step)
         return repr(value)
 
+    if node.target is require:  # wherever in the code it is
+        return require, constant(node.args[:2])
     what: Hashable = node.op, str(node.target) if node.op == "call_method" else node.target
     if node.op == "placeholder":
         what = node.op, place
@@ -195,9 +197,9 @@ def _pair(
             twin = queue.pop(0)
             theirs[node] = numbers[twin]
             pairs[twin.name] = node.name
-        elif rest is None:
+        elif rest is None and node.target is not require:
             rest = node
-    lone = next((n for n in nodes if n.name not in pairs), None)
+    lone = next((n for n in nodes if n.name not in pairs and n.target is not require), None)
     parting = "" if rest is None and lone is None else f"{_says(first, lone)}, {_says(other, rest)}"
     return pairs, params, parting
 

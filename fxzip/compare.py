@@ -24,6 +24,7 @@ from .matching import METHODS, Method, resolve
 from .observe import observe_all
 from .refit import Refit
 from .rules import RULES, Rule
+from .shapes import other_shapes
 from .side_by_side import side_by_side
 from .sources import MAX_BATCHES
 from .table import Table
@@ -181,7 +182,7 @@ class _Setting:
         calibration = Calibration.of(data, call, len(networks), progress, max_batches)
         if joint:
             needs_tasks(calibration, len(networks))
-        found = survey(networks, call, verify=verify, rules=rules)
+        found = survey(networks, call, verify=verify, rules=rules, others=other_shapes(calibration, call))
         programs = found.alignment.programs
         if joint:
             needs_classifiers(programs)

@@ -37,6 +37,7 @@ from .refit import LeastSquares, Refit, fit_notes, least_squares, refits
 from .report import Report, make_report
 from .rewrite import rewrite
 from .rules import RULES, Rule
+from .shapes import other_shapes
 from .sources import MAX_BATCHES
 from .stems import find_stems
 from .tracing import Program
@@ -143,8 +144,10 @@ def compile_zip(
     calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress, max_batches)
     if joint:
         needs_tasks(calibration, len(networks))
-    by_position = isinstance(recipe.method, Average)
-    found = survey(networks, call, start=start, verify=verify, strict=strict, by_position=by_position, rules=rules)
+    by_position, others = isinstance(recipe.method, Average), other_shapes(calibration, call)
+    found = survey(
+        networks, call, start=start, verify=verify, strict=strict, by_position=by_position, rules=rules, others=others
+    )
     if joint:
         needs_classifiers(found.alignment.programs)
     if goal is not None:
@@ -215,9 +218,11 @@ def survey(
     strict: bool = False,
     by_position: bool = False,
     rules: Mapping[str, Rule] = RULES,
+    others: Sequence[Call] = (),
 ) -> Survey:
-    """The stages that depend on neither cut nor method: trace -> label, self-check -> align."""
-    programs: Sequence[Program] = trace_all(networks, call)
+    """The stages that depend on neither cut nor method: trace -> label, self-check -> align. `others`: inputs of other
+    shapes, on which the traces have to be right, too."""
+    programs: Sequence[Program] = trace_all(networks, call, others)
     labellings = tuple(label(program, rules) for program in programs)
     if strict:
         _no_barriers(labellings)

@@ -30,9 +30,9 @@ from .structure import Recipe, Structure
 _WHOLE = (
     type(None), bool, int, float, complex, str, bytes, bytearray, type, range, np.ndarray, np.generic, torch.Size,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, nn.Module, types.ModuleType,
-    types.FunctionType, types.BuiltinFunctionType, types.MethodType,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, Tensor,
 )  # fmt: skip
-"""What is a constant, whatever it refers to."""
+"""What is a constant where it is no leaf, whatever it refers to."""
 
 
 def is_tensor(value: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +17,7 @@ from .basis import PlaceMap, merged_layout
 from .errors import CutError
 from .plan import ZipPlan
 from .rules import varying
+from .tracing import Program, guards_at_entry, require
 from .zipped import merge
 
 
@@ -29,6 +31,25 @@ def copied_node(
     new.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
     new.meta["fxzip"] = {"part": part, "from": [node.name], "writes": writes}
     return new
+
+
+def _new(env: dict[str, fx.Node], node: fx.Node) -> fx.Node:
+    return env[node.name]
+
+
+def emit_guards(graph: fx.Graph, programs: Sequence[Program], inputs: Sequence[fx.Node]) -> None:
+    """Append what all models take for granted of their arguments and of their sizes, each thing once."""
+    made: dict[str, fx.Node] = {}
+    for program in programs:
+        given = [node for node in program.module.graph.nodes if node.op == "placeholder"]
+        env = {node.name: new for node, new in zip(given, inputs, strict=True)}
+        for guard, above in guards_at_entry(program.module, program.shapes).items():
+            for node in (*above, guard):
+                args = fx.node.map_arg((node.args, node.kwargs), partial(_new, env))
+                key = repr((node.target, *args)) if node.target is not require else repr((node.target, args[0][:2]))
+                if key not in made:
+                    made[key] = copied_node(graph, node, "", env, "trunk", False)
+                env[node.name] = made[key]
 
 
 def emit_stems(graph: fx.Graph, root: nn.Module, plan: ZipPlan, inputs: Sequence[fx.Node]) -> list[dict[str, fx.Node]]:

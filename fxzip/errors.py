@@ -43,6 +43,10 @@ class ContainerError(InputError):
     """Tensors are held by something that cannot be taken apart and put together again."""
 
 
+class SpecializationError(FxzipError, ValueError):
+    """A network is called with a number, a structure or a size that its graph was not made for."""
+
+
 class CostError(InputError):
     """`max_cost` is less than what has to keep its size takes."""
 

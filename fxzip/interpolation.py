@@ -32,6 +32,7 @@ from .plan import ZipPlan, plan
 from .refit import Refit, refits
 from .rewrite import rewrite
 from .rules import RULES, Rule
+from .shapes import other_shapes
 from .sources import MAX_BATCHES
 from .trunk import Trunk
 from .zipped import set_tensor
@@ -130,7 +131,7 @@ def barrier(
     chosen, corrected = resolve(method), refits(refit)
     networks, call = models_and_sample((a, b, sample_input), "barrier")
     calibration = Calibration.of(data, call, 2, progress, max_batches)
-    found = survey(networks, call, verify=verify, rules=rules)
+    found = survey(networks, call, verify=verify, rules=rules, others=other_shapes(calibration, call))
     if found.alignment.parting[0]:
         raise InputError(
             "`barrier` needs networks that agree from the input to the outputs; they part: the first "

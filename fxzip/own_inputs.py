@@ -15,8 +15,9 @@ from .inputs import Call, JointCall
 from .tracing import Program, trace
 
 
-def trace_all(networks: Sequence[nn.Module], call: Call) -> list[Program]:
-    """Every model as a program that takes `call`; where that is joint, each model is traced with its part.
+def trace_all(networks: Sequence[nn.Module], call: Call, others: Sequence[Call] = ()) -> list[Program]:
+    """Every model as a program that takes `call`; where that is joint, each model is traced with its part. `others` are
+    calls of other shapes.
 
     >>> import torch
     >>> call = JointCall.of([Call((torch.ones(2, 3),), {}), Call((torch.ones(2, 4),), {})])
@@ -26,9 +27,14 @@ def trace_all(networks: Sequence[nn.Module], call: Call) -> list[Program]:
     """
     parts = call.parts if isinstance(call, JointCall) else (call,) * len(networks)
     programs = [
-        trace(model, part, name=f"model {k}") for k, (model, part) in enumerate(zip(networks, parts, strict=True))
+        trace(model, part, name=f"model {k}", others=[_part(other, k) for other in others])
+        for k, (model, part) in enumerate(zip(networks, parts, strict=True))
     ]
     return with_all_inputs(programs, call) if isinstance(call, JointCall) else programs
+
+
+def _part(call: Call, k: int) -> Call:
+    return call.parts[k] if isinstance(call, JointCall) else call
 
 
 def with_all_inputs(programs: Sequence[Program], call: JointCall) -> list[Program]:

@@ -9,6 +9,7 @@ from typing import Any
 from .flops import count_flops
 from .naming import module_path
 from .plan import ZipPlan
+from .shapes import checked_shapes
 from .tracing import Program
 from .zipped import ZippedModule, mix
 
@@ -135,6 +136,7 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
         "models": len(programs),
         **settings,
         "notes": [*settings.get("notes", []), *uncounted(spent)],
+        "checked_shapes": checked_shapes(programs),
         "cut": {
             "after": [node.name for node in edge],
             "modules": [module_path(node) for node in edge],

@@ -17,12 +17,12 @@ from .align import attribute
 from .analysis.resizing import resized
 from .analysis.spaces import Layout
 from .basis import PlaceMap, merged_layout, merged_param
-from .entering import copied_node, emit_entries, emit_stems
+from .entering import copied_node, emit_entries, emit_guards, emit_stems
 from .mixing import mix_norms
 from .plan import ZipPlan, head_nodes, head_params
 from .rules import varying
 from .sizes import adopt_sizes
-from .tracing import Program
+from .tracing import Program, guards_at_entry, tidied
 from .zipped import ZippedModule, mix, set_tensor, unmerge
 
 
@@ -79,6 +79,8 @@ class _Emitter:
         self.root = nn.Module()
         self.env: dict[str, fx.Node] = {}
         self.stems: list[dict[str, fx.Node]] = []
+        programs = plan.trunk.alignment.programs
+        self.guards = [guards_at_entry(program.module, program.shapes) for program in programs]
 
     def trunk(self) -> None:
         trunk = self.plan.trunk
@@ -91,11 +93,12 @@ class _Emitter:
                 inputs.append(copied_node(self.graph, node, "", self.env, "trunk", False))
                 inputs[-1].meta["fxzip"]["from"] = list(trunk.alignment.pairs.get(node.name, (node.name,)))
                 self.env[node.name] = inputs[-1]
+        emit_guards(self.graph, trunk.alignment.programs, inputs)
         if trunk.alignment.stems:
             self.stems = emit_stems(self.graph, self.root, self.plan, inputs)
             self.env |= emit_entries(self.graph, self.root, self.plan, self.stems)
         for node in program.module.graph.nodes:
-            if node.op != "placeholder" and node.name in shared:
+            if node.op != "placeholder" and node.name in shared and node not in self.guards[0]:
                 new = copied_node(self.graph, node, "trunk", self.env, "trunk", node.name in program.mutators)
                 new.meta["fxzip"]["from"] = list(trunk.alignment.pairs.get(node.name, (node.name,)))
                 self.env[node.name] = new
@@ -127,7 +130,7 @@ class _Head:
                 for source in node.all_input_nodes:
                     self._value(source, given)
                 return fx.node.map_arg(node.args[0], lambda n: self.env[n.name])
-            if node.name in self.own and node.name not in given:
+            if node.name in self.own and node.name not in given and node not in self.emitter.guards[self.k]:
                 for source in node.all_input_nodes:
                     self._value(source, given)
                 self._copy(node)
@@ -213,7 +216,7 @@ def rewrite(plan: ZipPlan) -> ZippedModule:
     emitter.graph.output(tuple(emitter.head(k) for k in range(len(plan.trunk.spaces))))
     emitter.graph.lint()
     result = ZippedModule(emitter.root, emitter.graph)
-    result.eval()
+    tidied(result).eval()
     forget_buffers(result, plan.trunk.alignment.programs)
     return result
 

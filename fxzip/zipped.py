@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .align import attribute
+from .tracing import require
 
 
 def unmerge(x: Tensor, index: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -119,8 +120,8 @@ class ZippedModule(EmittedModule):
         for node in reversed(list(graph.nodes)):
             kept = node.op in ("output", "placeholder") or node.users
             needed = part_of(node) in ("trunk", own) or part_of(node).startswith("stem ")
-            writes = node.meta.get("fxzip", {}).get("writes") and needed
-            if not kept and not writes:
+            acts = needed and (node.meta.get("fxzip", {}).get("writes") or node.target is require)
+            if not kept and not acts:
                 graph.erase_node(node)
         return EmittedModule(_holder(self), graph)
 

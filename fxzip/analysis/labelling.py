@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..containers import leaves
+from ..containers import flatten, leaves
 from ..rules import Facts, Fields, Rule
 from ..rules.fields import along
-from ..tracing import Program, flat_inputs, quiet_execution
+from ..tracing import Program, flat_inputs, is_number, quiet_execution
 from .calls import LabelMode
 from .state import Barrier, Entry, ParamLabels, Probed, Site, State
 
@@ -55,6 +55,7 @@ class _Run(fx.Interpreter):
         self.touches: dict[str, frozenset[str]] = {}
         self.seen: dict[str, tuple[Tensor, ...]] = {}
         self.dynamic: set[str] = set()
+        self.numbers: set[fx.Node] = set()  # what depends on numbers among the arguments
 
     def run_node(self, n: fx.Node) -> Any:
         state = self.state
@@ -74,10 +75,20 @@ class _Run(fx.Interpreter):
         self.seen[n.name] = tuple(state.seen.values())
         if isinstance(value, Tensor):
             self.fields[n.name] = state.entry(value).fields
+        if self._reads_numbers(n, value):
+            self.numbers.add(n)
+            for tensor in leaves(value):
+                state.entry(tensor).static = False
         if any(not state.entry(t).static for t in leaves(value)):
             self.dynamic.add(n.name)
         self._forget(n, value)
         return value
+
+    def _reads_numbers(self, n: fx.Node, value: Any) -> bool:
+        """Whether a value is another one for another number among the arguments, although no tensor went into it."""
+        if n.op == "placeholder":
+            return bool(flatten(value, is_number)[0])
+        return n.op != "output" and any(source in self.numbers for source in n.all_input_nodes)
 
     def _forget(self, n: fx.Node, value: Any) -> None:
         """Drop what only the calls inside the node needed, and values that no later node reads, so that memory is that

@@ -5,8 +5,11 @@ the graph; `execution` runs and compares; `ladder` puts them together.
 """
 
 from .execution import Record, difference, flat_inputs, quiet_execution, run_eager, run_recorded
+from .guards import guards_at_entry, require
 from .ladder import RUNGS, Program, trace
+from .numbers import is_number
 from .preparation import check_model, check_placement
+from .tidying import tidied
 
 __all__ = [
     "RUNGS",
@@ -16,8 +19,12 @@ __all__ = [
     "check_placement",
     "difference",
     "flat_inputs",
+    "guards_at_entry",
+    "is_number",
     "quiet_execution",
+    "require",
     "run_eager",
     "run_recorded",
+    "tidied",
     "trace",
 ]

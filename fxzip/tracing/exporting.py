@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,28 +16,26 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
-from ..containers import Part, flatten, is_plain
-from ..inputs import Call, batch_size
+from ..containers import Part, flatten, is_plain, is_tensor
+from ..inputs import Call
 from ..structure import Rebuild, Structure, notation
+from .guards import form_of, is_trivial, require
 from .symbolic import bind
 
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Position of the submodule among the arguments."""
 
 
-def trace_export(root: nn.Module, call: Call, *, dynamic: bool) -> fx.GraphModule:
+def trace_export(root: nn.Module, call: Call, dynamic: Sequence[tuple[int, ...]]) -> fx.GraphModule:
     """The exported graph of the root; `call` should have a batch of at least 2, because export fixes sizes of 1.
 
-    >>> module = trace_export(nn.Linear(3, 4), Call((torch.ones(2, 3),), {}), dynamic=True)
+    >>> module = trace_export(nn.Linear(3, 4), Call((torch.ones(2, 3),), {}), [(0,)])
     >>> module(torch.ones(5, 3)).shape
     torch.Size([5, 4])
     """
     given, arguments = flatten((call.args, call.kwargs))
     returned: list[Structure] = []
-    shapes = None
-    if dynamic:
-        sizes = [{0: torch.export.Dim.AUTO} if v.ndim and v.shape[0] == batch_size(call) else None for v in given]
-        shapes = (tuple(sizes),)
+    shapes = (tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) or None for axes in dynamic),)
     with warnings.catch_warnings(), _flat_forward(root, arguments, returned):
         warnings.simplefilter("ignore")
         exported = torch.export.export(root, tuple(given), dynamic_shapes=shapes, strict=False)
@@ -133,6 +131,10 @@ def _own_placeholders(root: nn.Module, graph: fx.Graph, call: Call) -> None:
     with graph.inserting_before(flat[0]):
         wholes = {name: graph.placeholder(name) for name in named}
     with graph.inserting_before(flat[-1].next):
+        for name, value in named.items():
+            form = form_of(value, is_tensor)
+            if not is_trivial(form):
+                graph.call_function(require, (wholes[name], form, name))
         for name, value in given.items():
             for leaf in _read(graph, wholes[name], value):
                 next(pieces).replace_all_uses_with(leaf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import ContainerError, InputError, TraceError
-from ..inputs import Call, as_call, batch_size, leaves, map_tensors, with_batch
-from .execution import Record, difference, quiet_execution, run_eager, run_recorded
+from ..containers import flatten
+from ..errors import TraceError
+from ..inputs import Call, as_call, map_tensors
+from .execution import Record, quiet_execution
 from .exporting import trace_export
 from .inplace import out_of_place
+from .numbers import is_number
 from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
 from .raising import raised
+from .reference import Reference, compared, reference_of
 from .symbolic import SymbolicTracer
 from .tidying import tidied
 from .values import trace_with_values
@@ -39,6 +43,7 @@ class Program:
         batch_axes: for each node whose output is a tensor, the axes whose size changed with the batch size; empty if
             the model runs at one batch size only.
         shapes: for each node whose output is a tensor, its shape on the sample.
+        compared: the inputs on which the graph was compared with the model: the sample, a fresh one, others.
     """
 
     module: fx.GraphModule
@@ -49,20 +54,11 @@ class Program:
     mutators: frozenset[str] = frozenset()
     batch_axes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
+    compared: tuple[Call, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """What the eager model gives: on the sample and on fresh input, of another batch size where it can run one."""
-
-    sample: Call
-    fresh: Call
-    expected: tuple[Any, Any]
-    other_batch: bool
-
-
-def trace(model: nn.Module, sample_input: Any, *, name: str = "model") -> Program:
-    """Trace a model, which is left as it was.
+def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: Sequence[Call] = ()) -> Program:
+    """Trace a model, which is left as it was. `others`: inputs of other shapes that the graph has to be right on, too.
 
     Raises TraceError when no rung reproduces the model, InputError when it cannot be run.
 
@@ -73,12 +69,12 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model") -> Progra
     checked = check_model(model, name)
     call = map_tensors(lambda value: value.detach().clone(), as_call(sample_input))
     own = copied(checked, name)
-    reference = _eager(own, call, name)
+    reference = reference_of(own, call, others, name)
     hooks = hooks_of(folded(own))
     paths = without_hooks(own)
     persistent = frozenset(own.state_dict())
     failures: list[str] = []
-    for kept, rung in product(([], hooks) if hooks else ([],), RUNGS):
+    for kept, rung in product(([], hooks) if hooks else ([],), _rungs(call)):
         try:
             with hooked(kept):
                 traced = _traced(own, rung, reference)
@@ -93,38 +89,16 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model") -> Progra
     raise TraceError(_nothing_worked(name, failures, paths))
 
 
-def _eager(own: nn.Module, call: Call, name: str) -> _Reference:
-    """Run the copy, hooks and all, before anything is folded or dropped."""
-    try:
-        expected = run_eager(own, call)
-        returned = leaves(expected)
-    except ContainerError as error:
-        raise TraceError(f"`{name}` must return tensors in containers that can be taken apart. {error}") from error
-    except Exception as error:
-        raise InputError(
-            f"`{name}` must run on `sample_input`; it raised {type(error).__name__}: {first_line(error)} "
-            "Pass one batch of what the models take."
-        ) from error
-    if not returned:
-        raise TraceError(
-            f"`{name}` must return at least one tensor; found none in the `{type(expected).__name__}` that it "
-            "returned. Return the tensors that matter, in a tuple, list, dict or dataclass."
-        )
-    size = batch_size(call)
-    if size is not None:
-        fresh = with_batch(call, 3 if size != 3 else 2)
-        try:
-            return _Reference(call, fresh, (expected, run_eager(own, fresh)), True)
-        except Exception:  # the model is made for one batch size
-            pass
-    fresh = with_batch(call, size or 0)
-    return _Reference(call, fresh, (expected, run_eager(own, fresh)), False)
+def _rungs(call: Call) -> tuple[str, ...]:
+    """The rungs in order. Only one of them can read Python's numbers: with such arguments it is the first."""
+    numbers = flatten((call.args, call.kwargs), is_number)[0]
+    return tuple(sorted(RUNGS, key=lambda rung: rung != "symbolic with example values")) if numbers else RUNGS
 
 
-def _traced(own: nn.Module, rung: str, reference: _Reference) -> fx.GraphModule:
+def _traced(own: nn.Module, rung: str, reference: Reference) -> fx.GraphModule:
     with quiet_execution():
         if rung == "export":
-            module = trace_export(own, reference.fresh, dynamic=reference.other_batch)
+            module = trace_export(own, reference.fresh, reference.dynamic_axes())
         else:
             sample = map_tensors(torch.clone, reference.sample)
             graph = SymbolicTracer(sample).trace(own) if rung == "symbolic" else trace_with_values(own, sample)
@@ -133,7 +107,7 @@ def _traced(own: nn.Module, rung: str, reference: _Reference) -> fx.GraphModule:
     return tidied(module)
 
 
-def _verified(module: fx.GraphModule, reference: _Reference) -> tuple[fx.GraphModule, Record, Record] | str:
+def _verified(module: fx.GraphModule, reference: Reference) -> tuple[fx.GraphModule, Record, Record] | str:
     """The program, with in-place calls replaced if that is right, and what its runs showed; or why it is not right."""
     try:
         changed = out_of_place(module, (reference.sample, reference.fresh))
@@ -144,49 +118,31 @@ def _verified(module: fx.GraphModule, reference: _Reference) -> tuple[fx.GraphMo
         better.eval()
         for leaf in flagged:
             leaf.inplace = False  # type: ignore[assignment]
-        found = _compared(better, reference)
+        found = compared(better, reference)
         if not isinstance(found, str):
             return better, *found
         for leaf in flagged:
             leaf.inplace = True  # type: ignore[assignment]
-    found = _compared(module, reference)
+    found = compared(module, reference)
     return found if isinstance(found, str) else (module, *found)
 
 
 def _with_modules(
-    module: fx.GraphModule, sample: Record, fresh: Record, reference: _Reference
+    module: fx.GraphModule, sample: Record, fresh: Record, reference: Reference
 ) -> tuple[fx.GraphModule, Record, Record]:
     """The same with modules of torch.nn for functional calls on their parameters, if that is right."""
     better = raised(module, sample.shapes)
     if better is None:
         return module, sample, fresh
-    found = _compared(better, reference)
+    found = compared(better, reference)
     return (module, sample, fresh) if isinstance(found, str) else (better, *found)
-
-
-def _compared(module: fx.GraphModule, reference: _Reference) -> tuple[Record, Record] | str:
-    records: list[Record] = []
-    size = batch_size(reference.sample)
-    fresh = f"a batch of {batch_size(reference.fresh)}" if reference.other_batch else "fresh input"
-    for call, expected, what in zip(
-        (reference.sample, reference.fresh), reference.expected, ("`sample_input`", fresh), strict=True
-    ):
-        but = f"it reproduces `sample_input`, with its batch of {size}, but on {what} " if records else f"on {what} "
-        try:
-            records.append(run_recorded(module, call))
-        except Exception as error:
-            return f"{but}it raised {type(error).__name__}: {first_line(error).rstrip('.')}"
-        reason = difference(records[-1].output, expected)
-        if reason is not None:
-            return but + reason
-    return records[0], records[1]
 
 
 def _program(
     module: fx.GraphModule,
     sample: Record,
     fresh: Record,
-    reference: _Reference,
+    reference: Reference,
     rung: str,
     failures: tuple[str, ...],
     persistent: frozenset[str],
@@ -200,7 +156,7 @@ def _program(
             pairs = enumerate(zip(shape, other, strict=True)) if len(other) == len(shape) else ()
             axes[name] = tuple(axis for axis, (a, b) in pairs if a != b)
     mutators = frozenset(sample.mutators | fresh.mutators)
-    return Program(module, reference.sample, rung, failures, buffers, mutators, axes, sample.shapes)
+    return Program(module, reference.sample, rung, failures, buffers, mutators, axes, sample.shapes, reference.calls)
 
 
 def _restore_persistence(module: fx.GraphModule, persistent: frozenset[str]) -> None:
@@ -224,8 +180,10 @@ def _place(error: BaseException) -> str:
 
 
 def _nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...]) -> str:
-    sample_only = any("but on a batch of" in failure for failure in failures)
-    must = "must be traceable at every batch size; it was at that of `sample_input` only" if sample_only else ""
+    batch, shape = (any(f"but on {what} of" in failure for failure in failures) for what in ("a batch", "`data`"))
+    must = "must be traceable at every batch size; it was at that of `sample_input` only" if batch else ""
+    if shape:
+        must = "must be traceable at every shape that `data` holds; it was at that of `sample_input` only"
     message = f"`{name}` {must or 'must be traceable; no way of tracing reproduces it'}. " + " ".join(failures)
     if hooks:
         places = ", ".join(f"`{path or name}`" for path in hooks[:5]) + (" ..." if len(hooks) > 5 else "")
@@ -235,6 +193,8 @@ def _nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...]) -> s
         )
     if any("Cache'" in failure for failure in failures):
         return f"{message} Set `{name}.config.use_cache = False`: what is not a tensor cannot be an output."
+    if shape:
+        return f"{message} Give `data` the sizes of `sample_input`, or replace what Python does with sizes by tensors."
     return (
         f"{message} Replace conditions on the content of tensors by tensor operations such as `torch.where`, or pass "
         "the traceable part of the model."

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from ..containers import Part, flatten, is_plain
 from ..inputs import Call
 from ..structure import Rebuild
+from .guards import form_of, is_trivial, require
 
 _COMPOSITE = ("torch.nn.modules.container", "torch.nn.modules.transformer")
 
@@ -47,7 +48,12 @@ class SymbolicTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         bound, named = bind(self.root, self._call)
-        given = {name: self._unpacked(self._placeholder(name, value), value) for name, value in named.items()}
+        proxies = {name: self._placeholder(name, value) for name, value in named.items()}
+        for name, value in named.items():
+            form = form_of(value, self.reads)
+            if not is_trivial(form):
+                self.create_proxy("call_function", require, (proxies[name], form, name), {})
+        given = {name: self._unpacked(proxies[name], value) for name, value in named.items()}
         for name in bound.arguments:
             kind = bound.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
@@ -61,18 +67,22 @@ class SymbolicTracer(fx.Tracer):
     def _placeholder(self, name: str, value: Any) -> fx.Proxy:
         return self.create_proxy("placeholder", name, (), {})
 
+    def reads(self, value: Any) -> bool:
+        """Whether the graph reads a value that it is given; else it is a constant, and a guard compares it."""
+        return isinstance(value, Tensor)
+
     def _unpacked(self, proxy: Any, value: Any) -> Any:
-        """Proxies in the structure of the argument; what is no tensor is a constant."""
-        if isinstance(value, Tensor):
+        """Proxies in the structure of the argument; what the graph does not read is a constant."""
+        if self.reads(value):
             return proxy
-        found, structure = flatten(value)
-        if not found:
+        if not flatten(value, self.reads)[0]:
             return value
         if is_plain(value):
             if isinstance(value, dict):
                 return {key: self._unpacked(proxy[key], item) for key, item in value.items()}
             items = [self._unpacked(proxy[index], item) for index, item in enumerate(value)]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        found, structure = flatten(value)
         parts = [Part(place, len(found)) for place in range(len(found))]
         return structure.build([self.create_proxy("call_function", part, (proxy,), {}) for part in parts])
 

@@ -49,8 +49,9 @@ _PURE = frozenset(
         "or_",
         "xor",
         "getitem",
+        "truth",
     ]
-) | {getattr, len, math.sqrt, math.ceil, math.floor, torch.ops.aten.sym_size.int, torch.numel, torch.arange}
+) | {getattr, len, int, math.sqrt, math.ceil, math.floor, torch.ops.aten.sym_size.int, torch.numel, torch.arange}
 
 
 def tidied(module: fx.GraphModule) -> fx.GraphModule:

@@ -8,6 +8,7 @@ is refused a value that depends on the content of a tensor.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,8 @@ from torch import Tensor, fx, nn
 
 from ..containers import flatten, leaves
 from ..inputs import Call
+from .guards import form_of, place_in_source, require
+from .numbers import MATH, is_number, may_read
 from .symbolic import SymbolicTracer
 
 _FACTORIES = [
@@ -38,6 +41,8 @@ _FACTORIES = [
     "triu_indices",
     "sym_max",
     "sym_min",
+    "as_tensor",
+    "scalar_tensor",
 ]
 _SHAPE_METHODS = frozenset(
     [
@@ -56,6 +61,7 @@ _SHAPE_METHODS = frozenset(
         "type",
     ]
 )
+_SIZE_METHODS = frozenset(["size", "numel", "nelement"])
 _SHAPE_FUNCTIONS = frozenset((getattr, torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor))
 
 
@@ -97,6 +103,10 @@ class ValueTracer(SymbolicTracer):
         self.recorded: tuple[type, ...] = kinds
         self._evaluating = False
         self._examples: dict[str, Any] = {}
+        self._assumed: set[tuple[str, str]] = set()
+
+    def reads(self, value: Any) -> bool:
+        return isinstance(value, Tensor) or is_number(value)
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
@@ -112,11 +122,47 @@ class ValueTracer(SymbolicTracer):
         return super()._placeholder(name, value)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        if target is not require and any(p.number for p in flatten((args, kwargs), _is_proxy)[0]):
+            args = tuple(self._built_in(kind, target, place, value) for place, value in enumerate(args))
+            kwargs = {key: self._built_in(kind, target, key, value) for key, value in kwargs.items()}
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         given = flatten((args, kwargs), _is_proxy)[0]
         proxy.value = self._evaluated(kind, target, args, kwargs)
         proxy.tainted = self._tainted(kind, target, given, proxy.value)
+        if kind == "placeholder":
+            proxy.given, proxy.number = True, is_number(proxy.value)
+            proxy.sized = proxy.number
+            return proxy
+        plain = not isinstance(proxy.value, Tensor)
+        about_size = target in _SIZE_METHODS or (target is getattr and args[1] == "shape") or target is torch.numel
+        proxy.given = any(p.given for p in given)
+        proxy.number = plain and any(p.number for p in given)
+        proxy.sized = plain and any(p.sized or (p.given and about_size) for p in given)
         return proxy
+
+    def _built_in(self, kind: str, target: Any, place: Any, value: Any) -> Any:
+        """An argument with values for numbers that the call may not read."""
+        if may_read(kind, target, place):
+            return value
+        found, structure = flatten(value, _is_proxy)
+        for proxy in found:
+            if proxy.number:
+                self.assume(proxy, "value")
+        return structure.build([proxy.value if proxy.number else proxy for proxy in found])
+
+    def assume(self, proxy: ValueProxy, use: str, convert: Any = None) -> None:
+        """Leave a guard behind where Python looks at a number that may be another one in another call: what `convert`
+        makes of it must be what it is now."""
+        if self._evaluating or (proxy.node.name, use) in self._assumed:
+            return
+        self._assumed.add((proxy.node.name, use))
+        node, value = proxy.node, proxy.value
+        if convert is not None:
+            node, value = self.create_node("call_function", convert, (node,), {}), convert(value)
+        named = proxy.node.op == "placeholder" and is_number(proxy.value)
+        about = (proxy.node.name,) if named else (f"`{use}` of `{proxy.node.name}`", place_in_source())
+        form = form_of(value if value is not None else 0, lambda _: False)
+        self.create_node("call_function", require, (proxy.node if named else node, form, *about), {})
 
     def _evaluated(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "placeholder":
@@ -157,6 +203,8 @@ class ValueTracer(SymbolicTracer):
         with ExitStack() as stack:
             for name in _FACTORIES:
                 stack.enter_context(mock.patch.object(torch, name, recorded(getattr(torch, name))))
+            for name in MATH:
+                stack.enter_context(mock.patch.object(math, name, recorded(getattr(math, name))))
             for name in ("is_tensor", "finfo", "iinfo"):
                 stack.enter_context(mock.patch.object(torch, name, _on_value(getattr(torch, name))))
             yield
@@ -167,6 +215,9 @@ class ValueProxy(fx.Proxy):
 
     value: Any = None
     tainted: bool = False
+    given: bool = False  # it depends on an argument
+    sized: bool = False  # it is no tensor, and depends on sizes or numbers of the arguments
+    number: bool = False  # it depends on a number among the arguments
     tracer: ValueTracer
     __getitem__: Any  # given to `Proxy` when torch.fx is imported
 
@@ -189,17 +240,19 @@ class ValueProxy(fx.Proxy):
             return value
         return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
 
-    def concrete(self, use: str) -> Any:
-        """The value, unless it depends on the content of an input."""
+    def concrete(self, use: str, convert: Any = None) -> Any:
+        """The value, unless it depends on the content of an input; with a guard where it depends on a size."""
         if self.tainted or (isinstance(self.value, Tensor) and self.node.op != "get_attr"):
             raise DataDependentError(f"`{use}` of `{self.node.name}` depends on the content of a tensor.")
+        if self.sized:
+            self.tracer.assume(self, use, convert)
         return self.value
 
     def __bool__(self) -> bool:
-        return bool(self.concrete("bool"))
+        return bool(self.concrete("bool", operator.truth))
 
     def __int__(self) -> int:
-        return int(self.concrete("int"))
+        return int(self.concrete("int", int))
 
     def __index__(self) -> int:
         return operator.index(self.concrete("int"))
@@ -207,13 +260,19 @@ class ValueProxy(fx.Proxy):
     def __float__(self) -> float:
         return float(self.concrete("float"))
 
+    def __hash__(self) -> int:
+        return hash(self.concrete("hash")) if is_number(self.value) and self.sized else object.__hash__(self)
+
     def __len__(self) -> int:
+        varies = isinstance(self.value, Tensor) or (self.node.op != "placeholder" and bool(leaves(self.value)))
+        if self.given and varies:  # so many rows, chunks, parts
+            self.tracer.assume(self, "len", len)
         return len(self.value)
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, dict):
             return iter(self.value)
-        return (self[index] for index in range(len(self.value)))
+        return (self[index] for index in range(len(self)))
 
     def __contains__(self, item: Any) -> bool:
         return item in self.concrete("in")

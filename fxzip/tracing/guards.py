@@ -1,0 +1,169 @@
+"""What a trace took for granted, checked whenever its graph is run.
+
+A trace is a graph for some values of the arguments that are no tensors, and for some sizes where Python looked at one
+(`if`, `range`, `int`, unpacking). Every such place leaves a node behind that calls `require` and raises where another
+value is found, so that a graph is never silently run for what it was not made for. Arguments of `require` are plain
+data, for torch.fx to write them into its code:
+
+    "*"                       a tensor, or a number that the graph reads
+    ("is", value)             this value
+    ("dict", keys, forms)     a mapping with these keys
+    ("list", forms)           a tuple or list of so many items
+    ("object", n, values)     an object with n tensors, and these numbers, strings and the like
+    ("any",)                  what cannot be compared
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..containers import flatten
+from ..errors import SpecializationError
+from ..structure import Structure
+
+Form = Any
+_SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+_OWN = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<eval_with_key", "<frozen")
+
+
+def form_of(value: Any, is_leaf: Callable[[Any], bool]) -> Form:
+    """The form of an argument; `is_leaf` says what the graph reads.
+
+    >>> form_of({"x": torch.ones(1), "step": 10}, lambda value: isinstance(value, torch.Tensor))
+    ('dict', ('x', 'step'), ('*', ('is', 10)))
+    """
+    return _form(*flatten(value, is_leaf)[::-1])
+
+
+def _form(structure: Structure, leaves: list[Any]) -> Form:
+    if structure.kind is None:
+        return "*"
+    if structure.is_constant:
+        return _constant(structure.constant)
+    parts = tuple(_form(part, leaves) for part in structure.parts)
+    if structure.recipe is not None:
+        return "object", len(leaves), _simple_values(structure)
+    return ("dict", structure.keys, parts) if structure.kind is dict else ("list", parts)
+
+
+def _constant(value: Any) -> Form:
+    if isinstance(value, dict) and all(isinstance(key, _SIMPLE) for key in value):
+        return "dict", tuple(value), tuple(_constant(item) for item in value.values())
+    if isinstance(value, (tuple, list)):
+        return "list", tuple(_constant(item) for item in value)
+    return ("is", value) if type(value) in _SIMPLE else ("any",)
+
+
+def _simple_values(structure: Structure) -> tuple[Any, ...]:
+    if structure.kind is not None and structure.is_constant:
+        return (structure.constant,) if type(structure.constant) in _SIMPLE else ()
+    return tuple(value for part in structure.parts for value in _simple_values(part))
+
+
+def is_trivial(form: Form) -> bool:
+    """Whether there is nothing to check."""
+    return form in ("*", ("any",))
+
+
+def require(value: Any, form: Form, what: str, where: str = "") -> None:
+    """Raise a `SpecializationError` unless the value has the form; `what` names it: an argument, or (`where`: the
+    line) what Python asked.
+
+    >>> require(10, ("is", 10), "step")
+    """
+    found = _mismatch(value, form, what)
+    if found is None:
+        return
+    place, expected, seen = found
+    if where:
+        raise SpecializationError(
+            f"{place} at {where} must give what it gave when the network was traced, {expected}; it gives {seen} now. "
+            "The graph is for sizes and numbers of which this is true: compile with such a `sample_input`, or replace "
+            "the Python loop, condition or number there by tensor operations."
+        )
+    raise SpecializationError(
+        f"Argument `{place}` must be what the network was traced with, {expected}; found {seen}. The value is built "
+        "into the graph: compile with that value in `sample_input`, or make it a tensor."
+    )
+
+
+fx.node.has_side_effect(require)
+
+
+def _mismatch(value: Any, form: Form, what: str) -> tuple[str, str, str] | None:
+    if isinstance(value, fx.Proxy) or is_trivial(form):
+        return None
+    kind, *rest = form
+    if kind == "is":
+        same = value is rest[0] or (isinstance(value, _SIMPLE) and value == rest[0])
+        return None if same else (what, repr(rest[0]), _brief(value))
+    if kind == "object":
+        held, structure = flatten(value)
+        seen = (len(held), _simple_values(structure))
+        return None if seen == (rest[0], rest[1]) else (what, f"one with {rest[0]} tensors and {rest[1]}", _brief(seen))
+    if kind == "dict":
+        if not isinstance(value, Mapping) or set(value) != set(rest[0]):
+            return what, f"a dict with {list(rest[0])}", _brief(value)
+        items = [(f"{what}[{key!r}]", value[key], own) for key, own in zip(*rest, strict=True)]
+    else:
+        if not isinstance(value, (tuple, list)) or len(value) != len(rest[0]):
+            return what, f"a list of {len(rest[0])}", _brief(value)
+        items = [(f"{what}[{place}]", value[place], own) for place, own in enumerate(rest[0])]
+    return next((found for name, item, own in items if (found := _mismatch(item, own, name))), None)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a dict with {list(value)}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return repr(value) if isinstance(value, (*_SIMPLE, tuple)) else f"a `{type(value).__name__}`"
+
+
+def place_in_source() -> str:
+    """The line of the model that is running, as `model.py:12`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_OWN):
+            return f"{Path(name).name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "an unknown line"
+
+
+def guards_at_entry(module: fx.GraphModule, computed: Mapping[str, torch.Size]) -> dict[fx.Node, list[fx.Node]]:
+    """The guards that depend on the arguments and their sizes alone, each with what it is computed from besides
+    placeholders, in order. `computed`: shapes of the nodes that give tensors."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    order = {node: place for place, node in enumerate(module.graph.nodes)}
+    for node in order:
+        if node.target is not require:
+            continue
+        above, todo = set[fx.Node](), list(node.all_input_nodes)
+        while todo:
+            source = todo.pop()
+            if source.op != "placeholder" and source not in above:
+                above.add(source)
+                todo += source.all_input_nodes
+        if all(source.op == "call_method" or source.op == "call_function" for source in above) and not any(
+            source.name in computed and not _is_part(source) for source in above
+        ):
+            found[node] = sorted(above, key=order.__getitem__)
+    return found
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether a node takes something out of a container that is an argument."""
+    name = getattr(node.target, "__name__", "")
+    source = node.args[0] if node.args else None
+    if node.op != "call_function" or name not in ("getitem", "part") or not isinstance(source, fx.Node):
+        return False
+    return source.op == "placeholder" or _is_part(source)

@@ -1,0 +1,114 @@
+"""What a model gives, to compare its traces with: on the sample, at another batch size, at other sizes of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from ..containers import leaves
+from ..errors import ContainerError, InputError, TraceError
+from ..inputs import Call, batch_size, with_batch
+from .execution import Record, difference, run_eager, run_recorded
+from .preparation import first_line
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the eager model gives.
+
+    Attributes:
+        sample: the sample input.
+        fresh: input like it, of another batch size where the model runs at one.
+        others: inputs of other shapes.
+        expected: the outputs, in that order.
+        other_batch: whether `fresh` is of another batch size.
+    """
+
+    sample: Call
+    fresh: Call
+    others: tuple[Call, ...]
+    expected: tuple[Any, ...]
+    other_batch: bool
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return self.sample, self.fresh, *self.others
+
+    def dynamic_axes(self) -> list[tuple[int, ...]]:
+        """For each tensor of the arguments the axes that are of different sizes."""
+        shapes = [[value.shape for value in leaves((call.args, call.kwargs))] for call in self.calls]
+        return [
+            tuple(axis for axis, sizes in enumerate(zip(*own, strict=False)) if len(set(sizes)) > 1)
+            for own in zip(*shapes, strict=True)
+        ]
+
+
+def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) -> Reference:
+    """Run the copy, hooks and all, before anything is folded or dropped. Calls that the model does not take are left
+    out of `others`.
+
+    Raises:
+        InputError: the model does not run on `call`.
+        TraceError: what it returns holds no tensors, or holds them in what cannot be taken apart.
+    """
+    try:
+        expected = run_eager(own, call)
+        returned = leaves(expected)
+    except ContainerError as error:
+        raise TraceError(f"`{name}` must return tensors in containers that can be taken apart. {error}") from error
+    except Exception as error:
+        raise InputError(
+            f"`{name}` must run on `sample_input`; it raised {type(error).__name__}: {first_line(error)} "
+            "Pass one batch of what the models take."
+        ) from error
+    if not returned:
+        raise TraceError(
+            f"`{name}` must return at least one tensor; found none in the `{type(expected).__name__}` that it "
+            "returned. Return the tensors that matter, in a tuple, list, dict or dataclass."
+        )
+    size = batch_size(call)
+    if size is not None:
+        fresh = with_batch(call, 3 if size != 3 else 2)
+        try:
+            return _with_others(own, (call, fresh), (expected, run_eager(own, fresh)), others, other_batch=True)
+        except Exception:  # the model is made for one batch size
+            pass
+    fresh = with_batch(call, size or 0)
+    return _with_others(own, (call, fresh), (expected, run_eager(own, fresh)), others, other_batch=False)
+
+
+def _with_others(
+    own: nn.Module, calls: tuple[Call, Call], expected: tuple[Any, Any], others: Sequence[Call], *, other_batch: bool
+) -> Reference:
+    taken: list[tuple[Call, Any]] = []
+    for call in others:
+        with suppress(Exception):  # said where the data are used
+            taken.append((call, run_eager(own, call)))
+    found = tuple(call for call, _ in taken)
+    return Reference(*calls, found, (*expected, *(output for _, output in taken)), other_batch)
+
+
+def compared(module: fx.GraphModule, reference: Reference) -> tuple[Record, Record] | str:
+    """What the runs on the sample and on fresh input showed, or why the graph is not the model."""
+    records: list[Record] = []
+    size = batch_size(reference.sample)
+    fresh = f"a batch of {batch_size(reference.fresh)}" if reference.other_batch else "fresh input"
+    names = ("`sample_input`", fresh, *(f"`data` of shape {_shapes(call)}" for call in reference.others))
+    for call, expected, what in zip(reference.calls, reference.expected, names, strict=True):
+        but = f"it reproduces `sample_input`, with its batch of {size}, but on {what} " if records else f"on {what} "
+        try:
+            records.append(run_recorded(module, call))
+        except Exception as error:
+            return f"{but}it raised {type(error).__name__}: {first_line(error).rstrip('.')}"
+        reason = difference(records[-1].output, expected)
+        if reason is not None:
+            return but + reason
+    return records[0], records[1]
+
+
+def _shapes(call: Call) -> str:
+    return " and ".join(str(tuple(value.shape)) for value in leaves((call.args, call.kwargs)))
