@@ -28,6 +28,7 @@ from .shapes import other_shapes
 from .side_by_side import side_by_side
 from .sources import MAX_BATCHES
 from .table import Table
+from .tracing import plain_context
 from .trunk import Trunk
 from .widths import check_width
 from .zipped import ZippedModule
@@ -38,6 +39,7 @@ Score = Callable[[nn.Module], float | Mapping[str, float]]
 SWEPT = 12
 
 
+@plain_context()
 def sweep(
     models: Sequence[nn.Module],
     sample_input: Any,
@@ -92,6 +94,7 @@ def sweep(
     return setting.table(lines, cuts, score, strict=True)
 
 
+@plain_context()
 def compare(
     models: Sequence[nn.Module],
     sample_input: Any,

@@ -40,12 +40,13 @@ from .rules import RULES, Rule
 from .shapes import other_shapes
 from .sources import MAX_BATCHES
 from .stems import find_stems
-from .tracing import Program
+from .tracing import Program, plain_context
 from .trunk import Trunk, find_trunk
 from .widths import Width, check_width, choose_widths, overspent
 from .zipped import ZippedModule, reuse_memory
 
 
+@plain_context()
 def compile_zip(
     *models: Any,
     data: Any = None,
@@ -209,6 +210,7 @@ class Survey:
         return result
 
 
+@plain_context()
 def survey(
     networks: Sequence[nn.Module],
     call: Call,

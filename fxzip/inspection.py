@@ -18,7 +18,7 @@ from .inputs import as_call
 from .naming import cut_names
 from .own import fixed_places
 from .rules import RULES, Rule
-from .tracing import check_model, trace
+from .tracing import check_model, plain_context, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,7 @@ class Inspection:
         return "\n".join(lines)
 
 
+@plain_context()
 def inspect(
     model: nn.Module, sample_input: Any, *, verify: bool = True, rules: Mapping[str, Rule] = RULES
 ) -> Inspection:

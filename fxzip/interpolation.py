@@ -34,6 +34,7 @@ from .rewrite import rewrite
 from .rules import RULES, Rule
 from .shapes import other_shapes
 from .sources import MAX_BATCHES
+from .tracing import plain_context
 from .trunk import Trunk
 from .zipped import set_tensor
 
@@ -86,6 +87,7 @@ class Barrier:
         return ax
 
 
+@plain_context()
 def barrier(
     a: nn.Module,
     b: nn.Module,

@@ -30,7 +30,7 @@ from .inputs import Call, JointCall, as_call, batch_size, with_batch
 from .report import Report
 from .shifts import Evidence, Shifts, fit_shifts
 from .sources import MAX_BATCHES
-from .tracing import Program, run_eager
+from .tracing import Program, plain_context, run_eager
 from .zipped import ZippedModule
 
 LEAST = 10  # inputs of each task
@@ -66,6 +66,7 @@ def lift(logits: Tensor, amount: Tensor) -> Tensor:
     return (logits + amount[:, None]).to(logits.dtype)
 
 
+@plain_context()
 def calibrate_joint(
     network: ZippedModule,
     sample_input: Any,

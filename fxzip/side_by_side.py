@@ -12,10 +12,11 @@ from .entering import copied_node
 from .own_inputs import trace_all
 from .report import Report, costs, uncounted
 from .rewrite import forget_buffers
-from .tracing import Program
+from .tracing import Program, plain_context
 from .zipped import ZippedModule, reuse_memory
 
 
+@plain_context()
 def side_by_side(models: Sequence[nn.Module], sample_input: Any) -> ZippedModule:
     """The models behind one interface, that of `compile_zip`: a tuple with each model's output, `.single(i)`,
     `.report`. The models need not have anything in common but the input.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .align import align
 from .arguments import check_models
 from .errors import InputError
-from .tracing import trace
+from .tracing import plain_context, trace
 
 KINDS = ("uniform", "greedy")
 
@@ -40,6 +40,7 @@ class Ingredients:
     scores: tuple[float, ...] = ()
 
 
+@plain_context()
 def soup(
     models: Sequence[nn.Module],
     sample_input: Any = None,

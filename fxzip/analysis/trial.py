@@ -159,7 +159,7 @@ def sane_values(program: Program, seed: int, gain: float = 1.0, *, signed: bool 
     for name, tensor in values.items():
         if not tensor.is_floating_point() or (name not in parameters and name not in program.persistent):
             continue
-        noise = torch.empty(tensor.shape)
+        noise = torch.empty(tensor.shape, dtype=torch.float32)
         generator.random(out=noise.numpy(), dtype=np.float32)
         if tensor.ndim < 2:
             noise += 0.5

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..inputs import as_call
 from ..rules import RULES, Rule
-from ..tracing import check_model, trace
+from ..tracing import check_model, plain_context, trace
 from ..tracing.preparation import copied, folded
 from .checking import self_check
 from .labelling import label
@@ -18,6 +18,7 @@ from .relabel import random_relabelling, relabelled
 from .spaces import solve
 
 
+@plain_context()
 def relabel(
     model: nn.Module, sample_input: Any, *, seed: int = 0, verify: bool = True, rules: Mapping[str, Rule] = RULES
 ) -> nn.Module:

@@ -4,7 +4,7 @@
 the graph; `execution` runs and compares; `ladder` puts them together.
 """
 
-from .execution import Record, difference, flat_inputs, quiet_execution, run_eager, run_recorded
+from .execution import Record, difference, flat_inputs, plain_context, quiet_execution, run_eager, run_recorded
 from .guards import guards_at_entry, require
 from .ladder import RUNGS, Program, trace
 from .numbers import is_number
@@ -21,6 +21,7 @@ __all__ = [
     "flat_inputs",
     "guards_at_entry",
     "is_number",
+    "plain_context",
     "quiet_execution",
     "require",
     "run_eager",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..containers import flatten
+from ..errors import SpecializationError
 from ..inputs import Call, map_tensors
 from ..structure import Structure
 
@@ -38,6 +38,22 @@ def quiet_execution() -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(torch.no_grad())
+        yield
+
+
+@contextmanager
+def plain_context() -> Iterator[None]:
+    """Inference mode and autocast of the caller switched off: values would be other ones, and calls other calls.
+
+    >>> with torch.inference_mode(), plain_context():
+    ...     print(torch.is_inference_mode_enabled())
+    False
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
@@ -86,22 +102,24 @@ _IN_PLACE = frozenset(
 
 @dataclass
 class Record:
-    """What one run of a program showed: its output, tensor shapes by node, nodes that wrote into older tensors."""
+    """What one run of a program showed: its output, tensor shapes by node, nodes that wrote into older tensors, guards
+    that failed."""
 
     output: Any = None
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     mutators: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
 
 
-def run_recorded(module: fx.GraphModule, call: Call) -> Record:
-    """Run the graph node by node on copies of the inputs, from a fixed seed.
+def run_recorded(module: fx.GraphModule, call: Call, *, lenient: bool = False) -> Record:
+    """Run the graph node by node on copies of the inputs, from a fixed seed. `lenient`: go on where a guard fails.
 
     >>> module = fx.symbolic_trace(nn.Linear(3, 4))
     >>> sorted(run_recorded(module, Call((torch.ones(2, 3),), {})).shapes.values())
     [torch.Size([2, 3]), torch.Size([2, 4]), torch.Size([2, 4]), torch.Size([4]), torch.Size([4, 3])]
     """
     own = map_tensors(lambda value: value.detach().clone(), call)
-    recorder = _Recorder(module)
+    recorder = _Recorder(module, lenient)
     with quiet_execution():
         torch.manual_seed(0)
         recorder.record.output = recorder.run(*flat_inputs(module, own))
@@ -109,14 +127,20 @@ def run_recorded(module: fx.GraphModule, call: Call) -> Record:
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, lenient: bool) -> None:
         super().__init__(module)
         self.extra_traceback = False
-        self.record = Record()
+        self.record, self.lenient = Record(), lenient
 
     def run_node(self, n: fx.Node) -> Any:
         with _Writes() as writes:
-            value = super().run_node(n)
+            try:
+                value = super().run_node(n)
+            except SpecializationError:
+                if not self.lenient:
+                    raise
+                self.record.failed.add(n.name)
+                return None
         if writes.found:
             self.record.mutators.add(n.name)
         if isinstance(value, Tensor):
@@ -223,17 +247,3 @@ def _outline(structure: Structure) -> str:
     if kind is dict:
         return f"a dict with {keys}"
     return f"a {kind.__name__} of {count}" if kind in (tuple, list) else f"a `{kind.__name__}`"
-
-
-def deep_copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of modules with the result of a computation as a plain attribute (old-style `weight_norm`).
-
-    >>> deep_copy(nn.Linear(2, 2)).weight.shape
-    torch.Size([2, 2])
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in [*vars(module).values(), *module._buffers.values()]:
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)

@@ -13,15 +13,16 @@ import torch
 from torch import fx, nn
 
 from ..containers import flatten
-from ..errors import TraceError
+from ..errors import InputError, TraceError
 from ..inputs import Call, as_call, map_tensors
-from .execution import Record, quiet_execution
+from .execution import Record, plain_context, quiet_execution
 from .exporting import trace_export
 from .inplace import out_of_place
+from .names import named_safely, safe_names
 from .numbers import is_number
 from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
 from .raising import raised
-from .reference import Reference, compared, reference_of
+from .reference import Reference, compared, reference_of, without_idle_guards
 from .symbolic import SymbolicTracer
 from .tidying import tidied
 from .values import trace_with_values
@@ -57,6 +58,7 @@ class Program:
     compared: tuple[Call, ...] = ()
 
 
+@plain_context()
 def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: Sequence[Call] = ()) -> Program:
     """Trace a model, which is left as it was. `others`: inputs of other shapes that the graph has to be right on, too.
 
@@ -72,7 +74,8 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
     reference = reference_of(own, call, others, name)
     hooks = hooks_of(folded(own))
     paths = without_hooks(own)
-    persistent = frozenset(own.state_dict())
+    paths_of = safe_names(own)
+    persistent = frozenset(paths_of.get(name, name) for name in own.state_dict())
     failures: list[str] = []
     for kept, rung in product(([], hooks) if hooks else ([],), _rungs(call)):
         try:
@@ -82,6 +85,8 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
             failures.append(f"{_title(rung, kept)} failed{_place(error)}: {type(error).__name__}: {first_line(error)}")
             continue
         _restore_persistence(traced, persistent)
+        with hooked(kept):
+            without_idle_guards(traced, own, reference)
         found = _verified(traced, reference)
         if not isinstance(found, str):
             return _program(*_with_modules(*found, reference), reference, rung, tuple(failures), persistent)
@@ -98,11 +103,13 @@ def _rungs(call: Call) -> tuple[str, ...]:
 def _traced(own: nn.Module, rung: str, reference: Reference) -> fx.GraphModule:
     with quiet_execution():
         if rung == "export":
+            if unsafe := list(safe_names(own)):
+                raise InputError(f"Names of modules must be such as code can hold; found {unsafe[0]!r}. Rename it.")
             module = trace_export(own, reference.fresh, reference.dynamic_axes())
         else:
             sample = map_tensors(torch.clone, reference.sample)
             graph = SymbolicTracer(sample).trace(own) if rung == "symbolic" else trace_with_values(own, sample)
-            module = fx.GraphModule(own, graph, "GraphModule")
+            module = named_safely(own, graph, safe_names(own))
     module.eval()
     return tidied(module)
 

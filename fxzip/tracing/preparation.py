@@ -13,7 +13,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import InputError, TraceError
-from .execution import deep_copy, quiet_execution
+from .copying import deep_copy
+from .execution import quiet_execution
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _HOOKS = (

@@ -11,6 +11,7 @@ from ..containers import Part, flatten, is_plain
 from ..inputs import Call
 from ..structure import Rebuild
 from .guards import form_of, is_trivial, require
+from .names import check_arguments
 
 _COMPOSITE = ("torch.nn.modules.container", "torch.nn.modules.transformer")
 
@@ -31,6 +32,7 @@ def bind(model: nn.Module, call: Call) -> tuple[inspect.BoundArguments, dict[str
             named.update(value)
         else:
             named[name] = value
+    check_arguments(list(named))
     return bound, named
 
 
@@ -44,6 +46,8 @@ class SymbolicTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = type(m).__module__
+        if "forward" in vars(m):  # given to the instance: who knows what it does
+            return False
         return kind.startswith(("torch.nn.", "torch.ao.nn.")) and not kind.startswith(_COMPOSITE)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -62,6 +66,9 @@ class SymbolicTracer(fx.Tracer):
                 bound.arguments[name] = {key: given[key] for key in bound.arguments[name]}
             else:
                 bound.arguments[name] = given[name]
+        own = vars(self.root).get("forward")  # given to the instance, not by its class
+        if own is not None:
+            return lambda: own(*bound.args, **bound.kwargs), []
         return lambda: root_fn(self.root, *bound.args, **bound.kwargs), []
 
     def _placeholder(self, name: str, value: Any) -> fx.Proxy:

@@ -22,47 +22,8 @@ from ..containers import flatten, leaves
 from ..inputs import Call
 from .guards import form_of, place_in_source, require
 from .numbers import MATH, is_number, may_read
+from .questions import FACTORIES, SHAPE_FUNCTIONS, SHAPE_METHODS, SIZE_METHODS
 from .symbolic import SymbolicTracer
-
-_FACTORIES = [
-    "arange",
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "eye",
-    "linspace",
-    "tensor",
-    "rand",
-    "randn",
-    "randint",
-    "randperm",
-    "tril_indices",
-    "triu_indices",
-    "sym_max",
-    "sym_min",
-    "as_tensor",
-    "scalar_tensor",
-]
-_SHAPE_METHODS = frozenset(
-    [
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "stride",
-        "element_size",
-        "is_contiguous",
-        "is_floating_point",
-        "is_complex",
-        "get_device",
-        "storage_offset",
-        "type",
-    ]
-)
-_SIZE_METHODS = frozenset(["size", "numel", "nelement"])
-_SHAPE_FUNCTIONS = frozenset((getattr, torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor))
 
 
 class DataDependentError(RuntimeError):
@@ -134,7 +95,7 @@ class ValueTracer(SymbolicTracer):
             proxy.sized = proxy.number
             return proxy
         plain = not isinstance(proxy.value, Tensor)
-        about_size = target in _SIZE_METHODS or (target is getattr and args[1] == "shape") or target is torch.numel
+        about_size = target in SIZE_METHODS or (target is getattr and args[1] == "shape") or target is torch.numel
         proxy.given = any(p.given for p in given)
         proxy.number = plain and any(p.number for p in given)
         proxy.sized = plain and any(p.sized or (p.given and about_size) for p in given)
@@ -184,7 +145,7 @@ class ValueTracer(SymbolicTracer):
         """Whether a number came out of the content of a tensor."""
         if kind not in ("call_function", "call_method") or leaves(value):
             return False
-        about_shape = target in (_SHAPE_METHODS if kind == "call_method" else _SHAPE_FUNCTIONS)
+        about_shape = target in (SHAPE_METHODS if kind == "call_method" else SHAPE_FUNCTIONS)
         return any(p.tainted or (isinstance(p.value, Tensor) and not about_shape) for p in given)
 
     @contextmanager
@@ -201,7 +162,7 @@ class ValueTracer(SymbolicTracer):
             return factory
 
         with ExitStack() as stack:
-            for name in _FACTORIES:
+            for name in FACTORIES:
                 stack.enter_context(mock.patch.object(torch, name, recorded(getattr(torch, name))))
             for name in MATH:
                 stack.enter_context(mock.patch.object(math, name, recorded(getattr(math, name))))
@@ -236,7 +197,7 @@ class ValueProxy(fx.Proxy):
         return value
 
     def _method(self, name: str, value: Any) -> Any:
-        if self.node.op == "get_attr" and name in _SHAPE_METHODS:
+        if self.node.op == "get_attr" and name in SHAPE_METHODS:
             return value
         return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
 
