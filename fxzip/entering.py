@@ -49,6 +49,7 @@ def emit_guards(graph: fx.Graph, programs: Sequence[Program], inputs: Sequence[f
                 key = repr((node.target, *args)) if node.target is not require else repr((node.target, args[0][:2]))
                 if key not in made:
                     made[key] = copied_node(graph, node, "", env, "trunk", False)
+                    made[key].meta["fxzip"]["from"] = [f"guard of {node.name}"]  # it stands for no node of a model
                 env[node.name] = made[key]
 
 

@@ -22,7 +22,7 @@ from .mixing import mix_norms
 from .plan import ZipPlan, head_nodes, head_params
 from .rules import varying
 from .sizes import adopt_sizes
-from .tracing import Program, guards_at_entry, tidied
+from .tracing import Program, guards_at_entry
 from .zipped import ZippedModule, mix, set_tensor, unmerge
 
 
@@ -216,7 +216,7 @@ def rewrite(plan: ZipPlan) -> ZippedModule:
     emitter.graph.output(tuple(emitter.head(k) for k in range(len(plan.trunk.spaces))))
     emitter.graph.lint()
     result = ZippedModule(emitter.root, emitter.graph)
-    tidied(result).eval()
+    result.eval()
     forget_buffers(result, plan.trunk.alignment.programs)
     return result
 

@@ -181,7 +181,8 @@ def test_inputs_in_objects_are_zipped():
     zipped = fxzip.compile_zip(a, b, (data[0],), data=[(own,) for own in data], width=2.0, method="permute", refit=None)
     for k, model in enumerate((a, b)):
         torch.testing.assert_close(zipped(data[1])[k], model(data[1]), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ContainerError, match="must hold 2 tensors, as the sample input did; found 1"):
+    message = r"`batch` must be .* traced with, one with 2 tensors and \('batch',\); found one with 1 tensors and \(\)"
+    with pytest.raises(fxzip.SpecializationError, match=message):
         zipped(types.SimpleNamespace(x=data[0].x))
 
 
@@ -214,6 +215,11 @@ class Loop:
 def test_what_is_no_container_is_refused(what, message):
     with pytest.raises(fxzip.TraceError, match=message):
         trace(Returns(what), torch.ones(2, 8))
+
+
+def test_a_part_of_another_container():
+    with pytest.raises(ContainerError, match="must hold 2 tensors, as the sample input did; found 1"):
+        Part(1, 2)(types.SimpleNamespace(x=torch.ones(1)))
 
 
 def test_calls_on_containers_are_compared_by_structure():

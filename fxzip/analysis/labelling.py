@@ -78,7 +78,8 @@ class _Run(fx.Interpreter):
         if self._reads_numbers(n, value):
             self.numbers.add(n)
             for tensor in leaves(value):
-                state.entry(tensor).static = False
+                entry = state.entry(tensor)
+                entry.static, entry.known, entry.uniform = False, False, frozenset()
         if any(not state.entry(t).static for t in leaves(value)):
             self.dynamic.add(n.name)
         self._forget(n, value)

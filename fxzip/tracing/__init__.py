@@ -9,7 +9,6 @@ from .guards import guards_at_entry, require
 from .ladder import RUNGS, Program, trace
 from .numbers import is_number
 from .preparation import check_model, check_placement
-from .tidying import tidied
 
 __all__ = [
     "RUNGS",
@@ -26,6 +25,5 @@ __all__ = [
     "require",
     "run_eager",
     "run_recorded",
-    "tidied",
     "trace",
 ]

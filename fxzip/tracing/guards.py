@@ -106,7 +106,11 @@ def _mismatch(value: Any, form: Form, what: str) -> tuple[str, str, str] | None:
     if kind == "object":
         held, structure = flatten(value)
         seen = (len(held), _simple_values(structure))
-        return None if seen == (rest[0], rest[1]) else (what, f"one with {rest[0]} tensors and {rest[1]}", _brief(seen))
+        return (
+            None
+            if seen == (rest[0], rest[1])
+            else (what, f"one with {rest[0]} tensors and {rest[1]}", f"one with {seen[0]} tensors and {seen[1]}")
+        )
     if kind == "dict":
         if not isinstance(value, Mapping) or set(value) != set(rest[0]):
             return what, f"a dict with {list(rest[0])}", _brief(value)
