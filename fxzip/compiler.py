@@ -33,7 +33,7 @@ from .observe import observe, observe_all
 from .own import differing
 from .own_inputs import trace_all
 from .plan import plan
-from .refit import LeastSquares, Refit, fit_notes, least_squares, refits
+from .refit import LeastSquares, Refit, fit_notes, least_squares, record_statistics, refits
 from .report import Report, make_report
 from .rewrite import rewrite
 from .rules import RULES, Rule
@@ -315,6 +315,7 @@ def assemble(
     zipping = narrowed(plan(trunk, statistics, recipe.method, widths.kept), own, widths.heads, recipe.method)
     zipped = rewrite(zipping)
     zipped = recipe.refit(zipped, zipping, calibration("refitting"))
+    zipped = record_statistics(zipped, calibration("recording statistics"))
     reuse_memory(zipped)
     settings = {
         "method": repr(recipe.method),

@@ -10,6 +10,7 @@ from ..plan import ZipPlan
 from ..zipped import ZippedModule
 from .batchnorm import reset_batchnorm
 from .lstsq import Fit, LeastSquares, least_squares
+from .recording import record_statistics
 from .regmean import RegMean
 from .statistics import repair
 from .stored import stored_statistics
@@ -22,6 +23,7 @@ __all__ = [
     "RegMean",
     "fit_notes",
     "least_squares",
+    "record_statistics",
     "refits",
     "repair",
     "reset_batchnorm",
@@ -61,12 +63,14 @@ def refits(name: str | Refit | None) -> Refit:
 
 
 def fit_notes(zipped: ZippedModule) -> list[str]:
-    """What a refit has to say for the report."""
-    fit = zipped.meta.get("fxzip_fit")
+    """What a refit, and who has stored the statistics, have to say for the report."""
+    fit, stored = zipped.meta.get("fxzip_fit"), list(zipped.meta.get("fxzip_statistics", ()))
     if isinstance(fit, str):
-        return [fit]
-    if not isinstance(fit, Fit):
-        return []
+        return [fit, *stored]
+    return [*_fit_notes(fit), *stored] if isinstance(fit, Fit) else stored
+
+
+def _fit_notes(fit: Fit) -> list[str]:
     notes = [f"least squares fitted {len(fit.fitted)} calls"]
     if fit.lost:
         worst = max(fit.lost, key=lambda name: fit.lost[name])

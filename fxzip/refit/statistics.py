@@ -30,37 +30,10 @@ from ..plan import ZipPlan
 from ..tracing import flat_inputs, quiet_execution
 from ..zipped import ZippedModule
 from .layers import Layer, head_layers, trunk_layers
+from .spread import Sums
 
 _MeanStd = tuple[Tensor, Tensor]
 _TINY = 1e-6  # a standard deviation below this share of the feature's size counts as none
-
-
-@dataclass
-class _Sums:
-    count: float = 0.0
-    total: Tensor | None = None
-    square: Tensor | None = None
-
-    def add(self, value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """Take in a batch; returns its mean and standard deviation per feature."""
-        exact = value.detach() if value.dtype in (torch.float32, torch.float64) else value.detach().float()
-        variance, mean = torch.var_mean(exact, [a for a in range(value.ndim) if a != axis], correction=0)
-        variance, mean, count = variance.double(), mean.double(), value.numel() / value.shape[axis]
-        total, square = mean * count, (variance + mean.square()) * count
-        self.count += count
-        self.total = total if self.total is None else self.total + total
-        self.square = square if self.square is None else self.square + square
-        return mean, variance.sqrt()
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        assert self.total is not None
-        assert self.square is not None
-        return _mean_std(self.count, self.total, self.square)
-
-
-def _mean_std(count: float, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    mean = total / count
-    return mean, (square / count - mean.square()).clamp(min=0).sqrt()
 
 
 def _check_finite(mean: Tensor, node: str, network: str, batch: int) -> None:
@@ -74,7 +47,7 @@ class _Original(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, axes: dict[str, int], network: str) -> None:
         super().__init__(module)
         self.axes, self.network, self.number = axes, network, 0
-        self.sums = {name: _Sums() for name in axes}
+        self.sums = {name: Sums() for name in axes}
         self.batch: dict[str, _MeanStd] = {}
         self.values: dict[str, Tensor] = {}  # of the batch, features last; of layers in `kept`
         self.kept: set[str] = set()
@@ -97,7 +70,7 @@ class _Move:
     sources: tuple[Tensor, ...]
     merges: tuple[Tensor, ...]  # M_k
     mixed: bool  # unmerged by more than copies
-    sums: _Sums = field(default_factory=_Sums)  # of Σ_k M_k y_k, if mixed
+    sums: Sums = field(default_factory=Sums)  # of Σ_k M_k y_k, if mixed
 
     def __call__(self, values: Sequence[Tensor]) -> Tensor:
         """Σ_k M_k v_k of values whose last axis is that of the features."""
@@ -169,7 +142,7 @@ class _Zipped(fx.Interpreter):
     def __init__(self, module: ZippedModule, layers: list[Layer]) -> None:
         super().__init__(module)
         self.layers = {layer.key: layer for layer in layers}
-        self.sums = {key: _Sums() for key in self.layers}
+        self.sums = {key: Sums() for key in self.layers}
         self.targets: dict[tuple[str, str], _MeanStd] = {}
         self.number = 0  # of the batch
 

@@ -4,7 +4,16 @@
 the graph; `execution` runs and compares; `ladder` puts them together.
 """
 
-from .execution import Record, difference, flat_inputs, plain_context, quiet_execution, run_eager, run_recorded
+from .execution import (
+    TOLERANCE,
+    Record,
+    difference,
+    flat_inputs,
+    plain_context,
+    quiet_execution,
+    run_eager,
+    run_recorded,
+)
 from .guards import guards_at_entry, require
 from .ladder import RUNGS, Program, trace
 from .numbers import is_number
@@ -12,6 +21,7 @@ from .preparation import check_model, check_placement
 
 __all__ = [
     "RUNGS",
+    "TOLERANCE",
     "Program",
     "Record",
     "check_model",

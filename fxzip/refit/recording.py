@@ -1,0 +1,220 @@
+"""Statistics of normalisations as they are, so that the zipped network computes the same in `train()`.
+
+A BatchNorm in evaluation is affine, and the same map for any mean μ' and variance σ'² if scale and shift follow:
+
+    γ (x - μ) / √(σ² + ε) + β  =  γ' (x - μ') / √(σ'² + ε) + β',
+    γ' = γ √((σ'² + ε) / (σ² + ε)),      β' = β + γ (μ' - μ) / √(σ² + ε).
+
+Merging averages statistics, REPAIR corrects scales and shifts around them, least squares makes BatchNorms the
+identity: what is stored then is not what the BatchNorm reads. In evaluation that does not matter, but in training it
+normalises by the statistics of the batch, and the network would be another function. So after every refit μ' and σ'²
+become mean and variance of what the BatchNorm of the zipped network reads, over all calibration data, and scale and
+shift follow.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ..inputs import Call
+from ..tracing import TOLERANCE, flat_inputs, quiet_execution
+from ..zipped import ZippedModule, part_of
+from .spread import Sums
+
+_FEW = 16  # values of a feature, below which its variance is hardly known
+_CONSTANT = 1e-12  # a variance below this share of the mean square is rounding
+_NEAR = (
+    0.01  # share of the deviation; statistics that are as near are left, where scale and shift would have to be made
+)
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What a normalisation read: its names, sums over all of it, and for a test some rows with what they became."""
+
+    norm: _NormBase
+    name: str
+    sums: Sums = field(default_factory=Sums)
+    deviations: Sums = field(default_factory=Sums)  # of each instance, if it normalises instances
+    calls: int = 0
+    rows: Tensor | None = None
+    wrong: str = ""
+
+    def take(self, value: Any) -> None:
+        """The argument of one call."""
+        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != self.norm.num_features:
+            self.wrong = "it is called on something else than a batch"
+            return
+        if self.rows is None:
+            self.rows = value.detach()[:4].clone()
+        self.calls += 1
+        if isinstance(self.norm, _InstanceNorm):
+            variance, mean = torch.var_mean(value.detach().flatten(2).double(), 2)
+            self.sums.add(mean, 1)
+            self.deviations.add(variance, 1)
+        else:
+            self.sums.add(value, 1)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance as the normalisation keeps them, float64."""
+        mean, deviation = self.sums.result()
+        variance = self.deviations.result()[0] if isinstance(self.norm, _InstanceNorm) else deviation.square()
+        return mean, variance
+
+
+def record_statistics(zipped: ZippedModule, data: Iterable[Call]) -> ZippedModule:
+    """The same network in evaluation, whose normalisations have stored the statistics of what they read. A new module.
+
+    One pass over `data`. What keeps other statistics is named in `zipped.meta["fxzip_statistics"]`.
+    """
+    result = copy.deepcopy(zipped)
+    found = _norms(result)
+    result.meta["fxzip_statistics"] = notes = []
+    if not found:
+        return result
+    hooks = [own.norm.register_forward_pre_hook(_taking(own), with_kwargs=True) for own in found]
+    batches = 0
+    try:
+        run = fx.Interpreter(result)
+        with quiet_execution():
+            for call in data:
+                run.run(*flat_inputs(result, call))
+                batches += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not batches:
+        return _unmeasured(result)
+    shared = _held_twice(result)
+    for own in found:
+        with torch.no_grad():
+            own.wrong = own.wrong or _record(own, shared, batches)
+    notes += _notes(found)
+    return result
+
+
+def _norms(network: ZippedModule) -> list[_Seen]:
+    """The normalisations with statistics that trunk and heads call; stems are the models' own, and as they were."""
+    result: dict[_NormBase, _Seen] = {}
+    for node in network.graph.nodes:
+        if node.op == "call_module" and not part_of(node).startswith("stem "):
+            for path, module in network.get_submodule(str(node.target)).named_modules():
+                if isinstance(module, _NormBase) and module.running_mean is not None and module not in result:
+                    result[module] = _Seen(module, f"{node.target}.{path}".rstrip("."))
+    return list(result.values())
+
+
+def _taking(own: _Seen) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        own.take(args[0] if args else next(iter(kwargs.values()), None))
+
+    return hook
+
+
+def _held_twice(network: nn.Module) -> set[int]:
+    """Tensors that several modules hold, or that the graph reads by themselves."""
+    times: Counter[int] = Counter()
+    for module in network.modules():
+        times.update({id(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None})
+    if isinstance(network, fx.GraphModule):
+        for node in network.graph.nodes:
+            if node.op == "get_attr":
+                times.update([id(fx.graph_module._get_attr(network, str(node.target)))] * 2)
+    return {held for held, count in times.items() if count > 1}
+
+
+def _record(own: _Seen, shared: set[int], batches: int) -> str:
+    """Store the statistics of one normalisation; why not, if that cannot be done."""
+    norm = own.norm
+    if not own.calls:
+        return "" if own.wrong else "nothing calls it"
+    if any(id(held) in shared for held in (norm.running_mean, norm.running_var, norm.weight, norm.bias)):
+        return "its tensors belong to other calls, too"
+    mean, variance = own.statistics()
+    if not bool(mean.isfinite().all() and variance.isfinite().all()):
+        return "what it reads is not finite"
+    assert own.rows is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    before, held = norm(own.rows), (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    usual = _normalises(norm, own.rows)
+    if usual:
+        _move(norm, mean, variance)
+    if not usual or not _near(norm(own.rows), before, before):
+        norm.running_mean, norm.running_var, norm.weight, norm.bias = held
+        norm.affine = norm.weight is not None
+        return f"`{type(norm).__name__}` does not normalise what it is given, by these statistics alone"
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.fill_(batches)
+    return ""
+
+
+def _near(found: Tensor, expected: Tensor, of: Tensor) -> bool:
+    """Whether two tensors differ by rounding, in values of the size of a third."""
+    return bool((found - expected).abs().amax() <= 10 * TOLERANCE.get(of.dtype, 2e-2) * of.abs().amax())
+
+
+def _normalises(norm: _NormBase, rows: Tensor) -> bool:
+    """Whether what a copy keeps of some rows in training are the rows' own statistics: a subclass may do more."""
+    if rows[:, 0].numel() < 2 or (isinstance(norm, _InstanceNorm) and rows[0, 0].numel() < 2):
+        return True
+    probe = copy.deepcopy(norm).train()
+    probe.momentum = 1.0
+    probe(rows)
+    assert probe.running_mean is not None
+    mean = rows.mean([a for a in range(rows.ndim) if a != 1], dtype=probe.running_mean.dtype)
+    return _near(probe.running_mean, mean, rows)
+
+
+def _move(norm: _NormBase, mean: Tensor, variance: Tensor) -> None:
+    """Other statistics, with scale and shift that make the same map of them. New tensors in the place of the old."""
+    old_mean, old_variance, kept = norm.running_mean, norm.running_var, norm.weight
+    assert old_mean is not None
+    assert old_variance is not None
+    start, spread = old_mean.double(), old_variance.double()
+    constant = variance <= _CONSTANT * (variance + mean.square())  # such a feature is only shifted
+    variance = torch.where(constant, spread, variance)
+    scale = ((variance + norm.eps) / (spread + norm.eps)).sqrt()
+    away = (mean - start) / (spread + norm.eps).sqrt()
+    if kept is None and bool(((scale - 1).abs() < _NEAR).all() and (away.abs() < _NEAR).all()):
+        return
+    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
+    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
+    grad = any(p.requires_grad for p in norm.parameters()) or kept is None
+    norm.weight = nn.Parameter((weight * scale).to(old_mean if kept is None else kept), requires_grad=grad)
+    norm.bias = nn.Parameter((bias + weight * away).to(norm.weight), requires_grad=grad)
+    norm.running_mean, norm.running_var = mean.to(old_mean), variance.to(old_variance)
+    norm.affine = True
+
+
+def _unmeasured(network: ZippedModule) -> ZippedModule:
+    network.meta["fxzip_statistics"] = [
+        "no data was run, so normalisations keep merged statistics: in `train()`, where those of the batch are taken, "
+        "the network may compute something else than in `eval()`"
+    ]
+    return network
+
+
+def _notes(found: list[_Seen]) -> list[str]:
+    notes = []
+    for why in dict.fromkeys(own.wrong for own in found if own.wrong):
+        names = ", ".join(f"`{own.name}`" for own in found if own.wrong == why)
+        notes.append(f"statistics are not those of the calibration data, since {why}: {names}")
+    few = [own for own in found if not own.wrong and own.sums.count < _FEW]
+    if few:
+        least = int(min(own.sums.count for own in few))
+        names = ", ".join(f"`{own.name}`" for own in few[:4]) + (", ..." if len(few) > 4 else "")
+        notes.append(
+            f"statistics rest on very few values, {least} of each feature: in `train()` the network may be another "
+            f"function than in `eval()` ({names}); larger `data` mends that"
+        )
+    return notes

@@ -1,0 +1,41 @@
+"""Mean and standard deviation of features over batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sums:
+    """Sums over batches, per feature.
+
+    >>> sums = Sums()
+    >>> _ = sums.add(torch.tensor([[0.0], [2.0]]), 1), sums.add(torch.tensor([[4.0]]), 1)
+    >>> [round(float(value), 3) for value in sums.result()]
+    [2.0, 1.633]
+    """
+
+    count: float = 0.0
+    total: Tensor | None = None
+    square: Tensor | None = None
+
+    def add(self, value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Take in a batch; returns its mean and standard deviation per feature."""
+        exact = value.detach() if value.dtype in (torch.float32, torch.float64) else value.detach().float()
+        variance, mean = torch.var_mean(exact, [a for a in range(value.ndim) if a != axis], correction=0)
+        variance, mean, count = variance.double(), mean.double(), value.numel() / value.shape[axis]
+        total, square = mean * count, (variance + mean.square()) * count
+        self.count += count
+        self.total = total if self.total is None else self.total + total
+        self.square = square if self.square is None else self.square + square
+        return mean, variance.sqrt()
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per feature over all of it, float64."""
+        assert self.total is not None
+        assert self.square is not None
+        mean = self.total / self.count
+        return mean, (self.square / self.count - mean.square()).clamp(min=0).sqrt()
