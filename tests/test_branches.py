@@ -193,7 +193,11 @@ def test_without_least_squares_heads_stay_as_they_are():
         head = zipped.get_submodule("head_0.layer2.1").state_dict()
         state = models[0].layer2[1].state_dict()
         assert {name: value.shape for name, value in head.items()} == {n: v.shape for n, v in state.items()}
-        assert refit or all(torch.equal(value, state[name]) for name, value in head.items())
+        kept = {
+            name: value for name, value in head.items() if "bn" not in name
+        }  # those get the statistics of what they read
+        assert kept
+        assert refit or all(torch.equal(value, state[name]) for name, value in kept.items())
 
 
 def test_three_models_data_per_model_and_a_cut_that_is_looked_for():

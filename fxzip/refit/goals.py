@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -12,10 +12,12 @@ from torch import Tensor, fx
 from ..analysis import Labelling
 from ..plan import ZipPlan
 from ..rules import varying
+from .counterparts import Counterparts
 from .inside import result
 from .kernels import Places, take
 from .lockstep import Env, Lockstep
 from .targets import Targets, find_targets, labels_at
+from .unfit import Unfit
 from .units import Site, Unit
 
 
@@ -88,34 +90,64 @@ class Goal:
         return Wanted(axes, shape, torch.Size(full), at, apart)
 
 
+def _seen(unit: Unit, site: Site) -> tuple[int, tuple[int, ...], bool]:
+    """How a linear call's result is read: its number of axes, those of the features, and whether `flat`.
+
+    As it is; or, features last, as one run of places, whatever shape the places have.
+    """
+    assert unit.kernel is not None
+    axes = unit.kernel.axes
+    last = axes == (len(site.shape) - 1,)
+    if site.returned is None:
+        return len(site.shape), (1,) if last else axes, last
+    if site.returned == site.shape and site.end == (site.node, site.call):
+        return len(site.shape), axes, False
+    if not last or site.returned[-1] != site.shape[-1]:
+        raise Unfit("its result is returned in another shape, in which its features do not come last")
+    return len(site.returned), (1,), True
+
+
 @dataclass(frozen=True, eq=False)
 class TrunkGoals:
     """The goals of calls and nodes of the trunk."""
 
     plan: ZipPlan
     originals: Sequence[Lockstep]
+    counterparts: Sequence[Counterparts]
     sources: int
 
     def of(self, unit: Unit, site: Site) -> Goal | None:
-        """For a call of a unit; None where its features have no order of their own."""
+        """For a call of a unit; None where its features have no order of their own.
+
+        Raises:
+            Unfit: the originals do not have it as a value.
+        """
         if unit.kernel is None or site.norm is not None:
             return self.at(site.output)
-        name = site.node.meta["fxzip"]["from"][0]
-        targets = find_targets(self.plan, name, site.call, self.sources)
-        if targets is None or targets.axes != unit.kernel.axes:
+        ndim, axes, flat = _seen(unit, site)
+        if site.returned is not None:
+            found = self.at(site.output)
+            if found is None or found.axes != ((ndim - 1,) if flat else axes):
+                return None
+            assert found.targets is not None
+            return Goal(axes, found.readings, replace(found.targets, axes=axes), flat)
+        twins = self.plan.trunk.alignment.pairs[site.node.meta["fxzip"]["from"][0]]
+        calls = [
+            own.of(site, name, biased=unit.kernel.bias is not None)
+            for own, name in zip(self.counterparts, twins, strict=True)
+        ]
+        targets = find_targets(self.plan, [(call.start[0].name, call.start[1]) for call in calls], self.sources)
+        if targets is None or (targets.axes != unit.kernel.axes and not flat):
             return None
-        node, call = site.end
-        flat = site.end != (site.node, site.call)
-        return Goal(targets.axes, self._readings(node, call), targets, flat)
+        readings = [Reading(net, *call.end) for net, call in zip(self.originals, calls, strict=True)]
+        return Goal(axes, tuple(readings), replace(targets, axes=axes), flat)
 
     def at(self, node: fx.Node) -> Goal | None:
         """For what a node returns."""
-        targets = find_targets(self.plan, node.meta["fxzip"]["from"][0], None, self.sources)
-        return None if targets is None else Goal(targets.axes, self._readings(node, None), targets)
-
-    def _readings(self, node: fx.Node, call: int | None) -> tuple[Reading, ...]:
         twins = self.plan.trunk.alignment.pairs[node.meta["fxzip"]["from"][0]]
-        return tuple(Reading(net, net.nodes[twin], call) for net, twin in zip(self.originals, twins, strict=True))
+        targets = find_targets(self.plan, [(twin, None) for twin in twins], self.sources)
+        readings = [Reading(net, net.nodes[twin], None) for net, twin in zip(self.originals, twins, strict=True)]
+        return None if targets is None else Goal(targets.axes, tuple(readings), targets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,15 +155,24 @@ class HeadGoals:
     """The goals of calls and nodes of one head: what its own network has there."""
 
     original: Lockstep
+    counterparts: Counterparts
     labelling: Labelling
 
     def of(self, unit: Unit, site: Site) -> Goal | None:
-        """For a call of a unit."""
+        """For a call of a unit.
+
+        Raises:
+            Unfit: the original does not have it as a value.
+        """
         if unit.kernel is None:
             return self.at(site.output)
-        node, call = (site.output, None) if site.norm is not None else site.end
-        flat = site.norm is None and site.end != (site.node, site.call)
-        return Goal(unit.kernel.axes, (Reading(self.original, self._twin(node), call),), None, flat)
+        if site.norm is not None:
+            return Goal(unit.kernel.axes, (Reading(self.original, self._twin(site.norm), None),), None)
+        _, axes, flat = _seen(unit, site)
+        if site.returned is not None:
+            return Goal(axes, (Reading(self.original, self._twin(site.output), None),), None, flat)
+        call = self.counterparts.of(site, self._twin(site.node).name, biased=unit.kernel.bias is not None)
+        return Goal(axes, (Reading(self.original, *call.end),), None, flat)
 
     def at(self, node: fx.Node) -> Goal | None:
         """For what a node returns; None where its features do not lie in one order."""
@@ -162,8 +203,11 @@ class NarrowGoals:
     def of(self, unit: Unit, site: Site) -> Goal | None:
         """For a call of a unit; None where merged features have no order of their own."""
         found = self.merged.of(unit, site)
-        inner = unit.kernel is not None and site.norm is None
-        node, call = (site.node, site.call) if inner else (site.output, None)
+        node, call = site.output, None
+        if unit.kernel is not None and site.norm is None and site.returned is None:
+            name = site.node.meta["fxzip"]["from"][0]
+            own = self.whole.counterparts.of(site, name, biased=unit.kernel.bias is not None)
+            node, call = site.node, own.start[1]
         return found if found is not None or self._narrow(node, call) else self.whole.of(unit, site)
 
     def at(self, node: fx.Node) -> Goal | None:

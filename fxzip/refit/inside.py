@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..zipped import part_of
 from .lockstep import Env, Lockstep
 from .survey import Survey, is_move, name_of
+from .unfit import Unfit
 from .units import only_user
 
 
@@ -29,35 +30,48 @@ class _Until(TorchDispatchMode):
         self.calls = 0
         self.kept: list[Any] = []  # results that are held on to may cost a further call, as they do in the analysis
         self.taken: Any = None
+        self.name = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.calls == self.call:
             self.taken = func(*args, **(kwargs or {})) if self.result else args
+            self.name = name_of(func)
             raise _Stop
         self.calls += 1
         self.kept.append(func(*args, **(kwargs or {})))
         return self.kept[-1]
 
 
-def _until(net: Lockstep, env: Env, node: fx.Node, call: int, *, result: bool) -> Any:
+def _until(net: Lockstep, env: Env, node: fx.Node, call: int, *, result: bool) -> _Until:
     net.inputs(env, node)
     mode = _Until(call, result)
     try:
         with mode:
             net.call(env, node)
     except _Stop:
-        return mode.taken
-    raise AssertionError(f"`{node.name}` makes fewer than {call + 1} calls")
+        return mode
+    raise Unfit("it is made of fewer calls on other inputs")
 
 
-def arguments(net: Lockstep, env: Env, node: fx.Node, call: int) -> Any:
-    """The arguments of an ATen call inside a node. The call itself is not made."""
-    return _until(net, env, node, call, result=False)
+def arguments(net: Lockstep, env: Env, node: fx.Node, call: int, name: str) -> Any:
+    """The arguments of an ATen call of that name inside a node. The call itself is not made.
+
+    Raises:
+        Unfit: on these inputs the node makes other calls.
+    """
+    found = _until(net, env, node, call, result=False)
+    if found.name != name:
+        raise Unfit("it is made of other calls on other inputs")
+    return found.taken
 
 
 def result(net: Lockstep, env: Env, node: fx.Node, call: int) -> Tensor:
-    """The result of an ATen call inside a node; the first one if it has several."""
-    taken = _until(net, env, node, call, result=True)
+    """The result of an ATen call inside a node; the first one if it has several.
+
+    Raises:
+        Unfit: on these inputs the node makes fewer calls.
+    """
+    taken = _until(net, env, node, call, result=True).taken
     return next(value for value in tree_leaves(taken) if isinstance(value, Tensor))
 
 

@@ -77,8 +77,13 @@ class Kernel:
     transposed: bool = False
 
     def patches(self, x: Tensor, places: Places) -> Tensor:
-        """Inputs at output places, [places, groups, inputs per group], in the order of `flat`."""
+        """Inputs at output places, [places, groups, inputs per group], in the order of `flat`.
+
+        Where outputs come last, places may be counted through all other axes.
+        """
         at = tuple(p.to(x.device) for p in places)
+        if self.form.endswith("columns") and len(self.axes) == 1 and len(at) == 1:
+            x = x.flatten(0, -2)
         if self.form == "columns":
             return x[at][:, None]
         if self.form == "rows":

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from ..inputs import Call, batch_size, leaves, select_rows
+from ..inputs import Call, batch_size, leaves, map_tensors, select_rows
 from ..tracing import Program, flat_inputs, run_recorded
 
 Env = dict[fx.Node, Any]
@@ -73,6 +74,25 @@ class Lockstep:
             if self._waiting[source] == 0:
                 for env in self.envs:
                     env.pop(source, None)
+
+
+def laid_out(call: Call, sample: Call) -> Call:
+    """The call with its tensors in memory as those of the sample: which ATen calls a node makes depends on that, too.
+
+    >>> across = Call((torch.ones(2, 3).T,), {})
+    >>> laid_out(Call((torch.ones(5, 4),), {}), across).args[0].stride()
+    (1, 5)
+    """
+    likes = iter(leaves(sample))
+
+    def moved(value: Tensor) -> Tensor:
+        like = next(likes)
+        if value.ndim != like.ndim or value.layout != torch.strided or like.layout != torch.strided:
+            return value
+        order = sorted(range(like.ndim), key=lambda axis: (-like.stride()[axis], axis))
+        return value.permute(order).contiguous().permute([order.index(axis) for axis in range(like.ndim)])
+
+    return map_tensors(moved, call)
 
 
 def live_bytes(module: fx.GraphModule, shapes: Mapping[str, Sequence[int]], call: Call) -> float:

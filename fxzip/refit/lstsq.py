@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from ..inputs import Call
 from ..plan import ZipPlan
 from ..zipped import ZippedModule
-from .lockstep import bytes_per_row, within_memory
+from .lockstep import bytes_per_row, laid_out, within_memory
 from .samples import sample_bytes
 from .solving import Fit, Settings
 from .survey import decomposed
+from .unfit import Unfit
 from .walk import Walk
 
 __all__ = ["Fit", "LeastSquares", "least_squares"]
@@ -35,23 +36,38 @@ class LeastSquares(Settings):
 
     def __call__(self, zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
         """Refit trunk and heads. A new module; no labels, no gradients. One pass over `data`."""
-        result = copy.deepcopy(zipped)
         labelled = getattr(data, "labelled", None)
         numbered = labelled() if labelled is not None else ((0, call) for call in data)
         programs = plan.trunk.alignment.programs
-        samples = min(sample_bytes(result, self.positions, self.least), self.memory / 2)
+        samples = min(sample_bytes(zipped, self.positions, self.least), self.memory / 2)
+        sample = programs[0].call
+        laid = ((source, laid_out(call, sample)) for source, call in numbered)
         batches, inputs = within_memory(
-            numbered, bytes_per_row(result, programs), _SHARE * (self.memory - samples), getattr(data, "sources", 1),
+            laid, bytes_per_row(zipped, programs), _SHARE * (self.memory - samples), getattr(data, "sources", 1),
             whole=any(not program.batch_axes for program in programs),
         )  # fmt: skip
         with decomposed():
-            walk = Walk(result, plan, batches, self)
-            walk.trunk()
-            for k in range(len(programs)):
-                walk.head(k)
+            unfit = _tried(zipped, plan, self)
+            while True:
+                result = copy.deepcopy(zipped)
+                walk = Walk(result, plan, batches, self, unfit)
+                try:
+                    walk.all()
+                    break
+                except Unfit as found:  # the sample did not show it
+                    if not found.restart:
+                        raise
+                    unfit[found.restart] = str(found)
         walk.fit.inputs = inputs
         result.meta["fxzip_fit"] = walk.fit
         return result
+
+
+def _tried(zipped: ZippedModule, plan: ZipPlan, settings: Settings) -> dict[str, str]:
+    """What cannot be fitted as it turns out on the sample, with the reason. Nothing is changed."""
+    walk = Walk(zipped, plan, [(0, 0, plan.trunk.alignment.programs[0].call)], settings, {}, trial=True)
+    walk.all()
+    return walk.fit.left
 
 
 def least_squares(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:

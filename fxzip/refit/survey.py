@@ -70,7 +70,7 @@ class Use:
         scale, shift: if it multiplies by or adds a parameter.
         sums: whether it is a linear call, of whatever kind.
         shape: of the result.
-        final: whether the result, seen in this shape, is what the node returns.
+        returned: the shape in which its node returns the result, as the same run of values; None: it does not.
         follows: number of the use whose result this one reads, moved at most.
     """
 
@@ -84,7 +84,7 @@ class Use:
     scale: Tensor | None = None
     shift: Tensor | None = None
     sums: bool = False
-    final: bool = False
+    returned: torch.Size | None = None
     follows: int = -1
 
 
@@ -137,6 +137,7 @@ class _Spy(TorchDispatchMode):
         super().__init__()
         self.found = Survey()
         self.static: dict[int, Tensor] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        self.written: list[Tensor] = []
         self.learned = {id(t) for t in module.parameters()}
         self.found.held = {storage_of(t) for t in module.parameters()}
         self.node: fx.Node = next(iter(module.graph.nodes))
@@ -175,14 +176,18 @@ class _Spy(TorchDispatchMode):
         """What depends on the input now, because it was written into, is not static any more."""
         for storage in {storage_of(value) for value in results if id(value) in self.static}:
             for key in [key for key, value in self.static.items() if storage_of(value) == storage]:
-                del self.static[key]
+                self.written.append(self.static.pop(key))  # held on to, so that no other tensor gets its number
+                self.learned.discard(key)
 
     def _file(self, name: str, args: Any, moving: list[Tensor], learned: list[Tensor], results: list[Tensor]) -> None:
         number, call = len(self.found.uses), self.found.calls[self.node]
         at = next((place for place, value in enumerate(args) if any(value is m for m in moving)), -1)
         reads = tuple(extent(value) for value in learned if self.found.holds(value))
         given: dict[str, Any] = {"sums": name in _SUMS}
-        if name in _SUMS and len(moving) == 1 and all(self.found.holds(value) for value in learned):
+        real = not any(value.is_complex() for value in (*moving, *learned))
+        if not real:
+            pass
+        elif name in _SUMS and len(moving) == 1 and all(self.found.holds(value) for value in learned):
             places = [p for p, v in enumerate(args) if isinstance(v, Tensor) and v.ndim > 1 and p != at]
             kernel = call_kernel(name, args, places[-1]) if places else None
             if kernel is not None and (kernel.bias is None or self.found.holds(kernel.bias)):
@@ -204,7 +209,7 @@ class _Spy(TorchDispatchMode):
         """The node is done and has returned this."""
         for number, result in self.results:
             if isinstance(value, Tensor) and _same_run(value, result):
-                self.found.uses[number] = replace(self.found.uses[number], final=True)
+                self.found.uses[number] = replace(self.found.uses[number], returned=value.shape)
         self.results = []
 
 

@@ -42,19 +42,20 @@ class Targets:
         return total
 
 
-def find_targets(plan: ZipPlan, name: str, call: int | None, sources: int) -> Targets | None:
-    """Targets at a trunk node (named as in model 0), or at the result of one of its ATen calls.
+def find_targets(plan: ZipPlan, places: Sequence[tuple[str, int | None]], sources: int) -> Targets | None:
+    """Targets at a trunk node, or at the result of one of its ATen calls; `places` are node and call of every model.
 
-    None where the features do not lie in one order, along one axis or several.
+    None where the features do not lie in one order, along one axis or several; at calls, along the last of axes that
+    may be of another number in each model.
 
     With several sources of data, one per model, a cluster's target on the data of model k is the mean of its members
     in model k, where it has any: on its own domain a model knows best.
     """
     trunk = plan.trunk
-    twins = trunk.alignment.pairs[name]
-    fields = [labels_at(label, twin, call) for label, twin in zip(trunk.labellings, twins, strict=True)]
+    fields = [labels_at(label, *place) for label, place in zip(trunk.labellings, places, strict=True)]
     axes = [tuple(sorted(varying(own[0]))) if len(own) == 1 else () for own in fields]
-    if not axes[0] or any(own != axes[0] for own in axes):
+    last = all(len(own) == 1 and found == (own[0].ndim - 1,) for own, found in zip(fields, axes, strict=True))
+    if not axes[0] or (any(own != axes[0] for own in axes) and not last):
         return None
     layouts = [trunk.spaces[k].layout(f[0]) for k, f in enumerate(fields)]
     if not bool((layouts[0].space >= 0).all()):

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..align import attribute
@@ -32,7 +33,9 @@ class Site:
         node, call, at: the ATen call, and the place of the activations among its arguments.
         end: node and number of the call that gives the result: `call`, or the one that adds the bias.
         norm: the BatchNorm right behind a linear call, which takes part.
-        final: whether the result is what the node of `end` returns.
+        name: of the call.
+        shape: of its result.
+        returned: the shape in which the node of `end` returns the result; None: it does not.
     """
 
     node: fx.Node
@@ -40,7 +43,9 @@ class Site:
     at: int
     end: tuple[fx.Node, int]
     norm: fx.Node | None
-    final: bool
+    name: str
+    shape: torch.Size
+    returned: torch.Size | None
 
     @property
     def output(self) -> fx.Node:
@@ -56,6 +61,7 @@ class Unit:
         sites: the calls that share the parameters, in order.
         kernel: of a linear call.
         scale, shift: parameters that multiply or are added to features one by one.
+        axis: along which these lie in the result.
         owner: a module that could get a bias.
     """
 
@@ -64,6 +70,7 @@ class Unit:
     kernel: Kernel | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
+    axis: int | None = None
     owner: nn.Module | None = None
 
     @property
@@ -97,7 +104,7 @@ def find_units(net: fx.GraphModule, found: Survey, nodes: Collection[fx.Node]) -
     joined: dict[int, int] = {}
     norms: dict[int, fx.Node] = {}
     for numbers in groups.values():
-        joined |= _biases_apart(uses, numbers)
+        joined |= biases_apart(uses, numbers)
         norms |= _norms_behind(net, uses, numbers, nodes)
     absorbed = {*joined.values(), *(n for n, use in uses.items() if use.node in norms.values())}
     for number, use in uses.items():
@@ -120,12 +127,21 @@ def find_units(net: fx.GraphModule, found: Survey, nodes: Collection[fx.Node]) -
 def _why_not(use: Use) -> str:
     if use.sums and use.kernel is None:
         return f"`{use.name}` is no linear call with a parameter as its weight"
-    if use.kernel is None and (use.scale is not None or use.shift is not None) and not use.final:
+    if use.kernel is None and (use.scale is not None or use.shift is not None) and use.returned is None:
         return f"the result of `{use.name}` is not what the node returns"
-    held = next((t for t in (use.scale, use.shift) if t is not None), None)
-    if use.kernel is None and held is not None and sum(n > 1 for n in held.shape) != 1:
+    if use.kernel is None and (use.scale is not None or use.shift is not None) and _axis(use) is None:
         return "it has no parameter per feature"
     return ""
+
+
+def _axis(use: Use) -> int | None:
+    """Along which axis of its result the parameters of a scale or a shift lie; None if not along one."""
+    held = use.scale if use.scale is not None else use.shift
+    along = [] if held is None or use.returned != use.shape else [a for a, n in enumerate(held.shape) if n > 1]
+    if held is None or len(along) != 1:
+        return None
+    second = "batch_norm" in use.name or "group_norm" in use.name
+    return 1 if second else len(use.shape) - held.ndim + along[0]
 
 
 def _key(use: Use) -> Hashable:
@@ -134,7 +150,7 @@ def _key(use: Use) -> Hashable:
         return use.name, *(None if t is None else (extent(t), t.shape) for t in (use.scale, use.shift))
     k = use.kernel
     bias = None if k.bias is None else extent(k.bias)
-    geometry = k.form, k.axes, k.groups, k.stride, k.padding, k.dilation
+    geometry = k.form, k.axes, k.groups, k.stride, k.padding, k.dilation, k.transposed
     return extent(k.weight), k.weight.shape, k.weight.stride(), bias, geometry
 
 
@@ -152,7 +168,7 @@ def _other_reader(found: Survey, mine: Collection[int], uses: Sequence[Use]) -> 
     return next(iter(others), None)
 
 
-def _biases_apart(uses: dict[int, Use], numbers: Sequence[int]) -> dict[int, int]:
+def biases_apart(uses: dict[int, Use], numbers: Sequence[int]) -> dict[int, int]:
     """For linear calls whose bias another call adds, the same at all of them: number of the one -> of the other."""
     result = {}
     for number, use in uses.items():
@@ -165,10 +181,19 @@ def _biases_apart(uses: dict[int, Use], numbers: Sequence[int]) -> dict[int, int
             last
             and use.shape.numel() == source.shape.numel()
             and use.shape[-1:] == source.shape[-1:] == use.shift.shape
+            and _leads_to(source.node, use.node)
         ):
             result[use.follows] = number
     same = {extent(shift) for number in result.values() if (shift := uses[number].shift) is not None}
     return result if len(result) == len(numbers) and len(same) == 1 else {}
+
+
+def _leads_to(node: fx.Node, other: fx.Node) -> bool:
+    """Whether all that a node returns goes to another, and there alone."""
+    found: fx.Node | None = node
+    while found is not None and found is not other:
+        found = only_user(found)
+    return found is other
 
 
 def _norms_behind(
@@ -177,7 +202,7 @@ def _norms_behind(
     """The BatchNorm that alone reads the result of a linear module, both called once."""
     use = uses[numbers[0]]
     behind = only_user(use.node)
-    if len(numbers) > 1 or behind is None or behind not in inside or not use.final:
+    if len(numbers) > 1 or behind is None or behind not in inside or use.returned is None:
         return {}
     if not isinstance(called(net, use.node), _OWNERS) or behind.op != "call_module":
         return {}
@@ -197,9 +222,20 @@ def _unit(
     for number in numbers:
         use = uses[number]
         last = uses[joined.get(number, number)]
-        sites.append(Site(use.node, use.call, use.at, (last.node, last.call), norms.get(number), last.final))
+        sites.append(
+            Site(
+                use.node,
+                use.call,
+                use.at,
+                (last.node, last.call),
+                norms.get(number),
+                use.name,
+                use.shape,
+                last.returned,
+            )
+        )
     if first.kernel is None:
-        return Unit(name, tuple(sites), scale=first.scale, shift=first.shift)
+        return Unit(name, tuple(sites), scale=first.scale, shift=first.shift, axis=_axis(first))
     kernel = first.kernel
     if numbers[0] in joined:
         kernel = replace(kernel, bias=uses[joined[numbers[0]]].shift)

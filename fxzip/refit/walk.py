@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from ..inputs import Call, batch_size
 from ..plan import ZipPlan
 from ..zipped import ZippedModule, part_of
 from .alternating import Wish
+from .counterparts import Counterparts
 from .flow import Function, follow
 from .freedom import Freedom
 from .goals import HeadGoals, NarrowGoals, TrunkGoals
@@ -20,6 +21,7 @@ from .lockstep import Lockstep
 from .samples import Sample, Sampler
 from .solving import Fit, Settings, offset_of, solve
 from .survey import survey
+from .unfit import Unfit
 from .units import Unit, find_units
 
 
@@ -61,9 +63,10 @@ class Walk:
     """The walk over the zipped network and the originals in lockstep."""
 
     def __init__(
-        self, net: ZippedModule, plan: ZipPlan, batches: Sequence[tuple[int, int, Call]], settings: Settings
-    ) -> None:
-        self.net, self.plan, self.settings = net, plan, settings
+        self, net: ZippedModule, plan: ZipPlan, batches: Sequence[tuple[int, int, Call]], settings: Settings,
+        unfit: Mapping[str, str], *, trial: bool = False,
+    ) -> None:  # fmt: skip
+        self.net, self.plan, self.settings, self.unfit, self.is_trial = net, plan, settings, unfit, trial
         self.sources = [source for source, _, _ in batches]
         calls = [call for _, _, call in batches]
         programs = plan.trunk.alignment.programs
@@ -74,15 +77,18 @@ class Walk:
         numbers = [number for _, number, _ in batches]
         self.flow = follow(net, programs[0].call)
         self.fit = Fit()
+        self.counterparts = [Counterparts(self.survey, program) for program in programs]
+        self.relied = set[tuple[fx.Node, int]]()
         self.parts = self._find_parts(max(self.sources) + 1)
-        if settings.turns:
-            fitted = self._readers(programs[0].call, calls)
+        if settings.turns and not trial:
+            self.relied = self._readers(programs[0].call, calls)
             for part in self.parts.values():
                 if part.merged is not None:
-                    part.freedom = Freedom(part.merged.plan, part.merged, self.flow, fitted)
+                    part.freedom = Freedom(part.merged.plan, part.merged, self.flow, self.relied)
         self.sampler = Sampler(
             self.zipped, self.survey, numbers, settings.positions, settings.least, settings.memory / 2,
             free=lambda node: (part := self.parts.get(part_of(node))) is not None and part.function(node) is not None,
+            trial=trial,
         )  # fmt: skip
 
     def _find_parts(self, sources: int) -> dict[str, _Part]:
@@ -97,14 +103,16 @@ class Walk:
             merged: TrunkGoals | None,
         ) -> _Part:  # fmt: skip
             units, left = find_units(self.net, self.survey, set(nodes[name]))
-            self.fit.left |= left
+            self.fit.left |= left | {unit.name: self.unfit[unit.name] for unit in units if unit.name in self.unfit}
+            units = [unit for unit in units if unit.name not in self.unfit]
             return _Part(name, nodes[name], units, originals, goals, merged)
 
-        goals = TrunkGoals(self.plan, self.originals, sources)
+        goals = TrunkGoals(self.plan, self.originals, self.counterparts, sources)
         result = {"trunk": part("trunk", self.originals, goals, goals)}
         for k, original in enumerate(self.originals):
-            whole, own = HeadGoals(original, self.plan.trunk.labellings[k]), self.plan.heads.get(k)
-            merged = None if own is None else TrunkGoals(own, [original], sources)
+            mine, own = self.counterparts[k], self.plan.heads.get(k)
+            whole = HeadGoals(original, mine, self.plan.trunk.labellings[k])
+            merged = None if own is None else TrunkGoals(own, [original], [mine], sources)
             aims = whole if merged is None else NarrowGoals(merged, whole)
             result[f"head {k}"] = part(f"head {k}", [original], aims, merged)
         return result
@@ -121,9 +129,19 @@ class Walk:
                 outputs = unit.kernel.flat.shape[1]
                 if sum(places.get((s.node, s.call), 0.0) for s in unit.sites) < outputs * unit.inputs:
                     continue  # so few positions keep its weights near those that were merged
-                if part.merged is None or all(part.goals.of(unit, site) is not None for site in unit.sites):
+                if part.merged is None or _has_goals(part, unit):
                     found |= {(site.node, site.call) for site in unit.sites}
         return found
+
+    def all(self) -> None:
+        """Trunk and heads.
+
+        Raises:
+            Unfit: with `restart`: a unit is left that others were fitted for.
+        """
+        self.trunk()
+        for k in range(len(self.originals)):
+            self.head(k)
 
     def trunk(self) -> None:
         """Run the trunk of all networks node by node and fit each unit when the inputs of its first call are there."""
@@ -194,13 +212,33 @@ class Walk:
                         net.release(node)
 
     def _fit(self, part: _Part, unit: Unit) -> None:
-        """Fit one unit, from samples of all its calls."""
+        """Fit one unit, or note why it is left.
+
+        Raises:
+            Unfit: it is left, and others were fitted in the belief that it would not be.
+        """
+        try:
+            samples = self._draw(part, unit)
+            if not self.is_trial:
+                solve(self.net, unit, samples, self.settings, self.fit, self._wish(part, unit, samples))
+        except Unfit as found:
+            if any((site.node, site.call) in self.relied for site in unit.sites):
+                found.restart = unit.name
+                raise
+            self.fit.left[unit.name] = str(found)
+        else:
+            self.zipped.forget(unit.sites[0].node)
+
+    def _draw(self, part: _Part, unit: Unit) -> list[Sample]:
+        """Samples of all calls of a unit."""
         samples = []
         for place, site in enumerate(unit.sites):
             goal = part.goals.of(unit, site)
             if goal is None:
-                self.fit.left[unit.name] = "its features are fixed, or lie in several orders"
-                return
+                raise Unfit("its features are fixed, or lie in several orders")
+            if unit.kernel is None and goal.axes != (unit.axis,):
+                shared = unit.axis in goal.axes
+                raise Unfit("several features share one parameter" if shared else "it has no parameter per feature")
             for batch, source in enumerate(self.sources):
                 envs = [net.envs[batch] for net in (self.zipped, *part.originals)]
                 if place:  # a call further on: what lies in between is computed ahead and forgotten
@@ -208,10 +246,8 @@ class Walk:
                 samples.append(self.sampler.draw(unit, site, batch, source, envs, goal, part.goals.at))
         per_feature = next((t for t in (unit.scale, unit.shift) if t is not None), None)
         if unit.kernel is None and per_feature is not None and per_feature.numel() != samples[0].x.shape[1]:
-            self.fit.left[unit.name] = "several features share one parameter"
-            return
-        solve(self.net, unit, samples, self.settings, self.fit, self._wish(part, unit, samples))
-        self.zipped.forget(unit.sites[0].node)
+            raise Unfit("several features share one parameter")
+        return samples
 
     def _wish(self, part: _Part, unit: Unit, samples: Sequence[Sample]) -> Wish | None:
         """What the features of a unit should tell, where they are free."""
@@ -224,3 +260,11 @@ class Walk:
         assert goal is not None
         features = [function(torch.cat(own)) for own in zip(*apart, strict=True)]
         return Wish(torch.cat(features, 1), part.freedom.metric(goal, features), function, offset_of(samples))
+
+
+def _has_goals(part: _Part, unit: Unit) -> bool:
+    """Whether it is known what a unit should give."""
+    try:
+        return all(part.goals.of(unit, site) is not None for site in unit.sites)
+    except Unfit:
+        return False
