@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .analysis.graph import dependencies, versions
 from .stems import Stem
 from .tracing import Program, require
 
@@ -100,10 +101,28 @@ def attribute(module: nn.Module, target: str) -> Any:
     return value
 
 
-def _key(node: fx.Node, module: fx.GraphModule, numbers: Mapping[fx.Node, int], place: int) -> Hashable:
+@dataclass(frozen=True)
+class _Numbers:
+    """Value numbers of one program's nodes, and what was written into their memory when a node reads them."""
+
+    known: dict[fx.Node, int]
+    nodes: Mapping[str, fx.Node]
+    written: Mapping[str, Mapping[str, tuple[str, ...]]]
+
+    @classmethod
+    def of(cls, program: Program, known: dict[fx.Node, int]) -> _Numbers:
+        return cls(known, {node.name: node for node in program.module.graph.nodes}, versions(program))
+
+    def value(self, node: fx.Node, reader: fx.Node, place: int) -> Hashable:
+        """What `reader` sees; an unpaired input, or one that an unpaired call has written into, equals nothing."""
+        writers = self.written.get(reader.name, {}).get(node.name, ())
+        return tuple(self.known.get(n, -1 - place) for n in (node, *(self.nodes[name] for name in writers)))
+
+
+def _key(node: fx.Node, module: fx.GraphModule, numbers: _Numbers, place: int) -> Hashable:
     def constant(value: Any) -> Hashable:
         if isinstance(value, fx.Node):
-            return "node", numbers.get(value, -1 - place)  # an unpaired input never equals anything
+            return "node", numbers.value(value, node, place)
         if isinstance(value, (tuple, list)):
             return tuple(constant(v) for v in value)
         if isinstance(value, dict):
@@ -152,9 +171,9 @@ def align(programs: Sequence[Program], stems: tuple[Stem, ...] = ()) -> Alignmen
     ]
     own_stem = stems[0] if stems else none
     whole = {n.name for n in first.module.graph.nodes if n.name not in own_stem.nodes}
-    kept = _closed(first, set.intersection(*({*m[0]} for m in maps)) if maps else whole, own_stem)
-    names = [n.name for n in first.module.graph.nodes if n.op != "output" and n.name in kept]
-    pairs = {name: (name, *(m[0][name] for m in maps)) for name in names}
+    common = set.intersection(*({*m[0]} for m in maps)) if maps else whole
+    names = [n.name for n in first.module.graph.nodes if n.op != "output" and n.name in common]
+    pairs = _closed(programs, {name: (name, *(m[0][name] for m in maps)) for name in names}, stems)
     own = {
         name
         for node in first.module.graph.nodes
@@ -165,26 +184,38 @@ def align(programs: Sequence[Program], stems: tuple[Stem, ...] = ()) -> Alignmen
     return Alignment(tuple(programs), pairs, params, tuple(m[2] for m in maps), stems)
 
 
-def _closed(program: Program, names: set[str], stem: Stem) -> set[str]:
-    """The nodes of `names` whose inputs are in it or enter from the stem, all the way up."""
-    result: set[str] = set()
-    for node in program.module.graph.nodes:
-        if node.name in names and all(s.name in result or s.name in stem.entries for s in node.all_input_nodes):
-            result.add(node.name)
-    return result
+def _closed(
+    programs: Sequence[Program], pairs: Mapping[str, tuple[str, ...]], stems: Sequence[Stem]
+) -> dict[str, tuple[str, ...]]:
+    """The pairs of which in every program all that must come before is paired, or in the stem."""
+    graphs = [dependencies(program) for program in programs]
+    kept = dict(pairs)
+    inside = [{twins[k] for twins in kept.values()} for k in range(len(programs))]
+    for own, stem in zip(inside, stems, strict=False):
+        own |= stem.nodes
+    before = 0
+    while len(kept) != before:
+        before = len(kept)
+        for name, twins in list(kept.items()):
+            places = list(zip(inside, graphs, twins, strict=True))
+            if not all(own.issuperset(graph.predecessors(twin)) for own, graph, twin in places):
+                del kept[name]
+                for own, twin in zip(inside, twins, strict=True):
+                    own.discard(twin)
+    return kept
 
 
 def _pair(
     first: Program, other: Program, left_stem: Stem, right_stem: Stem
 ) -> tuple[dict[str, str], dict[str, str], str]:
     """Pairs of nodes and of parameters, and where the two programs part. What enters from the stems is paired."""
-    numbers = _entry_numbers(first, left_stem)
+    numbers = _Numbers.of(first, _entry_numbers(first, left_stem))
     waiting: dict[Hashable, list[fx.Node]] = defaultdict(list)
     nodes = [n for n in first.module.graph.nodes if n.op != "output" and n.name not in left_stem.nodes]
     for place, node in enumerate(nodes):
-        numbers[node] = place
+        numbers.known[node] = place
         waiting[_key(node, first.module, numbers, place)].append(node)
-    theirs = _entry_numbers(other, right_stem)
+    theirs = _Numbers.of(other, _entry_numbers(other, right_stem))
     pairs: dict[str, str] = {}
     params: dict[str, str] = {}
     back: dict[str, str] = {}
@@ -195,7 +226,7 @@ def _pair(
         queue = waiting.get(_key(node, other.module, theirs, place), [])
         if queue and _same_tensors(_tensors(queue[0], left), _tensors(node, right), first, other, params, back):
             twin = queue.pop(0)
-            theirs[node] = numbers[twin]
+            theirs.known[node] = numbers.known[twin]
             pairs[twin.name] = node.name
         elif rest is None and node.target is not require:
             rest = node

@@ -87,10 +87,14 @@ def watches(trunk: Trunk) -> list[Watch]:
 
 
 def _handed_over(trunk: Trunk) -> Iterator[Watch]:
-    """The values that the heads take from the trunk."""
+    """The values that the heads take from the trunk. What is written over later is not what they take."""
     inside = set(trunk.nodes)
-    for node in trunk.alignment.programs[0].module.graph.nodes:
+    program = trunk.alignment.programs[0]
+    written = program.memory.written_by(inside)
+    for node in program.module.graph.nodes:
         if node.name not in inside or node.op == "placeholder" or inside.issuperset(user.name for user in node.users):
+            continue
+        if written & program.memory.values.get(node.name, frozenset()):
             continue
         twins = trunk.alignment.pairs[node.name]
         fields = [label.fields.get(twin, ()) for label, twin in zip(trunk.labellings, twins, strict=True)]

@@ -11,16 +11,15 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .align import attribute
 from .analysis.resizing import resized
-from .analysis.spaces import Layout
-from .basis import PlaceMap, merged_layout, merged_param
+from .basis import PlaceMap, merged_param
 from .entering import copied_node, emit_entries, emit_guards, emit_stems
+from .handing import steps
 from .mixing import mix_norms
 from .plan import ZipPlan, head_nodes, head_params
-from .rules import varying
 from .sizes import adopt_sizes
 from .tracing import Program, guards_at_entry
 from .zipped import ZippedModule, mix, set_tensor, unmerge
@@ -116,8 +115,8 @@ class _Head:
         self.graph, self.plan, self.trunk = emitter.graph, emitter.plan, emitter.plan.trunk
         self.program = self.trunk.alignment.programs[k]
         self.own = set(head_nodes(self.trunk, k))
-        self.copies = bool(self.own & self.program.mutators)
         self.back = {twin: name for name, twin in self.trunk.names(k).items()}
+        self.written = self.program.memory.written_by(self.own)
         self.env: dict[str, fx.Node] = {}
 
     def emit(self) -> Any:
@@ -145,27 +144,51 @@ class _Head:
         """Make a value available to the head.
 
         What does not depend on the input (a parameter, say) and what is no tensor (a size, the parts of a split) the
-        head computes itself; other values of the trunk are handed over.
+        head computes itself; other values of the trunk are handed over. Where the head writes into the memory of a
+        value, it gets one copy of what that is a view of, and takes its own views.
         """
         if node.name in self.env:
             return
-        if node.name in given:
-            tensor = node.name in self.program.shapes
-            self.env[node.name] = self._own_memory(given[node.name]) if tensor else given[node.name]
+        source = self._seen_through(node)
+        if source is not None and node.name in self.program.mutators:
+            self._value(source, given)
+            self.env[node.name] = self.env[source.name]
+        elif source is not None:
+            for other in node.all_input_nodes:
+                self._value(other, given)
+            self._copy(node)
+        elif node.name in given:
+            self.env[node.name] = self._own_memory(node, given[node.name])
         elif node.name in self.trunk.alignment.stem(self.k) and node.name in self.emitter.stems[self.k]:
-            tensor = node.name in self.program.shapes
-            value = self.emitter.stems[self.k][node.name]
-            self.env[node.name] = self._own_memory(value) if tensor else value
+            self.env[node.name] = self._own_memory(node, self.emitter.stems[self.k][node.name])
         elif node.name in self.trunk.labellings[self.k].dynamic and node.name in self.program.shapes:
             self.env[node.name] = self._handed(node)
         else:
-            for source in node.all_input_nodes:
-                self._value(source, given)
+            for other in node.all_input_nodes:
+                self._value(other, given)
             self._copy(node)
 
-    def _own_memory(self, value: fx.Node) -> fx.Node:
-        """A copy if the head writes in place: another head may read the value too."""
-        if not self.copies:
+    def _seen_through(self, node: fx.Node) -> fx.Node | None:
+        """Of a value in front of the head that lies in memory which the head writes: the input that it is a view of,
+        or that it is; None if there is none.
+
+        Parts of what a call made anew are no views of anything.
+        """
+        values = self.program.memory.values
+        mine = values.get(node.name, frozenset()) & self.written if node.name not in self.own else frozenset()
+        for source in node.all_input_nodes if mine else ():
+            shared = mine & values[source.name]
+            made = source.name not in self.program.shapes and not any(
+                shared & values[before.name] for before in source.all_input_nodes
+            )
+            if shared and not made:
+                return source
+        return None
+
+    def _own_memory(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """A copy of a tensor if the head writes in place there: another head may read it too."""
+        memory = self.program.memory.values.get(node.name, frozenset())
+        if node.name not in self.program.shapes or not memory & self.written:
             return value
         clone = self.graph.call_method("clone", (value,))
         clone.meta["fxzip"] = {**value.meta["fxzip"], "part": f"head {self.k}", "writes": False}
@@ -173,40 +196,27 @@ class _Head:
 
     def _handed(self, node: fx.Node) -> fx.Node:
         """A value of the trunk as head k sees it: unmerged where that was not folded."""
-        trunk, name = self.trunk, self.back[node.name]
+        name = self.back[node.name]
         part = {"part": f"head {self.k}", "from": [node.name], "writes": False}
         value = merged = self.emitter.env[name]
-        mine, theirs = (trunk.labellings[i].fields.get(n, ()) for i, n in ((self.k, node.name), (0, name)))
-        for labels, target in zip(mine, theirs, strict=True):
-            axes = tuple(sorted(varying(labels)))
-            matrix = self._matrix(
-                trunk.spaces[self.k].layout(labels), merged_layout(trunk.spaces[0], target, self.plan.merges)
-            )
-            if matrix is None:
-                continue
-            held = f"unmerge_{self.k}_{node.name}_{'_'.join(map(str, axes))}"
-            self.emitter.root.register_buffer(held, matrix)
+        device = next((p.device for p in self.program.module.parameters()), None)
+        for step in steps(self.plan, self.k, node.name, name):
+            held = f"unmerge_{self.k}_{node.name}_{'_'.join(map(str, step.axes))}"
+            while hasattr(self.emitter.root, held):  # `a_1` along axis 2, and `a` along 1 and 2
+                held += "_"
+            self.emitter.root.register_buffer(held, step.table.to(device))
             table = self.graph.get_attr(held)
             table.meta["fxzip"] = part
-            sizes = tuple(labels.shape[a] for a in axes)
-            value = self.graph.call_function(unmerge if matrix.ndim == 1 else mix, (value, table, axes, sizes))
+            if step.split is not None:
+                value = self.graph.call_method("unflatten", (value, *step.split))
+                value.meta["fxzip"] = part
+            function = unmerge if step.table.ndim == 1 else mix
+            value = self.graph.call_function(function, (value, table, step.axes, step.sizes))
             value.meta["fxzip"] = {**part, "unmerge": True}
-        return self._own_memory(value) if value is merged else value
-
-    def _matrix(self, own: Layout, merged: Layout) -> Tensor | None:
-        """How places of model 0's run become places of model k's: a gather index, a matrix, or None if unchanged."""
-        partners, folded = self.trunk.partners[self.k], self.plan.folded[self.k]
-        here = {int(s) for s in own.space.unique() if s >= 0}
-        spaces = [s for s in range(len(partners)) if partners[s] in here and s not in folded]
-        if not spaces:
-            return None
-        device = next((p.device for p in self.program.module.parameters()), None)
-        matrices = {(s, partners[s]): self.plan.U(s, self.k) for s in spaces}
-        places = PlaceMap.between(merged, own, matrices)
-        index = places.gather
-        if index is None:
-            return places.matrix.float().to(device)
-        return None if index.equal(index.new_tensor(range(places.width))) else index.to(device)
+            if step.split is not None:
+                value = self.graph.call_method("flatten", (value, step.split[0], step.split[0] + 1))
+                value.meta["fxzip"] = part
+        return self._own_memory(node, value) if value is merged else value
 
 
 def rewrite(plan: ZipPlan) -> ZippedModule:

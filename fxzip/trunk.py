@@ -189,7 +189,8 @@ class _Search:
             free = name in self.common.same or (until_given and len(shapes) == 1)
             for k, twin in enumerate(twins):
                 output = "" if free else _writes_output(self.labellings[k], whole[k], twin)
-                reason = reason or barriers[k].get(twin, "") or output
+                stored = _STORES if self.labellings[k].program.memory.writes_state(twin) else ""
+                reason = reason or barriers[k].get(twin, "") or output or stored
             if not reason and not until_given and name in self.returned:
                 reason = _LAST_SUM
             if reason:
@@ -251,9 +252,16 @@ class _Search:
 
 
 def shareable(alignment: Alignment) -> tuple[nx.DiGraph, list[fx.Node]]:
-    """What model 0 computes behind its stem: the graph of dependencies, and the nodes in order."""
+    """What model 0 computes behind its stem: the graph of dependencies, and the nodes in order.
+
+    Where models write in place, what one of them has to compute first the trunk has to compute first.
+    """
     program = alignment.programs[0]
     graph = dependencies(program)
+    for k, other in enumerate(alignment.programs[1:], 1):
+        back = {twins[k]: name for name, twins in alignment.pairs.items()}
+        edges = dependencies(other).edges if other.memory.writes else ()
+        graph.add_edges_from((back[a], back[b]) for a, b in edges if a in back and b in back)
     stem = alignment.stem(0)
     graph.remove_nodes_from(stem)
     return graph, [node for node in program.module.graph.nodes if node.op != "output" and node.name not in stem]
@@ -270,6 +278,9 @@ def _behind_the_start(alignment: Alignment, order: Sequence[fx.Node], until: str
             f"{', '.join(repr(name) for name in cut_names(order)[:3])}."
         )
     return found
+
+
+_STORES = "it writes into a parameter or buffer, of which each model has its own"
 
 
 def _check_entries(alignment: Alignment, labellings: Sequence[Labelling]) -> None:

@@ -16,8 +16,9 @@ from .spaces import FeatureSpaces
 def dependencies(program: Program) -> nx.DiGraph:
     """Node names, with an edge from each node to those that must come after it.
 
-    That is who uses its value, and around a call that writes in place: who read the memory before, and who reads it
-    after. So a set of nodes that is closed under `nx.ancestors` computes what it computes in the whole program.
+    That is who uses its value, and around a call that writes in place: who saw the memory before, through whatever
+    view of it, and who sees it after. So a set of nodes that is closed under `nx.ancestors` computes what it computes
+    in the whole program.
 
     >>> import torch
     >>> from torch import nn
@@ -28,19 +29,33 @@ def dependencies(program: Program) -> nx.DiGraph:
     """
     graph = nx.DiGraph()
     order = list(program.module.graph.nodes)
-    place = {node: number for number, node in enumerate(order)}
     for node in order:
         graph.add_node(node.name, node=node)
         for source in node.all_input_nodes:
             graph.add_edge(source.name, node.name)
-    for node in order:
-        for source in node.all_input_nodes if node.name in program.mutators else ():
-            for user in source.users:
-                if place[user] < place[node]:
-                    graph.add_edge(user.name, node.name)
-                elif place[user] > place[node]:
-                    graph.add_edge(node.name, user.name)
+    place = {node.name: number for number, node in enumerate(order)}
+    for writer, written in program.memory.writes.items():
+        for name, seen in program.memory.sees.items():
+            if name != writer and seen & written:
+                graph.add_edge(*((name, writer) if place[name] < place[writer] else (writer, name)))
     return graph
+
+
+def versions(program: Program) -> dict[str, dict[str, tuple[str, ...]]]:
+    """For every node, by the name of an input that was written into before: the calls that wrote there, in order."""
+    memory = program.memory
+    writers: dict[int, list[str]] = {}
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for node in program.module.graph.nodes if memory.writes else ():
+        own = {}
+        for source in node.all_input_nodes:
+            before = {name: None for m in sorted(memory.values.get(source.name, ())) for name in writers.get(m, ())}
+            if before:
+                own[source.name] = tuple(before)
+        found[node.name] = own
+        for m in memory.writes.get(node.name, ()):
+            writers.setdefault(m, []).append(node.name)
+    return found
 
 
 def _spaces(found: FeatureSpaces, labels: Tensor) -> list[int]:

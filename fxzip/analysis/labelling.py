@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
@@ -41,14 +41,26 @@ class Labelling:
     sites: tuple[Site, ...]
     barriers: tuple[Barrier, ...]
     probed: tuple[Probed, ...] = ()
+    rewritten: Mapping[str, Mapping[str, Fields]] = field(
+        default_factory=dict
+    )  # writer -> node -> its fields from then
+
+    def fields_after(self, node: str, done: Collection[str]) -> Fields:
+        """The fields of a node's value once the calls in `done` have written into its memory."""
+        found = self.fields.get(node, ())
+        for writer, values in self.rewritten.items():
+            if writer in done:
+                found = values.get(node, found)
+        return found
 
 
 class _Run(fx.Interpreter):
     """Runs the graph node by node and files what each node's calls said."""
 
-    def __init__(self, module: fx.GraphModule, state: State) -> None:
-        super().__init__(module, garbage_collect_values=True)
+    def __init__(self, program: Program, state: State) -> None:
+        super().__init__(program.module, garbage_collect_values=True)
         self.state = state
+        self.memory = program.memory
         self.holders: Counter[int] = Counter()  # in how many live values a tensor is, by id
         self.facts: dict[str, Facts] = {}
         self.fields: dict[str, Fields] = {}
@@ -56,6 +68,7 @@ class _Run(fx.Interpreter):
         self.seen: dict[str, tuple[Tensor, ...]] = {}
         self.dynamic: set[str] = set()
         self.numbers: set[fx.Node] = set()  # what depends on numbers among the arguments
+        self.rewritten: dict[str, dict[str, Fields]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         state = self.state
@@ -82,6 +95,8 @@ class _Run(fx.Interpreter):
                 entry.static, entry.known, entry.uniform = False, False, frozenset()
         if any(not state.entry(t).static for t in leaves(value)):
             self.dynamic.add(n.name)
+        if n.name in self.memory.writes:
+            self._relabel(n)
         self._forget(n, value)
         return value
 
@@ -90,6 +105,17 @@ class _Run(fx.Interpreter):
         if n.op == "placeholder":
             return bool(flatten(value, is_number)[0])
         return n.op != "output" and any(source in self.numbers for source in n.all_input_nodes)
+
+    def _relabel(self, writer: fx.Node) -> None:
+        """What older values hold now that a call has written in place."""
+        memory = self.memory
+        own = self.rewritten[writer.name] = {}
+        for node, value in self.env.items():
+            if isinstance(value, Tensor) and memory.writes[writer.name] & memory.values.get(node.name, frozenset()):
+                entry = self.state.entry(value)
+                own[node.name] = entry.fields
+                if not entry.static:
+                    self.dynamic.add(node.name)
 
     def _forget(self, n: fx.Node, value: Any) -> None:
         """Drop what only the calls inside the node needed, and values that no later node reads, so that memory is that
@@ -144,10 +170,11 @@ def label(program: Program, rules: Mapping[str, Rule]) -> Labelling:
         state.names[id(tensor)] = name
         state.params[name] = ParamLabels(fields)
         state.held[id(tensor)] = Entry(tensor, fields, True, True)
-    run = _Run(program.module, state)
+    run = _Run(program, state)
     with quiet_execution(), _decomposed(), LabelMode(state):
         run.run(*flat_inputs(program.module, program.call))
     return Labelling(
         program, state.ledger.size, dict(state.params), run.facts, run.fields, run.touches,
         frozenset(run.dynamic), run.seen, tuple(state.sites), tuple(state.barriers), tuple(state.probed),
+        run.rewritten,
     )  # fmt: skip

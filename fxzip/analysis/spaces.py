@@ -72,6 +72,9 @@ class FeatureSpaces:
     Attributes:
         klass: label -> class, shape [labels].
         pinned: class -> why it is pinned, with the kind of pin.
+        space_of, feature_of: class -> its space (-1: none), and its number there.
+        tie_of: class -> the tie group of which it is a block that no parameter holds (-1: none); its number among the
+            blocks is in `feature_of`.
         consumed: (parameter, field number) pairs that are summed over against activations.
         block_of: class -> the class of the block that it moves with, -1 if there is none.
     """
@@ -81,6 +84,7 @@ class FeatureSpaces:
     klass: Tensor
     space_of: Tensor
     feature_of: Tensor
+    tie_of: Tensor
     pins: dict[int, tuple[str, str]]
     consumed: frozenset[tuple[str, int]]
     block_of: Tensor
@@ -93,6 +97,16 @@ class FeatureSpaces:
         space = torch.where(classes >= 0, self.space_of[classes.clamp(min=0)], -1)
         feature = torch.where(space >= 0, self.feature_of[classes.clamp(min=0)], -1)
         return Layout(space, feature, occurrences(classes))
+
+    def layout_with_blocks(self, labels: Tensor) -> Layout:
+        """The same, and blocks that no parameter holds are in spaces of their own: that of tie group t has the number
+        behind the last space, plus t."""
+        own = self.layout(labels)
+        flat = labels.reshape(-1)
+        classes = self.klass[flat.clamp(min=0)]
+        tie = torch.where(flat > 0, self.tie_of[classes], -1)
+        space = torch.where(tie >= 0, len(self.spaces) + tie, own.space)
+        return Layout(space, torch.where(tie >= 0, self.feature_of[classes], own.feature), own.occurrence)
 
     def pin_of(self, labels: Tensor) -> tuple[str, str] | None:
         """(reason, kind) of the worst pin among the labels: output before barrier before fixed; None if free."""
@@ -186,7 +200,7 @@ def _assemble(
     dual = np.zeros(solver.count, bool)
     for labels in (labels for fact in facts for how, labels in fact.touched if how == "dual"):
         dual[solver.klass[labels.numpy()]] = True
-    space_of, feature_of = torch.full((solver.count,), -1), torch.full((solver.count,), -1)
+    space_of, feature_of, tie_of = (torch.full((solver.count,), -1) for _ in range(3))
     spaces: list[FeatureSpace] = []
 
     def add(classes: Ints, tie: int | None = None, blocks: Tensor | None = None) -> None:
@@ -215,13 +229,16 @@ def _assemble(
             places = np.empty(rows.size, np.int64)
             places[order] = np.arange(rows.size)
             add(rows.reshape(-1)[order], tie, torch.from_numpy(places.reshape(rows.shape)))
-        add(np.array([unit.root for unit in family]), tie, torch.arange(len(family))[:, None])
+        roots = np.array([unit.root for unit in family])
+        add(roots, tie, torch.arange(len(family))[:, None])
+        if int(space_of[roots[0]]) < 0:
+            tie_of[torch.from_numpy(roots)], feature_of[torch.from_numpy(roots)] = tie, torch.arange(len(family))
     held = np.flatnonzero(solver.pinned)
     pins = {c: solver.reasons[why] for c, why in zip(held.tolist(), solver.pinned[held].tolist(), strict=True)}
     klass, block_of = torch.from_numpy(solver.klass), torch.full((solver.count,), -1)
     blocks, members = torch.from_numpy(solver.free_edges())
     block_of[members] = blocks
-    return FeatureSpaces(labelling, tuple(spaces), klass, space_of, feature_of, pins, roles.consumed, block_of)
+    return FeatureSpaces(labelling, tuple(spaces), klass, space_of, feature_of, tie_of, pins, roles.consumed, block_of)
 
 
 def _singles(roles: Roles, solver: Solver, kinds: Ints, units: Sequence[Unit]) -> list[Ints]:

@@ -114,7 +114,7 @@ class Merge:
         >>> Merge.from_clusters(torch.tensor([0, 1, 1, 1]), sizes=(2, 2)).assignment(1)
         tensor([1, 1])
         """
-        return _gather_index(self.U(k))
+        return gather_index(self.U(k))
 
     def bijective(self, k: int) -> bool:
         """Whether U_k is a permutation matrix: model k keeps all its features apart and fills every slot.
@@ -132,7 +132,7 @@ class Merge:
         >>> Merge.identity(2, models=2).labels()
         tensor([0, 1, 0, 1])
         """
-        return _gather_index(self.unmerge)
+        return gather_index(self.unmerge)
 
 
 class Method(Protocol):
@@ -321,7 +321,7 @@ def in_first_layout(clusters: Tensor, sizes: Sequence[int]) -> Tensor:
     return slots[dense]
 
 
-def _gather_index(unmerge: Tensor) -> Tensor | None:
+def gather_index(unmerge: Tensor) -> Tensor | None:
     """The column of the single 1 in every row of a membership matrix, else None."""
     membership = bool(((unmerge == 0) | (unmerge == 1)).all()) and bool((unmerge.sum(1) == 1).all())
     return unmerge.argmax(1) if membership else None

@@ -133,7 +133,7 @@ class _Recorder(fx.Interpreter):
         self.record, self.lenient = Record(), lenient
 
     def run_node(self, n: fx.Node) -> Any:
-        with _Writes() as writes:
+        with Writes() as writes:
             try:
                 value = super().run_node(n)
             except SpecializationError:
@@ -141,39 +141,40 @@ class _Recorder(fx.Interpreter):
                     raise
                 self.record.failed.add(n.name)
                 return None
-        if writes.found:
+        if writes.written:
             self.record.mutators.add(n.name)
         if isinstance(value, Tensor):
             self.record.shapes[n.name] = value.shape
         return value
 
 
-class _Writes(TorchDispatchMode):
-    """Sees whether a tensor is written into that was made before this mode was entered."""
+class Writes(TorchDispatchMode):
+    """Sees which memory is written into that was there before this mode was entered."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = False
+        self.written: set[int] = set()
         self._born: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        inputs = {storage_of(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         if func._schema.is_mutable:
             for position, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is None or not argument.alias_info.is_write:
                     continue
                 written = args[position] if position < len(args) else kwargs.get(argument.name)
                 tensors = [value for value in tree_leaves(written) if isinstance(value, Tensor)]
-                self.found |= any(_storage(value) not in self._born for value in tensors)
+                self.written |= {storage_of(value) for value in tensors} - self._born.keys()
         result = func(*args, **kwargs)
         for value in tree_leaves(result):
-            if isinstance(value, Tensor) and _storage(value) not in inputs:
-                self._born[_storage(value)] = value  # the reference keeps the storage's address from being used again
+            if isinstance(value, Tensor) and storage_of(value) not in inputs:
+                self._born[storage_of(value)] = value  # the reference keeps the storage's address from being used again
         return result
 
 
-def _storage(value: Tensor) -> int:
+def storage_of(value: Tensor) -> int:
+    """The address of a tensor's memory; it is used again once the memory is free."""
     try:
         return int(value.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors have no storage

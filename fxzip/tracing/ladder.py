@@ -18,6 +18,7 @@ from ..inputs import Call, as_call, map_tensors
 from .execution import Record, plain_context, quiet_execution
 from .exporting import trace_export
 from .inplace import out_of_place
+from .memory import Sharing, sharing
 from .names import named_safely, safe_names
 from .numbers import is_number
 from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
@@ -41,6 +42,7 @@ class Program:
         failures: why the earlier rungs failed, one sentence each.
         persistent: names of the buffers that are in the state dict.
         mutators: names of the nodes that write in place into a tensor made before them.
+        memory: which nodes see the same memory; empty if nothing is written in place.
         batch_axes: for each node whose output is a tensor, the axes whose size changed with the batch size; empty if
             the model runs at one batch size only.
         shapes: for each node whose output is a tensor, its shape on the sample.
@@ -56,6 +58,7 @@ class Program:
     batch_axes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     compared: tuple[Call, ...] = ()
+    memory: Sharing = field(default_factory=Sharing)
 
 
 @plain_context()
@@ -163,7 +166,10 @@ def _program(
             pairs = enumerate(zip(shape, other, strict=True)) if len(other) == len(shape) else ()
             axes[name] = tuple(axis for axis, (a, b) in pairs if a != b)
     mutators = frozenset(sample.mutators | fresh.mutators)
-    return Program(module, reference.sample, rung, failures, buffers, mutators, axes, sample.shapes, reference.calls)
+    memory = sharing(module, reference.sample, mutators) if mutators else Sharing()
+    return Program(
+        module, reference.sample, rung, failures, buffers, mutators, axes, sample.shapes, reference.calls, memory
+    )
 
 
 def _restore_persistence(module: fx.GraphModule, persistent: frozenset[str]) -> None:

@@ -6,7 +6,7 @@ call is one that returns its input or a copy of it depending on sizes (`reshape`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor, fx
 
 from ..containers import leaves
 from ..inputs import Call, map_tensors
-from .execution import flat_inputs, quiet_execution
+from .execution import Writes, flat_inputs, quiet_execution, storage_of
 
-_STATE = 0  # the memory of parameters and buffers, which outlives a call
+_STATE = 0  # numbers up to it are memory of parameters and buffers, which outlives a call
 _MAYBE_COPIES = frozenset(["reshape", "flatten", "contiguous", "to", "type", "type_as", "float", "double", "half"])
 
 
@@ -72,20 +72,24 @@ class Memory(fx.Interpreter):
         super().__init__(module)
         self.extra_traceback = False
         self.values: dict[fx.Node, _Value] = {}
+        self.writes: dict[fx.Node, frozenset[int]] = {}
         self.count = _STATE
-        self.state = {_storage(t): _STATE for t in (*module.parameters(), *module.buffers())}
+        held = dict.fromkeys(storage_of(t) for t in (*module.parameters(), *module.buffers()))
+        self.state = {storage: _STATE - place for place, storage in enumerate(held)}
         own = map_tensors(lambda value: value.detach().clone(), call)
         with quiet_execution():
             torch.manual_seed(0)
             self.run(*flat_inputs(module, own))
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        with Writes() as writes:
+            result = super().run_node(n)
         inputs = [self.values[node] for node in n.all_input_nodes]
         known = self.state | {key: number for value in inputs for key, number in value.storages.items()}
+        self.writes[n] = frozenset(known[key] for key in writes.written if key in known)
         value = self.values[n] = _Value()
         for tensor in _tensors(result):
-            key = _storage(tensor)
+            key = storage_of(tensor)
             if key not in known:
                 self.count += 1
                 known[key] = self.count
@@ -101,7 +105,7 @@ class Memory(fx.Interpreter):
         """Whether a write into the value of `written` outlives the call, or is seen by a node of `later` that reads an
         older value, other than those `redirected`."""
         pieces = self.values[written].pieces
-        if any(piece.memory == _STATE for piece in pieces):
+        if any(piece.memory <= _STATE for piece in pieces):
             return True
         return any(
             piece.meets(other)
@@ -116,5 +120,48 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     yield from (leaf for leaf in leaves(value) if leaf.layout == torch.strided)
 
 
-def _storage(value: Tensor) -> int:
-    return int(value.untyped_storage()._cdata)
+@dataclass(frozen=True)
+class Sharing:
+    """What memory the nodes of a program see and write, by node name; memories are numbers.
+
+    Attributes:
+        values: where the value of a node lies.
+        sees: what a node may read: where its inputs, its own parameters and buffers, and its value lie.
+        writes: what a node writes in place that was there before it.
+        pieces: the tensors of which a value is made, with their places.
+    """
+
+    values: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    sees: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    writes: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+
+    def written_by(self, names: Collection[str]) -> frozenset[int]:
+        """The memories that some nodes write."""
+        return frozenset[int]().union(*(own for name, own in self.writes.items() if name in names))
+
+    def writes_state(self, name: str) -> bool:
+        """Whether a node writes into a parameter or buffer."""
+        return any(memory <= _STATE for memory in self.writes.get(name, ()))
+
+
+def sharing(module: fx.GraphModule, call: Call, mutators: Collection[str]) -> Sharing:
+    """Run a program that writes in place, and tell who shares memory. `mutators`: names of the nodes that write.
+
+    >>> module = fx.symbolic_trace(lambda x: (x[0].relu_(), x + 1))
+    >>> found = sharing(module, Call((torch.ones(2, 3),), {}), ["relu_"])
+    >>> found.writes["relu_"] == found.values["x"], found.values["add"] == found.values["x"]
+    (True, False)
+    """
+    run = Memory(module, call)
+    values = {n.name: frozenset(piece.memory for piece in value.pieces) for n, value in run.values.items()}
+    sees, writes = {}, {}
+    for node in run.values:
+        seen = values[node.name].union(*(values[source.name] for source in node.all_input_nodes))
+        if node.op == "call_module":
+            held = module.get_submodule(str(node.target))
+            seen |= {run.state[storage_of(t)] for t in (*held.parameters(), *held.buffers())}
+        sees[node.name] = seen
+        if node.name in mutators:
+            writes[node.name] = run.writes[node] or seen  # one that did not write on this input may do so on another
+    return Sharing(values, sees, writes, {n.name: tuple(value.pieces) for n, value in run.values.items()})
