@@ -224,7 +224,7 @@ class Remembering(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b, self.o = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.register_buffer("last", torch.zeros(8), persistent=False)
+        self.register_buffer("last", torch.zeros(8))
 
     def forward(self, x):
         h = torch.relu(self.a(x))
