@@ -114,7 +114,7 @@ class _Run(fx.Interpreter):
             if isinstance(value, Tensor) and memory.writes[writer.name] & memory.values.get(node.name, frozenset()):
                 entry = self.state.entry(value)
                 own[node.name] = entry.fields
-                if not entry.static:
+                if not entry.static and node.op != "get_attr":  # of its state each model has its own
                     self.dynamic.add(node.name)
 
     def _forget(self, n: fx.Node, value: Any) -> None:
