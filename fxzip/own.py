@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, fx
 
 from .align import Alignment
+from .analysis.graph import dependencies
 from .analysis.labelling import Labelling
 from .analysis.spaces import FeatureSpaces
 from .rules import Facts
-from .tracing import Program
 
 
 def differing(alignment: Alignment) -> frozenset[str]:
@@ -63,25 +63,13 @@ def weights_behind(labelling: Labelling) -> dict[str, set[str]]:
 def agreeing(alignment: Alignment, labelling: Labelling, differ: Collection[str]) -> set[str]:
     """Nodes of model 0 whose values are the same in all models, to the bit: nothing that differs goes into them."""
     result: set[str] = set()
-    entries = alignment.entering(0)
+    entries, graph = alignment.entering(0), dependencies(labelling.program)
     for node in labelling.program.module.graph.nodes:
         if node.name not in alignment.pairs or node.name in entries or labelling.touches[node.name] & set(differ):
             continue
-        sources = [*node.all_input_nodes, *written_before(labelling.program, node)]
-        if all(source.name in result for source in sources):
+        if result.issuperset(graph.predecessors(node.name)):
             result.add(node.name)
     return result
-
-
-def written_before(program: Program, node: fx.Node) -> list[fx.Node]:
-    """Calls in front of a node that write in place into what it reads."""
-    order = {other: place for place, other in enumerate(program.module.graph.nodes)}
-    return [
-        user
-        for source in node.all_input_nodes
-        for user in source.users
-        if user.name in program.mutators and order[user] < order[node]
-    ]
 
 
 def heads_begin(labelling: Labelling, differ: Collection[str] | None) -> set[str]:
@@ -97,7 +85,7 @@ def heads_begin(labelling: Labelling, differ: Collection[str] | None) -> set[str
         if facts.sums and (differ is None or weights[name] & set(differ))
     }
     order = list(program.module.graph.nodes)
-    place = {node: number for number, node in enumerate(order)}
+    graph = dependencies(program)
     exposed: set[str] = set()
     for node in reversed(order):
         if node.op == "output":
@@ -105,10 +93,10 @@ def heads_begin(labelling: Labelling, differ: Collection[str] | None) -> set[str
             continue
         if node.name not in labelling.dynamic:
             continue
-        readers = set(node.users)
-        if node.name in program.mutators:  # who reads the memory afterwards reads what was written
-            readers |= {u for source in node.all_input_nodes for u in source.users if place[u] > place[node]}
-        if any(reader.name in exposed and reader.name not in sums for reader in readers):
+        readers = {user.name for user in node.users}
+        if node.name in program.mutators:  # who sees the memory afterwards reads what was written
+            readers |= set(graph.successors(node.name))
+        if readers & exposed - sums:
             exposed.add(node.name)
     return exposed & sums
 
@@ -162,8 +150,9 @@ def names_of(labelling: Labelling, spaces: FeatureSpaces, labels: Tensor) -> lis
 
 
 def carries_features(labelling: Labelling, spaces: FeatureSpaces, node: str) -> bool:
-    """Whether a value has several features of a space, which can be given back to each model."""
-    matched = _matched(spaces)
+    """Whether a value has several features of a space, or several blocks of such, which can be given back to each
+    model."""
+    matched = _matched(spaces) | (spaces.tie_of >= 0)
     return any(bool(matched[spaces.klass[run[run > 0]]].any()) for run in labelling.fields.get(node, ()))
 
 
