@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .align import Alignment, align
 from .analysis.labelling import Labelling
-from .elastic import elastic_spaces
+from .elastic import Elastic, elastic_spaces
 from .errors import AlignError
 from .losses import Losses
 from .matching import Energy, JointMethod, Merge, Method, Problem, Zip, match_spaces
@@ -44,7 +44,7 @@ class Alone:
         return Losses(self.trunk, self.statistics)
 
     @cached_property
-    def elastic(self) -> tuple[frozenset[int], dict[int, str]]:
+    def elastic(self) -> Elastic:
         """Spaces that may have another size; of others that look like it the reasons why they may not."""
         return elastic_spaces(self.trunk, self.statistics)
 

@@ -15,10 +15,13 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from .analysis.relabel import group_run
 from .branches import Alone
+from .elastic import Elastic
 from .errors import CostError
 from .losses import Losses
 from .moments import Moments
@@ -27,21 +30,23 @@ from .trunk import Trunk
 
 Flops = Sequence[Mapping[str, int]]
 _Key = tuple[int, int]  # a space: number of the model whose head it is in, or _TRUNK; its own number there
+Floats = npt.NDArray[np.float64]
+_Unit = tuple[_Key, ...]  # spaces that have one size
 _TRUNK = -1
 
 
 def by_need(
-    trunk: Trunk, statistics: Mapping[int, Moments], free: Collection[int], max_cost: float, flops: Flops,
-    alone: Mapping[int, Alone], narrow: Mapping[int, Collection[int]],
+    trunk: Trunk, statistics: Mapping[int, Moments], elastic: Elastic, max_cost: float, flops: Flops,
+    alone: Mapping[int, Alone], narrow: Mapping[int, Elastic],
 ) -> tuple[dict[int, int], dict[int, dict[int, int]]]:  # fmt: skip
     """Give up features where that loses the least per FLOP saved, until the cost is right; then use what is left.
 
     Args:
         trunk: what is shared, with the moments of its spaces.
-        free: its spaces that may have another size, by number.
+        elastic: its spaces that may have another size, and which must have the same.
         max_cost: FLOPs of the zipped network relative to the first model.
         flops: of every node of every model.
-        alone: models by themselves; `narrow`: of each the spaces that its head may narrow.
+        alone: models by themselves; `narrow`: of each what its head may narrow.
 
     Returns:
         How many features the free spaces keep, and for each model those of its head.
@@ -49,28 +54,26 @@ def by_need(
     Raises:
         CostError: what has to keep its size takes more than `max_cost`.
     """
-    shared = Losses(trunk, statistics)
-    losses = {(_TRUNK, s): shared.of(s) for s in sorted(free)}
-    base = {(_TRUNK, s): trunk.sizes(s)[0] for s in sorted(free)}
-    for k, spaces in narrow.items():
-        losses |= {(k, s): alone[k].losses.of(s) for s in sorted(spaces)}
-        base |= {(k, s): alone[k].trunk.sizes(s)[0] for s in sorted(spaces)}
-    costs = _Costs(trunk, flops, free, alone, narrow)
+    losses, base, units = _spaces(trunk, statistics, elastic, alone, narrow)
+    chosen = {k: own.spaces for k, own in narrow.items()}
+    costs = _Costs(trunk, flops, elastic.spaces, alone, chosen)
     kept = {s: len(losses[s]) - 1 for s in base}
     budget, one = max_cost * sum(flops[0].values()), sum(flops[0].values())
     total = costs.total({s: kept[s] / base[s] for s in base})
 
-    def steps(sign: int) -> list[tuple[float, _Key, int, float]]:
-        """(loss per FLOP, space, its new size, new total) of all steps by a sixteenth of a space, cheapest first."""
+    def steps(sign: int) -> list[tuple[float, _Unit, int, float]]:
+        """(loss per FLOP, spaces, their new size, new total) of all steps by a sixteenth of a space, cheapest first."""
         ratio = {s: kept[s] / base[s] for s in base}
         result = []
-        for s in base:
+        for unit in units:
+            s = unit[0]
             size = min(kept[s] + sign * math.ceil(base[s] / 16), len(losses[s]) - 1)
             if size < 1 or size == kept[s]:
                 continue
-            saved = costs.saved(ratio, s, size / base[s])
+            saved = costs.saved(ratio, unit, size / base[s])
             if sign * saved < 0:
-                result.append(((losses[s][size] - losses[s][kept[s]]) / saved, s, size, total - saved))
+                more = sum(float(losses[own][size] - losses[own][kept[own]]) for own in unit)
+                result.append((more / saved, unit, size, total - saved))
         return sorted(result, key=lambda step: step[0], reverse=sign > 0)
 
     while total > budget:
@@ -80,13 +83,34 @@ def by_need(
                 f"`max_cost={max_cost}` cannot be reached: what has to keep its size takes {total / one:.2f} of the "
                 "first model's FLOPs. Raise it, or choose a later cut."
             )
-        _, space, kept[space], total = possible[0]
+        _, unit, size, total = possible[0]
+        kept |= dict.fromkeys(unit, size)
     while affordable := [step for step in steps(+1) if step[3] <= budget]:
-        _, space, kept[space], total = affordable[0]
+        _, unit, size, total = affordable[0]
+        kept |= dict.fromkeys(unit, size)
     parts: dict[int, dict[int, int]] = {part: {} for part in (_TRUNK, *narrow)}
     for (part, s), size in kept.items():
         parts[part][s] = size
     return parts.pop(_TRUNK), parts
+
+
+def _spaces(
+    trunk: Trunk, statistics: Mapping[int, Moments], elastic: Elastic, alone: Mapping[int, Alone],
+    narrow: Mapping[int, Elastic],
+) -> tuple[dict[_Key, Floats], dict[_Key, int], list[_Unit]]:  # fmt: skip
+    """Losses of the spaces by size, their sizes in the first model, and which of them have one size."""
+    shared = Losses(trunk, statistics)
+    losses = {(_TRUNK, s): shared.of(s) for s in sorted(elastic.spaces)}
+    base = {(_TRUNK, s): trunk.sizes(s)[0] for s in sorted(elastic.spaces)}
+    groups = [[(_TRUNK, s) for s in sorted(group)] for group in elastic.alike]
+    for k, own in narrow.items():
+        losses |= {(k, s): alone[k].losses.of(s) for s in sorted(own.spaces)}
+        base |= {(k, s): alone[k].trunk.sizes(s)[0] for s in sorted(own.spaces)}
+        groups += [[(k, s) for s in sorted(group)] for group in own.alike]
+    tied = {s for group in groups for s in group}
+    units: dict[_Key, _Unit] = {group[0]: tuple(group) for group in groups}
+    units |= {s: (s,) for s in base if s not in tied}
+    return losses, base, [units[s] for s in base if s in units]
 
 
 _Axis = Mapping[_Key, tuple[float, float]]
@@ -141,10 +165,10 @@ class _Costs:
     def total(self, ratio: Mapping[_Key, float]) -> float:
         return self.fixed + sum(_scaled(*call, ratio) for call in self._calls)
 
-    def saved(self, ratio: Mapping[_Key, float], space: _Key, less: float) -> float:
-        """FLOPs saved by making one space that small."""
-        after = {**ratio, space: less}
-        calls = [self._calls[number] for number in self._of[space]]
+    def saved(self, ratio: Mapping[_Key, float], unit: _Unit, less: float) -> float:
+        """FLOPs saved by making the spaces of a unit that small."""
+        after = {**ratio, **dict.fromkeys(unit, less)}
+        calls = [self._calls[number] for number in sorted({n for space in unit for n in self._of[space]})]
         return sum(_scaled(*call, ratio) - _scaled(*call, after) for call in calls)
 
 

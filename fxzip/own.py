@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .align import Alignment
 from .analysis.graph import dependencies

@@ -78,16 +78,17 @@ def choose_widths(
         return Widths({})
     spaces = trunk.spaces[0].spaces
     asked = _asked(trunk, width) if isinstance(width, Mapping) else None
-    free, reasons = elastic_spaces(trunk, statistics, asked)
-    notes, heads = _notes(trunk, reasons), {}
+    elastic = elastic_spaces(trunk, statistics, asked)
+    free = elastic.spaces
+    notes, heads = _notes(trunk, elastic.reasons), {}
     if isinstance(width, str):
         narrow = {}
         for k, own in alone.items():
-            here, (elastic, why) = behind(trunk, k, own.trunk), own.elastic
-            narrow[k] = here & elastic
-            notes += _notes(own.trunk, {s: why[s] for s in here & why.keys()}, f" in head {k}")
+            names = [space.name for space in own.trunk.spaces[0].spaces]
+            narrow[k] = own.elastic.among(behind(trunk, k, own.trunk), names)
+            notes += _notes(own.trunk, narrow[k].reasons, f" in head {k}")
         limit = 1.0 if max_cost is None else max_cost
-        kept, found = by_need(trunk, statistics, free, limit, flops, alone, narrow)
+        kept, found = by_need(trunk, statistics, elastic, limit, flops, alone, narrow)
         heads = {k: _changed(alone[k].trunk, sizes) for k, sizes in found.items()}
     else:
         share = {s: float(width[spaces[s].name] if isinstance(width, Mapping) else width) for s in free}

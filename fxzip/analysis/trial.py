@@ -39,8 +39,9 @@ class Trial:
     """A program with random parameters, and what it gives before any relabelling."""
 
     def __init__(
-        self, program: Program, seed: int, dtype: torch.dtype | None, labelling: Labelling | None = None
-    ) -> None:
+        self, program: Program, seed: int, dtype: torch.dtype | None, labelling: Labelling | None = None,
+        rows: int = 2,
+    ) -> None:  # fmt: skip
         self.program, self.labelling = program, labelling
         self.seen: Sightings = {}
         self.restless: frozenset[str] = frozenset()  # nodes whose values move by rounding alone
@@ -51,8 +52,8 @@ class Trial:
         attempts = [dtype] if dtype is not None else [torch.float64, own] if small else [own]
         calls = [program.call]
         size = batch_size(program.call)
-        if size is not None and size > 2 and program.batch_axes:
-            calls.insert(0, with_batch(program.call, 2))
+        if size is not None and size != rows and (size > rows or rows > 2) and program.batch_axes:
+            calls.insert(0, with_batch(program.call, rows))
         last = len(attempts) * len(calls) - 1
         for number, (self.dtype, self.call) in enumerate((d, c) for d in attempts for c in calls):
             try:
