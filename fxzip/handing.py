@@ -71,11 +71,11 @@ def steps(plan: ZipPlan, k: int, name: str, first: str) -> list[Step]:
     split = _split(fields, batch[0], name) if batch else None
     if split is not None:
         fields = tuple(tuple(_apart(labels, split) for labels in own) for own in fields)
-    matrices = _matrices(plan, k)
+    matrices, copies = _matrices(plan, k), _matrices(plan, k, copied=True)
     runs = [_run(plan, k, own, first) for own, first in zip(*fields, strict=True)]
     found = []
     for group in _sharing_axes([run for run in runs if _moves(run, matrices)], runs):
-        step = _alone(group[0], matrices) if len(group) == 1 else _together(group, matrices, name)
+        step = _alone(group[0], matrices) if len(group) == 1 else _together(group, copies, name)
         if step is not None:
             found.append(Step(step.table, step.axes, step.sizes, split))
     return found
@@ -118,11 +118,16 @@ def _run(plan: ZipPlan, k: int, own: Tensor, first: Tensor) -> _Run:
     return _Run(axes, plan.trunk.spaces[k].layout_with_blocks(own), merged, tuple(own.shape[a] for a in axes), shape)
 
 
-def _matrices(plan: ZipPlan, k: int) -> dict[tuple[int, int], Tensor]:
-    """(space of model 0, space of model k) -> U_k, of what is not folded into the head; blocks included."""
+def _matrices(plan: ZipPlan, k: int, *, copied: bool = False) -> dict[tuple[int, int], Tensor]:
+    """(space of model 0, space of model k) -> U_k, of what is not folded into the head; blocks included. `copied`: that
+    of the merge, where the head reads better what a regression gives."""
     trunk = plan.trunk
     partners = trunk.partners[k]
-    result = {(s, partners[s]): plan.merges[s].U(k) for s in range(len(partners)) if s not in plan.folded[k]}
+    result = {
+        (s, partners[s]): plan.merges[s].U(k) if copied else plan.U(s, k)
+        for s in range(len(partners))
+        if s not in plan.folded[k]
+    }
     for s, space in enumerate(trunk.spaces[0].spaces):
         twin = trunk.spaces[k].spaces[partners[s]]
         if space.tie is not None and twin.tie is not None and space.blocks is not None and twin.blocks is not None:
