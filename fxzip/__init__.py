@@ -6,6 +6,7 @@
 """
 
 from .align import align
+from .allowed import trust
 from .analysis import label, self_check, solve
 from .analysis.twin import relabel
 from .calibration import Calibration, PerModel
@@ -21,6 +22,7 @@ from .errors import (
     FxzipError,
     FxzipWarning,
     InputError,
+    LoadError,
     PinnedSpaceWarning,
     SelfCheckError,
     SpecializationError,
@@ -85,6 +87,7 @@ __all__ = [
     "InputError",
     "KMeans",
     "LeastSquares",
+    "LoadError",
     "Merge",
     "Moments",
     "MuDSC",
@@ -126,4 +129,5 @@ __all__ = [
     "survey",
     "sweep",
     "trace",
+    "trust",
 ]

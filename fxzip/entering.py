@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 
 from .basis import PlaceMap, merged_layout
 from .errors import CutError
+from .ops import merge
 from .plan import ZipPlan
 from .rules import varying
 from .tracing import Program, guards_at_entry, require
-from .zipped import merge
 
 
 def copied_node(

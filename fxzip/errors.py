@@ -51,6 +51,10 @@ class CostError(InputError):
     """`max_cost` is less than what has to keep its size takes."""
 
 
+class LoadError(FxzipError):
+    """A file names a function, a method or an attribute that a stored network may not call."""
+
+
 class FxzipWarning(UserWarning):
     """Base of all warnings of fxzip."""
 

@@ -27,6 +27,7 @@ from .calibration import Calibration
 from .endings import Ending, check_features, check_logits, ending
 from .errors import DataError, InputError
 from .inputs import Call, JointCall, as_call, batch_size, with_batch
+from .ops import lift, pooled, shift
 from .report import Report
 from .shifts import Evidence, Shifts, fit_shifts
 from .sources import MAX_BATCHES
@@ -34,36 +35,6 @@ from .tracing import Program, plain_context, run_eager
 from .zipped import ZippedModule
 
 LEAST = 10  # inputs of each task
-
-
-def shift(features: Tensor, direction: Tensor, mean: Tensor, offset: Tensor, axis: int) -> Tensor:
-    """One number for each input, [batch], float32 at least: v · (h - m) + c, h as `pooled` gives it.
-
-    >>> shift(torch.tensor([[1.0, 2.0]]), torch.tensor([1.0, 0.5]), torch.tensor([1.0, 1.0]), torch.tensor(1.0), -1)
-    tensor([1.5000])
-    """
-    exact = torch.promote_types(features.dtype, torch.float32)
-    own = pooled(features.to(exact), axis) - mean.to(exact)
-    return own @ direction.to(exact) + offset.to(exact)
-
-
-def pooled(features: Tensor, axis: int) -> Tensor:
-    """[batch, features]: the mean over all other axes.
-
-    >>> pooled(torch.ones(2, 3, 4, 4), 1).shape
-    torch.Size([2, 3])
-    """
-    return features.movedim(axis, 1).unsqueeze(-1).flatten(2).mean(2)  # no branch: it can be traced again
-
-
-def lift(logits: Tensor, amount: Tensor) -> Tensor:
-    """All logits of an input moved by the same amount: [batch, classes] and [batch].
-
-    >>> lift(torch.zeros(2, 2), torch.tensor([1.0, -1.0]))
-    tensor([[ 1.,  1.],
-            [-1., -1.]])
-    """
-    return (logits + amount[:, None]).to(logits.dtype)
 
 
 @plain_context()

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batches import not_finite, wrong_shape
 from .inputs import Call
 from .moments import SAMPLES, Moments
 from .places import VALUE, Spot, Watch, watches
-from .tracing import Program, flat_inputs, quiet_execution
+from .tracing import MathAttention, Program, flat_inputs, quiet_execution
 from .trunk import Trunk
 
 POSITIONS = (192, 8192)  # per batch and space, least and most; images, pixels and places are spread evenly
@@ -217,7 +216,7 @@ def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[C
         for program, watcher in zip(programs, watchers, strict=True):
             watcher.taken = {}
             try:
-                with quiet_execution(), sdpa_kernel(SDPBackend.MATH), watcher:
+                with quiet_execution(), watcher, MathAttention():
                     _WatchedRun(program.module, watcher).run(*flat_inputs(program.module, call))
             except RuntimeError as error:
                 raise wrong_shape(call, index, program.call, error) from error

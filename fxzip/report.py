@@ -8,10 +8,11 @@ from typing import Any
 
 from .flops import count_flops
 from .naming import module_path
+from .ops import mix
 from .plan import ZipPlan
 from .shapes import checked_shapes
 from .tracing import Program
-from .zipped import ZippedModule, mix
+from .zipped import ZippedModule
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from .basis import PlaceMap, merged_param
 from .entering import copied_node, emit_entries, emit_guards, emit_stems
 from .handing import steps
 from .mixing import mix_norms
+from .ops import mix, unmerge
 from .plan import ZipPlan, head_nodes, head_params
 from .sizes import adopt_sizes
 from .tracing import Program, guards_at_entry
-from .zipped import ZippedModule, mix, set_tensor, unmerge
+from .zipped import ZippedModule, set_tensor
 
 
 def trunk_module(plan: ZipPlan) -> fx.GraphModule:

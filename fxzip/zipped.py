@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
-import importlib
-import math
 import operator
-from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -15,56 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from .align import attribute
+from .ops import FORMAT, Function, Reference, merge, mix, restored, unmerge, written
 from .tracing import require
 
+__all__ = ["EmittedModule", "ZippedModule", "merge", "mix", "part_of", "reuse_memory", "set_tensor", "unmerge"]
 
-def unmerge(x: Tensor, index: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-    """Gather features along `axes`, seen as one run: the features of one model out of the merged ones.
-
-    >>> import torch
-    >>> unmerge(torch.tensor([[1.0, 2.0]]), torch.tensor([1, 1, 0]), (1,), (3,))
-    tensor([[2., 2., 1.]])
-    """
-    if len(axes) == 1:
-        return x.index_select(axes[0], index)
-    ends = tuple(range(x.ndim - len(axes), x.ndim))
-    moved = x.movedim(axes, ends)
-    flat: Tensor = moved.flatten(-len(axes)).index_select(-1, index)
-    return flat.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return]
-
-
-def mix(x: Tensor, matrix: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-    """Features of one model as linear combinations of merged ones: `matrix` is [features of the model, merged].
-
-    >>> import torch
-    >>> mix(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.5]]), (1,), (1,))
-    tensor([[1.5000]])
-    """
-    ends = tuple(range(x.ndim - len(axes), x.ndim))
-    moved: Tensor = x.movedim(axes, ends).flatten(-len(axes)) @ matrix.to(x.dtype).T
-    return moved.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return]
-
-
-def merge(
-    values: tuple[Tensor, ...], rows: Tensor, columns: Tensor, weights: Tensor, axes: tuple[int, ...],
-    sizes: tuple[int, ...],
-) -> Tensor:  # fmt: skip
-    """Σ_k M_k x_k along `axes`, seen as one run: the features of K models into merged ones; without axes the mean.
-
-    M is sparse: row, column and weight of each entry, columns counted through all models.
-
-    >>> import torch
-    >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 3.0]])
-    >>> merge((a, b), torch.tensor([0, 1, 1, 0]), torch.arange(4), torch.full((4,), 0.5), (1,), (2,))
-    tensor([[2., 3.]])
-    """
-    if not axes:
-        return torch.stack(values).mean(0)
-    ends = tuple(range(values[0].ndim - len(axes), values[0].ndim))
-    joint = torch.cat([value.movedim(axes, ends).flatten(-len(axes)) for value in values], -1)
-    taken = joint.index_select(-1, columns) * weights.to(joint.dtype)
-    merged = taken.new_zeros((*joint.shape[:-1], math.prod(sizes))).index_add(-1, rows, taken)
-    return merged.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return]
+_restored, _Function, _Reference = restored, Function, Reference  # files of format 0 name them here
 
 
 def part_of(node: fx.Node) -> str:
@@ -87,7 +39,7 @@ class EmittedModule(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         kind = next(base for base in type(self).__mro__ if "<locals>" not in base.__qualname__)  # each has its own
-        return _restored, (kind, _holder(self), _written(self.graph), dict(self.meta))
+        return restored, (kind, _holder(self), written(self.graph), dict(self.meta), FORMAT)
 
 
 class ZippedModule(EmittedModule):
@@ -124,71 +76,6 @@ class ZippedModule(EmittedModule):
             if not kept and not acts:
                 graph.erase_node(node)
         return EmittedModule(_holder(self), graph)
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """Stands for a node, by name, in the arguments of a pickled one."""
-
-    name: str
-
-
-def _reference(node: fx.Node) -> Any:
-    return _Reference(node.name)
-
-
-def _written(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """A graph as plain data: op, name, target, arguments and what fxzip notes of each node."""
-    lines = []
-    for node in graph.nodes:
-        given: Any = fx.node.map_arg((node.args, node.kwargs), _reference)
-        target = node.target if isinstance(node.target, str) else _Function.of(node.target)
-        lines.append((node.op, node.name, target, *given, node.meta.get("fxzip", {})))
-    return lines
-
-
-@dataclass(frozen=True)
-class _Function:
-    """What a node calls: where it is found, or itself if it is not found there."""
-
-    module: str
-    path: str
-    itself: Any = None
-
-    @classmethod
-    def of(cls, called: Any) -> _Function:
-        # PyTorch's functions are found at `torch.relu`, say, not where they say they come from
-        module, _, path = fx.node._get_qualified_name(called).rpartition(".")
-        found, itself = cls(module, path), cls("", "", called)
-        try:
-            return found if module and found.find() is called else itself
-        except (ImportError, AttributeError):
-            return itself
-
-    def find(self) -> Any:
-        if not self.module:
-            return self.itself
-        try:
-            return getattr(importlib.import_module(self.module), self.path)
-        except ImportError:  # `torch.ops.aten.relu.default`: objects, not modules
-            first, *rest = f"{self.module}.{self.path}".split(".")
-            return functools.reduce(getattr, rest, importlib.import_module(first))
-
-
-def _restored(
-    kind: type[EmittedModule], holder: nn.Module, lines: list[tuple[Any, ...]], own: dict[str, Any]
-) -> EmittedModule:
-    """A module from its pickle."""
-    graph = fx.Graph()
-    made: dict[str, fx.Node] = {}
-    for op, name, target, args, kwargs, meta in lines:
-        given = fx.node.map_aggregate((args, kwargs), lambda a: made[a.name] if isinstance(a, _Reference) else a)
-        called = target.find() if isinstance(target, _Function) else target
-        made[name] = graph.create_node(op, called, *given, name=name)
-        made[name].meta["fxzip"] = meta
-    result = kind(holder, graph)
-    result.meta.update(own)
-    return result
 
 
 def _holder(module: nn.Module) -> nn.Module:

@@ -352,7 +352,7 @@ def test_every_name_zips(name):
         (lambda: Agglomerative("ward"), "`linkage` must be one of 'average', 'complete', 'single'; got 'ward'"),
         (lambda: KMeans()(observed(3, 3), 7), "`kmeans` can keep 1 to 6 of the 6 features of this space; got `size` 7"),
         (lambda: Agglomerative()(observed(3, 3), 0), "`agglomerative` can keep 1 to 6 of the 6 features"),
-        (lambda: Transport(entropy=-1), "`Transport` needs entropy >= 0; got entropy=-1"),
+        (lambda: Transport(entropy=-1), "`Transport` needs a finite entropy >= 0; got entropy=-1"),
         (lambda: Transport()(observed(3, 3), 4), "`transport` keeps the features of the first model: `size` must be 3"),
         (lambda: CycleConsistent(start="middle"), "`starts` must name one or more of"),
         (

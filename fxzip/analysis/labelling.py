@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..containers import flatten, leaves
 from ..rules import Facts, Fields, Rule
 from ..rules.fields import along
-from ..tracing import Program, flat_inputs, is_number, quiet_execution
+from ..tracing import MathAttention, Program, flat_inputs, is_number, quiet_execution
 from .calls import LabelMode
 from .state import Barrier, Entry, ParamLabels, Probed, Site, State
 
@@ -150,13 +148,6 @@ def place_of(node: fx.Node) -> str:
     return ", ".join(parts)
 
 
-@contextmanager
-def _decomposed() -> Iterator[None]:
-    """Attention as its matrix products, so that a handful of rules see it all."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
 def label(program: Program, rules: Mapping[str, Rule]) -> Labelling:
     """Run `program` once on its sample and collect what every call says about labels.
 
@@ -171,7 +162,7 @@ def label(program: Program, rules: Mapping[str, Rule]) -> Labelling:
         state.params[name] = ParamLabels(fields)
         state.held[id(tensor)] = Entry(tensor, fields, True, True)
     run = _Run(program, state)
-    with quiet_execution(), _decomposed(), LabelMode(state):
+    with quiet_execution(), LabelMode(state), MathAttention():
         run.run(*flat_inputs(program.module, program.call))
     return Labelling(
         program, state.ledger.size, dict(state.params), run.facts, run.fields, run.touches,

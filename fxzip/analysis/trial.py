@@ -10,8 +10,8 @@ once as the program runs on them, and the latter are written over for every rela
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -187,8 +187,7 @@ def run_with(
     module: nn.Module = program.module
     if visit is not None:
         module, own = _Visited(program.module, visit), {f"module.{name}": value for name, value in own.items()}
-    with quiet_execution(), _in_double() if dtype == torch.float64 else nullcontext(), Still():
-        torch.manual_seed(0)
+    with quiet_execution(), DoubleMode() if dtype == torch.float64 else nullcontext(), Still():
         return torch.func.functional_call(module, own, tuple(inputs))
 
 
@@ -212,18 +211,6 @@ class _Visiting(fx.Interpreter):
         return self.visit(n, super().run_node(n))
 
 
-@contextmanager
-def _in_double() -> Iterator[None]:
-    """Default dtype float64, and what a model writes in another floating dtype is float64 all the same."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _DoubleMode():
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 _WIDER = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -233,13 +220,26 @@ _WIDER = {
 }
 
 
-class _DoubleMode(TorchDispatchMode):
-    """Replaces narrow floating dtypes among the arguments of every call, and widens what comes in narrow."""
+class DoubleMode(TorchDispatchMode):
+    """Everything in float64, in this thread: replaces narrow floating dtypes among the arguments of every call, widens
+    what comes in narrow, and lets calls without a dtype make float64. Not the default dtype: that is every thread's.
+
+    >>> with DoubleMode():
+    ...     print(torch.zeros(2).dtype, (torch.arange(2) / 2).dtype, torch.full((1,), 2).dtype)
+    torch.float64 torch.float64 torch.int64
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.view.dtype:  # reinterprets memory
             return func(*args, **(kwargs or {}))
-        return func(*pytree.tree_map(_wider, args), **pytree.tree_map(_wider, kwargs or {}))
+        args, kwargs = pytree.tree_map(_wider, args), pytree.tree_map(_wider, kwargs or {})
+        out = func(*args, **kwargs)
+        made = out.dtype if isinstance(out, Tensor) else None
+        if made not in _WIDER or func._schema.is_mutable:
+            return out
+        if any(argument.name == "dtype" for argument in func._schema.arguments) and kwargs.get("dtype") is None:
+            return func(*args, **{**kwargs, "dtype": _WIDER[made]})
+        return _wider(out)
 
 
 def _wider(value: Any) -> Any:

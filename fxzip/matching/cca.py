@@ -22,6 +22,7 @@ a normalisation, which take M as biases do.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -54,7 +55,7 @@ class CCA:
         ridge: γ, in units of the mean variance of the features of a model.
 
     Raises:
-        InputError: `ridge` is negative.
+        InputError: `ridge` is negative or not finite.
     """
 
     name: ClassVar[str] = "cca"
@@ -62,15 +63,16 @@ class CCA:
     ridge: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.ridge < 0:
-            raise InputError(f"`CCA` needs ridge >= 0; got ridge={self.ridge}. The default is 0.1.")
+        if not 0 <= self.ridge < math.inf:
+            raise InputError(f"`CCA` needs a finite ridge >= 0; got ridge={self.ridge}. The default is 0.1.")
 
     def __call__(self, moments: Moments, size: int | None = None) -> Merge:
         """The merge to the n features of the first model. Its `correlation` is the mean of the ρ, ridge and all.
 
         Raises:
             InputError: widths differ, or `size` is another one.
-            DataError: nothing was observed, the moments are not finite, or covariances without a ridge are singular.
+            DataError: nothing was observed, the moments are not finite, covariances without a ridge are singular, or
+                the models' features are of magnitudes too far apart.
         """
         n = moments.sizes[0]
         if size not in (None, n) or len(set(moments.sizes)) > 1:
@@ -82,18 +84,30 @@ class CCA:
         first = slice(0, n)
         root, inverse = _roots(covariance[first, first], self.ridge)
         merge, unmerge, correlations = [torch.eye(n).to(root)], [torch.eye(n).to(root)], []
-        for own in (slice(*pair) for pair in pairwise(moments.offsets()[1:])):
+        for own in _runs(moments)[1:]:
             root_k, inverse_k = _roots(covariance[own, own], self.ridge)
             a, rho, bt = torch.linalg.svd(inverse @ covariance[first, own] @ inverse_k)
             merge.append(root @ a @ bt @ inverse_k)
             unmerge.append(root_k @ (a @ bt).T @ inverse)
             correlations.append(float(rho.mean()))
         mean = sum(correlations) / len(correlations) if correlations else 1.0
-        return Merge(torch.cat(merge, 1) / len(moments.sizes), torch.cat(unmerge), moments.sizes, mean)
+        found = Merge(torch.cat(merge, 1) / len(moments.sizes), torch.cat(unmerge), moments.sizes, mean)
+        if not bool(found.merge.isfinite().all() and found.unmerge.isfinite().all()):
+            spread = ", ".join(f"{float(moments.covariance.diagonal()[own].mean()):.1e}" for own in _runs(moments))
+            raise DataError(
+                f"`cca` needs features of comparable magnitude; the mean variances of the models are {spread}, and "
+                'what turns one into another overflows. Rescale the models, or use `method="zip"`.'
+            )
+        return found
 
     def relabelling(self) -> Permute:
         """`Permute`."""
         return Permute()
+
+
+def _runs(moments: Moments) -> list[slice]:
+    """Where each model's features lie."""
+    return [slice(*pair) for pair in pairwise(moments.offsets())]
 
 
 def _covariance(moments: Moments) -> Tensor:

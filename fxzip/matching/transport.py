@@ -13,6 +13,7 @@ through nonlinear ones, and heads read their features through a matrix.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -44,8 +45,10 @@ class Transport:
     entropy: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.entropy < 0:
-            raise InputError(f"`Transport` needs entropy >= 0; got entropy={self.entropy}. The exact coupling is 0.")
+        if not 0 <= self.entropy < math.inf:
+            raise InputError(
+                f"`Transport` needs a finite entropy >= 0; got entropy={self.entropy}. The exact coupling is 0."
+            )
 
     def __call__(self, moments: Moments, size: int | None = None) -> Merge:
         """The merge to the n_0 features of the first model.

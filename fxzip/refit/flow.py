@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..inputs import Call
 from ..rules import RULES, elementwise, is_pointwise, reduction
-from ..tracing import flat_inputs
-from .survey import Run, decomposed, name_of
+from ..tracing import flat_inputs, quiet_execution
+from .survey import Run, name_of
 
 Function = Callable[[Tensor], Tensor]
 Site = tuple[fx.Node, int]
@@ -254,6 +254,6 @@ def follow(net: fx.GraphModule, sample: Call) -> Flow:
     True
     """
     mode = _Follow(next(iter(net.graph.nodes)))
-    with decomposed(), mode:
+    with quiet_execution(), mode:
         Run(net, mode).run(*flat_inputs(net, sample))
     return mode.flow

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ..inputs import Call, batch_size, leaves, map_tensors, select_rows
-from ..tracing import Program, flat_inputs, run_recorded
+from ..tracing import MathAttention, Program, flat_inputs, run_recorded
 
 Env = dict[fx.Node, Any]
 
@@ -37,9 +37,10 @@ class Lockstep:
                 env[node] = self.call(env, node)
 
     def call(self, env: Env, node: fx.Node) -> Any:
-        """What a node whose inputs are there gives; nothing is kept."""
+        """What a node whose inputs are there gives, by calls as the analysis has seen them; nothing is kept."""
         self._interpreter.env = env
-        return self._interpreter.run_node(node)
+        with MathAttention():
+            return self._interpreter.run_node(node)
 
     def value(self, env: Env, node: fx.Node) -> Any:
         """The value of a node; what it needs and is not there yet is computed ahead of time, and kept in `env`."""

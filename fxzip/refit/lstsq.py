@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 from ..inputs import Call
 from ..plan import ZipPlan
+from ..tracing import quiet_execution
 from ..zipped import ZippedModule
 from .lockstep import bytes_per_row, laid_out, within_memory
 from .samples import sample_bytes
 from .solving import Fit, Settings
-from .survey import decomposed
 from .unfit import Unfit
 from .walk import Walk
 
@@ -46,7 +46,7 @@ class LeastSquares(Settings):
             laid, bytes_per_row(zipped, programs), _SHARE * (self.memory - samples), getattr(data, "sources", 1),
             whole=any(not program.batch_axes for program in programs),
         )  # fmt: skip
-        with decomposed():
+        with quiet_execution():
             unfit = _tried(zipped, plan, self)
             while True:
                 result = copy.deepcopy(zipped)

@@ -7,20 +7,17 @@ known; see `analysis.labelling`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..inputs import Call
 from ..rules import RULES, movement
-from ..tracing import flat_inputs, quiet_execution
+from ..tracing import MathAttention, flat_inputs, quiet_execution
 from .kernels import Kernel, call_kernel
 
 Extent = tuple[int, int, int]  # storage of a tensor, first and last place in it
@@ -48,13 +45,6 @@ def name_of(func: Any) -> str:
 def is_move(name: str) -> bool:
     """Whether a call does nothing but move elements."""
     return RULES.get(name) is movement.move
-
-
-@contextmanager
-def decomposed() -> Iterator[None]:
-    """Calls as the analysis has seen and counted them."""
-    with quiet_execution(), sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +212,7 @@ class Watcher(Protocol):
 
 
 class Run(fx.Interpreter):
-    """Runs the network under a mode, and tells it where it is."""
+    """Runs the network under a mode, calls as the analysis has seen and counted them, and tells it where it is."""
 
     def __init__(self, module: fx.GraphModule, spy: Watcher) -> None:
         super().__init__(module, garbage_collect_values=True)
@@ -230,7 +220,8 @@ class Run(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.spy.node = n
-        value = super().run_node(n)
+        with MathAttention():
+            value = super().run_node(n)
         self.spy.leave(value)
         return value
 
@@ -244,6 +235,6 @@ def survey(net: fx.GraphModule, sample: Call) -> Survey:
     [('addmm', True), ('native_layer_norm', False)]
     """
     spy = _Spy(net)
-    with decomposed(), spy:
+    with quiet_execution(), spy:
         Run(net, spy).run(*flat_inputs(net, sample))
     return spy.found

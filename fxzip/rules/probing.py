@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracing.randomness import own_randomness
 from .fields import Fields, along, varying
 from .invocation import Invocation
 from .meeting import merged_fields
@@ -133,8 +134,7 @@ def _run(call: Invocation, values: Sequence[Tensor]) -> list[Tensor] | None:
     args = [swap(value) for value in call.args]
     kwargs = {key: swap(value) for key, value in call.kwargs.items()}
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with own_randomness():
             return _outputs(call.func(*args, **kwargs))
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
         return None

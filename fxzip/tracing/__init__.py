@@ -1,9 +1,11 @@
 """From a model and a sample input to a graph that reproduces the model: `trace` gives a `Program`.
 
 `preparation` makes the own copy; `symbolic`, `values` and `exporting` are the rungs; `tidying` and `inplace` normalise
-the graph; `execution` runs and compares; `ladder` puts them together.
+the graph; `execution` runs and compares, with `randomness`, `attention`, `threads` and `state` so
+that a run is felt nowhere else; `ladder` puts them together.
 """
 
+from .attention import MathAttention
 from .execution import (
     TOLERANCE,
     Record,
@@ -22,6 +24,7 @@ from .preparation import check_model, check_placement
 __all__ = [
     "RUNGS",
     "TOLERANCE",
+    "MathAttention",
     "Program",
     "Record",
     "check_model",

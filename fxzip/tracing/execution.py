@@ -16,14 +16,21 @@ from ..containers import flatten
 from ..errors import SpecializationError
 from ..inputs import Call, map_tensors
 from ..structure import Structure
+from .randomness import own_randomness
+from .state import restored_state
+from .threads import ThreadPatch, tracing
 
 TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4}
 """Largest difference that counts as rounding, relative to the largest magnitude; 2e-2 for the half precisions."""
 
 
+_FASTPATH = ThreadPatch(lambda: [(torch.backends.mha, "get_fastpath_enabled", lambda: False)])
+
+
 @contextmanager
-def quiet_execution() -> Iterator[None]:
-    """No gradients, no fused attention kernel that hides features, and the random state as before.
+def quiet_execution(*, seed: int = 0) -> Iterator[None]:
+    """No gradients, no fused transformer layers that hide features, random numbers from own generators; for this thread
+    only, and afterwards all is as it was.
 
     >>> state = torch.get_rng_state()
     >>> with quiet_execution():
@@ -31,13 +38,14 @@ def quiet_execution() -> Iterator[None]:
     >>> bool((torch.get_rng_state() == state).all())
     True
     """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(torch.no_grad())
+    with restored_state(), _FASTPATH.inside(), own_randomness(seed), torch.no_grad():
+        yield
+
+
+@contextmanager
+def tracing_execution() -> Iterator[None]:
+    """`quiet_execution` for a tracer: one thread at a time."""
+    with tracing(), quiet_execution():
         yield
 
 
@@ -65,7 +73,6 @@ def run_eager(model: nn.Module, call: Call) -> Any:
     """
     own = map_tensors(lambda value: value.detach().clone(), call)
     with quiet_execution():
-        torch.manual_seed(0)
         return model(*own.args, **own.kwargs)
 
 
@@ -121,7 +128,6 @@ def run_recorded(module: fx.GraphModule, call: Call, *, lenient: bool = False) -
     own = map_tensors(lambda value: value.detach().clone(), call)
     recorder = _Recorder(module, lenient)
     with quiet_execution():
-        torch.manual_seed(0)
         recorder.record.output = recorder.run(*flat_inputs(module, own))
     return recorder.record
 

@@ -6,13 +6,15 @@ structure, no guards.
 
 from __future__ import annotations
 
+import functools
 import operator
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.fx.traceback
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
@@ -21,6 +23,7 @@ from ..inputs import Call
 from ..structure import Rebuild, Structure, notation
 from .guards import form_of, is_trivial, require
 from .symbolic import bind
+from .threads import only_here, without_warnings
 
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Position of the submodule among the arguments."""
@@ -36,9 +39,12 @@ def trace_export(root: nn.Module, call: Call, dynamic: Sequence[tuple[int, ...]]
     given, arguments = flatten((call.args, call.kwargs))
     returned: list[Structure] = []
     shapes = (tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) or None for axes in dynamic),)
-    with warnings.catch_warnings(), _flat_forward(root, arguments, returned):
-        warnings.simplefilter("ignore")
+    with without_warnings(), _compiling_here(), _flat_forward(root, arguments, returned):
         exported = torch.export.export(root, tuple(given), dynamic_shapes=shapes, strict=False)
+        if _transforms(exported.graph):
+            exported = exported.run_decompositions({})  # `vmap` and its like become the calls that they stand for
+    if _transforms(exported.graph):
+        raise NotImplementedError(f"`{_transforms(exported.graph)}` has no counterpart in calls on plain tensors")
     module = exported.module(check_guards=False)
     graph = module.graph
     inline_regions(module, graph)
@@ -52,6 +58,30 @@ def trace_export(root: nn.Module, call: Call, dynamic: Sequence[tuple[int, ...]]
         str(node.target): _attribute(root, module, str(node.target)) for node in graph.nodes if node.op == "get_attr"
     }
     return fx.GraphModule(attributes, graph, class_name="GraphModule")
+
+
+def _transforms(graph: fx.Graph) -> str:
+    """A node that enters or leaves a transform of `torch.func`, "" if there is none. Such a graph cannot be run in
+    parts: whoever stops in the middle leaves the process inside of the transform."""
+    kinds = ((node, str(getattr(node.target, "__module__", ""))) for node in graph.nodes if node.op == "call_function")
+    return next((node.name for node, kind in kinds if kind.startswith("torch._functorch")), "")
+
+
+@contextmanager
+def _compiling_here() -> Iterator[None]:
+    """While `torch.export` runs, `torch.compiler.is_compiling()` is true in all threads; here in this one only. What
+    other threads run meanwhile notes nothing in the metadata of the trace."""
+    with ExitStack() as stack:
+        for name in ("is_compiling", "is_exporting"):
+            original = getattr(torch.compiler, name)
+            here = only_here(original, functools.wraps(original)(functools.partial(bool, original())))
+            stack.enter_context(mock.patch.object(torch.compiler, name, here))
+        for name in ("set_current_meta", "annotate"):
+            noting = getattr(fx.traceback, name, None)
+            if noting is not None:
+                elsewhere = functools.wraps(noting)(lambda *_args, **_options: nullcontext())
+                stack.enter_context(mock.patch.object(fx.traceback, name, only_here(noting, elsewhere)))
+        yield
 
 
 def _attribute(root: nn.Module, module: nn.Module, target: str) -> Any:

@@ -93,6 +93,7 @@ def require(value: Any, form: Form, what: str, where: str = "") -> None:
     )
 
 
+require.__module__ = "fxzip.ops"  # files name it there
 fx.node.has_side_effect(require)
 
 

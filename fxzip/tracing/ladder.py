@@ -15,7 +15,7 @@ from torch import fx, nn
 from ..containers import flatten
 from ..errors import InputError, TraceError
 from ..inputs import Call, as_call, map_tensors
-from .execution import Record, plain_context, quiet_execution
+from .execution import Record, plain_context, tracing_execution
 from .exporting import trace_export
 from .inplace import out_of_place
 from .memory import Sharing, sharing
@@ -104,7 +104,7 @@ def _rungs(call: Call) -> tuple[str, ...]:
 
 
 def _traced(own: nn.Module, rung: str, reference: Reference) -> fx.GraphModule:
-    with quiet_execution():
+    with tracing_execution():
         if rung == "export":
             if unsafe := list(safe_names(own)):
                 raise InputError(f"Names of modules must be such as code can hold; found {unsafe[0]!r}. Rename it.")

@@ -78,7 +78,6 @@ class Memory(fx.Interpreter):
         self.state = {storage: _STATE - place for place, storage in enumerate(held)}
         own = map_tensors(lambda value: value.detach().clone(), call)
         with quiet_execution():
-            torch.manual_seed(0)
             self.run(*flat_inputs(module, own))
 
     def run_node(self, n: fx.Node) -> Any:

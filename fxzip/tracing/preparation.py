@@ -26,6 +26,14 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""What renames or makes entries of a state dict: of parametrisations that are folded, or for names of the model."""
+
 _QUANTISED = (
     "torch.ao.nn.quantized",
     "torch.nn.quantized",
@@ -163,7 +171,8 @@ def _unparametrise(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[0]
     for key, value in values.items():
         if trained[key]:
-            module.register_parameter(key, nn.Parameter(value.detach().clone(), any(trained[key])))
+            # By `setattr`: recurrent layers hold their weights in a list too, which follows what is set.
+            setattr(module, key, nn.Parameter(value.detach().clone(), any(trained[key])))
         else:
             module.register_buffer(key, value.detach().clone())
 
@@ -180,7 +189,7 @@ def without_hooks(model: nn.Module) -> tuple[str, ...]:
     for path, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             paths.append(path)
-        for kind in _HOOKS:
+        for kind in (*_HOOKS, *_STATE_HOOKS):
             if getattr(module, kind, None):
                 getattr(module, kind).clear()
     return tuple(paths)

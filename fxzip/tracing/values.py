@@ -24,6 +24,7 @@ from .guards import form_of, place_in_source, require
 from .numbers import MATH, is_number, may_read
 from .questions import FACTORIES, SHAPE_FUNCTIONS, SHAPE_METHODS, SIZE_METHODS
 from .symbolic import SymbolicTracer
+from .threads import only_here
 
 
 class DataDependentError(RuntimeError):
@@ -163,11 +164,14 @@ class ValueTracer(SymbolicTracer):
 
         with ExitStack() as stack:
             for name in FACTORIES:
-                stack.enter_context(mock.patch.object(torch, name, recorded(getattr(torch, name))))
+                original = getattr(torch, name)
+                stack.enter_context(mock.patch.object(torch, name, only_here(recorded(original), original)))
             for name in MATH:
-                stack.enter_context(mock.patch.object(math, name, recorded(getattr(math, name))))
-            for name in ("is_tensor", "finfo", "iinfo"):
-                stack.enter_context(mock.patch.object(torch, name, _on_value(getattr(torch, name))))
+                original = getattr(math, name)
+                stack.enter_context(mock.patch.object(math, name, only_here(recorded(original), original)))
+            stack.enter_context(mock.patch.object(torch, "is_tensor", _on_value(torch.is_tensor)))
+            for name in ("finfo", "iinfo"):
+                stack.enter_context(mock.patch.object(torch, name, _type_on_value(getattr(torch, name))))
             yield
 
 
@@ -258,6 +262,22 @@ def _on_value(original: Any) -> Any:
 
 def _is_proxy(value: Any) -> bool:
     return issubclass(type(value), ValueProxy)
+
+
+def _type_on_value(original: type) -> type:
+    """The same for a class: its instances are those of the original."""
+
+    class OnValue(type):
+        def __call__(cls, *args: Any) -> Any:
+            return _on_value(original)(*args)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, original)
+
+        def __subclasscheck__(cls, subclass: type) -> bool:
+            return issubclass(subclass, original)
+
+    return OnValue(original.__name__, (), {"__module__": original.__module__})
 
 
 def _plain(owner: Any, name: str) -> Any:

@@ -1,0 +1,225 @@
+"""What a zipped network calls, and how it is stored: operations, and the graph as plain data.
+
+This module does not move: files name it. A network is stored as its class, a module that holds its parameters, its
+nodes (operation, name, target, arguments, and what fxzip notes of each), its notes, and the number of the format.
+
+Format 0 had the operations in `fxzip.zipped` and `fxzip.joint`; such files are still read.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .allowed import check_name, check_node, is_allowed, is_rebuild, named, qualified
+from .errors import LoadError
+from .tracing.guards import require
+
+__all__ = ["lift", "merge", "mix", "pooled", "require", "shift", "unmerge"]
+
+FORMAT = 1
+"""The number of the format that is written."""
+
+
+def unmerge(x: Tensor, index: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    """Gather features along `axes`, seen as one run: the features of one model out of the merged ones.
+
+    >>> import torch
+    >>> unmerge(torch.tensor([[1.0, 2.0]]), torch.tensor([1, 1, 0]), (1,), (3,))
+    tensor([[2., 2., 1.]])
+    """
+    if len(axes) == 1:
+        return x.index_select(axes[0], index)
+    ends = tuple(range(x.ndim - len(axes), x.ndim))
+    moved = x.movedim(axes, ends)
+    flat: Tensor = moved.flatten(-len(axes)).index_select(-1, index)
+    return flat.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return]
+
+
+def mix(x: Tensor, matrix: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    """Features of one model as linear combinations of merged ones: `matrix` is [features of the model, merged].
+
+    >>> import torch
+    >>> mix(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.5]]), (1,), (1,))
+    tensor([[1.5000]])
+    """
+    ends = tuple(range(x.ndim - len(axes), x.ndim))
+    moved: Tensor = x.movedim(axes, ends).flatten(-len(axes)) @ matrix.to(x.dtype).T
+    return moved.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return]
+
+
+def merge(
+    values: tuple[Tensor, ...], rows: Tensor, columns: Tensor, weights: Tensor, axes: tuple[int, ...],
+    sizes: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """Σ_k M_k x_k along `axes`, seen as one run: the features of K models into merged ones; without axes the mean.
+
+    M is sparse: row, column and weight of each entry, columns counted through all models.
+
+    >>> import torch
+    >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 3.0]])
+    >>> merge((a, b), torch.tensor([0, 1, 1, 0]), torch.arange(4), torch.full((4,), 0.5), (1,), (2,))
+    tensor([[2., 3.]])
+    """
+    if not axes:
+        return torch.stack(values).mean(0)
+    ends = tuple(range(values[0].ndim - len(axes), values[0].ndim))
+    joint = torch.cat([value.movedim(axes, ends).flatten(-len(axes)) for value in values], -1)
+    taken = joint.index_select(-1, columns) * weights.to(joint.dtype)
+    merged = taken.new_zeros((*joint.shape[:-1], math.prod(sizes))).index_add(-1, rows, taken)
+    return merged.unflatten(-1, sizes).movedim(ends, axes)  # type: ignore[no-any-return]
+
+
+def shift(features: Tensor, direction: Tensor, mean: Tensor, offset: Tensor, axis: int) -> Tensor:
+    """One number for each input, [batch], float32 at least: v · (h - m) + c, h as `pooled` gives it.
+
+    >>> shift(torch.tensor([[1.0, 2.0]]), torch.tensor([1.0, 0.5]), torch.tensor([1.0, 1.0]), torch.tensor(1.0), -1)
+    tensor([1.5000])
+    """
+    exact = torch.promote_types(features.dtype, torch.float32)
+    own = pooled(features.to(exact), axis) - mean.to(exact)
+    return own @ direction.to(exact) + offset.to(exact)
+
+
+def pooled(features: Tensor, axis: int) -> Tensor:
+    """[batch, features]: the mean over all other axes.
+
+    >>> pooled(torch.ones(2, 3, 4, 4), 1).shape
+    torch.Size([2, 3])
+    """
+    return features.movedim(axis, 1).unsqueeze(-1).flatten(2).mean(2)  # no branch: it can be traced again
+
+
+def lift(logits: Tensor, amount: Tensor) -> Tensor:
+    """All logits of an input moved by the same amount: [batch, classes] and [batch].
+
+    >>> lift(torch.zeros(2, 2), torch.tensor([1.0, -1.0]))
+    tensor([[ 1.,  1.],
+            [-1., -1.]])
+    """
+    return (logits + amount[:, None]).to(logits.dtype)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Stands for a node, by name, in the arguments of a stored one."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Function:
+    """What a node calls: where it is found, or itself if it is a function of one's own.
+
+    >>> Function.of(torch.relu)
+    Function(module='torch', path='relu', itself=None)
+    """
+
+    module: str
+    path: str
+    itself: Any = None
+
+    @classmethod
+    def of(cls, called: Any) -> Function:
+        """What is stored for a function."""
+        if not is_allowed(called):
+            return cls("", "", called)
+        module, path = qualified(called)
+        try:
+            return cls(module, path) if named(module, path) is called else cls("", "", called)
+        except LoadError:
+            return cls("", "", called)
+
+    def find(self, *, safely: bool) -> Any:
+        """The function.
+
+        Raises:
+            LoadError: `safely`, and it is none that a file may name.
+        """
+        if not self.module:
+            if safely and not (is_rebuild(self.itself) or is_allowed(self.itself)):
+                return named(*(str(getattr(self.itself, key, "?")) for key in ("__module__", "__qualname__")))
+            return self.itself
+        module = _MOVED.get((self.module, self.path), self.module)
+        if safely:
+            return named(module, self.path)
+        try:
+            return getattr(importlib.import_module(module), self.path)
+        except ImportError:  # `torch.ops.aten.relu.default`: objects, not modules
+            first, *rest = f"{module}.{self.path}".split(".")
+            return functools.reduce(getattr, rest, importlib.import_module(first))
+
+
+_MOVED = {
+    (module, name): "fxzip.ops"
+    for module, names in {"fxzip.zipped": ("unmerge", "mix", "merge"), "fxzip.joint": ("shift", "lift")}.items()
+    for name in names
+}
+"""Where the operations of format 0 are now."""
+
+
+def _reference(node: fx.Node) -> Any:
+    return Reference(node.name)
+
+
+def written(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as plain data.
+
+    >>> [line[:3] for line in written(fx.symbolic_trace(nn.ReLU()).graph)][1]
+    ('call_function', 'relu', Function(module='torch.nn.functional', path='relu', itself=None))
+    """
+    lines = []
+    for node in graph.nodes:
+        given: Any = fx.node.map_arg((node.args, node.kwargs), _reference)
+        target = node.target if isinstance(node.target, str) else Function.of(node.target)
+        lines.append((node.op, node.name, target, *given, node.meta.get("fxzip", {})))
+    return lines
+
+
+def restored(
+    kind: type[fx.GraphModule], holder: nn.Module, lines: list[tuple[Any, ...]], own: dict[str, Any], version: int = 0
+) -> fx.GraphModule:
+    """A module from its file.
+
+    Raises:
+        LoadError: it is of a later format; or `torch.load(weights_only=True)` reads it, and it calls what a file may
+            not name (see `allowed`); or a name in it is none.
+    """
+    if version > FORMAT:
+        raise LoadError(
+            f"This version of fxzip reads zipped networks up to format {FORMAT}; the file is of format {version}. "
+            "Use the version that wrote it, or a later one."
+        )
+    if not (isinstance(kind, type) and issubclass(kind, fx.GraphModule)):
+        raise LoadError(f"A stored network must name its class; this one has {kind!r}. Do not load it.")
+    safely = _only_weights()
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+    for op, name, target, args, kwargs, meta in lines:
+        given = fx.node.map_aggregate((args, kwargs), lambda a: made[a.name] if isinstance(a, Reference) else a)
+        called = target.find(safely=safely) if isinstance(target, Function) else target
+        check_name(op, called)
+        if safely:
+            check_node(op, called, given[0])
+        made[name] = graph.create_node(op, called, *given, name=name)
+        made[name].meta["fxzip"] = meta
+    result = kind(holder, graph)
+    result.meta.update(own)
+    return result
+
+
+def _only_weights() -> bool:
+    """Whether the unpickler at work is the one that runs no code of its own."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if "weights_only" in str(frame.f_globals.get("__name__")):
+            return True
+        frame = frame.f_back
+    return False
