@@ -86,7 +86,7 @@ def trust(*functions: Callable[..., Any]) -> Iterator[None]:
     >>> def double(x):
     ...     return 2 * x
     >>> with trust(double):
-    ...     named("__main__", "double") is double  # what a file calls `__main__.double`
+    ...     named(double.__module__, "double") is double  # what a file calls `my_module.double`
     True
     """
     names = {(str(f.__module__), str(f.__qualname__)): f for f in functions}

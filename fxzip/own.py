@@ -130,6 +130,16 @@ def unmatched_params(names: Collection[str], spaces: FeatureSpaces) -> set[str]:
     return result
 
 
+def read_along_features(name: str, spaces: FeatureSpaces) -> bool:
+    """Whether a parameter from which a weight is computed is summed over along all its axes, matched features among
+    them: the last layer of a network that gives weights for a given input."""
+    runs = list(enumerate(spaces.labelling.params[name].fields)) if name in spaces.labelling.params else []
+    if len(runs) < 2 or any((name, place) not in spaces.consumed for place, _ in runs):
+        return False
+    matched = _matched(spaces)
+    return any(bool(matched[spaces.klass[run[run > 0]]].any()) for _, run in runs)
+
+
 def pins_on(facts: Facts, spaces: FeatureSpaces, labels: Tensor) -> str:
     """The reason of the first pin of a node on one of these features; "" if there is none."""
     classes = spaces.klass[labels].unique()

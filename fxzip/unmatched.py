@@ -17,6 +17,7 @@ from .own import (
     differing,
     names_of,
     pins_on,
+    read_along_features,
     unmatched_labels,
     unmatched_params,
 )
@@ -91,6 +92,8 @@ class Common:
         first = self.labellings[0]
         read = {param for name in own for param in first.touches[name]} & self.differ
         bare = unmatched_params(read, spaces[0])
+        still = bare - {param for name in own if name in first.dynamic for param in first.touches[name]}
+        bare -= {param for param in still if read_along_features(param, spaces[0])}
         for name in own:
             if first.touches[name] & bare:
                 param = min(first.touches[name] & bare)

@@ -114,7 +114,7 @@ class Cumulative(nn.Module):
         self.first, self.middle, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x):
-        return self.last(torch.fft.fft(self.middle(self.first(x).relu())).real)
+        return self.last(self.middle(self.first(x).relu()).kthvalue(4, 1, keepdim=True).values.expand(-1, 8))
 
 
 def test_barrier():

@@ -246,7 +246,7 @@ class Late:
         self.reads += 1
         for number, batch in enumerate(self.batches):
             broken = batch.clone()
-            if number == 1 and self.reads > 1:
+            if number == 1 and self.reads > 2:
                 broken[0, 1] = float("nan")
             yield broken
 

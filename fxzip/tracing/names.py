@@ -29,7 +29,7 @@ def safe_names(root: nn.Module) -> dict[str, str]:
     """New paths of modules, parameters and buffers, by the old ones, where a name on the way cannot stay.
 
     >>> safe_names(nn.ModuleDict({"class": nn.Linear(1, 1, bias=False), "body": nn.ReLU()}))
-    {'class': 'class_', 'class.weight': 'class_.weight'}
+    {'class': 'class_', 'class.weight': 'class_.weight', 'class.bias': 'class_.bias'}
     """
     paths = {"": ""}
     for path, module in root.named_modules(remove_duplicate=False):
