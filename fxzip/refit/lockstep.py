@@ -91,6 +91,8 @@ def laid_out(call: Call, sample: Call) -> Call:
         if value.ndim != like.ndim or value.layout != torch.strided or like.layout != torch.strided:
             return value
         order = sorted(range(like.ndim), key=lambda axis: (-like.stride()[axis], axis))
+        if order == list(range(like.ndim)) and value.is_contiguous():  # it lies so already
+            return value
         return value.permute(order).contiguous().permute([order.index(axis) for axis in range(like.ndim)])
 
     return map_tensors(moved, call)

@@ -27,7 +27,7 @@ from .walk import Walk
 
 __all__ = ["Fit", "LeastSquares", "least_squares"]
 
-_SHARE = 0.55  # of the memory for values of nodes; the rest is for what calls make inside, and for checks of them
+_SHARE = 0.75  # of the memory for values of nodes; the rest is for what calls inside a node make
 
 
 @dataclass(frozen=True)
