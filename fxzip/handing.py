@@ -83,7 +83,12 @@ def steps(plan: ZipPlan, k: int, name: str, first: str) -> list[Step]:
 
 def _split(fields: Sequence[Fields], axis: int, name: str) -> Split:
     """How an axis that holds the batch too is to be split so that no field varies with the batch; -1 for its size."""
-    runs = [labels.movedim(axis, -1).flatten(0, -2) for own in fields for labels in own if axis in varying(labels)]
+    runs = [
+        labels.movedim(axis, -1).reshape(-1, labels.shape[axis])
+        for own in fields
+        for labels in own
+        if axis in varying(labels)
+    ]
     length = runs[0].shape[1]
     for inner in (n for n in range(1, length) if length % n == 0):
         if all(bool((run.unflatten(1, (-1, inner)) == run[:, None, :inner]).all()) for run in runs):

@@ -147,11 +147,11 @@ class Heads(nn.Module):
         super().__init__()
         self.heads, self.width = heads, width
         self.value, self.out = nn.Linear(4, heads * width), nn.Linear(heads * width, 4)
-        self.gate = nn.Parameter(torch.rand(heads))
+        self.gate, self.last = nn.Parameter(torch.rand(heads)), nn.Linear(4, 1)
 
     def forward(self, x):
         v = self.value(x).reshape(x.shape[0], self.heads, self.width)
-        return self.out((v.softmax(-1) * self.gate[:, None]).flatten(1)).relu().sum(1, keepdim=True)
+        return self.last(self.out((v.softmax(-1) * self.gate[:, None]).flatten(1)).relu())
 
 
 def test_blocks_are_the_best_of_all_assignments():
