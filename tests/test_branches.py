@@ -12,13 +12,23 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.branches import Alone, behind, narrowed
 from fxzip.compiler import survey
-from fxzip.elastic import _copies as copies
 from fxzip.elastic import stiff_spaces
 from fxzip.inputs import as_call
+from fxzip.matching import Merge
 from fxzip.observe import observe
 from fxzip.plan import planned, reaches
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+
+
+def copies(size, more, generator):
+    """So many features copied, and each read from one of its two places at random."""
+    chosen = torch.randperm(size, generator=generator)[:more]
+    merge = torch.eye(size, dtype=torch.float64)[torch.cat([torch.arange(size), chosen])]
+    place = torch.arange(size)
+    moved = torch.rand(more, generator=generator) < 0.5
+    place[chosen[moved]] = size + moved.nonzero().flatten()
+    return Merge(merge, torch.eye(size + more, dtype=torch.float64)[place], (size,), 1.0)
 
 
 class Stages(nn.Module):
