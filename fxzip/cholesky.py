@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def ridged_cholesky(matrix: Tensor, ridge: float, scale: Tensor | float = 1.0) -
             f"A Cholesky factor needs a finite matrix; {bad} of {matrix.numel()} entries are not. Look for overflow or "
             "NaN in the features, or in `data`."
         )
-    while ridge <= max(MOST, first):
+    while math.isfinite(ridge) and ridge <= max(MOST, first):
         regular = matrix.clone()
         regular.diagonal(dim1=-2, dim2=-1).add_(ridge * scale)
         factor, info = torch.linalg.cholesky_ex(regular)

@@ -25,7 +25,7 @@ from .align import Alignment
 from .analysis.graph import dependencies
 from .analysis.labelling import Labelling
 from .analysis.spaces import FeatureSpaces
-from .rules import Facts
+from .rules import Facts, varying
 
 
 def differing(alignment: Alignment) -> frozenset[str]:
@@ -130,6 +130,17 @@ def unmatched_params(names: Collection[str], spaces: FeatureSpaces) -> set[str]:
     return result
 
 
+def other_lengths(name: str, shapes: Sequence[torch.Size], spaces: FeatureSpaces) -> bool:
+    """Whether the shapes of a parameter differ along an axis without features of a space: a vocabulary, a table of
+    positions."""
+    axes = {axis for shape in shapes[1:] for axis, n in enumerate(shape) if n != shapes[0][axis]}
+    labels = spaces.labelling.params.get(name)
+    for run in () if labels is None else labels.fields:
+        if bool((spaces.space_of[spaces.klass[run[run > 0]]] >= 0).all()):
+            axes -= varying(run)
+    return bool(axes)
+
+
 def read_along_features(name: str, spaces: FeatureSpaces) -> bool:
     """Whether a parameter from which a weight is computed is summed over along all its axes, matched features among
     them: the last layer of a network that gives weights for a given input."""
@@ -169,7 +180,8 @@ def carries_features(labelling: Labelling, spaces: FeatureSpaces, node: str) -> 
 def fixed_places(labelling: Labelling, spaces: FeatureSpaces) -> dict[str, str]:
     """Where one model keeps features in an order of its own, so that those of two models cannot be matched: the node
     that says so, with the reason."""
-    nodes = {name: facts for name, facts in labelling.facts.items() if name in labelling.fields or facts.refusals}
+    output = labelling.program.module.graph.output_node().name
+    nodes = {name: facts for name, facts in labelling.facts.items() if name != output}
     left = unmatched_labels(list(labelling.facts.values()), spaces)
     found = {name: next(iter(facts.refusals), "") or pins_on(facts, spaces, left) for name, facts in nodes.items()}
     return {name: reason for name, reason in found.items() if reason}

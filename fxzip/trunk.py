@@ -25,6 +25,7 @@ from .errors import AlignError, CutError
 from .naming import cut_names, named
 from .own import (
     heads_begin,
+    weights_behind,
 )
 from .pairing import pair_spaces
 from .rules import varying
@@ -215,7 +216,8 @@ class _Search:
         """Raise unless something with weights is shared; with a `hint`, which is looked for, on what to do instead."""
         label = self.labellings[0]
         dynamic = [n for n in self.order if n.name in names and n.op != "placeholder" and n.name in label.dynamic]
-        if not any(label.touches[n.name] for n in dynamic):
+        behind = weights_behind(label)
+        if not any(behind[n.name] for n in dynamic):
             way_out = self._way_out(ends) if hint else ""
             raise AlignError(_nothing(self.alignment, self.order, ends, names) + way_out)
 

@@ -16,6 +16,7 @@ from .own import (
     carries_features,
     differing,
     names_of,
+    other_lengths,
     pins_on,
     read_along_features,
     unmatched_labels,
@@ -64,6 +65,21 @@ class Common:
             for k, label in enumerate(self.labellings)
         )
 
+    def _of_other_lengths(self, names: set[str], spaces: Sequence[FeatureSpaces]) -> dict[str, str]:
+        """Nodes that read a table which has another length in another model."""
+        first, params = self.labellings[0], self.alignment.params
+        tensors = [
+            {**dict(p.module.named_parameters()), **dict(p.module.named_buffers())} for p in self.alignment.programs
+        ]
+        found: dict[str, str] = {}
+        for name in self.in_order(self._read(names)):
+            for param in sorted(first.touches[name] & params.keys()):
+                shapes = [held[twin].shape for held, twin in zip(tensors, params[param], strict=True)]
+                if len(set(shapes)) > 1 and other_lengths(param, shapes, spaces[0]):
+                    sizes = " and ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
+                    found.setdefault(name, f"`{param}` has other lengths in other models: {sizes}")
+        return found
+
     def _read(self, names: set[str]) -> set[str]:
         """Those of the nodes that depend on the input, and what they read of the rest."""
         result: set[str] = set()
@@ -75,7 +91,7 @@ class Common:
     def unmatched(self, names: set[str], spaces: Sequence[FeatureSpaces]) -> dict[str, str]:
         """Nodes that would be averaged place by place, or that fix the order of features, with the reasons."""
         if self.by_position:
-            return {}
+            return self._of_other_lengths(names, spaces)
         own = self.in_order(self._read(names) - self.same)
         found: dict[str, str] = {}
         loose = False
@@ -89,6 +105,9 @@ class Common:
                     found.setdefault(name, reason)
         if found or loose:  # what else cannot be matched may be so for this reason alone
             return found or self._first_without_choice(own)
+        tables = self._of_other_lengths(names, spaces)
+        if tables:
+            return tables
         first = self.labellings[0]
         read = {param for name in own for param in first.touches[name]} & self.differ
         bare = unmatched_params(read, spaces[0])

@@ -218,3 +218,54 @@ class Near(nn.Module):
 def test_the_search_for_a_way_out_ends_where_no_cut_shares_anything():
     with pytest.raises(fxzip.AlignError, match="models that agree from the input on; node `cdist` ends the trunk"):
         fxzip.compile_zip(Near(), Near(), torch.randn(8, 6))
+
+
+class Table(nn.Module):
+    """Reads the first places of a table of positions."""
+
+    def __init__(self, length: int, kind: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head, self.kind = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3), kind
+        self.table = nn.Parameter(torch.randn(1, length, 12))
+        self.words = nn.Embedding(length, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, steps = self.first(x), x.shape[1]
+        h = h + (self.words(torch.arange(steps)) if self.kind == "words" else self.table[:, :steps])
+        return self.head(torch.relu(self.second(torch.relu(h))).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["words", "table"])
+def test_the_trunk_ends_at_tables_of_other_lengths(kind):
+    a, b = Table(8, kind).double().eval(), Table(11, kind).double().eval()
+    x = X.reshape(24, 4, 6)
+    zipped = fxzip.compile_zip(a, b, x[:4], data=[x], width=2, **ALONE)
+    for found, model in zip(zipped(x), (a, b), strict=True):
+        assert relative_difference(model(x), found) <= 1e-9
+    assert any("has other lengths in other models" in reason for reason in zipped.report["cut"]["unmatched"].values())
+
+
+def test_sparse_inputs_are_refused_by_name():
+    class Graph(nn.Linear):
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return torch.sparse.mm(adjacency, super().forward(x))
+
+    edges = torch.eye(6).to_sparse()
+    with pytest.raises(fxzip.InputError, match=r"must be dense tensors; `sample_input` holds one of shape \(6, 6\)"):
+        fxzip.compile_zip(Graph(6, 2), Graph(6, 3), (torch.randn(6, 6), edges), progress=False)
+
+
+def test_weights_read_through_a_call_are_weights():
+    class Layer(nn.Module):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(outputs, inputs))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.weight / self.weight.norm(dim=1, keepdim=True)).t()
+
+    a, b = (nn.Sequential(Layer(6, 12), nn.Tanh(), Layer(12, 12), nn.Tanh(), Layer(12, n)).double() for n in (2, 3))
+    zipped = zipped_pair(a, b, width=2)
+    assert len(zipped.report["spaces"]) == 2
+    for found, model in zip(zipped(X), (a, b), strict=True):
+        assert relative_difference(model(X), found) <= 1e-9

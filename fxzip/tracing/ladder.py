@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from ..containers import flatten
 from ..errors import InputError, TraceError
-from ..inputs import Call, as_call, map_tensors
+from ..inputs import Call, as_call, leaves, map_tensors
 from .execution import Record, plain_context, tracing_execution
 from .exporting import trace_export
 from .inplace import out_of_place
@@ -73,6 +73,7 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
     """
     checked = check_model(model, name)
     call = map_tensors(lambda value: value.detach().clone(), as_call(sample_input))
+    _check_dense(call)
     own = copied(checked, name)
     reference = reference_of(own, call, others, name)
     hooks = hooks_of(folded(own))
@@ -170,6 +171,20 @@ def _program(
     return Program(
         module, reference.sample, rung, failures, buffers, mutators, axes, sample.shapes, reference.calls, memory
     )
+
+
+def _check_dense(call: Call) -> None:
+    """Sparse tensors have no places along which features could be followed.
+
+    Raises:
+        InputError: there is one.
+    """
+    for value in leaves(call):
+        if value.layout != torch.strided:
+            raise InputError(
+                f"Inputs must be dense tensors; `sample_input` holds one of shape {tuple(value.shape)} with layout "
+                f"`{value.layout}`. Pass its indices and values, an edge list say, or `to_dense()`."
+            )
 
 
 def _restore_persistence(module: fx.GraphModule, persistent: frozenset[str]) -> None:
