@@ -229,7 +229,8 @@ def check_name(op: str, target: Any) -> None:
     if op not in ("placeholder", "get_attr", "call_module", "call_method"):
         return
     steps = str(target).split(".") if op in ("get_attr", "call_module") else [str(target)]
-    plain = r"\w+" if op in ("get_attr", "call_module") else r"[^\W\d]\w*"
+    # paths are written between quotes, methods and arguments are not
+    plain = r"[\w \-+:@/]+" if op in ("get_attr", "call_module") else r"[^\W\d]\w*"
     if not isinstance(target, str) or not all(re.fullmatch(plain, step) for step in steps):
         raise LoadError(f"Names in a graph must be made of letters, digits and underscores; a {op} has {target!r}.")
 
