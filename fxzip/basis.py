@@ -22,7 +22,7 @@ from .analysis.labelling import ParamLabels
 from .analysis.relabel import dense_kernel, group_run
 from .analysis.resizing import resized
 from .analysis.spaces import FeatureSpaces, Layout, slots
-from .matching import Merge
+from .matching import Entries, Merge
 from .matching.cca import shares
 
 Merges = Mapping[int, Merge]  # by space number of model 0
@@ -55,7 +55,7 @@ class PlaceMap:
     width: int
 
     @classmethod
-    def between(cls, source: Layout, result: Layout, matrices: Mapping[tuple[int, int], Tensor]) -> PlaceMap:
+    def between(cls, source: Layout, result: Layout, matrices: Mapping[tuple[int, int], Tensor | Entries]) -> PlaceMap:
         """From `matrices[space of the source, space of the result]`, each [features there, features here].
 
         Places in no such space are carried over by position.
@@ -68,10 +68,11 @@ class PlaceMap:
         weights = [torch.ones(len(rows[0]), dtype=torch.float64)]
         for (own, other), matrix in matrices.items():
             origin, sink = slots(source, own), slots(result, other)
-            i, j = matrix.nonzero().T.to(sink.device)
+            held = Entries.of(matrix) if isinstance(matrix, Tensor) else matrix
+            i, j, weight = (part.to(sink.device) for part in held)
             rows.append(sink[:, i].reshape(-1))
             columns.append(origin[:, j].reshape(-1))
-            weights.append(matrix[i, j].to(sink.device).repeat(len(sink)))
+            weights.append(weight.repeat(len(sink)))
         return cls(torch.cat(rows), torch.cat(columns), torch.cat(weights), len(result.space), len(source.space))
 
     @property
@@ -95,9 +96,12 @@ class PlaceMap:
 
     def apply(self, value: Tensor, axis: int) -> Tensor:
         """The value with the matrix applied along one axis."""
-        index = self.gather
-        if index is not None:
-            return value.index_select(axis, index.to(value.device))
+        order = self.rows.argsort()
+        if len(order) == self.height and torch.equal(self.rows[order], torch.arange(self.height, device=order.device)):
+            taken = value.index_select(axis, self.columns[order].to(value.device))
+            weights = self.weights[order].to(value.device, value.dtype)
+            ones = bool((weights == 1).all())
+            return taken if ones else taken.mul_(weights.reshape([-1] + [1] * (value.ndim - axis - 1)))
         moved = value.movedim(axis, 0)
         flat = self._sparse(value.dtype, value.device) @ moved.reshape(self.width, -1)
         return flat.reshape(self.height, *moved.shape[1:]).movedim(0, axis)
@@ -157,7 +161,9 @@ def share(
         consumed = (target_name, place) in first.consumed
         layout, wanted = own.layout(run), merged_layout(first, other, merges)
         spaces = [int(s) for s in wanted.space.unique() if int(s) in merges]
-        matrices = {(partners[s], s): merges[s].U(k).T if consumed else merges[s].M(k) for s in spaces}
+        matrices = {
+            (partners[s], s): merges[s].entries[1][k].T if consumed else merges[s].entries[0][k] for s in spaces
+        }
         if matrices:
             places = PlaceMap.between(layout, wanted, matrices)
             value = places.apply(value, axis)

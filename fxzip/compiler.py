@@ -17,6 +17,7 @@ from torch import nn
 from .agreement import hold_out
 from .align import Alignment, align
 from .analysis import Labelling, check, label
+from .analysis.trial import Trial
 from .arguments import models_and_sample
 from .branches import Alone, behind, narrowed, whole_trunks
 from .calibration import Calibration
@@ -38,6 +39,7 @@ from .report import Report, make_report
 from .rewrite import rewrite
 from .rules import RULES, Rule
 from .shapes import other_shapes
+from .soundness import Sound, sound
 from .sources import MAX_BATCHES
 from .stems import find_stems
 from .tracing import Program, plain_context
@@ -154,7 +156,7 @@ def compile_zip(
     if goal is not None:
         zipped = _automatic(found, calibration, recipe, goal)
     else:
-        trunk = found.trunk(until)
+        trunk = found.sound(found.trunk(until)).trunk
         statistics = observe(trunk, calibration("observing") if recipe.observes else ())
         zipped = assemble(
             found, trunk, statistics, calibration, recipe, each_alone(found, [trunk], calibration, recipe)
@@ -172,6 +174,7 @@ class Survey:
         pinned: per model, labels that failed the self-check, with the reason.
         errors: relative error of each model's self-check; None: not run.
         notes: what the self-check could not see.
+        trial: model 0 on random parameters, as the self-check ran it; None: that was not run, or is to be run anew.
         strict: a place where features cannot be matched is an error.
         by_position: features that cannot be matched are averaged place by place.
     """
@@ -181,6 +184,7 @@ class Survey:
     pinned: tuple[dict[int, str], ...]
     errors: tuple[float | None, ...]
     notes: tuple[str, ...] = ()
+    trial: Trial | None = None
     strict: bool = False
     by_position: bool = False
 
@@ -193,6 +197,20 @@ class Survey:
     def whole_trunks(self) -> dict[int, Trunk]:
         """Each model as a trunk by itself, by its number; those without parameters are left out."""
         return whole_trunks(self.alignment, self.labellings, self.pinned)
+
+    @cached_property
+    def _tried(self) -> dict[int, tuple[Trunk, Sound]]:
+        """Trunks of which a zip was tried, by identity, and what came of it."""
+        return {}
+
+    def sound(self, trunk: Trunk) -> Sound:
+        """As much of a trunk as can be shared: zips of it with relabelled copies are tried (see `soundness`)."""
+        if None in self.errors:
+            return Sound(trunk)
+        if id(trunk) not in self._tried:
+            result = sound(trunk, self.pinned, self.trial, by_position=self.by_position)
+            self._tried.update({id(trunk): (trunk, result), id(result.trunk): (result.trunk, result)})
+        return self._tried[id(trunk)][1]
 
     def trunk(self, until: str | float | None = None, *, whole: bool = False) -> Trunk:
         """The trunk that ends at `until`, or (`whole`) at the outputs."""
@@ -240,6 +258,7 @@ def survey(
         pinned=tuple({} if own is None else own.pinned for own in checks),
         errors=tuple(None if own is None else own.error for own in checks),
         notes=tuple(dict.fromkeys(f"model {k}: {note}" for k, own in enumerate(checks) if own for note in own.notes)),
+        trial=None if checks[0] is None else checks[0].trial,
         strict=strict,
         by_position=by_position,
     )
@@ -311,6 +330,9 @@ def assemble(
     own: Mapping[int, Alone] = MappingProxyType({}),
 ) -> ZippedModule:  # fmt: skip
     """The stages behind the observation: plan -> rewrite -> refit -> report. `own`: what `each_alone` gives."""
+    tried = found.sound(trunk)
+    if tried.trunk is not trunk:
+        trunk, statistics = tried.trunk, observe(tried.trunk, calibration("observing") if recipe.observes else ())
     widths = choose_widths(trunk, statistics, *recipe.sizing, found.flops, own)
     zipping = narrowed(plan(trunk, statistics, recipe.method, widths.kept), own, widths.heads, recipe.method)
     zipped = rewrite(zipping)
@@ -322,7 +344,7 @@ def assemble(
         "refit": recipe.refit_name,
         "data": calibration.description,
         "self_check": list(found.errors),
-        "notes": [*trunk.notes, *found.notes, *calibration.notes, *widths.notes, *fit_notes(zipped)],
+        "notes": [*trunk.notes, *found.notes, *tried.notes, *calibration.notes, *widths.notes, *fit_notes(zipped)],
     }
     report = make_report(zipped, zipping, settings)
     zipped.meta["fxzip_report"] = report.noting(*overspent(report, *recipe.sizing), *_saves_nothing(report))

@@ -5,7 +5,6 @@ Targets are `stem_K.PATH`, with the paths of the models. Without `start` there i
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -13,9 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
+from .analysis.trial import tensors_of
 from .basis import PlaceMap, merged_layout
 from .errors import CutError
 from .ops import merge
+from .parts import Tensors, held_by, parts
 from .plan import ZipPlan
 from .rules import varying
 from .tracing import Program, guards_at_entry, require
@@ -53,17 +54,23 @@ def emit_guards(graph: fx.Graph, programs: Sequence[Program], inputs: Sequence[f
                 env[node.name] = made[key]
 
 
-def emit_stems(graph: fx.Graph, root: nn.Module, plan: ZipPlan, inputs: Sequence[fx.Node]) -> list[dict[str, fx.Node]]:
+def emit_stems(
+    graph: fx.Graph, root: nn.Module, plan: ZipPlan, inputs: Sequence[fx.Node], tensors: Tensors | None = None
+) -> list[dict[str, fx.Node]]:
     """What each model computes on its own, from the inputs that all have in common. Out: nodes by name, per model."""
-    return [_stem(graph, root, plan, k, inputs) for k in range(len(plan.trunk.spaces))]
+    return [_stem(graph, root, plan, k, inputs, tensors) for k in range(len(plan.trunk.spaces))]
 
 
-def _stem(graph: fx.Graph, root: nn.Module, plan: ZipPlan, k: int, inputs: Sequence[fx.Node]) -> dict[str, fx.Node]:
+def _stem(
+    graph: fx.Graph, root: nn.Module, plan: ZipPlan, k: int, inputs: Sequence[fx.Node], tensors: Tensors | None
+) -> dict[str, fx.Node]:
     program = plan.trunk.alignment.programs[k]
     own = plan.trunk.alignment.stem(k)
     nodes = list(program.module.graph.nodes)
     needed = own | plan.trunk.alignment.stems[k].reads
-    root.add_module(f"stem_{k}", copy.deepcopy(program.module))
+    read = {name for node in needed for name in plan.trunk.labellings[k].touches[node]}
+    values = tensors[k] if tensors else tensors_of(program)
+    root.add_module(f"stem_{k}", parts(program.module, values, held_by(program.module, read, needed)))
     given = dict(zip([node.name for node in nodes if node.op == "placeholder"], inputs, strict=True))
     env: dict[str, fx.Node] = {}
     for node in nodes:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from .align import attribute
 from .basis import Merges, merged_param
@@ -27,7 +27,7 @@ from .plan import ZipPlan
 from .zipped import set_tensor
 
 
-def mix_norms(module: fx.GraphModule, plan: ZipPlan) -> None:
+def mix_norms(module: nn.Module, plan: ZipPlan) -> None:
     """Set the BatchNorms whose features are mixed, and the linear calls in front of them. In place.
 
     Args:
@@ -47,14 +47,14 @@ def mix_norms(module: fx.GraphModule, plan: ZipPlan) -> None:
 class _Mixed:
     """One BatchNorm of the trunk and its twins, each with the linear call in front of it, if there is one."""
 
-    module: fx.GraphModule
+    module: nn.Module
     plan: ZipPlan
     found: FoldedNorm
     twins: tuple[tuple[Any, Any], ...]
     squared: Merges  # K M_k² in the place of M_k
 
     @classmethod
-    def of(cls, module: fx.GraphModule, plan: ZipPlan, found: FoldedNorm, mixed: Collection[int]) -> _Mixed:
+    def of(cls, module: nn.Module, plan: ZipPlan, found: FoldedNorm, mixed: Collection[int]) -> _Mixed:
         params = plan.trunk.alignment.params
         names = [params[f"{found.norm}.running_var"]]
         names.append(params[f"{found.linear}.weight"] if found.linear else names[0])

@@ -7,7 +7,6 @@ the result say in `node.meta["fxzip"]` what part they belong to and which nodes 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,24 +14,31 @@ from torch import fx, nn
 
 from .align import attribute
 from .analysis.resizing import resized
+from .analysis.trial import tensors_of
 from .basis import PlaceMap, merged_param
 from .entering import copied_node, emit_entries, emit_guards, emit_stems
 from .handing import steps
 from .mixing import mix_norms
 from .ops import mix, unmerge
+from .parts import Tensors, held_by, parts
 from .plan import ZipPlan, head_nodes, head_params
 from .sizes import adopt_sizes
 from .tracing import Program, guards_at_entry
+from .trunk import Trunk
 from .zipped import ZippedModule, set_tensor
 
 
-def trunk_module(plan: ZipPlan) -> fx.GraphModule:
-    """Model 0's graph module with merged parameters wherever a node of the trunk reads one."""
+def trunk_module(plan: ZipPlan, tensors: Tensors | None = None) -> nn.Module:
+    """Model 0's modules with merged parameters wherever a node of the trunk reads one.
+
+    `tensors`: what to take for the models' parameters and buffers; None: those that they have.
+    """
     trunk = plan.trunk
     programs = trunk.alignment.programs
-    module = copy.deepcopy(programs[0].module)
-    tensors = [{**dict(p.module.named_parameters()), **dict(p.module.named_buffers())} for p in programs]
-    for name in sorted({param for node in trunk.nodes for param in trunk.labellings[0].touches[node]}):
+    tensors = tensors or [tensors_of(program) for program in programs]
+    read = {param for node in trunk.nodes for param in trunk.labellings[0].touches[node]}
+    module = parts(programs[0].module, tensors[0], held_by(programs[0].module, (), trunk.nodes) - read)
+    for name in sorted(read):
         twins = trunk.alignment.params[name]
         values = [tensors[k][twin] for k, twin in enumerate(twins)]
         set_tensor(module, name, merged_param(twins, values, trunk.spaces, trunk.partners, plan.merges))
@@ -41,23 +47,31 @@ def trunk_module(plan: ZipPlan) -> fx.GraphModule:
     return module
 
 
-def head_module(plan: ZipPlan, k: int) -> fx.GraphModule:
-    """Model k's graph module with the unmerge folded into the parameters that meet the features in its head.
+def head_module(plan: ZipPlan, k: int, tensors: Tensors | None = None) -> nn.Module:
+    """Model k's modules with the unmerge folded into the parameters that meet the features in its head.
 
     Where the head keeps fewer features, that is done to the module that does.
     """
     own = plan.heads.get(k)
-    if own is None:
-        return _folded(copy.deepcopy(plan.trunk.alignment.programs[k].module), plan, k)
-    return _folded(trunk_module(own), plan, k)
+    if own is not None:
+        return _folded(trunk_module(own), plan, k)
+    program = plan.trunk.alignment.programs[k]
+    kept = held_by(program.module, head_params(plan.trunk, k), _head_calls(plan.trunk, k))
+    return _folded(parts(program.module, tensors[k] if tensors else tensors_of(program), kept), plan, k)
 
 
-def _folded(module: fx.GraphModule, plan: ZipPlan, k: int) -> fx.GraphModule:
-    """The unmerge folded into model k's graph module, in place."""
+def _head_calls(trunk: Trunk, k: int) -> set[str]:
+    """The nodes of head k, and those of the trunk that it may run itself because they do not depend on the input."""
+    nodes = trunk.alignment.programs[k].module.graph.nodes
+    return {*head_nodes(trunk, k), *(node.name for node in nodes if node.name not in trunk.labellings[k].dynamic)}
+
+
+def _folded(module: nn.Module, plan: ZipPlan, k: int) -> nn.Module:
+    """The unmerge folded into model k's modules, in place."""
     trunk = plan.trunk
     spaces = trunk.spaces[k]
-    matrices = {(trunk.partners[k][s],) * 2: plan.merges[s].U(k).T for s in sorted(plan.folded[k])}
-    sizes = {own: matrix.shape[0] for (own, _), matrix in matrices.items()}
+    matrices = {(trunk.partners[k][s],) * 2: plan.merges[s].entries[1][k].T for s in sorted(plan.folded[k])}
+    sizes = {trunk.partners[k][s]: plan.merges[s].size for s in plan.folded[k]}
     for name in sorted(head_params(trunk, k) & set(spaces.labelling.params)):
         for run in spaces.labelling.params[name].fields:
             layout = spaces.layout(plan.reach[k][run.reshape(-1)].clamp(min=0))
@@ -73,8 +87,8 @@ def _folded(module: fx.GraphModule, plan: ZipPlan, k: int) -> fx.GraphModule:
 class _Emitter:
     """Writes the new graph: the trunk, then head after head."""
 
-    def __init__(self, plan: ZipPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: ZipPlan, tensors: Tensors | None) -> None:
+        self.plan, self.tensors = plan, tensors
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.env: dict[str, fx.Node] = {}
@@ -85,7 +99,7 @@ class _Emitter:
     def trunk(self) -> None:
         trunk = self.plan.trunk
         program = trunk.alignment.programs[0]
-        self.root.add_module("trunk", trunk_module(self.plan))
+        self.root.add_module("trunk", trunk_module(self.plan, self.tensors))
         shared = set(trunk.nodes)
         inputs = []
         for node in program.module.graph.nodes:
@@ -95,7 +109,7 @@ class _Emitter:
                 self.env[node.name] = inputs[-1]
         emit_guards(self.graph, trunk.alignment.programs, inputs)
         if trunk.alignment.stems:
-            self.stems = emit_stems(self.graph, self.root, self.plan, inputs)
+            self.stems = emit_stems(self.graph, self.root, self.plan, inputs, self.tensors)
             self.env |= emit_entries(self.graph, self.root, self.plan, self.stems)
         for node in program.module.graph.nodes:
             if node.op != "placeholder" and node.name in shared and node not in self.guards[0]:
@@ -104,7 +118,7 @@ class _Emitter:
                 self.env[node.name] = new
 
     def head(self, k: int) -> Any:
-        self.root.add_module(f"head_{k}", head_module(self.plan, k))
+        self.root.add_module(f"head_{k}", head_module(self.plan, k, self.tensors))
         return _Head(self, k).emit()
 
 
@@ -220,9 +234,12 @@ class _Head:
         return self._own_memory(node, value) if value is merged else value
 
 
-def rewrite(plan: ZipPlan) -> ZippedModule:
-    """Emit the zipped network of a plan. In: K programs and a plan; out: one module; nothing is modified."""
-    emitter = _Emitter(plan)
+def rewrite(plan: ZipPlan, tensors: Tensors | None = None) -> ZippedModule:
+    """Emit the zipped network of a plan. In: K programs and a plan; out: one module; nothing is modified.
+
+    `tensors`: what to take for the models' parameters and buffers; None: those that they have.
+    """
+    emitter = _Emitter(plan, tensors)
     emitter.trunk()
     emitter.graph.output(tuple(emitter.head(k) for k in range(len(plan.trunk.spaces))))
     emitter.graph.lint()

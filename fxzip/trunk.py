@@ -115,6 +115,20 @@ def find_trunk(
     return search.deepest(names, ends)
 
 
+def shortened(
+    trunk: Trunk, barred: Mapping[str, str], pinned: Sequence[dict[int, str]], *, by_position: bool = False
+) -> Trunk:
+    """The trunk without some of its nodes (name in model 0 -> reason), and without all that needs them.
+
+    Raises:
+        AlignError: nothing is left that could be shared.
+    """
+    graph, order = shareable(trunk.alignment)
+    common = Common(trunk.alignment, trunk.labellings, tuple(pinned), tuple(order), by_position)
+    search = _Search(trunk.alignment, trunk.labellings, graph, order, common)
+    return search.deepest(search.closed(set(trunk.nodes) - barred.keys()), {**trunk.ends, **barred})
+
+
 @dataclass(frozen=True, eq=False)
 class _Search:
     """Finds the nodes of a trunk; `graph` and `order` are those of model 0 behind its stem."""

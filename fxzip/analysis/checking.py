@@ -36,12 +36,14 @@ class Check:
         error: how far a relabelling moved anything, relative to its magnitude.
         pinned: label -> why it had to be pinned.
         unseen: names of spaces of which nothing shows whether they may move.
+        trial: the model on the first random parameters, if those served for all.
     """
 
     spaces: FeatureSpaces
     error: float
     pinned: dict[int, str]
     unseen: tuple[str, ...] = ()
+    trial: Trial | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -71,6 +73,7 @@ def check(labelling: Labelling, *, seed: int = 0, dtype: torch.dtype | None = No
     generator = torch.Generator().manual_seed(seed)
     found = _checked(trial, Check(solve(labelling), 0.0, {}), generator, seed)
     unseen = _unseen(trial, found.spaces, generator, None)
+    first = None if unseen else trial
     for number, gain in enumerate(_GAINS, 1):
         if not unseen:
             break
@@ -80,7 +83,8 @@ def check(labelling: Labelling, *, seed: int = 0, dtype: torch.dtype | None = No
             unseen = _unseen(trial, found.spaces, generator, unseen)
     hidden = [movers for movers in _movers(found.spaces) if _first_label(found.spaces, movers[0]) in unseen]
     names = dict.fromkeys(found.spaces.spaces[number].name for movers in hidden for number in movers)
-    return Check(found.spaces, found.error, found.pinned, tuple(names))
+    trial.rest()
+    return Check(found.spaces, found.error, found.pinned, tuple(names), first)
 
 
 def _checked(trial: Trial, found: Check, generator: torch.Generator, seed: int) -> Check:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..containers import leaves
+from ..rules import Fields
 from .labelling import Labelling
 from .relabel import Movement
 from .spaces import FeatureSpaces
@@ -25,22 +26,34 @@ _SAMPLE, _MOST = 1 << 14, 1 << 21  # elements of a value that are kept; those wi
 _UNWRITTEN = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 
 
-class Watcher:
-    """Keeps samples of the values of a program's nodes as they are computed.
+def watched(labelling: Labelling) -> dict[str, Fields]:
+    """The nodes of a program whose values are looked at, with their fields.
 
     Left out are values without features that do not depend on the input either, and memory that nothing was written to.
     """
+    fields = {}
+    for node in labelling.program.module.graph.nodes:
+        own = labelling.fields.get(node.name, ())
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.op.startswith("call") and (own or node.name in labelling.dynamic) and name not in _UNWRITTEN:
+            fields[node.name] = own
+    return fields
 
-    def __init__(self, labelling: Labelling) -> None:
-        self._labelling = labelling
+
+class Watcher:
+    """Keeps samples of the values of nodes as they are computed.
+
+    Args:
+        nodes: their names and fields.
+    """
+
+    def __init__(self, nodes: Mapping[str, Fields]) -> None:
+        self._nodes = nodes
         self.seen: Sightings = {}
 
     def __call__(self, node: fx.Node, value: Any) -> Any:
-        fields = self._labelling.fields.get(node.name, ())
-        told = node.name in self._labelling.dynamic or fields
-        name = str(getattr(node.target, "__name__", node.target))
-        if isinstance(value, Tensor) and told and node.op.startswith("call") and name not in _UNWRITTEN:
-            sample = sampled(value, fields)
+        if isinstance(value, Tensor) and node.name in self._nodes:
+            sample = sampled(value, self._nodes[node.name])
             if sample is not None:
                 self.seen[node.name] = sample
         return value
@@ -59,14 +72,14 @@ def sampled(value: Tensor, fields: Sequence[Tensor]) -> Tensor | None:
         return None
     if math.prod(value.shape[axis] for axis in held) > _MOST:
         return None
-    sample = value.detach()
+    sizes, strides = list(value.shape), list(value.stride())
     free = [axis for axis in range(value.ndim) if axis not in held]
-    while sample.numel() > _SAMPLE and free:
-        axis = max(free, key=lambda a: sample.shape[a])
-        if sample.shape[axis] < 2:
+    while math.prod(sizes) > _SAMPLE and free:
+        axis = max(free, key=lambda a: sizes[a])
+        if sizes[axis] < 2:
             break
-        sample = sample[(slice(None),) * axis + (slice(None, None, 2),)]
-    return sample.clone()
+        sizes[axis], strides[axis] = -(-sizes[axis] // 2), 2 * strides[axis]
+    return value.detach().as_strided(sizes, strides).clone()
 
 
 def _fits(labels: Tensor, value: Tensor) -> bool:

@@ -25,7 +25,7 @@ from ..inputs import Call, batch_size, map_tensors, with_batch
 from ..tracing import Program, flat_inputs, quiet_execution
 from .labelling import Labelling
 from .relabel import Movement, relabelled
-from .sightings import Sightings, Watcher, departures, relative_difference, tensor_difference, unmoved
+from .sightings import Sightings, Watcher, departures, relative_difference, tensor_difference, unmoved, watched
 from .spaces import FeatureSpaces
 from .stillness import Still
 
@@ -43,8 +43,10 @@ class Trial:
         rows: int = 2,
     ) -> None:  # fmt: skip
         self.program, self.labelling = program, labelling
+        self._watched = {} if labelling is None else watched(labelling)
         self.seen: Sightings = {}
         self.restless: frozenset[str] = frozenset()  # nodes whose values move by rounding alone
+        self.random = True  # else the parameters are the program's own
         self._room: dict[str, Tensor] = {}
         parameters = list(program.module.parameters())
         own = next((p.dtype for p in parameters if p.dtype in TOLERANCE), torch.float32)
@@ -69,26 +71,31 @@ class Trial:
         self._set(values)
         if not _finite(self.expected):
             shown = self._finite_nodes()
-            self._set(_tensors(self.program))
+            self._set(tensors_of(self.program), random=False)
             if not _finite(self.expected) and self._finite_nodes() <= shown:
                 self._set(values)
 
     def _finite_nodes(self) -> int:
         return sum(_finite(value) for value in self.seen.values())
 
-    def _set(self, values: Mapping[str, Tensor]) -> None:
+    def _set(self, values: Mapping[str, Tensor], *, random: bool = True) -> None:
         self.values = {name: value.detach() for name, value in values.items()}
+        self.random = random
+        self._make_room()
+        wide = {name: room.copy_(self.values[name]) for name, room in self._room.items()}
+        self.expected, self.seen = self._run(self.values | wide)
+
+    def _make_room(self) -> None:
+        """Memory for parameters in the dtype that the program runs in."""
         floats = {name: value for name, value in self.values.items() if value.is_floating_point()}
         if any(name not in self._room or self._room[name].dtype != self.dtype for name in floats):
             self._room = {name: torch.empty_like(value, dtype=self.dtype) for name, value in floats.items()}
-        wide = {name: self._room[name].copy_(value) for name, value in floats.items()}
-        self.expected, self.seen = self._run(self.values | wide)
 
     def _run(self, values: Mapping[str, Tensor]) -> tuple[Any, Sightings]:
         """What the program returns, and what its nodes show."""
         if self.labelling is None:
             return run_with(self.program, values, self.call, self.dtype), {}
-        watcher = Watcher(self.labelling)
+        watcher = Watcher(self._watched)
         return run_with(self.program, values, self.call, self.dtype, watcher), watcher.seen
 
     def error(self, spaces: FeatureSpaces, perms: Sequence[Tensor]) -> float:
@@ -100,6 +107,7 @@ class Trial:
         self, spaces: FeatureSpaces, perms: Sequence[Tensor], but: Collection[tuple[str, int]] = ()
     ) -> tuple[float, str]:
         """The same, and what it is that moves: the output, else the first node. `but` as in `relabelled`."""
+        self._make_room()
         output, seen = self._run(relabelled(self.values, spaces, perms, self._room, but))
         moved = relative_difference(self.expected, output)
         if moved > self.tolerance or self.labelling is None:
@@ -119,21 +127,25 @@ class Trial:
         self.restless = frozenset()
         return _finite(self.expected)
 
+    def rest(self) -> None:
+        """Give back the room for relabelled parameters, until it is needed again."""
+        self._room = {}
+
     def calm(self, seed: int) -> None:
         """Make sure that rounding alone moves the output by less than a tenth of the tolerance, and find the nodes
         that it moves by more all the same."""
         for gain in (0.5, 0.25, 0.0, None):
             generator = torch.Generator().manual_seed(seed)
-            values = {k: _nudged(_cast(v, self.dtype), generator) for k, v in self.values.items()}
+            values = {k: nudged(_cast(v, self.dtype), generator) for k, v in self.values.items()}
             output, seen = self._run(values)
             still = [(node, tensor_difference(value, seen[node])) for node, value in self.seen.items() if node in seen]
             self.restless = frozenset(node for node, moved in still if moved > self.tolerance / 10)
             if gain is None or relative_difference(self.expected, output) <= self.tolerance / 10:
                 return
-            self._prepare(seed, gain) if gain else self._set(_tensors(self.program))
+            self._prepare(seed, gain) if gain else self._set(tensors_of(self.program), random=False)
 
 
-def _nudged(value: Tensor, generator: torch.Generator) -> Tensor:
+def nudged(value: Tensor, generator: torch.Generator) -> Tensor:
     """Every other element off by four units of rounding."""
     if not value.is_floating_point():
         return value
@@ -141,7 +153,8 @@ def _nudged(value: Tensor, generator: torch.Generator) -> Tensor:
     return value * (1 + 4 * torch.finfo(value.dtype).eps * nudges)
 
 
-def _tensors(program: Program) -> dict[str, Tensor]:
+def tensors_of(program: Program) -> dict[str, Tensor]:
+    """Parameters and buffers of a program, by name."""
     return {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
 
 
@@ -149,16 +162,19 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach().to(dtype) if value.is_floating_point() else value
 
 
-def sane_values(program: Program, seed: int, gain: float = 1.0, *, signed: bool = False) -> dict[str, Tensor]:
+def sane_values(
+    program: Program, seed: int, gain: float = 1.0, *, signed: bool = False, but: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Random parameters under which signals neither die nor explode: scales in [0.5, 1.5], weights of the given gain.
 
-    Integers and buffers outside of the state dict keep their values. `signed`: every other scale is negative.
+    Integers, buffers outside of the state dict, and what is in `but` keep their values. `signed`: every other scale is
+    negative.
     """
     parameters = dict(program.module.named_parameters())
-    values = _tensors(program)
+    values = tensors_of(program)
     generator = np.random.Generator(np.random.SFC64(seed))  # twice as fast as torch's
     for name, tensor in values.items():
-        if not tensor.is_floating_point() or (name not in parameters and name not in program.persistent):
+        if name in but or not tensor.is_floating_point() or not (name in parameters or name in program.persistent):
             continue
         noise = torch.empty(tensor.shape, dtype=torch.float32)
         generator.random(out=noise.numpy(), dtype=np.float32)
@@ -168,6 +184,7 @@ def sane_values(program: Program, seed: int, gain: float = 1.0, *, signed: bool 
                 noise[1::2].neg_()
         else:
             noise.sub_(0.5).mul_(gain * (12 / max(tensor[0].numel(), 1)) ** 0.5)
+        noise.view(torch.int32).bitwise_and_(-16)  # of 19 binary digits, so that small multiples are exact
         values[name] = noise.to(tensor.device)
     return values
 

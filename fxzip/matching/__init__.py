@@ -30,7 +30,7 @@ from fxzip.matching.cycles import CycleConsistent
 from fxzip.matching.dualspace import MuDSC
 from fxzip.matching.energy import Energy
 from fxzip.matching.marks import marks
-from fxzip.matching.merge import Merge, Method, similarity
+from fxzip.matching.merge import Entries, Merge, Method, similarity
 from fxzip.matching.optimal import Optimal
 from fxzip.matching.permute import Permute
 from fxzip.matching.problem import JointMethod, Problem, Run, Space, Weight, match_spaces, needs
@@ -91,6 +91,7 @@ __all__ = [
     "BlockMoments",
     "CycleConsistent",
     "Energy",
+    "Entries",
     "JointMethod",
     "KMeans",
     "Merge",

@@ -17,13 +17,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from functools import cached_property
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fxzip.errors import DataError, InputError
 from fxzip.moments import Moments
+
+
+class Entries(NamedTuple):
+    """The entries of a sparse matrix that are not zero, each [entries]."""
+
+    rows: Tensor
+    columns: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Entries:
+        """Those of a dense matrix.
+
+        >>> Entries.of(torch.tensor([[0.0, 2.0]])).columns
+        tensor([1])
+        """
+        rows, columns = matrix.nonzero().T
+        return cls(rows, columns, matrix[rows, columns])
+
+    @property
+    def T(self) -> Entries:
+        """Those of the transposed matrix."""
+        return Entries(self.columns, self.rows, self.weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +131,22 @@ class Merge:
         """
         start = sum(self.sizes[:k])
         return self.unmerge[start : start + self.sizes[k]]
+
+    @cached_property
+    def entries(self) -> tuple[tuple[Entries, ...], tuple[Entries, ...]]:
+        """Those of M_k, and those of U_k, for each model; found once, for every parameter needs them."""
+        models = range(len(self.sizes))
+        return tuple(Entries.of(self.M(k)) for k in models), tuple(Entries.of(self.U(k)) for k in models)
+
+    @cached_property
+    def averages(self) -> bool:
+        """Whether every row of M is a weighted mean: no entry below zero, and a sum of 1.
+
+        >>> Merge.identity(2, models=2).averages
+        True
+        """
+        sums = self.merge.sum(1)
+        return bool((self.merge >= 0).all()) and bool(((sums - 1).abs() < 1e-9).all())
 
     def assignment(self, k: int) -> Tensor | None:
         """U_k as a gather: x_k ≈ x*[assignment]. int64 [n_k]; None where a row of U_k is more than a single 1.
