@@ -151,6 +151,13 @@ def is_allowed(called: Any) -> bool:
     return False
 
 
+def is_known(kind: type) -> bool:
+    """Whether a class is one of the packages whose functions a file may name."""
+    module = str(kind.__module__)
+    own = getattr(sys.modules.get(module), kind.__qualname__, None) is kind
+    return own and (module.startswith("torch.nn.") or any(package.match(module) for package in _PACKAGES))
+
+
 def _parameters(called: FunctionType) -> tuple[str, ...]:
     """Names of the parameters; "**" as "file": anything may go through it."""
     code = called.__code__

@@ -257,7 +257,11 @@ def survey(
         labellings,
         pinned=tuple({} if own is None else own.pinned for own in checks),
         errors=tuple(None if own is None else own.error for own in checks),
-        notes=tuple(dict.fromkeys(f"model {k}: {note}" for k, own in enumerate(checks) if own for note in own.notes)),
+        notes=tuple(
+            f"model {k}: {note}"
+            for k, (program, own) in enumerate(zip(programs, checks, strict=True))
+            for note in (*program.notes, *(own.notes if own else ()))
+        ),
         trial=None if checks[0] is None else checks[0].trial,
         strict=strict,
         by_position=by_position,

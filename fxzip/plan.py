@@ -241,7 +241,8 @@ def _foldable(
 def unmerged_spaces(trunk: Trunk, k: int, reach: torch.Tensor) -> set[int]:
     """Spaces (of model 0) whose features head k needs in the model's own basis, whatever the merge.
 
-    All but those that it only moves, maps one by one, and sums over with weights of its own.
+    All but those that it only moves, maps one by one, and sums over with weights of its own. Where it treats a part of
+    the features by itself, a slice say, their order is its own.
     """
     spaces = trunk.spaces[k]
     numbers = {own: s for s, own in enumerate(trunk.partners[k])}
@@ -258,11 +259,13 @@ def unmerged_spaces(trunk: Trunk, k: int, reach: torch.Tensor) -> set[int]:
             met |= reached(labels)
         for labels in (*(pin.labels for pin in facts.pins), *(pairs.reshape(-1) for pairs in facts.blocks)):
             met |= reached(labels)
-    for name in head_params(trunk, k) & set(spaces.labelling.params):
-        for run in spaces.labelling.params[name].fields:
-            layout = spaces.layout(reach[run.reshape(-1)].clamp(min=0))
-            held = layout.space[layout.space >= 0]
-            met |= {numbers[int(s)] for s in held.unique() if not _whole(spaces, layout, int(s))}
+    labelling = trunk.labellings[k]
+    runs = [run for name in head_params(trunk, k) & set(labelling.params) for run in labelling.params[name].fields]
+    runs += [run for name in head_nodes(trunk, k) for run in (*labelling.seen[name], *labelling.fields.get(name, ()))]
+    for run in runs:
+        layout = spaces.layout(reach[run.reshape(-1)].clamp(min=0))
+        held = layout.space[layout.space >= 0]
+        met |= {numbers[int(s)] for s in held.unique() if not _whole(spaces, layout, int(s))}
     for labels in _past_the_trunk(trunk, k):
         met |= reached(labels)
     fused = spaces.space_of[spaces.klass[(reach == -1).nonzero().flatten()]]

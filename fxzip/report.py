@@ -154,7 +154,7 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
         "mixed": [node.name for node in left if node.target is mix],
         "barriers": [b.reason for label in trunk.labellings for b in label.barriers],
         "probed": [p.reason for label in trunk.labellings for p in label.probed],
-        "tracing": [{"rung": p.rung, "failures": list(p.failures)} for p in programs],
+        "tracing": [{"rung": p.rung, "failures": list(p.failures), "lost": list(p.lost)} for p in programs],
     }
     return Report(values)
 

@@ -10,6 +10,7 @@ Whatever a rule, the alignment, the plan, the change of basis or the emitted gra
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +86,8 @@ class Couple:
         numbers = {self.trunk.partners[1][s] for s in range(len(self.perms)) if moving is None or s in moving}
         numbers -= self.still
         perms = [perm if n in numbers else torch.arange(len(perm)) for n, perm in enumerate(self.perms)]
-        values = relabelled(self.values, self.trunk.spaces[1], perms) | {n: self.values[n] for n in self.stem}
+        beside = {name: value for name, value in self.values.items() if name not in self.stem}
+        values = self.values | relabelled(beside, self.trunk.spaces[1], perms)
         own = self._alone(values, perms)
         try:
             return self._astray(own, values, perms) or self._miszipped(own, values, perms)
@@ -97,19 +99,43 @@ class Couple:
 
     def _alone(self, values: Mapping[str, Tensor], perms: Sequence[Tensor]) -> Shown:
         """The second model by itself. What enters its trunk from a stem is relabelled there."""
-        entering = {name: self.trunk.labellings[1].fields.get(name, ()) for name in self.trunk.alignment.entering(1)}
-        return self._run(self.program, values, self.watched[1], entering, perms)
+        stem = {*self.trunk.alignment.stem(1)}
+        graph = copy.deepcopy(self.program.module.graph)
+        entering = {node: node.name for node in graph.nodes if node.name in self.trunk.alignment.entering(1)}
+        marked = self._marked(graph, entering, {node for node in graph.nodes if node.name in stem})
+        return self._run(self.program, values, self.watched[1], graph, marked, perms)
+
+    def _marked(
+        self, graph: fx.Graph, entering: Mapping[fx.Node, str], stem: Collection[fx.Node]
+    ) -> dict[str, Fields]:
+        """Put a node behind each value that enters the trunk from a stem, in place, that the stem does not read: there
+        the value is relabelled. Their names, with the fields of the values.
+
+        Args:
+            graph: of the second model, or of a zip.
+            entering: nodes, with the names that they have in the second model.
+            stem: the nodes of its stem.
+        """
+        marked = {}
+        for node, name in entering.items():
+            with graph.inserting_after(node):
+                mark = graph.call_function(_entered, (node,))
+            for user in list(node.users):
+                if user is not mark and user not in stem:
+                    user.replace_input_with(node, mark)
+            marked[mark.name] = self.trunk.labellings[1].fields.get(name, ())
+        return marked
 
     def _run(
-        self, program: Program, values: Mapping[str, Tensor], nodes: Mapping[str, Fields],
-        entering: Mapping[str, Fields], perms: Sequence[Tensor],
+        self, program: Program, values: Mapping[str, Tensor], nodes: Mapping[str, Fields], graph: fx.Graph,
+        marked: Mapping[str, Fields], perms: Sequence[Tensor],
     ) -> Shown:  # fmt: skip
         watcher, moves = Watcher(nodes), Movement(self.trunk.spaces[1], perms)
 
         def visit(node: fx.Node, value: Any) -> Any:
-            return watcher(node, moves(value, entering[node.name]) if node.name in entering else value)
+            return moves(value, marked[node.name]) if node.name in marked else watcher(node, value)
 
-        output = run_with(program, values, self.trial.call, self.trial.dtype, visit)
+        output = run_with(program, values, self.trial.call, self.trial.dtype, visit, graph)
         return Shown(output, watcher.seen)
 
     def _judge(self, gap: float, noise: Any) -> bool:
@@ -138,20 +164,21 @@ class Couple:
         trunk = self.trunk
         plan = planned(trunk, _merges(trunk, perms), reaches(trunk))
         net = rewrite(plan, self._spread(values))
-        places = {node.name: place for node in net.graph.nodes if (place := _place(node, self.watched)) is not None}
+        stable = [_unwritten(p, nodes) for p, nodes in zip(trunk.alignment.programs, self.watched, strict=True)]
+        places = {node.name: place for node in net.graph.nodes if (place := _place(node, stable)) is not None}
         stands = {name: self.watched[k][own_name] for name, (k, own_name, _) in places.items()}
-        entering = {
-            node.name: trunk.labellings[1].fields.get(node.meta["fxzip"]["from"][0], ())
-            for node in net.graph.nodes
-            if part_of(node) == "stem 1" and node.meta["fxzip"]["from"][0] in trunk.alignment.entering(1)
-        }
+        stem = {node for node in net.graph.nodes if part_of(node) == "stem 1"}
+        entering = {node: node.meta["fxzip"]["from"][0] for node in net.graph.nodes if node in stem}
+        entering = {node: name for node, name in entering.items() if name in trunk.alignment.entering(1)}
+        marked = self._marked(net.graph, entering, stem)
         program = replace(self.trial.program, module=net)
         held = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-        found = self._run(program, held, stands, entering, perms)
+        found = self._run(program, held, stands, net.graph, marked, perms)
         again: list[Shown] = []
 
         def shaken() -> Shown:
-            again[:] = again or [self._run(program, _shaken(held, self.trial.dtype), stands, entering, perms)]
+            other = _shaken(held, self.trial.dtype)
+            again[:] = again or [self._run(program, other, stands, net.graph, marked, perms)]
             return again[0]
 
         for name, value in found.seen.items():
@@ -190,6 +217,11 @@ class Couple:
         return Movement(self.trunk.spaces[1], back)(value, fields)
 
 
+def _entered(value: Any) -> Any:
+    """What enters a trunk; see `Couple._marked`."""
+    return value
+
+
 def _gap(expected: Tensor | None, found: Tensor) -> float:
     if expected is None or expected.shape != found.shape:
         return math.inf
@@ -199,6 +231,17 @@ def _gap(expected: Tensor | None, found: Tensor) -> float:
 def _shaken(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {name: nudged(v.to(dtype) if v.is_floating_point() else v, generator) for name, v in values.items()}
+
+
+def _unwritten(program: Program, watched: Mapping[str, Fields]) -> dict[str, Fields]:
+    """The nodes whose values do not depend on when they are looked at: nobody else writes into their memory."""
+    memory = program.memory
+    written = frozenset[int]().union(*memory.writes.values())
+    return {
+        name: fields
+        for name, fields in watched.items()
+        if name in memory.writes or not memory.values.get(name, frozenset()) & written
+    }
 
 
 def _place(node: fx.Node, watched: Sequence[Mapping[str, Fields]]) -> tuple[int, str, bool] | None:

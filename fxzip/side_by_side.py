@@ -102,6 +102,6 @@ def _report(result: ZippedModule, programs: tuple[Program, ...]) -> Report:
         "models": len(programs), "method": "side by side", "refit": None, "data": "no data needed",
         "self_check": [None] * len(programs), "notes": ["nothing is merged", *uncounted(spent)], "cut": cut,
         "spaces": [], **spent, "unmerges": [], "barriers": [], "probed": [],
-        "tracing": [{"rung": p.rung, "failures": list(p.failures)} for p in programs],
+        "tracing": [{"rung": p.rung, "failures": list(p.failures), "lost": list(p.lost)} for p in programs],
     }  # fmt: skip
     return Report(values)

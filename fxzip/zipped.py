@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from types import FunctionType
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from .align import attribute
+from .errors import FxzipWarning
 from .ops import FORMAT, Function, Reference, merge, mix, restored, unmerge, written
-from .tracing import require
+from .tracing import names_of, require
 
 __all__ = ["EmittedModule", "ZippedModule", "merge", "mix", "part_of", "reuse_memory", "set_tensor", "unmerge"]
 
@@ -49,6 +51,20 @@ class ZippedModule(EmittedModule):
     def report(self) -> Any:
         """What was shared, what was not and why."""
         return self.meta.get("fxzip_report")
+
+    def train(self, mode: bool = True) -> ZippedModule:
+        """Switch to train mode. Warns where the models draw random numbers there and this network does not."""
+        tracing = (self.report or {}).get("tracing", ())
+        lost = list(dict.fromkeys(name for traced in tracing for name in traced.get("lost", ())))
+        if mode and not self.training and lost:
+            warnings.warn(
+                f"`train()`: the models make random calls in {names_of(lost)} that this network does not make; tracing "
+                "has seen them in eval mode only.",
+                FxzipWarning,
+                stacklevel=2,
+            )
+        super().train(mode)
+        return self
 
     def single(self, i: int) -> fx.GraphModule:
         """The network of task `i` alone: trunk and head i, the other heads removed. It shares parameters with this one.

@@ -301,6 +301,30 @@ def test_random_networks(block):
         assert moved(randomise(model, seed), doubled(sample), seed) < 1e-10, seed
 
 
+def test_blocks_that_were_merged_and_then_held_are_told_apart():
+    model, sample = random_network(910)
+    _, error, pinned = self_check(label(trace(randomise(model, 910), sample), RULES))
+    assert error < 1e-9
+    assert not pinned
+
+
+def test_slices_without_rows():
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.first(x)
+            marks = torch.zeros(4, 4)
+            for rows in (slice(0, -4), slice(-4, -2), slice(-2, None)):
+                marks[rows, rows] = 1.0
+                h = h + 0 * h[rows].sum() + 0 * h[rows][..., :0].sum()
+            return self.head(torch.relu(h)) + marks[:0].sum()
+
+    assert moved(randomise(Sliced()), (torch.randn(4, 6, dtype=torch.float64),)) < 1e-12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", range(10))
 def test_a_thousand_random_networks(block):

@@ -171,3 +171,46 @@ def test_a_parameter_over_two_labelled_axes(method):
     model, x = Scaled().double().eval(), torch.randn(50, 5, 4, dtype=torch.float64)
     for output in zipped_of(model, fxzip.relabel(model, x), sample=x, method=method, refit=None)(x):
         same(output, model(x), 1e-9)
+
+
+class Parted(nn.Module):
+    """Behind `a` some features go another way than the others."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.b(self.way(self.a(x)))))
+
+
+def written(h):
+    h[..., :4].relu_()
+    return h
+
+
+def assigned(h):
+    h[..., :4] = torch.tanh(h[..., :4])
+    return h
+
+
+WAYS = {
+    "put together": lambda h: torch.cat([torch.relu(h[..., :4]), h[..., 4:]], -1),
+    "padded": lambda h: h + torch.nn.functional.pad(torch.relu(h[..., :4]), (0, 4)),
+    "written": written,
+    "assigned": assigned,
+    "left out": lambda h: torch.nn.functional.pad(h[..., 2:], (2, 0)),
+    "in halves": lambda h: torch.cat([h.chunk(2, -1)[0].tanh(), h.chunk(2, -1)[1]], -1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_head_that_treats_some_features_by_themselves_gets_its_own_order(way):
+    models = [Parted(own).double().eval() for own in (lambda h: h, WAYS[way])]
+    x = torch.randn(64, 6, dtype=torch.float64)
+    for order in (models, models[::-1]):
+        zipped = fxzip.compile_zip(*order, x[:4], data=[x], method="permute", refit=None, width=2, until="a")
+        for found, model in zip(zipped(x), order, strict=True):
+            torch.testing.assert_close(found, model(x), rtol=1e-9, atol=1e-9)
+        assert zipped.report["spaces"][0]["folded"] == [model.way is not WAYS[way] for model in order]

@@ -157,3 +157,27 @@ def test_values_that_rounding_moves_are_no_evidence():
         warnings.simplefilter("error", PinnedSpaceWarning)
         found = check(label(trace(Noise(), torch.randn(4, 5)), RULES))
     assert [space.size for space in found.spaces.spaces] == [16]
+
+
+class CrossCovariance(nn.Module):
+    """Attention over features: its matrix carries two fields that share the axis of the heads."""
+
+    def __init__(self, heads=2, width=8):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.o, self.head = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Linear(width, 3)
+        self.temperature = nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 4, 1).unbind(0)
+        scores = nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).transpose(-2, -1)
+        y = (scores * self.temperature).softmax(-1) @ v
+        return self.head(self.o(y.permute(0, 3, 1, 2).reshape(b, n, c)).mean(1))
+
+
+def test_fields_that_share_an_axis_move_together():
+    found = check(label(trace(CrossCovariance(), torch.randn(2, 5, 8)), RULES))
+    assert found.error < 1e-9
+    assert not found.pinned
+    assert not found.unseen

@@ -61,9 +61,7 @@ def kinds_of(solver: Solver, runs: Runs, more: Marks) -> Ints:
     np.add.at(kinds, solver.klass, runs.marks + more)
     rank = _add_orders(kinds, solver, runs)
     block, member, twist = _edges(solver, rank)
-    held = solver.pinned[block] > 0
-    salts = np.random.default_rng(2).integers(1, 2**63, solver.count, dtype=np.uint64)
-    np.add.at(kinds, member[held], _scrambled(salts[block[held]] + twist[held]))
+    _add_held(kinds, solver, rank)
     distinct = 0
     while member.size and (found := len(_distinct(kinds))) > distinct:
         distinct = found
@@ -79,11 +77,28 @@ def _edges(solver: Solver, rank: Ints | None) -> tuple[Ints, Ints, Marks]:
     if rank is None:
         return solver.edges[0], solver.edges[1], np.zeros(solver.edges.shape[1], np.uint64)
     ends = solver.klass[solver.blocks]
-    labels = solver.blocks[:, ends[0] != ends[1]]
+    return _ties(solver.blocks[:, ends[0] != ends[1]], solver.klass, solver.klass, rank)
+
+
+def _add_held(kinds: Marks, solver: Solver, rank: Ints | None) -> None:
+    """Add in which pinned blocks a class lies.
+
+    Blocks that were merged to simplify, and are pinned since, keep each its own place: they are told apart as stated.
+    """
+    ends = solver.klass[solver.blocks]
+    labels = solver.blocks[:, (ends[0] != ends[1]) & (solver.pinned[ends[0]] > 0)]
+    block, member, twist = _ties(labels, solver.stated, solver.klass, np.zeros(solver.size) if rank is None else rank)
+    salts = np.random.default_rng(2).integers(1, 2**63, solver.size, dtype=np.uint64)
+    np.add.at(kinds, member, _scrambled(salts[block] + twist))
+
+
+def _ties(labels: Ints, block_of: Ints, member_of: Ints, rank: NDArray) -> tuple[Ints, Ints, Marks]:
+    """Distinct (block, member, twist) of pairs of labels; the twist tells by which of their labels they are tied."""
     twist = _scrambled(rank[labels[0]].astype(np.uint64) * _OCCURRENCE + rank[labels[1]].astype(np.uint64) * _RANK)
-    keys = _scrambled(solver.klass[labels[0]].astype(np.uint64)) * _RANK + solver.klass[labels[1]].astype(np.uint64)
+    block, member = block_of[labels[0]], member_of[labels[1]]
+    keys = _scrambled(block.astype(np.uint64)) * _RANK + member.astype(np.uint64)
     _, first = np.unique(keys + twist, return_index=True)
-    return solver.klass[labels[0][first]], solver.klass[labels[1][first]], twist[first]
+    return block[first], member[first], twist[first]
 
 
 def _add_orders(kinds: Marks, solver: Solver, runs: Runs) -> Ints | None:

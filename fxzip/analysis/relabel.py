@@ -7,6 +7,7 @@ network computes the same function afterwards; `checking` makes the self-check o
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,13 +127,21 @@ class Movement:
 
     def __call__(self, value: Tensor, fields: Sequence[Tensor]) -> Tensor | None:
         """The value as it must be afterwards; None if its fields do not say where everything comes from."""
+        moving = []
         for labels in fields:
             labels = _fitting(labels, value)
             source = self._runs.sources(labels)
-            if source is not None:
-                if not torch.equal(source.sort().values, torch.arange(len(source))):
-                    return None
-                value = _gathered(value, source.to(value.device), labels)
+            if source is None:
+                continue
+            if not torch.equal(source.sort().values, torch.arange(len(source))):
+                return None
+            moving.append((labels, source.to(value.device)))
+
+        axes = [axis for labels, _ in moving for axis in _varying(labels)]
+        if len(set(axes)) < len(axes):
+            return _gathered_jointly(value, moving)
+        for labels, source in moving:
+            value = _gathered(value, source, labels)
         return value
 
 
@@ -143,12 +152,38 @@ def _fitting(labels: Tensor, value: Tensor) -> Tensor:
 
 def _gathered(value: Tensor, source: Tensor, labels: Tensor) -> Tensor:
     """The value with its places along the axes that the labels vary over taken from other places of theirs."""
-    axes = [axis for axis, size in enumerate(labels.shape) if size > 1]
+    axes = _varying(labels)
     if len(axes) == 1:
         return value.index_select(axes[0], source)
     ends = list(range(value.ndim - len(axes), value.ndim))
     run = value.movedim(axes, ends)
     return run.flatten(-len(axes)).index_select(-1, source).reshape(run.shape).movedim(ends, axes)
+
+
+def _gathered_jointly(value: Tensor, moving: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """As `_gathered`, of several fields at once, some of which share an axis; None if they do not agree along it.
+
+    Where features lie in blocks, as those of queries and keys in heads, each field says for itself where a block goes.
+    """
+    axes = sorted({axis for labels, _ in moving for axis in _varying(labels)})
+    places: dict[int, Tensor] = {}
+    for labels, source in moving:
+        mine = _varying(labels)
+        shape = [labels.shape[axis] for axis in axes]
+        for axis, place in zip(mine, torch.unravel_index(source, [labels.shape[a] for a in mine]), strict=True):
+            place = place.reshape(shape)
+            known = places.setdefault(axis, place)
+            if not bool((known == place).all()):
+                return None
+
+    ends = list(range(value.ndim - len(axes), value.ndim))
+    run = value.movedim(axes, ends)
+    index: tuple[Any, ...] = (..., *(places[axis] for axis in axes))
+    return run[index].movedim(ends, axes)
+
+
+def _varying(labels: Tensor) -> list[int]:
+    return [axis for axis, size in enumerate(labels.shape) if size > 1]
 
 
 def relabelled(

@@ -38,7 +38,8 @@ def components(pairs: Ints, size: int) -> Ints:
 class Solver:
     """Classes under construction. Facts are kept by label, results (`klass`, `edges`, `pinned`) by class.
 
-    `pins` holds one number per label, 0 if free, else an index into `reasons`.
+    `pins` holds one number per label, 0 if free, else an index into `reasons`. `stated` is `klass` as the facts alone
+    make it, before anything was merged to simplify.
     """
 
     size: int
@@ -47,12 +48,14 @@ class Solver:
     pins: Ints
     reasons: list[Why]
     klass: Ints = field(init=False)
+    stated: Ints = field(init=False)
     edges: Ints = field(init=False)  # [2, R]: block, member
     pinned: Ints = field(init=False)  # class -> index into `reasons`
 
     def __post_init__(self) -> None:
         self.blocks = unique_pairs(self.blocks, self.size)
         self.settle()
+        self.stated = self.klass
 
     @property
     def count(self) -> int:

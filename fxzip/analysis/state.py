@@ -142,7 +142,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _same_along(tensor: Tensor, axis: int) -> bool:
-    return bool((tensor == tensor.narrow(axis, 0, 1)).all())
+    return not tensor.numel() or bool((tensor == tensor.narrow(axis, 0, 1)).all())
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -194,16 +194,20 @@ Visit = Callable[[fx.Node, Any], Any]
 
 
 def run_with(
-    program: Program, values: Mapping[str, Tensor], call: Call, dtype: torch.dtype, visit: Visit | None = None
-) -> Any:
-    """The program's output with other parameters, in `dtype` throughout if that is float64, and without noise."""
+    program: Program, values: Mapping[str, Tensor], call: Call, dtype: torch.dtype, visit: Visit | None = None,
+    graph: fx.Graph | None = None,
+) -> Any:  # fmt: skip
+    """The program's output with other parameters, in `dtype` throughout if that is float64, and without noise.
+
+    With `visit` it runs node by node, and each value is what `visit` makes of it; along another `graph`, if given.
+    """
     buffers = dict(program.module.named_buffers())
     own = {k: _cast(v, dtype) for k, v in values.items()}
     own |= {k: v.clone() for k, v in own.items() if k in buffers}
     inputs = flat_inputs(program.module, map_tensors(lambda t: _cast(t, dtype).clone(), call))
     module: nn.Module = program.module
     if visit is not None:
-        module, own = _Visited(program.module, visit), {f"module.{name}": value for name, value in own.items()}
+        module, own = _Visited(program.module, visit, graph), {f"module.{name}": value for name, value in own.items()}
     with quiet_execution(), DoubleMode() if dtype == torch.float64 else nullcontext(), Still():
         return torch.func.functional_call(module, own, tuple(inputs))
 
@@ -211,17 +215,17 @@ def run_with(
 class _Visited(nn.Module):
     """A graph module that runs node by node."""
 
-    def __init__(self, module: fx.GraphModule, visit: Visit) -> None:
+    def __init__(self, module: fx.GraphModule, visit: Visit, graph: fx.Graph | None) -> None:
         super().__init__()
-        self.module, self.visit = module, visit
+        self.module, self.visit, self.graph = module, visit, graph
 
     def forward(self, *inputs: Any) -> Any:
-        return _Visiting(self.module, self.visit).run(*inputs)
+        return _Visiting(self.module, self.visit, self.graph).run(*inputs)
 
 
 class _Visiting(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, visit: Visit) -> None:
-        super().__init__(module)
+    def __init__(self, module: fx.GraphModule, visit: Visit, graph: fx.Graph | None) -> None:
+        super().__init__(module, graph=graph)
         self.visit, self.extra_traceback = visit, False
 
     def run_node(self, n: fx.Node) -> Any:

@@ -31,6 +31,9 @@ def compress(labels: Tensor) -> Tensor:
     >>> compress(torch.tensor([[1, 1], [2, 2]])).shape
     torch.Size([2, 1])
     """
+    if not labels.numel():
+        return labels
+
     for axis, size in enumerate(labels.shape):
         if size > 1 and labels.stride(axis) == 0:
             labels = labels.narrow(axis, 0, 1)

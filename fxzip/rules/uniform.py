@@ -96,7 +96,12 @@ def _moved(call: Invocation, outs: list[Tensor], of: Callable[[Tensor], Axes]) -
         return None
     still = _still(source, of)
     grows = any(out.numel() > source.numel() for out in outs)
-    if not still or source.numel() > _LARGEST or not (grows or any(source.shape[axis] > 1 for axis in still)):
+    if (
+        not still
+        or not source.numel()
+        or source.numel() > _LARGEST
+        or not (grows or any(source.shape[axis] > 1 for axis in still))
+    ):
         return None
     places = torch.arange(1, source.numel() + 1).reshape(source.shape)
     for axis in still:

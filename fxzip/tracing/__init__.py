@@ -2,7 +2,8 @@
 
 `preparation` makes the own copy; `symbolic`, `values` and `exporting` are the rungs; `tidying` and `inplace` normalise
 the graph; `execution` runs and compares, with `randomness`, `attention`, `threads` and `state` so
-that a run is felt nowhere else; `ladder` puts them together.
+that a run is felt nowhere else; `training` looks at what is random in train mode only;
+`ladder` puts them together.
 """
 
 from .attention import MathAttention
@@ -20,6 +21,7 @@ from .guards import guards_at_entry, require
 from .ladder import RUNGS, Program, trace
 from .numbers import is_number
 from .preparation import check_model, check_placement
+from .training import names_of
 
 __all__ = [
     "RUNGS",
@@ -33,6 +35,7 @@ __all__ = [
     "flat_inputs",
     "guards_at_entry",
     "is_number",
+    "names_of",
     "plain_context",
     "quiet_execution",
     "require",

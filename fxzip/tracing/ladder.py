@@ -26,6 +26,7 @@ from .raising import raised
 from .reference import Reference, compared, reference_of, without_idle_guards
 from .symbolic import SymbolicTracer
 from .tidying import tidied
+from .training import Training, names_of
 from .values import trace_with_values
 
 RUNGS = ("symbolic", "symbolic with example values", "export")
@@ -46,6 +47,7 @@ class Program:
         batch_axes: for each node whose output is a tensor, the axes whose size changed with the batch size; empty if
             the model runs at one batch size only.
         shapes: for each node whose output is a tensor, its shape on the sample.
+        lost: paths of modules that draw random numbers in train mode where the graph does not.
         compared: the inputs on which the graph was compared with the model: the sample, a fresh one, others.
     """
 
@@ -59,6 +61,17 @@ class Program:
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     compared: tuple[Call, ...] = ()
     memory: Sharing = field(default_factory=Sharing)
+    lost: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the report says of it."""
+        if not self.lost:
+            return []
+        return [
+            f"in `train()` it makes random calls in {names_of(self.lost)} that the zipped network does not make: "
+            "tracing has seen them in eval mode only"
+        ]
 
 
 @plain_context()
@@ -93,7 +106,14 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
             without_idle_guards(traced, own, reference)
         found = _verified(traced, reference)
         if not isinstance(found, str):
-            return _program(*_with_modules(*found, reference), reference, rung, tuple(failures), persistent)
+            found = _with_modules(*found, reference)
+            training = Training(own, reference.sample)
+            if training.keep_dropout(found[0]):
+                again = compared(found[0], reference)
+                assert not isinstance(again, str), again  # in eval mode dropout gives back its input
+                found = (found[0], *again)
+            lost = training.lost(found[0], reference.sample)
+            return _program(*found, reference, rung, tuple(failures), persistent, lost)
         failures.append(f"{_title(rung, kept)} gave another result than the model: {found}.")
     raise TraceError(_nothing_worked(name, failures, paths))
 
@@ -157,6 +177,7 @@ def _program(
     rung: str,
     failures: tuple[str, ...],
     persistent: frozenset[str],
+    lost: tuple[str, ...],
 ) -> Program:
     _restore_persistence(module, persistent)
     buffers = frozenset(name for name, _ in module.named_buffers(remove_duplicate=False)) & persistent
@@ -169,7 +190,7 @@ def _program(
     mutators = frozenset(sample.mutators | fresh.mutators)
     memory = sharing(module, reference.sample, mutators) if mutators else Sharing()
     return Program(
-        module, reference.sample, rung, failures, buffers, mutators, axes, sample.shapes, reference.calls, memory
+        module, reference.sample, rung, failures, buffers, mutators, axes, sample.shapes, reference.calls, memory, lost
     )
 
 

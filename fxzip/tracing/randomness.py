@@ -64,7 +64,7 @@ class OwnRandomness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not _is_random(func) or _draws_nothing(func, args, kwargs):
+        if not draws(func, args, kwargs):
             return func(*args, **kwargs)
         generator = self.generator(_device(args, kwargs))
         if generator is None:
@@ -81,6 +81,11 @@ class OwnRandomness(TorchDispatchMode):
         if position < len(args):
             return seeded(*args[:position], own, *args[position + 1 :], **kwargs)
         return seeded(*args, **{**kwargs, "generator": own})
+
+
+def draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an ATen call takes random numbers."""
+    return _is_random(func) and not _draws_nothing(func, args, kwargs)
 
 
 @functools.cache

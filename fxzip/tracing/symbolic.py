@@ -12,6 +12,7 @@ from ..inputs import Call
 from ..structure import Rebuild
 from .guards import form_of, is_trivial, require
 from .names import check_arguments
+from .training import is_kept
 
 _COMPOSITE = ("torch.nn.modules.container", "torch.nn.modules.transformer")
 
@@ -37,7 +38,8 @@ def bind(model: nn.Module, call: Call) -> tuple[inspect.BoundArguments, dict[str
 
 
 class SymbolicTracer(fx.Tracer):
-    """Modules of torch.nn are leaves, except those that only hold others; a placeholder for each argument given."""
+    """Modules of torch.nn are leaves, except those that only hold others; so are those that train another way than
+    they run (stochastic depth). A placeholder for each argument given."""
 
     def __init__(self, call: Call) -> None:
         super().__init__(param_shapes_constant=True)
@@ -48,7 +50,9 @@ class SymbolicTracer(fx.Tracer):
         kind = type(m).__module__
         if "forward" in vars(m):  # given to the instance: who knows what it does
             return False
-        return kind.startswith(("torch.nn.", "torch.ao.nn.")) and not kind.startswith(_COMPOSITE)
+        if kind.startswith(("torch.nn.", "torch.ao.nn.")):
+            return not kind.startswith(_COMPOSITE)
+        return is_kept(m)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         bound, named = bind(self.root, self._call)

@@ -1,0 +1,247 @@
+"""What a model draws at random only while it trains: dropout, stochastic depth.
+
+Programs are traced in eval mode, where such calls do nothing. Those that are modules stay what they are. Here a
+`torch.nn.functional.dropout` that follows the mode of its module becomes an `nn.Dropout`, a module of a known package
+that only acts in `train()` stays a module, and all others are named: the network has them no more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..allowed import is_known
+from ..inputs import Call, map_tensors
+from .execution import flat_inputs, quiet_execution
+from .randomness import draws
+
+_DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
+_Owned = tuple[str, Any]  # path of a module, function
+
+
+class Training:
+    """A model run in train mode, on the sample: which module makes which random calls.
+
+    Where it does not run in train mode, what it did until then counts.
+
+    Attributes:
+        dropouts: for each module and function of dropout its calls, in order: the probability, and whether it acts.
+        random: for each module the number of random calls, those of modules inside it not counted.
+    """
+
+    def __init__(self, model: nn.Module, sample: Call) -> None:
+        self.dropouts: dict[_Owned, list[tuple[float, bool]]] = defaultdict(list)
+        self.random: Counter[str] = Counter()
+        path: list[str] = [""]
+        own = map_tensors(torch.clone, sample)
+        with ExitStack() as stack:
+            for context in (_training(model), _following(model, path), quiet_execution(), suppress(Exception)):
+                stack.enter_context(context)
+            for mode in (_Draws(path, self.random), _Dropouts(path, self.dropouts)):
+                stack.enter_context(mode)
+            model(*own.args, **own.kwargs)
+
+    def keep_dropout(self, module: fx.GraphModule) -> bool:
+        """Let calls of dropout in a graph follow its mode, in place, as they follow that of the model; whether any
+        do."""
+        found: dict[_Owned, list[fx.Node]] = defaultdict(list)
+        for node in module.graph.nodes:
+            if node.op == "call_function" and node.target in _DROPOUTS and isinstance(node.args[0], fx.Node):
+                found[owner_of(node), node.target].append(node)
+
+        changed = False
+        for key, nodes in found.items():
+            calls = self.dropouts.get(key, [])
+            if len(calls) != len(nodes):  # the model takes another way when it trains
+                continue
+            for node, (p, acts) in zip(nodes, calls, strict=True):
+                if acts and _setting(node, 2, "training", True) is False:
+                    _as_module(module, node, _DROPOUTS[node.target](p))
+                    changed = True
+        if changed:
+            module.recompile()
+        return changed
+
+    def lost(self, module: fx.GraphModule, sample: Call) -> tuple[str, ...]:
+        """Modules with random calls that the graph does not make in train mode."""
+        if not self.random:
+            return ()
+        kept: Counter[str] = Counter()
+        with _training(module), quiet_execution(), suppress(Exception):
+            _Counting(module, kept).run(*flat_inputs(module, sample))
+        return tuple(name or "the model itself" for name, times in self.random.items() if kept[name] < times)
+
+
+def is_kept(module: nn.Module) -> bool:
+    """Whether a module without parameters and parts does something else in train mode, and can stay a module: its class
+    must be there where the network is loaded.
+
+    >>> from torchvision.ops import StochasticDepth
+    >>> is_kept(StochasticDepth(0.5, "row").eval()), is_kept(nn.Identity())
+    (True, False)
+    """
+    held = (*module.parameters(), *module.buffers(), *module.children())
+    return not held and is_known(type(module)) and _written(module, False) != _written(module, True)
+
+
+def _written(module: nn.Module, training: bool) -> str:
+    """What a module does in a mode, as far as a plain trace tells."""
+    mode = module.training
+    module.training = training
+    try:
+        return str(fx.Tracer().trace(module))
+    except Exception as error:  # it asks for more than a name
+        return type(error).__name__
+    finally:
+        module.training = mode
+
+
+def owner_of(node: fx.Node) -> str:
+    """The path of the module whose `forward` makes a call."""
+    if "fxzip_owner" in node.meta:
+        return str(node.meta["fxzip_owner"])
+    if node.op == "call_module":
+        return str(node.target)
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return str(paths[-1]) if paths else ""
+
+
+def names_of(paths: Sequence[str]) -> str:
+    """The first few of some modules, for a message.
+
+    >>> names_of(["a", "b"])
+    '`a`, `b`'
+    """
+    return ", ".join(f"`{path}`" for path in paths[:4]) + (", ..." if len(paths) > 4 else "")
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in train mode, but for normalisations: those would need more than the sample. Afterwards
+    its state and modes are as they were."""
+    modes = {module: module.training for module in model.modules()}
+    kept = {tensor: tensor.detach().clone() for tensor in model.buffers()}
+    for module in modes:
+        module.training = not isinstance(module, _NormBase)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for tensor, value in kept.items():
+            with torch.no_grad():
+                tensor.copy_(value)
+
+
+@contextmanager
+def _following(model: nn.Module, path: list[str]) -> Iterator[None]:
+    """Inside, the last entry of `path` is the module that runs."""
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda _, __, name=name: path.append(name)))
+        handles.append(module.register_forward_hook(lambda _, __, ___: path.pop() and None))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Draws(TorchDispatchMode):
+    """Counts random calls by the module that makes them."""
+
+    def __init__(self, path: list[str], counts: Counter[str]) -> None:
+        super().__init__()
+        self._path, self._counts = path, counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if draws(func, args, kwargs or {}):
+            self._counts[self._path[-1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Dropouts(TorchFunctionMode):
+    """Files calls of dropout by the module that makes them."""
+
+    def __init__(self, path: list[str], calls: dict[_Owned, list[tuple[float, bool]]]) -> None:
+        super().__init__()
+        self._path, self._calls = path, calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            acts = args[2] if len(args) > 2 else kwargs.get("training", True)
+            self._calls[self._path[-1], func].append((float(p), bool(acts)))
+        return func(*args, **kwargs)
+
+
+class _Counting(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, counts: Counter[str]) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self._counts = counts
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module" and "fxzip_owner" not in n.meta:  # a leaf may make its calls in parts of its own
+            leaf, path = self.fetch_attr(str(n.target)), [str(n.target)]
+            with _following(_Within(leaf, str(n.target)), path), _Draws(path, self._counts):  # type: ignore[arg-type]
+                return super().run_node(n)
+        with _Draws([owner_of(n)], self._counts):
+            return super().run_node(n)
+
+
+class _Within:
+    """The modules inside a leaf by their paths in the whole."""
+
+    def __init__(self, leaf: nn.Module, path: str) -> None:
+        self._leaf, self._path = leaf, path
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in self._leaf.named_modules():
+            yield f"{self._path}.{name}".rstrip("."), module
+
+
+def _setting(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _as_module(module: fx.GraphModule, node: fx.Node, dropout: nn.Module) -> None:
+    """Call a module in place of a function. The node keeps its name."""
+    owner, name, number = owner_of(node), str(getattr(node.target, "__name__", "dropout")), 0
+    while _holds(module, path := f"{owner}.{name}".lstrip(".")):
+        number += 1
+        name = f"{name.rstrip('_0123456789')}_{number}"
+    if bool(_setting(node, 3, "inplace", False)):
+        dropout.inplace = True  # type: ignore[assignment]
+    module.add_submodule(path, dropout.eval())
+    source: Any = node.args[0]
+    with module.graph.inserting_before(node):
+        called = module.graph.call_module(path, (source,))
+    called.meta = {**node.meta, "fxzip_owner": owner}
+    node.replace_all_uses_with(called)
+    module.graph.erase_node(node)
+
+
+def _holds(module: nn.Module, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    try:
+        return hasattr(module.get_submodule(owner), name)
+    except AttributeError:
+        return False
