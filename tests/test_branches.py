@@ -210,6 +210,7 @@ def test_without_least_squares_heads_stay_as_they_are():
         assert refit or all(torch.equal(value, state[name]) for name, value in kept.items())
 
 
+@pytest.mark.slow
 def test_three_models_data_per_model_and_a_cut_that_is_looked_for():
     models = [randomise(Residual(n), n).double() for n in (4, 5, 3)]
     data = fxzip.PerModel(*([X + 0.1 * i] for i in range(3)))
@@ -232,6 +233,7 @@ def test_narrow_heads_lose_less_than_a_narrow_trunk():
     assert lost("stem") < lost(None)
 
 
+@pytest.mark.slow
 def test_networks_with_nearly_everything_in_common_share_it():
     """The other end: fine-tunes of one network, for which a deep trunk is best at the cost of one."""
     first = randomise(Residual(4), 4).double()
@@ -298,6 +300,7 @@ def check_that_narrowing_takes_out_what_widening_put_in(seed):
     return sum(map(len, kept.values()))
 
 
+@pytest.mark.slow
 def test_narrowing_takes_out_what_widening_put_in():
     assert sum(check_that_narrowing_takes_out_what_widening_put_in(seed) for seed in range(12)) > 12
 

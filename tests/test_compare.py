@@ -145,6 +145,7 @@ def test_scores_that_are_no_numbers(pair, score, found):
         fxzip.compare(pair, X, data=DATA, methods=["average"], score=score, progress=False)
 
 
+@pytest.mark.slow
 def test_every_named_method_by_default(pair):
     table = fxzip.compare(pair, X, data=DATA, progress=False)
     assert [row["method"] for row in table][1:] == list(fxzip.METHODS)
@@ -190,6 +191,7 @@ def test_a_sweep_is_the_frontier(pair):
     assert "score" in str(table)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_costs_with_widths_by_need(pair):
     table = fxzip.sweep(pair, X, data=DATA, cuts=["layer1", None], max_costs=[0.001, 1.0, 1.5], progress=False)
     assert [(row["until"], row["max_cost"]) for row in table[1:]] == [

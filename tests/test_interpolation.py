@@ -66,6 +66,7 @@ def test_no_barrier_to_a_relabelled_copy(make):
     assert naive.height > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "shufflenet_v2_x1_0"])
 def test_grouped_networks_align(name):
     x = torch.randn(8, 3, 32, 32, generator=G)

@@ -122,6 +122,7 @@ def test_rounding_is_not_taken_for_a_feature():
     assert all((v == 0).all() for v in fit_shifts(rounded).directions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_large_logits_get_large_shifts(scale):
     seen = evidence(300, (8, 8, 8))

@@ -67,7 +67,9 @@ def small_vit():
 
 @pytest.mark.parametrize(("make", "start"), [
     (lambda: torchvision_model("resnet18", 1), "layer2.1"),
-    (lambda: torchvision_model("densenet121", 1), "features.denseblock2.denselayer3"),
+    pytest.param(
+        lambda: torchvision_model("densenet121", 1), "features.denseblock2.denselayer3", marks=pytest.mark.slow
+    ),
     (lambda: torchvision_model("shufflenet_v2_x1_0", 1), "stage3"),
     (lambda: torchvision_model("mobilenet_v3_small", 1), "features.4"),
     (small_vit, "encoder.layers.encoder_layer_1"),
