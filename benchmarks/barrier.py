@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from training import Recipe, load_checkpoint, save_checkpoint, train_network
 
 import fxzip
-from fxzip.evaluation import evaluate_heads
-from fxzip.interpolation import Barrier
+from fxzip.tools.accuracy import evaluate_heads
+from fxzip.tools.interpolation import Barrier
 
 METHODS = ("average", "permute", "weights", "c2m3")
 TASKS = {  # architecture, width, epochs, recipe

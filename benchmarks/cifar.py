@@ -24,7 +24,7 @@ from cifar_networks import NETWORKS
 from cifar_table import Result, averaged, format_table
 from training import Trained, load_checkpoint, save_checkpoint, train_network
 
-from fxzip.evaluation import HeadAccuracy, evaluate_heads
+from fxzip.tools.accuracy import HeadAccuracy, evaluate_heads
 
 
 def parse_method(text: str) -> Any:

@@ -82,7 +82,7 @@ def behind_barriers(program: Any, labelling: Any) -> float:
     import networkx as nx
 
     from fxzip.analysis import dependencies
-    from fxzip.flops import flops_by_node
+    from fxzip.analysis.flops import flops_by_node
 
     graph, flops = dependencies(program), flops_by_node(program.module, program.call)
     nodes = {b.node for b in labelling.barriers}
@@ -137,7 +137,7 @@ def shares(program: Any, labelling: Any, found: Any) -> dict[str, Any]:
     A parameter counts by the features that it writes, a node's FLOPs by its parameters. FLOPs of nodes without
     parameters (products of activations) count by the features of their result.
     """
-    from fxzip.flops import flops_by_node
+    from fxzip.analysis.flops import flops_by_node
 
     tensors = {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
     kinds = {name: _kinds(found, labelling.params[name].fields, name) for name in labelling.params}

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torchvision
 
-from fxzip.compiler import survey
-from fxzip.inputs import as_call
+from fxzip.compiler.pipeline import survey
 from fxzip.matching import BlockMoments, Permute, WeightMatching, Zip, match_blocks
-from fxzip.moments import Moments, moments
-from fxzip.plan import plan
+from fxzip.matching.moments import Moments, moments
+from fxzip.rewriting.zip_plan import plan
+from fxzip.tracing.calls import as_call
 
 
 def rectified(n: int, models: int = 2) -> Moments:

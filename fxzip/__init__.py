@@ -5,13 +5,11 @@
 'zip'
 """
 
-from .align import align
-from .allowed import trust
 from .analysis import label, self_check, solve
-from .analysis.twin import relabel
-from .calibration import Calibration, PerModel
-from .compare import compare, sweep
-from .compiler import Recipe, assemble, compile_zip, survey
+from .analysis.rules import RULES
+from .calibration.observer import observe
+from .calibration.sources import Calibration, PerModel
+from .compiler.pipeline import Recipe, assemble, compile_zip, survey
 from .errors import (
     AlignError,
     BarrierError,
@@ -28,9 +26,6 @@ from .errors import (
     SpecializationError,
     TraceError,
 )
-from .inspection import inspect
-from .interpolation import Barrier, barrier
-from .joint import calibrate_joint
 from .matching import (
     CCA,
     METHODS,
@@ -49,21 +44,29 @@ from .matching import (
     Zip,
     resolve,
 )
-from .moments import Moments
-from .observe import observe
-from .plan import plan
+from .matching.moments import Moments
+from .ops import answer_to_former_names
+from .partition.alignment import align
+from .partition.trunk import find_trunk
 from .refit import REFITS, LeastSquares, RegMean, refits
-from .report import Report
-from .rewrite import rewrite
-from .rules import RULES
-from .side_by_side import side_by_side
-from .soup import soup
-from .table import Table
+from .refit.joint.logit_shifts import calibrate_joint
+from .rewriting.emit import rewrite
+from .rewriting.module import ZippedModule
+from .rewriting.report import Report
+from .rewriting.zip_plan import plan
+from .tools.comparison import compare, sweep
+from .tools.inspection import inspect
+from .tools.interpolation import Barrier, barrier
+from .tools.relabelled import relabel
+from .tools.soups import soup
+from .tools.table import Table
+from .tools.unmerged import side_by_side
 from .tracing import trace
-from .trunk import find_trunk
-from .zipped import ZippedModule
+from .tracing.allowed import trust
 
 __version__ = "0.1.0"
+
+answer_to_former_names()
 
 __all__ = [
     "CCA",

@@ -12,14 +12,15 @@ import functools
 import importlib
 import inspect
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .allowed import check_name, check_node, is_allowed, is_rebuild, named, qualified
 from .errors import LoadError
+from .tracing.allowed import check_name, check_node, is_allowed, is_rebuild, named, qualified
 from .tracing.guards import require
 
 __all__ = ["lift", "merge", "mix", "pooled", "require", "shift", "unmerge"]
@@ -163,6 +164,22 @@ _MOVED = {
     for name in names
 }
 """Where the operations of format 0 are now."""
+_FORMER = {
+    "fxzip.zipped": "fxzip.rewriting.module",
+    "fxzip.report": "fxzip.rewriting.report",
+    "fxzip.joint": "fxzip.refit.joint.logit_shifts",
+    "fxzip.refit.solving": "fxzip.refit.least_squares.solving",
+    "fxzip.refit.lstsq": "fxzip.refit.least_squares.least_squares",
+    "fxzip.containers": "fxzip.tracing.containers",
+    "fxzip.structure": "fxzip.tracing.structure",
+}
+"""Modules whose classes files name by where they were when the file was written."""
+
+
+def answer_to_former_names() -> None:
+    """Let pickles find classes of fxzip where they were."""
+    for former, name in _FORMER.items():
+        sys.modules.setdefault(former, importlib.import_module(name))
 
 
 def _reference(node: fx.Node) -> Any:

@@ -6,7 +6,7 @@ from networks import Mixed, Residual, randomise
 from torch import Tensor, nn
 
 import fxzip
-from fxzip.align import attribute
+from fxzip.partition.alignment import attribute
 
 
 def aligned(*models, sample):

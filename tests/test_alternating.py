@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.inputs import Call
-from fxzip.refit.alternating import Wish, alternate
-from fxzip.refit.flow import follow
-from fxzip.refit.walk import Walk
+from fxzip.refit.least_squares.alternating import Wish, alternate
+from fxzip.refit.least_squares.dataflow import follow
+from fxzip.refit.least_squares.walk import Walk
+from fxzip.tracing.calls import Call
 
 
 def _solver(x: Tensor) -> Callable[[Tensor], Tensor]:

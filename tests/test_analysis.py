@@ -9,9 +9,9 @@ from zoo import ZOO, head, image, randomise, tokens
 
 from fxzip.analysis import label, random_relabelling, relabelled, relative_difference, self_check, solve
 from fxzip.analysis.checking import run_with
-from fxzip.inputs import as_call
-from fxzip.rules import RULES
+from fxzip.analysis.rules import RULES
 from fxzip.tracing import trace
+from fxzip.tracing.calls import as_call
 
 
 def analysed(model, sample):

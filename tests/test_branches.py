@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.branches import Alone, behind, narrowed
-from fxzip.compiler import survey
-from fxzip.elastic import stiff_spaces
-from fxzip.inputs import as_call
+from fxzip.calibration.observer import observe
+from fxzip.compiler.pipeline import survey
 from fxzip.matching import Merge
-from fxzip.observe import observe
-from fxzip.plan import planned, reaches
+from fxzip.rewriting.zip_plan import planned, reaches
+from fxzip.tracing.calls import as_call
+from fxzip.widths.narrow_heads import Alone, behind, narrowed
+from fxzip.widths.resizable import stiff_spaces
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fxzip.calibration import Calibration, PerModel
-from fxzip.inputs import as_call
+from fxzip.calibration.sources import Calibration, PerModel
+from fxzip.tracing.calls import as_call
 
 SAMPLE = as_call(torch.zeros(2, 3))
 

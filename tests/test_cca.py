@@ -10,8 +10,8 @@ from torch import nn
 
 import fxzip
 from fxzip.matching import CCA, Merge, Permute, Problem, Space, match_spaces
-from fxzip.matching.cca import is_mean, shares
-from fxzip.moments import moments
+from fxzip.matching.activations.cca import is_mean, shares
+from fxzip.matching.moments import moments
 
 close = torch.testing.assert_close
 

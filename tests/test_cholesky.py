@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import fxzip
-from fxzip.cholesky import MOST, ridged_cholesky
 from fxzip.matching import CCA
-from fxzip.moments import moments
+from fxzip.matching.linalg import MOST, ridged_cholesky
+from fxzip.matching.moments import moments
 
 
 def test_the_factor_is_of_the_matrix_and_its_ridge():

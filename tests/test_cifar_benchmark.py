@@ -128,7 +128,7 @@ def test_trained_networks_are_found_and_never_overwritten(folder, tmp_path, monk
     assert rows[-1].flops == pytest.approx(3, abs=1e-6)
     assert len({len(line) for line in cifar.format_table(rows).splitlines()}) == 1
     settings.joint = True
-    monkeypatch.setattr("fxzip.joint.LEAST", 8)  # the folder has no more images of a task
+    monkeypatch.setattr("fxzip.refit.joint.logit_shifts.LEAST", 8)  # the folder has no more images of a task
     drawn = cifar_data.draw_calibration(images.train, [model.classes for model in models], 24, seed=0)
     together = cifar.evaluate_joint(models, drawn, images.test, settings)
     assert (together.network, together.refit, together.per_task) == ("side by side", "joint", rows[-1].per_task)

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxzip
 from fxzip.matching import Permute
-from fxzip.table import Table
+from fxzip.tools.table import Table
 
 mpl.use("agg")
 G = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxzip
 from fxzip.analysis import relative_difference
-from fxzip.inputs import leaves
+from fxzip.tracing.calls import leaves
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import fxzip
-from fxzip.containers import Part, flatten, leaves, map_leaves
 from fxzip.errors import ContainerError
-from fxzip.structure import Rebuild
 from fxzip.tracing import difference, ladder, trace
+from fxzip.tracing.containers import Part, flatten, leaves, map_leaves
+from fxzip.tracing.structure import Rebuild
 
 
 @dataclass

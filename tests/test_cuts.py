@@ -10,10 +10,10 @@ from torch import nn
 from zoo import randomise
 
 import fxzip
-from fxzip.compiler import survey
-from fxzip.inputs import as_call
-from fxzip.naming import cut_names
-from fxzip.plan import plan
+from fxzip.compiler.pipeline import survey
+from fxzip.partition.node_names import cut_names
+from fxzip.rewriting.zip_plan import plan
+from fxzip.tracing.calls import as_call
 
 FRACTIONS = [i / 8 for i in range(1, 9)]
 

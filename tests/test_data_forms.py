@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fxzip
-from fxzip import sources
-from fxzip.calibration import Calibration, PerModel
+from fxzip.calibration.sources import Calibration, PerModel
+from fxzip.calibration.sources import data_forms as sources
 from fxzip.errors import DataError, InputError
-from fxzip.inputs import as_call
+from fxzip.tracing.calls import as_call
 
 SAMPLE = torch.zeros(2, 3)
 IMAGES = torch.zeros(2, 3, 4, 4)

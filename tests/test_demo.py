@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from fxzip import cli, demo
+from fxzip import __main__ as cli
+from fxzip.tools import demo
 
 WIDTH = 8
 

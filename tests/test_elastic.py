@@ -9,8 +9,8 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.analysis.resizing import IrregularLayoutError, resized
 from fxzip.analysis.spaces import Layout
-from fxzip.elastic import stiff_spaces
-from fxzip.widths import overspent
+from fxzip.widths.choose import overspent
+from fxzip.widths.resizable import stiff_spaces
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -206,7 +206,7 @@ def test_stems_and_widths():
 
 def test_trials_find_what_cannot_be_resized():
     models = pair(HardCoded)
-    found = fxzip.compiler.survey(models, fxzip.inputs.as_call(X[:2].double()))
+    found = fxzip.compiler.survey(models, fxzip.tracing.calls.as_call(X[:2].double()))
     trunk = found.trunk()
     names = {space.name: s for s, space in enumerate(trunk.spaces[0].spaces)}
     stiff = stiff_spaces(trunk, sorted(names.values()))

@@ -9,12 +9,12 @@ from networks import Residual, randomise
 from torch import nn
 
 import fxzip
-from fxzip.matching.clusterwise import Clusters, cluster_losses, energies
-from fxzip.matching.elimination import Elimination
-from fxzip.matching.energy import Energy, energy_losses, energy_merge, reading
+from fxzip.matching.energy.clusterwise import Clusters, cluster_losses, energies
+from fxzip.matching.energy.elimination import Elimination
+from fxzip.matching.energy.energy import Energy, energy_losses, energy_merge, reading
+from fxzip.matching.moments import moments
 from fxzip.matching.problem import Problem, Space
-from fxzip.moments import moments
-from fxzip.plan import problem_of
+from fxzip.rewriting.zip_plan import problem_of
 
 
 def correlated(seed, n=16, rank=6):
@@ -244,8 +244,8 @@ def test_without_readers_all_count_the_same():
 def test_readers_are_the_weights_that_sum_over_a_space():
     """Of a linear net with a convolution in front: the next weight, flattened places as taps."""
     nets = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)) for _ in range(2)]
-    from fxzip.compiler import survey
-    from fxzip.inputs import as_call
+    from fxzip.compiler.pipeline import survey
+    from fxzip.tracing.calls import as_call
 
     trunk = survey(nets, as_call(torch.ones(1, 1, 4, 4))).trunk()
     [space] = problem_of(trunk, {}, Energy()).spaces

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxzip.evaluation import evaluate_heads
+from fxzip.tools.accuracy import evaluate_heads
 
 TASKS = [[0, 2], [1, 3]]
 

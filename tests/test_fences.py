@@ -1,6 +1,8 @@
 """Who may import whom."""
 
 import ast
+import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,44 +10,20 @@ from pathlib import Path
 import fxzip
 
 ROOT = Path(fxzip.__file__).parent
-LAYERS = [  # a stage sees its own layer and those further down
-    ["cli", "__main__", "demo", "evaluation"],
+FLOORS = [  # a package sees those further down
+    ["__main__"],
     ["__init__"],
-    ["compare", "interpolation"],
-    ["compiler", "side_by_side", "soup"],
-    ["frontier", "widths", "by_need", "joint"],
-    ["branches", "soundness"],
-    ["elastic", "losses", "selfzip"],
-    ["inspection", "report", "refit", "rewrite"],
-    ["entering", "mixing", "handing"],
-    ["zipped", "aligned", "basis", "parts"],
-    ["plan", "weights"],
-    ["matching"],
-    ["agreement", "cuts"],
-    ["shapes", "observe", "places", "readers", "calibration", "sources", "arguments"],
-    ["trunk", "folding", "endings", "lifting"],
-    ["unmatched", "pairing"],
-    ["own"],
-    ["align", "analysis", "stems", "own_inputs", "flops"],
-    ["ops"],
-    ["rules", "tracing"],
-    ["batches"],
-    [
-        "moments",
-        "inputs",
-        "allowed",
-        "naming",
-        "containers",
-        "structure",
-        "table",
-        "sizes",
-        "shifts",
-        "cholesky",
-    ],
-    ["figures"],
+    ["tools"],
+    ["compiler"],
+    ["widths", "refit"],
+    ["calibration", "rewriting"],
+    ["partition"],
+    ["analysis", "ops"],
+    ["tracing", "matching"],
     ["errors"],
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+PACKAGES = set(LEVEL) - {"__init__", "__main__", "ops", "errors"}
 
 
 def imports(path):
@@ -61,7 +39,7 @@ def imports(path):
             yield from (f"{name}.{alias.name}" for alias in node.names)
 
 
-def stage(name):
+def package(name):
     parts = name.split(".")
     return parts[1] if parts[0] == "fxzip" and len(parts) > 1 and parts[1] in LEVEL else None
 
@@ -69,35 +47,57 @@ def stage(name):
 FILES = {path: path.relative_to(ROOT).with_suffix("").parts[0] for path in sorted(ROOT.rglob("*.py"))}
 
 
-def test_every_stage_has_a_layer():
-    assert set(FILES.values()) <= set(LEVEL)
+def test_the_root_holds_packages_and_little_else():
+    found = {path.name for path in ROOT.iterdir() if path.name != "__pycache__"}
+    assert found == PACKAGES | {"errors.py", "ops.py", "__init__.py", "__main__.py", "py.typed"}
+    assert len(found - {"py.typed"}) <= 14
 
 
-def test_imports_go_one_way():
+def test_imports_go_down():
     wrong = {
         (str(path.relative_to(ROOT)), name)
         for path, own in FILES.items()
         for name in imports(path)
-        if (other := stage(name)) is not None and LEVEL[other] < LEVEL[own]
+        if (other := package(name)) is not None and other != own and LEVEL[other] <= LEVEL[own]
     }
     assert not wrong
 
 
-def test_matching_sees_moments_and_algebra_only():
-    seen = {stage(n) for path, own in FILES.items() if own == "matching" for n in imports(path)} - {None}
-    assert seen == {"matching", "moments", "cholesky", "errors"}
+def test_there_are_no_more_floors_than_nine():
+    """The longest chain of packages of which each imports the next."""
+    seen = {own: {package(n) for path, o in FILES.items() if o == own for n in imports(path)} for own in PACKAGES}
+
+    def height(name):
+        return 1 + max((height(other) for other in seen[name] & PACKAGES - {name}), default=0)
+
+    assert max(map(height, PACKAGES)) <= 9
+
+
+def test_no_function_shadows_its_module():
+    shadowed = set()
+    for info in pkgutil.walk_packages(fxzip.__path__, "fxzip."):
+        above, _, name = info.name.rpartition(".")
+        if info.name != "fxzip.__main__":
+            importlib.import_module(info.name)
+            shadowed |= {info.name} - {getattr(getattr(sys.modules[above], name), "__name__", "")}
+    assert not shadowed
+
+
+def test_matching_sees_no_graphs():
+    seen = {package(n) for path, own in FILES.items() if own == "matching" for n in imports(path)} - {None}
+    assert seen == {"matching", "errors"}
+    assert "matching" not in users("torch.fx")
 
 
 def users(library):
     return {own for path, own in FILES.items() if any(f"{n}.".startswith(f"{library}.") for n in imports(path))}
 
 
-def test_libraries_stay_in_their_stages():
-    assert users("networkx") <= {"analysis", "stems", "trunk", "cuts", "plan", "inspection", "matching"}
-    assert users("scipy") <= {"matching", "analysis", "plan"}
-    assert "rules" not in users("torch.fx")
-    assert users("torchvision") | users("timm") | users("sklearn") <= {"demo", "evaluation"}
-    assert users("matplotlib") == {"figures"}
+def test_libraries_stay_in_their_packages():
+    assert users("networkx") <= {"partition", "rewriting", "tools", "matching"}
+    assert users("scipy") <= {"matching", "analysis", "rewriting"}
+    assert users("torchvision") | users("timm") | users("sklearn") <= {"tools"}
+    assert users("matplotlib") == {"tools"}
 
 
 def test_import_is_light():

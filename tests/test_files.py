@@ -15,7 +15,7 @@ from torch import nn
 
 import fxzip
 from fxzip import ops
-from fxzip.allowed import check_name, is_allowed, is_method, named
+from fxzip.tracing.allowed import check_name, is_allowed, is_method, named
 
 HERE = Path(__file__).parent / "data"
 

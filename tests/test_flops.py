@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxzip
-from fxzip.flops import count_flops
-from fxzip.inputs import as_call
+from fxzip.analysis.flops import count_flops
+from fxzip.tracing.calls import as_call
 
 
 class Wrapped(nn.Module):

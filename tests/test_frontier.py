@@ -13,12 +13,12 @@ from networks import Residual, Segmenter, randomise
 from torch import nn
 
 import fxzip
-from fxzip.agreement import HeldOut, hold_out
-from fxzip.calibration import Calibration
-from fxzip.compiler import cuts_and_trunks, survey
-from fxzip.frontier import Goal, deepest
-from fxzip.inputs import as_call
+from fxzip.calibration.holdout import HeldOut, hold_out
+from fxzip.calibration.sources import Calibration
+from fxzip.compiler.pipeline import cuts_and_trunks, survey
+from fxzip.compiler.search import Goal, deepest
 from fxzip.tracing import trace
+from fxzip.tracing.calls import as_call
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(2, 3, 8, 8, generator=G)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.shapes import other_shapes
+from fxzip.calibration.shapes import other_shapes
 from fxzip.tracing import difference, ladder, require, trace
 
 
@@ -226,7 +226,7 @@ def test_guards_inside_a_head_and_at_a_cut():
 
 
 def test_other_shapes_are_few_and_small():
-    sample = fxzip.inputs.as_call(torch.ones(4, 7))
+    sample = fxzip.tracing.calls.as_call(torch.ones(4, 7))
     data = [torch.ones(5, n) for n in range(7, 40)]
     calls = other_shapes(fxzip.Calibration.of(data, sample, 2, False), sample)
     assert len(calls) == 16

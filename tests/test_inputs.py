@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxzip.batches import batches, wrong_shape
+from fxzip.calibration.batches import batches, wrong_shape
 from fxzip.errors import DataError, InputError
-from fxzip.inputs import as_call, batch_size, leaves, with_batch
+from fxzip.tracing.calls import as_call, batch_size, leaves, with_batch
 
 IMAGES = torch.randn(4, 3, 8, 8)
 SAMPLE = as_call(torch.randn(2, 3, 8, 8))

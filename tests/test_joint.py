@@ -10,14 +10,14 @@ from networks import Mixed, Residual, Segmenter, randomise
 from torch import nn
 
 import fxzip
-from fxzip import shifts
+from fxzip.refit.joint import logistic as shifts
 
 try:
     from transformers.modeling_outputs import ImageClassifierOutput
 except ImportError:
     ImageClassifierOutput = None
-from fxzip.joint import pooled
-from fxzip.shifts import Evidence, fit_shifts
+from fxzip.refit.joint.logistic import Evidence, fit_shifts
+from fxzip.refit.joint.logit_shifts import pooled
 
 
 def draw(*shape, seed=0):
@@ -462,7 +462,7 @@ def test_features_that_are_not_finite():
 
 
 def test_compile_zip_asks_before_it_works(monkeypatch):
-    monkeypatch.setattr("fxzip.compiler.observe", lambda *_: pytest.fail("observed"))
+    monkeypatch.setattr("fxzip.compiler.pipeline.observe", lambda *_: pytest.fail("observed"))
     data = fxzip.PerModel([X], [X])
     with pytest.raises(fxzip.InputError, match=r"of at least two classes; head 1 returns \(3, 1\)"):
         fxzip.compile_zip(Classifier(2), Classifier(1), X[:3], data=data, joint=True, progress=False)

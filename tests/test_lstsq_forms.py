@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.inputs import Call
-from fxzip.refit.lockstep import laid_out
+from fxzip.refit.least_squares.lockstep import laid_out
+from fxzip.tracing.calls import Call
 
 close = torch.testing.assert_close
 FIT = fxzip.LeastSquares(ridge=1e-3, scarce=0, least=10**9, turns=0)
@@ -176,7 +176,7 @@ class Layers(nn.Module):
         return self.head(torch.tanh(self.call(torch.tanh(self.first(x)))))
 
 
-def zipped_way(way: str, x: Tensor, **options) -> fxzip.zipped.ZippedModule:
+def zipped_way(way: str, x: Tensor, **options) -> fxzip.ZippedModule:
     nets = [filled(Layers(2 + k, way), k) for k in range(2)]
     given = {"method": "average", "refit": FIT, "verify": False, "progress": False, "until": "call", **options}
     return fxzip.compile_zip(*nets, x[:2], data=[x[:16], x[16:]], **given)

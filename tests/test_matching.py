@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from fxzip.errors import DataError, InputError
 from fxzip.matching import METHODS, Average, BlockMoments, Merge, Permute, Zip, match_blocks, resolve, similarity
+from fxzip.matching.activations.zipit import zip_clusters
 from fxzip.matching.merge import in_first_layout, mean_similarity
-from fxzip.matching.zipping import zip_clusters
-from fxzip.moments import Moments, moments
+from fxzip.matching.moments import Moments, moments
 
 close = torch.testing.assert_close
 SEEDS = st.integers(0, 10_000)

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fxzip
-from fxzip.compiler import survey
-from fxzip.inputs import as_call
-from fxzip.observe import observe
-from fxzip.plan import plan
-from fxzip.refit.lockstep import within_memory
+from fxzip.calibration.observer import observe
+from fxzip.compiler.pipeline import survey
+from fxzip.refit.least_squares.lockstep import within_memory
+from fxzip.rewriting.zip_plan import plan
+from fxzip.tracing.calls import as_call
 
 
 class Peak(TorchDispatchMode):

@@ -31,11 +31,11 @@ from fxzip.matching import (
     Zip,
     resolve,
     similarity,
-)  # fmt: skip
-from fxzip.matching.cycles import gradients, objective
-from fxzip.matching.dualspace import as_moments, weight_cosines
-from fxzip.matching.weights import agreement, match_weights
-from fxzip.moments import Moments, moments
+)
+from fxzip.matching.moments import Moments, moments
+from fxzip.matching.weights.cycle_consistent import gradients, objective
+from fxzip.matching.weights.dual_space import as_moments, weight_cosines
+from fxzip.matching.weights.weight_matching import agreement, match_weights
 
 close = torch.testing.assert_close
 CLUSTERINGS = [KMeans(), Agglomerative(), Agglomerative("complete"), Agglomerative("single")]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxzip.moments import SAMPLES, Moments, moments
+from fxzip.matching.moments import SAMPLES, Moments, moments
 
 close = torch.testing.assert_close
 

@@ -8,9 +8,9 @@ from networks import Residual, randomise
 from torch import Tensor, nn
 
 import fxzip
-from fxzip import places
-from fxzip.inputs import as_call
-from fxzip.moments import SAMPLES, Moments, moments
+from fxzip.calibration.sources import hook_points as places
+from fxzip.matching.moments import SAMPLES, Moments, moments
+from fxzip.tracing.calls import as_call
 
 module = importlib.import_module("fxzip.observe")
 close = torch.testing.assert_close

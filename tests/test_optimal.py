@@ -7,7 +7,7 @@ from torch import nn
 
 import fxzip
 from fxzip.matching import Optimal, Permute, similarity
-from fxzip.moments import moments
+from fxzip.matching.moments import moments
 
 
 def pairings(items):

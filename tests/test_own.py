@@ -191,7 +191,7 @@ def test_a_normalisation_of_the_input_that_differs_stays_with_its_model():
 def test_features_that_are_not_folded_are_read_from_all_merged_ones_where_copies_miss_much(monkeypatch):
     a, b = pair(middle=lambda s, h: h.cumsum(1))
     zipped = zipped_pair(a, b, method=fxzip.Energy())
-    monkeypatch.setattr(sys.modules["fxzip.plan"], "_BETTER", 0.0)
+    monkeypatch.setattr(sys.modules["fxzip.rewriting.zip_plan"], "_BETTER", 0.0)
     copied = zipped_pair(a, b, method=fxzip.Energy())
     assert zipped.report["mixed"]
     assert not copied.report["mixed"]

@@ -7,7 +7,7 @@ import torch
 from networks import Residual, randomise
 
 import fxzip
-from fxzip.plan import head_nodes, head_params, plan
+from fxzip.rewriting.zip_plan import head_nodes, head_params, plan
 
 X = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from zoo import randomise
 
 import fxzip
+from fxzip.analysis.rules import RULES
 from fxzip.errors import FxzipError, PinnedSpaceWarning
 from fxzip.matching import Merge
-from fxzip.rules import RULES
 
 basis, plan, rewrite, soundness, trunk, entering = (
     import_module(f"fxzip.{name}") for name in ("basis", "plan", "rewrite", "soundness", "trunk", "entering")

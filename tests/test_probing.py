@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.analysis import label, self_check, solve
-from fxzip.rules import RULES
+from fxzip.analysis.rules import RULES
 from fxzip.tracing import trace
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.inputs import as_call
 from fxzip.refit import record_statistics
+from fxzip.tracing.calls import as_call
 
 close = torch.testing.assert_close
 
@@ -208,7 +208,7 @@ def test_a_norm_that_is_more_than_that_is_left_and_named(pair) -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     graph.output(graph.call_module("1", (graph.call_module("0", (x,)),)))
-    network = fxzip.zipped.ZippedModule(module, graph).eval()
+    network = fxzip.ZippedModule(module, graph).eval()
     values = torch.randn(40, 8, 2, 2, dtype=torch.float64)
     after = record_statistics(network, [as_call(values)])
     for name, value in network.state_dict().items():

@@ -8,9 +8,9 @@ from test_matching import features, observed, shuffle
 import fxzip
 from fxzip.analysis import relative_difference
 from fxzip.matching import Energy, Permute, Recover, WeightMatching, Zip, match_spaces, needs
+from fxzip.matching.activations.recover import recovered
+from fxzip.matching.moments import moments
 from fxzip.matching.problem import Problem, Space
-from fxzip.matching.recover import recovered
-from fxzip.moments import moments
 
 close = torch.testing.assert_close
 

@@ -8,7 +8,7 @@ from networks import Residual, randomise
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxzip
-from fxzip.flops import flops_by_node
+from fxzip.analysis.flops import flops_by_node
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -6,7 +6,7 @@ from networks import Residual, randomise
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxzip
-from fxzip.plan import plan
+from fxzip.rewriting.zip_plan import plan
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

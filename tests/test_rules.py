@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxzip.analysis.calls import LabelMode
+from fxzip.analysis.dispatch import LabelMode
+from fxzip.analysis.label_state import State
+from fxzip.analysis.rules import FIXED, RULES, VOID, Facts, Ledger, Operand, compress, varying
+from fxzip.analysis.rules.fields import along
+from fxzip.analysis.rules.meeting import meet, merged_fields
 from fxzip.analysis.solver import Solver, units_of
-from fxzip.analysis.state import State
-from fxzip.rules import FIXED, RULES, VOID, Facts, Ledger, Operand, compress, varying
-from fxzip.rules.fields import along
-from fxzip.rules.meeting import meet, merged_fields
 
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from zoo import ZOO, Attention, Transformer, head, image, randomise, tokens
 
-from fxzip.analysis import label, relative_difference, self_check, trial
+from fxzip.analysis import label, relative_difference, self_check
+from fxzip.analysis import random_trial as trial
+from fxzip.analysis.rules import RULES
+from fxzip.analysis.rules import elementwise as elementwise_rules
 from fxzip.errors import PinnedSpaceWarning, RuleError, SelfCheckError
-from fxzip.rules import RULES
-from fxzip.rules import elementwise as elementwise_rules
 from fxzip.tracing import trace
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.analysis import check, label
+from fxzip.analysis.rules import RULES
 from fxzip.errors import PinnedSpaceWarning, SelfCheckError
-from fxzip.rules import RULES
 from fxzip.tracing import trace
 
 OUTPUTS = {

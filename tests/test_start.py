@@ -10,7 +10,7 @@ from networks import Block, Mixed, Residual, Segmenter, randomise, torchvision_m
 from torch import nn
 
 import fxzip
-from fxzip.zipped import merge, part_of
+from fxzip.rewriting.module import merge, part_of
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(30, 3, 8, 8, generator=G, dtype=torch.float64)
@@ -382,8 +382,8 @@ def test_the_result_is_an_ordinary_module():
 
 def test_cuts_lie_behind_the_start():
     a, b = randomise(Residual(4), 1).double(), randomise(OtherStem(4), 2).double()
-    found = fxzip.compiler.survey([a, b], fxzip.inputs.as_call(X[:2]), start="layer1")
-    cuts, trunks = fxzip.compiler.cuts_and_trunks(found)
+    found = fxzip.compiler.survey([a, b], fxzip.tracing.calls.as_call(X[:2]), start="layer1")
+    cuts, trunks = fxzip.compiler.pipeline.cuts_and_trunks(found)
     clean = [cut.until for cut in cuts if cut.crossing == 1]
     assert clean == ["layer1_0_relu", "layer1.0", "layer1", "layer2.0", None]  # around the first, heads read the stems
     for cut, trunk in list(zip(cuts, trunks, strict=True))[::2]:

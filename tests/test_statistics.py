@@ -8,9 +8,9 @@ from networks import Block, Residual, randomise
 from torch import Tensor, nn
 
 import fxzip
-from fxzip.inputs import as_call
 from fxzip.refit import repair, reset_batchnorm
-from fxzip.refit.ridge import ridge_solution
+from fxzip.refit.least_squares.ridge import ridge_solution
+from fxzip.tracing.calls import as_call
 
 close = torch.testing.assert_close
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from fxzip.errors import InputError, TraceError
-from fxzip.inputs import as_call, with_batch
 from fxzip.tracing import check_placement, difference, quiet_execution, run_eager, run_recorded, trace
 from fxzip.tracing import ladder as ladder_module
+from fxzip.tracing.calls import as_call, with_batch
 
 SYMBOLIC, VALUES, EXPORT = ladder_module.RUNGS
 IMAGE = torch.randn(2, 3, 32, 32)

@@ -8,8 +8,8 @@ from networks import Mixed, Residual, randomise
 
 import fxzip
 from fxzip.analysis import relative_difference
-from fxzip.analysis.graph import dependencies
-from fxzip.flops import flops_by_node
+from fxzip.analysis.flops import flops_by_node
+from fxzip.partition.dependencies import dependencies
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

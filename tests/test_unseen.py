@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.matching import Permute, marks, similarity
-from fxzip.moments import moments
+from fxzip.matching.moments import moments
 
 
 def weight(*shape):
@@ -222,9 +222,9 @@ def test_clear_features_are_compared_by_correlation_alone():
 
 def test_marks_do_not_depend_on_the_order_of_other_features():
     model, x = randomise(Residual(4), 1).double(), torch.randn(2, 3, 8, 8).double()
-    from fxzip.compiler import survey
-    from fxzip.inputs import as_call
-    from fxzip.weights import weights_of
+    from fxzip.compiler.pipeline import survey
+    from fxzip.rewriting.weight_evidence import weights_of
+    from fxzip.tracing.calls import as_call
 
     trunk = survey([model, fxzip.relabel(model, x)], as_call(x)).trunk()
     for space in range(len(trunk.spaces[0].spaces)):

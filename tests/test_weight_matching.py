@@ -10,13 +10,13 @@ from torchvision.models import VisionTransformer
 
 import fxzip
 from fxzip.analysis import relative_difference
-from fxzip.compiler import survey
-from fxzip.inputs import as_call
+from fxzip.compiler.pipeline import survey
 from fxzip.matching import Problem, Run, Space, Weight, WeightMatching
-from fxzip.matching.descent import Descent
-from fxzip.matching.signatures import signature
-from fxzip.matching.weights import agreement, begin, identity, match_weights
-from fxzip.plan import plan
+from fxzip.matching.weights.descent import Descent
+from fxzip.matching.weights.signatures import signature
+from fxzip.matching.weights.weight_matching import agreement, begin, identity, match_weights
+from fxzip.rewriting.zip_plan import plan
+from fxzip.tracing.calls import as_call
 
 close = torch.testing.assert_close
 QUICK = ["squeezenet1_0", "mobilenet_v3_small", "shufflenet_v2_x1_0", "resnet18"]

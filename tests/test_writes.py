@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from zoo import randomise
 
 import fxzip
-from fxzip.analysis.graph import dependencies
+from fxzip.partition.dependencies import dependencies
 
 
 class Writing(nn.Module):

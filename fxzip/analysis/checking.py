@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..errors import PinnedSpaceWarning, SelfCheckError
 from .labelling import Labelling
-from .relabel import random_relabelling
+from .random_trial import Trial, run_with
+from .relabelling import random_relabelling
 from .sightings import relative_difference
 from .spaces import FeatureSpaces, solve
-from .trial import Trial, run_with
 
 __all__ = ["Check", "Trial", "check", "relative_difference", "run_with", "self_check"]
 

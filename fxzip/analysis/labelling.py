@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..containers import flatten, leaves
-from ..rules import Facts, Fields, Rule
-from ..rules.fields import along
 from ..tracing import MathAttention, Program, flat_inputs, is_number, quiet_execution
-from .calls import LabelMode
-from .state import Barrier, Entry, ParamLabels, Probed, Site, State
+from ..tracing.containers import flatten, leaves
+from .dispatch import LabelMode
+from .label_state import Barrier, Entry, ParamLabels, Probed, Site, State
+from .rules import Facts, Fields, Rule
+from .rules.fields import along
 
 __all__ = ["Barrier", "Labelling", "ParamLabels", "Probed", "Site", "label", "place_of"]
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..rules import Facts
 from .labelling import Labelling
+from .rules import Facts
 from .solver import Ints, Solver
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..containers import leaves
-from ..rules import Fields
+from ..tracing.containers import leaves
 from .labelling import Labelling
-from .relabel import Movement
+from .relabelling import Movement
+from .rules import Fields
 from .spaces import FeatureSpaces
 
 Sightings = dict[str, Tensor]  # by node

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..rules import Facts
-from ..rules.fields import occurrences
-from .kinds import Runs, kinds_of
+from .fingerprints import Runs, kinds_of
 from .labelling import Labelling
 from .roles import Roles
+from .rules import Facts
+from .rules.fields import occurrences
 from .solver import Ints, Solver, Unit, hold_unique, units_of, untangle
 
 

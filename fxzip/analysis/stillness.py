@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..rules import is_random
+from .rules import is_random
 
 
 class Still(TorchDispatchMode):

@@ -21,24 +21,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from fxzip.errors import InputError
-from fxzip.matching.average import Average
-from fxzip.matching.blockwise import BlockMoments, match_blocks
-from fxzip.matching.cca import CCA
-from fxzip.matching.clustering import Agglomerative, KMeans
-from fxzip.matching.cycles import CycleConsistent
-from fxzip.matching.dualspace import MuDSC
-from fxzip.matching.energy import Energy
-from fxzip.matching.marks import marks
-from fxzip.matching.merge import Entries, Merge, Method, similarity
-from fxzip.matching.optimal import Optimal
-from fxzip.matching.permute import Permute
-from fxzip.matching.problem import JointMethod, Problem, Run, Space, Weight, match_spaces, needs
-from fxzip.matching.recover import Recover
-from fxzip.matching.transport import Transport
-from fxzip.matching.unseen import match_unseen
-from fxzip.matching.weights import WeightMatching
-from fxzip.matching.zipping import Zip
+from ..errors import InputError
+from .activations.average import Average
+from .activations.cca import CCA
+from .activations.clustering import Agglomerative, KMeans
+from .activations.optimal import Optimal
+from .activations.permute import Permute
+from .activations.recover import Recover
+from .activations.transport import Transport
+from .activations.zipit import Zip
+from .blockwise import BlockMoments, match_blocks
+from .energy.energy import Energy
+from .merge import Entries, Merge, Method, similarity
+from .problem import JointMethod, Problem, Run, Space, Weight, match_spaces, needs
+from .unseen import match_unseen
+from .weight_marks import marks
+from .weights.cycle_consistent import CycleConsistent
+from .weights.dual_space import MuDSC
+from .weights.weight_matching import WeightMatching
 
 METHODS: dict[str, Callable[[], Method | JointMethod]] = {
     "zip": Zip,

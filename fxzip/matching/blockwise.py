@@ -20,17 +20,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxzip.errors import InputError
-from fxzip.matching.merge import Merge, Method, cluster_merge, mean_similarity, similarity
-from fxzip.matching.permute import best_pairs
-from fxzip.moments import Moments
+from ..errors import InputError
+from .activations.permute import best_pairs
+from .merge import Merge, Method, cluster_merge, mean_similarity, similarity
+from .moments import Moments
 
 
 @dataclass(frozen=True, eq=False)
 class BlockMoments:
     """One space of a tie group.
 
-    >>> from fxzip.moments import moments
+    >>> from fxzip.matching.moments import moments
     >>> x = torch.randn(9, 4)
     >>> halves = torch.arange(4).view(2, 2)
     >>> BlockMoments(moments([x, x]), blocks=(halves, halves)).relabel_only
@@ -64,7 +64,7 @@ def match_blocks(spaces: Sequence[BlockMoments], method: Method) -> tuple[list[M
     """Match the blocks of a tie group jointly, then the features inside them.
 
     >>> from fxzip.matching import Permute
-    >>> from fxzip.moments import moments
+    >>> from fxzip.matching.moments import moments
     >>> x, halves = torch.randn(99, 4), torch.arange(4).view(2, 2)
     >>> space = BlockMoments(moments([x, x[:, [3, 2, 0, 1]]]), blocks=(halves, halves))
     >>> merges, partners = match_blocks([space], Permute())

@@ -23,8 +23,8 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fxzip.errors import DataError, InputError
-from fxzip.moments import Moments
+from ..errors import DataError, InputError
+from .moments import Moments
 
 
 class Entries(NamedTuple):
@@ -197,7 +197,7 @@ class Method(Protocol):
 def similarity(moments: Moments) -> Tensor:
     """How alike features are, float64 [N, N], symmetric but for rounding, 1 on the diagonal: what methods match by.
 
-    >>> from fxzip.moments import moments
+    >>> from fxzip.matching.moments import moments
     >>> x = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
     >>> similarity(moments([x, x.flip(1)])).round()[:2, 2:]
     tensor([[0., 1.],
@@ -303,7 +303,7 @@ def cluster_merge(labels: Tensor, sizes: Sequence[int], alike: Tensor | None) ->
 def kept(size: int | None, moments: Moments, name: str) -> int:
     """How many features the method of that name is to keep: `size`, by default those of the first model.
 
-    >>> from fxzip.moments import moments
+    >>> from fxzip.matching.moments import moments
     >>> kept(None, moments([torch.ones(4, 3), torch.ones(4, 5)]), "zip")
     3
 

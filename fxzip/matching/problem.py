@@ -18,9 +18,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fxzip.matching.blockwise import BlockMoments, match_blocks
-from fxzip.matching.merge import Merge, Method
-from fxzip.moments import Moments
+from .blockwise import BlockMoments, match_blocks
+from .merge import Merge, Method
+from .moments import Moments
 
 Assignment = Mapping[int, Tensor]
 """For one model: space -> int64 [n_0], its feature in the place of each feature of model 0, -1 for none."""

@@ -15,12 +15,12 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from fxzip.matching.descent import Matching, assigned, table
-from fxzip.matching.merge import Merge
-from fxzip.matching.permute import Permute
-from fxzip.matching.problem import Problem, Space, match_spaces
-from fxzip.matching.signatures import signature_table
-from fxzip.matching.weights import identity, merge_of
+from .activations.permute import Permute
+from .merge import Merge
+from .problem import Problem, Space, match_spaces
+from .weights.descent import Matching, assigned, table
+from .weights.signatures import signature_table
+from .weights.weight_matching import identity, merge_of
 
 _ROUNDS = 20
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ..errors import InputError
-from ..inputs import Call
-from ..plan import ZipPlan
-from ..zipped import ZippedModule
-from .batchnorm import reset_batchnorm
-from .lstsq import Fit, LeastSquares, least_squares
+from ..rewriting.module import ZippedModule
+from ..rewriting.zip_plan import ZipPlan
+from ..tracing.calls import Call
+from .least_squares.least_squares import Fit, LeastSquares, fit_least_squares
 from .recording import record_statistics
 from .regmean import RegMean
-from .statistics import repair
-from .stored import stored_statistics
+from .statistics.batchnorm import reset_batchnorm
+from .statistics.repair import repair
+from .statistics.stored import stored_statistics
 
 __all__ = [
     "REFITS",
@@ -21,8 +21,8 @@ __all__ = [
     "LeastSquares",
     "Refit",
     "RegMean",
+    "fit_least_squares",
     "fit_notes",
-    "least_squares",
     "record_statistics",
     "refits",
     "repair",
@@ -43,7 +43,7 @@ REFITS: dict[str | None, Refit] = {
     "batchnorm": reset_batchnorm,
     "repair": repair,
     "stored": stored_statistics,
-    "lstsq": least_squares,
+    "lstsq": fit_least_squares,
     "regmean": RegMean(),
 }
 

@@ -15,9 +15,9 @@ from functools import cached_property
 from torch import fx
 
 from ..tracing import Program
-from .survey import Survey, survey
+from .least_squares.parameter_uses import Survey, survey
+from .least_squares.units import Site, biases_apart
 from .unfit import Unfit
-from .units import Site, biases_apart
 
 
 @dataclass(frozen=True)

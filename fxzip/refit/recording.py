@@ -25,9 +25,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..inputs import Call
+from ..rewriting.module import ZippedModule, part_of
 from ..tracing import TOLERANCE, flat_inputs, quiet_execution
-from ..zipped import ZippedModule, part_of
+from ..tracing.calls import Call
 from .spread import Sums
 
 _FEW = 16  # values of a feature, below which its variance is hardly known

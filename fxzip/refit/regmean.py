@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..align import attribute
-from ..aligned import aligned_tensors, check_paired
-from ..cholesky import ridged_cholesky
 from ..errors import InputError
-from ..inputs import Call
-from ..plan import ZipPlan
+from ..matching.linalg import ridged_cholesky
+from ..partition.alignment import attribute
+from ..rewriting.module import ZippedModule, part_of, set_tensor
+from ..rewriting.paired_parameters import aligned_tensors, check_paired
+from ..rewriting.zip_plan import ZipPlan
 from ..tracing import flat_inputs, quiet_execution
-from ..zipped import ZippedModule, part_of, set_tensor
-from .kernels import module_kernel, sampled_places
+from ..tracing.calls import Call
+from .least_squares.kernels import module_kernel, sampled_places
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..containers import flatten
 from ..errors import SpecializationError
-from ..inputs import Call, map_tensors
-from ..structure import Structure
+from .calls import Call, map_tensors
+from .containers import flatten
 from .randomness import own_randomness
 from .state import restored_state
+from .structure import Structure
 from .threads import ThreadPatch, tracing
 
 TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4}

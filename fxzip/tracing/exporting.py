@@ -18,10 +18,10 @@ import torch.fx.traceback
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
-from ..containers import Part, flatten, is_plain, is_tensor
-from ..inputs import Call
-from ..structure import Rebuild, Structure, notation
+from .calls import Call
+from .containers import Part, flatten, is_plain, is_tensor
 from .guards import form_of, is_trivial, require
+from .structure import Rebuild, Structure, notation
 from .symbolic import bind
 from .threads import only_here, without_warnings
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..containers import flatten
 from ..errors import SpecializationError
-from ..structure import Structure
+from .containers import flatten
+from .structure import Structure
 
 Form = Any
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)

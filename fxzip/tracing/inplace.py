@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..inputs import Call
-from .memory import Memory
+from .aliasing import Memory
+from .calls import Call
 
 _OPERATORS = {
     getattr(operator, "i" + name): getattr(operator, name)

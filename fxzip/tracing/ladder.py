@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..containers import flatten
 from ..errors import InputError, TraceError
-from ..inputs import Call, as_call, leaves, map_tensors
+from .aliasing import Sharing, sharing
+from .calls import Call, as_call, leaves, map_tensors
+from .containers import flatten
+from .example_values import trace_with_values
 from .execution import Record, plain_context, tracing_execution
 from .exporting import trace_export
+from .functional_to_modules import raised
 from .inplace import out_of_place
-from .memory import Sharing, sharing
 from .names import named_safely, safe_names
 from .numbers import is_number
 from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
-from .raising import raised
 from .reference import Reference, compared, reference_of, without_idle_guards
 from .symbolic import SymbolicTracer
 from .tidying import tidied
 from .training import Training, names_of
-from .values import trace_with_values
 
 RUNGS = ("symbolic", "symbolic with example values", "export")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..containers import leaves
 from ..errors import ContainerError, InputError, TraceError
-from ..inputs import Call, batch_size, with_batch
+from .calls import Call, batch_size, with_batch
+from .containers import leaves
 from .execution import Record, difference, run_eager, run_recorded
 from .preparation import first_line
 from .tidying import tidied

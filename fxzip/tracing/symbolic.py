@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..containers import Part, flatten, is_plain
-from ..inputs import Call
-from ..structure import Rebuild
+from .calls import Call
+from .containers import Part, flatten, is_plain
 from .guards import form_of, is_trivial, require
 from .names import check_arguments
+from .structure import Rebuild
 from .training import is_kept
 
 _COMPOSITE = ("torch.nn.modules.container", "torch.nn.modules.transformer")

@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..allowed import is_known
-from ..inputs import Call, map_tensors
+from .allowed import is_known
+from .calls import Call, map_tensors
 from .execution import flat_inputs, quiet_execution
 from .randomness import draws
 

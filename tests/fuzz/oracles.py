@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import fxzip
-from fxzip.naming import cut_names
+from fxzip.partition.node_names import cut_names
 
 from .program import Program, build, inputs
 

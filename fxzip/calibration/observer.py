@@ -1,0 +1,259 @@
+"""Observe features: one pass over calibration data, all models side by side, moments per feature space.
+
+Features are taken at the places that `places` chooses, at the ATen calls themselves, so that features inside leaf
+modules (the heads of `nn.MultiheadAttention`) are seen too. Positions are subsampled evenly, `POSITIONS` per batch and
+space, which keeps the cost of the products well below that of the forward passes.
+
+Products are taken in the features' own precision, of x - c with a fixed centre c (the first batch's mean), and summed
+in float64:  Σ x xᵀ = Σ (x - c)(x - c)ᵀ + c sᵀ + s cᵀ + n c cᵀ  with  s = Σ (x - c).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..matching.moments import SAMPLES, Moments
+from ..partition.trunk import Trunk
+from ..tracing import MathAttention, Program, flat_inputs, quiet_execution
+from ..tracing.calls import Call
+from .batches import not_finite, wrong_shape
+from .hook_points import VALUE, Spot, Watch, watches
+
+POSITIONS = (192, 8192)  # per batch and space, least and most; images, pixels and places are spread evenly
+_COST = 8e8  # multiplications per batch and space that decide in between
+SAMPLES_A_BATCH = SAMPLES // 2
+_BLOCK = 128  # rows of a product that are computed at a time: what lies below the diagonal blocks is not
+
+
+@dataclass
+class _Sums:
+    """Moments under way: of x - c, upper blocks of the product only."""
+
+    centre: Tensor
+    total: Tensor
+    outer: Tensor
+    sizes: tuple[int, ...]
+    count: int = 0
+    samples: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def like(cls, joint: Tensor, sizes: tuple[int, ...]) -> _Sums:
+        n = joint.shape[1]
+        zero = torch.zeros(n, n, dtype=torch.float64, device=joint.device)
+        return cls(joint.mean(0), zero[0].clone(), zero, sizes)
+
+    def add(self, joint: Tensor) -> None:
+        """Take in features [positions, n], which are written over."""
+        joint -= self.centre
+        self.count += len(joint)
+        self.total += joint.sum(0)
+        for start in range(0, joint.shape[1], _BLOCK):
+            self.outer[start : start + _BLOCK, start:] += joint[:, start : start + _BLOCK].T @ joint[:, start:]
+
+    def moments(self) -> Moments:
+        outer, c = self.outer, self.centre.double()
+        for start in range(0, len(outer), _BLOCK):
+            stop = start + _BLOCK
+            outer[stop:, start:stop] = outer[start:stop, stop:].T
+        outer.addr_(c, self.total).addr_(self.total, c).addr_(c, c, alpha=self.count)
+        samples = torch.cat(self.samples)[:SAMPLES] if self.samples else None
+        return Moments(float(self.count), self.total + self.count * c, outer, self.sizes, samples)
+
+
+def _positions(watch: Watch) -> int:
+    """How many positions of a space to take from a batch."""
+    features = sum(run.shape[1] for run in watch.index)
+    least, most = POSITIONS
+    return max(least, min(most, int(_COST / features**2)))
+
+
+class _Watcher(TorchDispatchMode):
+    """Takes the watched tensors of one model as they pass; sampled positions only."""
+
+    def __init__(self, places: list[Watch], k: int) -> None:
+        super().__init__()
+        self.k = k
+        self.wanted: dict[tuple[str, Spot], list[tuple[int, Watch]]] = defaultdict(list)
+        for number, watch in enumerate(places):
+            self.wanted[watch.node[k], watch.call].append((number, watch))
+        tally = Counter(watch.space for watch in places if not watch.sample)
+        self.positions = [SAMPLES_A_BATCH if w.sample else -(-_positions(w) // tally[w.space]) for w in places]
+        self.node = ""
+        self.calls: Counter[str] = Counter()
+        self.taken: dict[int, Tensor] = {}
+        self.done: set[int] = set()  # watches of which enough has been taken
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[-1]
+        self.take((name, self.calls[name]), args, out)
+        self.calls[name] += 1
+        return out
+
+    def take(self, call: Spot, args: Sequence[Any], out: Any) -> None:
+        """What is watched of a call of the node that runs, or of its value (`VALUE`)."""
+        for number, watch in self.wanted.get((self.node, call), ()):
+            if number in self.done:
+                continue
+            value = out if watch.arg < 0 else args[watch.arg]
+            features = _features(value, watch, self.k, self.positions[number])
+            if features is not None:
+                self.taken[number] = features
+
+
+def _features(value: Tensor, watch: Watch, k: int, positions: int) -> Tensor | None:
+    """[positions, n_k], at most so many evenly spread ones, copied, since a later call may write into the value.
+
+    None if the run has another length than traced.
+    """
+    if max(*watch.axes, *watch.pooled, 0) >= value.ndim:
+        return None
+    if tuple(value.shape[a] for a in watch.axes) != watch.sizes[k]:
+        return None
+    axes, pooled = watch.axes, watch.pooled
+    if watch.period and value.shape[0] % watch.period == 0:
+        value = value.unflatten(0, (-1, watch.period))
+        axes, pooled = tuple(a + 1 for a in axes), tuple(a + 1 for a in pooled)
+    if pooled:
+        value = value.mean(pooled, keepdim=True)
+    ends = tuple(range(value.ndim - len(axes), value.ndim))
+    run = value.detach().movedim(axes, ends)
+    outer = run.shape[: value.ndim - len(axes)]
+    rest = outer.numel()
+    if rest > positions:
+        places = torch.arange(positions, device=run.device) * rest // positions
+        run = run[_unravel(places, outer)].flatten(1)
+    else:
+        run = run.clone(memory_format=torch.contiguous_format).reshape(rest, -1)
+    if run.is_complex():  # real and imaginary parts are features at two positions
+        run = torch.cat([run.real, run.imag])
+    if run.dtype in (torch.float16, torch.bfloat16):
+        run = run.float()
+    if watch.in_order[k]:
+        return run
+    parts = [run[:, row.to(run.device)] for row in watch.index[k]]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _unravel(places: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    result = []
+    for size in reversed(shape):
+        result.append(places % size)
+        places = places // size
+    return tuple(reversed(result))
+
+
+class _WatchedRun(fx.Interpreter):
+    """Runs one model as far as there is something to watch."""
+
+    def __init__(self, module: fx.GraphModule, watcher: _Watcher) -> None:
+        super().__init__(module)
+        self.watcher = watcher
+        self.extra_traceback = False
+        self.left = {name for name, _ in watcher.wanted}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not self.left and n.op != "placeholder":
+            return None
+        self.watcher.node, self.watcher.calls = n.name, Counter()
+        value = super().run_node(n)
+        self.watcher.take(VALUE, (), value)
+        self.left.discard(n.name)
+        return value
+
+
+def observe(trunk: Trunk, data: Iterable[Call]) -> dict[int, Moments]:
+    """Moments of every space of the trunk, all models side by side, over calibration data.
+
+    In: a trunk and calls (see `inputs.batches`). Out: space number of model 0 -> `Moments`; spaces that no batch
+    reached are absent. One pass; memory is that of the statistics and one batch.
+
+    Raises:
+        DataError: features are not finite, or the models reject a batch.
+    """
+    return observe_all([trunk], data)[0]
+
+
+def observe_all(trunks: Sequence[Trunk], data: Iterable[Call], *, memory: int = 4 << 30) -> list[dict[int, Moments]]:
+    """`observe` for several trunks of the same models, one pass for all that fit into `memory` bytes of statistics.
+
+    Spaces that are seen at the same places in several trunks are observed once, and share their moments.
+    """
+    groups: dict[tuple[Any, ...], int] = {}
+    places: list[Watch] = []
+    wanted: list[dict[int, int]] = [{} for _ in trunks]
+    cost = 0
+    for trunk, own in zip(trunks, wanted, strict=True):
+        by_space: dict[int, list[Watch]] = defaultdict(list)
+        for watch in watches(trunk):
+            by_space[watch.space].append(watch)
+        for space, found in by_space.items():
+            key = tuple(watch.identity for watch in found)
+            if key not in groups:
+                groups[key] = len(groups)
+                places += [replace(watch, space=groups[key]) for watch in found]
+                cost += 8 * sum(run.shape[1] for run in found[0].index) ** 2
+            own[space] = groups[key]
+    if cost > memory and len(trunks) > 1:
+        half = len(trunks) // 2
+        return [*observe_all(trunks[:half], data, memory=memory), *observe_all(trunks[half:], data, memory=memory)]
+    seen = _observed(trunks[0].alignment.programs, places, data)
+    return [{space: seen[group] for space, group in own.items() if group in seen} for own in wanted]
+
+
+def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[Call]) -> dict[int, Moments]:
+    """Moments by the places' `space` number, in one pass."""
+    watchers = [_Watcher(places, k) for k in range(len(programs))]
+    sums: dict[int, _Sums] = {}
+    for index, call in enumerate(data):
+        for program, watcher in zip(programs, watchers, strict=True):
+            watcher.taken = {}
+            try:
+                with quiet_execution(), watcher, MathAttention():
+                    _WatchedRun(program.module, watcher).run(*flat_inputs(program.module, call))
+            except RuntimeError as error:
+                raise wrong_shape(call, index, program.call, error) from error
+        _check_finite(places, watchers, index, call)
+        _take(sums, places, watchers)
+    return {space: found.moments() for space, found in sums.items() if found.count}
+
+
+def _take(sums: dict[int, _Sums], places: list[Watch], watchers: list[_Watcher]) -> None:
+    """Add what was taken from a batch, one product per space."""
+    seen: dict[int, list[Tensor]] = defaultdict(list)
+    drawn: list[tuple[int, Tensor]] = []
+    for number, watch in enumerate(places):
+        features = [watcher.taken[number] for watcher in watchers if number in watcher.taken]
+        if len(features) < len(watchers) or len({len(own) for own in features}) > 1:
+            continue  # rows that each model picks by itself do not belong together
+        joint = torch.cat(features, dim=1)
+        if watch.sample:
+            drawn.append((number, joint))
+            continue
+        seen[watch.space].append(joint)
+        if watch.space not in sums:
+            sums[watch.space] = _Sums.like(joint, tuple(own.shape[1] for own in features))
+    for space, parts in seen.items():
+        sums[space].add(torch.cat(parts) if len(parts) > 1 else parts[0])
+    for number, joint in drawn:
+        own = sums.get(places[number].space)
+        if own is not None:
+            own.samples.append(joint)
+            if len(own.samples) == SAMPLES // SAMPLES_A_BATCH:
+                for watcher in watchers:
+                    watcher.done.add(number)
+
+
+def _check_finite(places: list[Watch], watchers: list[_Watcher], batch: int, call: Call) -> None:
+    """Names the first place at which a model computed features that are not finite."""
+    for k, watcher in enumerate(watchers):
+        for number, own in watcher.taken.items():  # in the order in which the model ran
+            if not bool(own.sum().isfinite()) and (bad := int((~own.isfinite().all(0)).sum())):
+                raise not_finite(bad, places[number].node[k], f"model {k}", batch, call)

@@ -1,0 +1,107 @@
+"""Calibration data as the stages see it: calls of the sample's form, as often as they ask for them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import DataError
+from ..tracing.calls import Call, JointCall
+from .batches import batches
+from .data_forms import MAX_BATCHES, PerModel, Source, sources_of
+
+__all__ = ["Calibration", "PerModel", "Replay", "as_batch"]
+
+
+def as_batch(sample: Call) -> Any:
+    """A call as a batch of data: what `data` may yield for it."""
+    if isinstance(sample, JointCall):
+        return tuple(p.kwargs or (p.args[0] if len(p.args) == 1 else p.args) for p in sample.parts)
+    return sample.kwargs or sample.args
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of all sources. Calling it gives a fresh iterable; each stage may iterate as often as it needs."""
+
+    sources: tuple[Iterable[Any], ...]
+    sample: Call
+    description: str
+    show: bool
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, data: Any, sample: Call, models: int, progress: bool | None, max_batches: int = MAX_BATCHES
+    ) -> Calibration:
+        """Sort out what `data` is: None, batches, or one iterable of batches per model.
+
+        Raises:
+            InputError: `max_batches` is no positive whole number.
+            DataError: `data` is none of these.
+        """
+        show = sys.stderr.isatty() if progress is None else progress
+        notes: list[str] = []
+
+        def note(text: str) -> None:
+            if text not in notes:
+                notes.append(text)
+
+        if data is None:
+            sources_of([], sample, models, max_batches, note)
+            note("no `data` was given: `sample_input` served as calibration data, which is far too little to match by")
+            return cls(([as_batch(sample)],), sample, "calibrated on `sample_input`", show, notes)
+        if isinstance(sample, JointCall):
+            if isinstance(data, PerModel):
+                raise DataError(
+                    "Models with inputs of their own must be calibrated on inputs that belong together; found a "
+                    "`PerModel` of sources. Let `data` yield tuples with an input for each model."
+                )
+            return cls((Source(data, sample, max_batches, note),), sample, "calibrated on `data`", show, notes)
+        sources = sources_of(data, sample, models, max_batches, note)
+        several = isinstance(data, PerModel) or len(sources) > 1
+        how = f"calibrated on {len(sources)} sources of data, one per model" if several else "calibrated on `data`"
+        return cls(sources, sample, how, show, notes)
+
+    @classmethod
+    def none(cls, sample: Call) -> Calibration:
+        """No data at all, for methods and refits that need none.
+
+        >>> list(Calibration.none(Call((1,), {}))("observing"))
+        []
+        """
+        note = (
+            "no `data` was given: features are matched by weights alone, variances of merged features estimated from "
+            "those stored in BatchNorms, nothing is measured; a few unlabelled batches (`data=...`) allow a refit"
+        )
+        return cls((), sample, "without data", False, [note])
+
+    def __call__(self, stage: str) -> Replay:
+        """All batches, named `stage` on the bar."""
+        return Replay(lambda: self._calls(stage), max(len(self.sources), 1))
+
+    def _calls(self, stage: str) -> Iterator[tuple[int, Call]]:
+        for number, source in enumerate(self.sources):
+            for call in tqdm(
+                batches(source, self.sample), desc=stage, unit="batch", disable=not self.show, leave=False
+            ):
+                yield number, call
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Batches of all sources, as often as they are asked for."""
+
+    start: Callable[[], Iterator[tuple[int, Call]]]
+    sources: int = 1
+
+    def __iter__(self) -> Iterator[Call]:
+        return (call for _, call in self.start())
+
+    def labelled(self) -> Iterator[tuple[int, Call]]:
+        """Each batch with the number of its source."""
+        return self.start()

@@ -1,0 +1,1 @@
+"""Methods that match features by what they do on data."""

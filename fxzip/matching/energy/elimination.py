@@ -1,0 +1,168 @@
+"""The greedy loop of `energy.py`: features go one at a time, as a part of another one or altogether."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .clusterwise import Floats, Ints, pair_losses
+
+
+class Elimination:
+    """Clusters of N features, and what merging two of them loses of what can be told of the outputs.
+
+    A row stands for a cluster, and remembers the partner with which it loses the least; what is remembered is looked up
+    anew when it comes first in line, for losses hardly ever fall as features go. A pair goes if it loses at most a
+    twentieth more than what any other row remembers. Pairs that are equal but for float32's rounding go before all
+    others, whatever the ridge and however much they are read: the more alike the sooner, to which unlike `samples` of
+    features that are alike on the data count.
+
+    P and Q are kept for the features as they were at first: row r stands for `scale[r]` times that. Updates of rank one
+    are collected in `y` and `x`, P - Σ y yᵀ and Q - Σ (x yᵀ + y xᵀ), and applied `_TOGETHER` at a time, as products of
+    matrices; rows of clusters that are gone are then dropped once they are a quarter of all.
+
+    Args:
+        alike: how alike features are, [N, N], 1 on the diagonal.
+        P, Q: see `energy.py`, [N, N].
+
+    Attributes:
+        cluster: the cluster of each feature, [N].
+        coefficients: of each feature in its cluster, ≥ 0, [N].
+    """
+
+    _TOGETHER = 32
+    _SLACK = 0.05
+    _ALONE = 0.05
+    _ROUNDING = 3e-6
+
+    def __init__(self, alike: Floats, P: Floats, Q: Floats) -> None:
+        n = len(alike)
+        self.cluster: Ints = np.arange(n)
+        self.coefficients = np.ones(n)
+        self.ids: Ints = np.arange(n)  # the cluster that a row stands for
+        self.alike, self.P, self.Q = _odd_rows(alike), P.copy(), Q.copy()
+        self.dP, self.dQ, self.scale = P.diagonal().copy(), Q.diagonal().copy(), np.ones(n)
+        self.p, self.q = self.dP.copy(), self.dQ.copy()  # diagonals, of the rows as they are
+        self.kept = Q.diagonal().copy()
+        self.x, self.y, self.waiting = np.zeros((n, self._TOGETHER)), np.zeros((n, self._TOGETHER)), 0
+        self.gone = np.zeros(n, dtype=bool)
+        self.steps = 0
+        self.seen = np.zeros(n, dtype=np.int64)
+        self.loss, self.lost, self.slope = np.full(n, np.inf), np.zeros(n), np.zeros(n)
+        self.partner: Ints = np.zeros(n, dtype=np.int64)  # as a cluster: rows are renumbered
+        if n > 1:
+            for r in range(n):
+                self._look(r)
+
+    def step(self) -> float:
+        """Merge the pair that loses the least. Out: the energy that this loses."""
+        while True:
+            r = int(self.loss.argmin())
+            if self.seen[r] != self.steps:
+                self._look(r)
+            if self.loss[r] <= (1 + self._SLACK) * self.loss.min():
+                lost = float(self.lost[r])
+                self._merge(r, int(np.searchsorted(self.ids, self.partner[r])), -float(self.slope[r]))
+                return max(lost, 0.0)
+
+    def _row(self, r: int) -> tuple[Floats, Floats]:
+        """Row r of P and of Q, with what is waiting."""
+        x, y = self.x[:, : self.waiting], self.y[:, : self.waiting]
+        own = y @ np.stack([y[r], x[r]], 1)
+        return self.P[r] - own[:, 0], self.Q[r] - own[:, 1] - x @ y[r]
+
+    def _look(self, r: int) -> None:
+        """The best that can be done with r: u = e_r + t e_s with t ≤ 0, that is q = 1, p = -t.
+
+        The loss has the derivative (a t² + b t + c) · positive in t, so its minimum is the greater root for a > 0 and
+        the smaller one for a < 0.
+        """
+        scale = self.scale * self.scale[r]
+        P, Q = self._row(r)
+        P *= scale
+        Q *= scale
+        p, q = self.p, self.q
+        a, b, c = q * P - p * Q, q * p[r] - p * q[r], Q * p[r] - P * q[r]
+        with np.errstate(all="ignore"):
+            alone = q[r] / p[r]
+            root = np.sqrt(np.maximum(b * b - 4 * a * c, 0.0))
+            positive = b > 0  # either form of the root, whichever does not cancel
+            t = np.where(positive, -2 * c, root - b) / np.where(positive, root + b, 2 * a)
+            losses = (q[r] + (2 * Q + q * t) * t) / (p[r] + (2 * P + p * t) * t)
+            better = (t <= 0) & (losses >= 0) & (losses < alone * (1 - 1e-6))
+        losses = np.where(better, losses, alone)
+        apart = self._apart(r)
+        total = np.minimum(losses, apart) + self._ALONE * apart
+        with np.errstate(all="ignore"):
+            share = apart / np.minimum(self.kept, self.kept[r])
+        total = np.where(share < self._ROUNDING, 1e-20 * share, total)
+        total[self.gone] = np.inf
+        total[r] = np.inf
+        total = np.fmax(total, 0.0)  # rounding may leave less, and `step` would not end
+        total = total.astype(np.float32)  # r with s loses what s with r does, to the bit
+        s = int(total.argmin())
+        self.loss[r], self.lost[r], self.slope[r] = total[s], losses[s], t[s] if better[s] else 0.0
+        self.partner[r], self.seen[r] = self.ids[s], self.steps
+
+    def _apart(self, r: int, others: slice | int = slice(None)) -> Floats:
+        """What merging r with others loses if both are read from their cluster alone."""
+        kept = self.kept[others]
+        inner = np.sqrt(self.kept[r] * kept) * self.alike[r, others]
+        return pair_losses(float(self.kept[r]), kept, inner)
+
+    def _merge(self, r: int, s: int, p: float) -> None:
+        """Row r joins row s, as p times itself; or s joins r, as 1/p: the greater part stays, so that no row's scale
+        grows by more than a factor of two, and with it the rounding of what is left of P and Q."""
+        if p > 1 + 1e-6:
+            r, s, p = s, r, 1 / p
+        v_r, v_s = self.scale[r], -p * self.scale[s]
+        (P_r, Q_r), (P_s, Q_s) = self._row(r), self._row(s)
+        Pv, Qv = v_r * P_r + v_s * P_s, v_r * Q_r + v_s * Q_s
+        norm, read = float(v_r * Pv[r] + v_s * Pv[s]), float(v_r * Qv[r] + v_s * Qv[s])
+        y = Pv / np.sqrt(norm)
+        x = (Qv - Pv * (read / (2 * norm))) / np.sqrt(norm)
+        self.dP -= y * y
+        self.dQ -= 2 * x * y
+        self.x[:, self.waiting], self.y[:, self.waiting] = x, y
+        self.waiting += 1
+        self.kept[s] += self.kept[r] - self._apart(r, s)
+        A = self.alike
+        size = np.sqrt(1 + p * p + 2 * p * A[r, s])
+        row = (p * A[r] + A[s]) / size
+        A[s], A[:, s], A[s, s] = row, row, 1.0
+        self.scale[s] *= size
+        mine, theirs = self.cluster == self.ids[r], self.cluster == self.ids[s]
+        self.coefficients[mine] *= p / size
+        self.coefficients[theirs] /= size
+        self.cluster[mine] = self.ids[s]
+        self.gone[r], self.loss[r] = True, np.inf
+        self.steps += 1
+        id_s = self.ids[s]
+        if self.waiting == self._TOGETHER:
+            self._settle()
+        square = self.scale * self.scale
+        self.p, self.q = self.dP * square, self.dQ * square
+        self._look(int(np.searchsorted(self.ids, id_s)))
+
+    def _settle(self) -> None:
+        """Apply what is waiting, and drop the rows of clusters that are gone if they are many."""
+        x, y = torch.from_numpy(self.x[:, : self.waiting]), torch.from_numpy(self.y[:, : self.waiting])
+        torch.from_numpy(self.P).addmm_(y, y.T, alpha=-1)
+        torch.from_numpy(self.Q).addmm_(torch.cat([x, y], 1), torch.cat([y, x], 1).T, alpha=-1)
+        self.waiting = 0
+        if 4 * int(self.gone.sum()) < len(self.gone):
+            return
+        keep = np.flatnonzero(~self.gone)
+        both = np.ix_(keep, keep)
+        self.P, self.Q, self.alike = self.P[both], self.Q[both], _odd_rows(self.alike[both])
+        for name in ("ids", "dP", "dQ", "scale", "kept", "gone", "seen", "loss", "lost", "slope", "partner"):
+            setattr(self, name, getattr(self, name)[keep])
+        self.x, self.y = self.x[keep], self.y[keep]
+
+
+def _odd_rows(matrix: Floats) -> Floats:
+    """A copy whose rows lie an odd number of cache lines apart: writing columns would fall into a single set else."""
+    n = len(matrix)
+    result = np.empty((n, 8 * (n // 16 * 2 + 3)))[:, :n]
+    result[:] = matrix
+    return result

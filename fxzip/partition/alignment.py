@@ -1,0 +1,274 @@
+"""Which computations several models have in common: value numbering modulo weights.
+
+Two nodes are the same computation if they make the same call with the same constants on the same inputs; weights,
+widths and names do not matter. Nodes of one key are paired in the order in which they occur. A parameter may stand
+for one parameter of each other model only, so ties must agree as well.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..tracing import Program, require
+from .dependencies import dependencies, versions
+from .stems import Stem
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Pairs of nodes that compute the same thing in all models.
+
+    Attributes:
+        programs: the K models.
+        pairs: node name in model 0 -> its K node names.
+        params: parameter or buffer name in model 0 -> its K names.
+        parting: for each model after the first, where it parts from the first, in words; "" if it never does.
+        stems: what each model computes on its own before the trunk begins; empty if it begins at the input.
+    """
+
+    programs: tuple[Program, ...]
+    pairs: Mapping[str, tuple[str, ...]]
+    params: Mapping[str, tuple[str, ...]]
+    parting: tuple[str, ...]
+    stems: tuple[Stem, ...] = ()
+
+    def stem(self, k: int) -> frozenset[str]:
+        """Names of the nodes that model k computes on its own before the trunk begins."""
+        return self.stems[k].nodes if self.stems else frozenset()
+
+    @property
+    def entries(self) -> list[tuple[str, ...]]:
+        """The values that enter the trunk from the stems: their K node names, each."""
+        return list(zip(*(stem.entries for stem in self.stems), strict=True))
+
+    def entering(self, k: int) -> dict[str, int]:
+        """Node of model k -> number of the entry."""
+        return {twins[k]: number for number, twins in enumerate(self.entries)}
+
+
+@dataclass
+class _Names:
+    """Stable numbers for the tensors of one model: by identity, in the order in which the graph meets them."""
+
+    module: fx.GraphModule
+    names: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers()):
+            self.names.setdefault(id(tensor), name)
+
+
+def _configuration(module: nn.Module) -> Hashable:
+    """What a leaf module computes, modulo weights and widths: class and settings that are not sizes of its tensors."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    sizes = {n for _, t in tensors for n in t.shape}
+
+    def known(value: Any) -> Hashable:
+        if isinstance(value, (tuple, list)):
+            return tuple("size" if isinstance(v, int) and v in sizes and v > 1 else repr(v) for v in value)
+        return (
+            "size"
+            if isinstance(value, int) and not isinstance(value, bool) and value in sizes and value > 1
+            else repr(value)
+        )
+
+    plain = (bool, int, float, str, tuple, list, type(None), torch.Size)
+    settings = tuple(
+        (key, known(value))
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, plain) and not key.startswith("_") and key != "training"
+    )
+    children = tuple((name, _configuration(child)) for name, child in module.named_children())
+    own = tuple((name, t.ndim) for name, t in tensors if "." not in name)
+    return type(module).__qualname__, settings, own, children
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """The attribute at a dotted path.
+
+    >>> attribute(nn.Sequential(nn.Linear(2, 3)), "0.weight").shape
+    torch.Size([3, 2])
+    """
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Value numbers of one program's nodes, and what was written into their memory when a node reads them."""
+
+    known: dict[fx.Node, int]
+    nodes: Mapping[str, fx.Node]
+    written: Mapping[str, Mapping[str, tuple[str, ...]]]
+
+    @classmethod
+    def of(cls, program: Program, known: dict[fx.Node, int]) -> _Numbers:
+        return cls(known, {node.name: node for node in program.module.graph.nodes}, versions(program))
+
+    def value(self, node: fx.Node, reader: fx.Node, place: int) -> Hashable:
+        """What `reader` sees; an unpaired input, or one that an unpaired call has written into, equals nothing."""
+        writers = self.written.get(reader.name, {}).get(node.name, ())
+        return tuple(self.known.get(n, -1 - place) for n in (node, *(self.nodes[name] for name in writers)))
+
+
+def _key(node: fx.Node, module: fx.GraphModule, numbers: _Numbers, place: int) -> Hashable:
+    def constant(value: Any) -> Hashable:
+        if isinstance(value, fx.Node):
+            return "node", numbers.value(value, node, place)
+        if isinstance(value, (tuple, list)):
+            return tuple(constant(v) for v in value)
+        if isinstance(value, dict):
+            return tuple((k, constant(v)) for k, v in value.items())
+        if isinstance(value, slice):
+            return "slice", constant(value.start), constant(value.stop), constant(value.step)
+        return repr(value)
+
+    if node.target is require:  # wherever in the code it is
+        return require, constant(node.args[:2])
+    what: Hashable = node.op, str(node.target) if node.op == "call_method" else node.target
+    if node.op == "placeholder":
+        what = node.op, place
+    elif node.op == "call_module":
+        what = node.op, _configuration(attribute(module, str(node.target)))
+    elif node.op == "get_attr":
+        value = attribute(module, str(node.target))
+        what = (node.op, value.ndim, str(value.dtype)) if isinstance(value, Tensor) else (node.op, repr(value))
+    return what, constant(node.args), constant(node.kwargs)
+
+
+def _tensors(node: fx.Node, names: _Names) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers that a node holds, in order, by their canonical names."""
+    if node.op == "call_module":
+        held = attribute(names.module, str(node.target))
+        return [(names.names[id(t)], t) for t in (*held.parameters(), *held.buffers())]
+    if node.op == "get_attr":
+        value = attribute(names.module, str(node.target))
+        return [(names.names[id(value)], value)] if isinstance(value, Tensor) and id(value) in names.names else []
+    return []
+
+
+def align(programs: Sequence[Program], stems: tuple[Stem, ...] = ()) -> Alignment:
+    """Pair the nodes of all programs with those of the first; with `stems`, those behind them.
+
+    >>> from fxzip.tracing import trace
+    >>> a, b = (trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.ones(2, 3)) for _ in range(2))
+    >>> len(align([a, b]).pairs)
+    3
+    """
+    first = programs[0]
+    none = Stem(frozenset(), ())
+    maps = [
+        _pair(first, other, *((stems[0], stems[k]) if stems else (none, none)))
+        for k, other in enumerate(programs[1:], 1)
+    ]
+    own_stem = stems[0] if stems else none
+    whole = {n.name for n in first.module.graph.nodes if n.name not in own_stem.nodes}
+    common = set.intersection(*({*m[0]} for m in maps)) if maps else whole
+    names = [n.name for n in first.module.graph.nodes if n.op != "output" and n.name in common]
+    pairs = _closed(programs, {name: (name, *(m[0][name] for m in maps)) for name in names}, stems)
+    own = {
+        name
+        for node in first.module.graph.nodes
+        if node.name in pairs
+        for name, _ in _tensors(node, _Names(first.module))
+    }
+    params = {name: (name, *(m[1][name] for m in maps)) for name in sorted(own)}
+    return Alignment(tuple(programs), pairs, params, tuple(m[2] for m in maps), stems)
+
+
+def _closed(
+    programs: Sequence[Program], pairs: Mapping[str, tuple[str, ...]], stems: Sequence[Stem]
+) -> dict[str, tuple[str, ...]]:
+    """The pairs of which in every program all that must come before is paired, or in the stem."""
+    graphs = [dependencies(program) for program in programs]
+    kept = dict(pairs)
+    inside = [{twins[k] for twins in kept.values()} for k in range(len(programs))]
+    for own, stem in zip(inside, stems, strict=False):
+        own |= stem.nodes
+    before = 0
+    while len(kept) != before:
+        before = len(kept)
+        for name, twins in list(kept.items()):
+            places = list(zip(inside, graphs, twins, strict=True))
+            if not all(own.issuperset(graph.predecessors(twin)) for own, graph, twin in places):
+                del kept[name]
+                for own, twin in zip(inside, twins, strict=True):
+                    own.discard(twin)
+    return kept
+
+
+def _pair(
+    first: Program, other: Program, left_stem: Stem, right_stem: Stem
+) -> tuple[dict[str, str], dict[str, str], str]:
+    """Pairs of nodes and of parameters, and where the two programs part. What enters from the stems is paired."""
+    numbers = _Numbers.of(first, _entry_numbers(first, left_stem))
+    waiting: dict[Hashable, list[fx.Node]] = defaultdict(list)
+    nodes = [n for n in first.module.graph.nodes if n.op != "output" and n.name not in left_stem.nodes]
+    for place, node in enumerate(nodes):
+        numbers.known[node] = place
+        waiting[_key(node, first.module, numbers, place)].append(node)
+    theirs = _Numbers.of(other, _entry_numbers(other, right_stem))
+    pairs: dict[str, str] = {}
+    params: dict[str, str] = {}
+    back: dict[str, str] = {}
+    left, right = _Names(first.module), _Names(other.module)
+    rest: fx.Node | None = None
+    rights = (n for n in other.module.graph.nodes if n.op != "output" and n.name not in right_stem.nodes)
+    for place, node in enumerate(rights):
+        queue = waiting.get(_key(node, other.module, theirs, place), [])
+        if queue and _same_tensors(_tensors(queue[0], left), _tensors(node, right), first, other, params, back):
+            twin = queue.pop(0)
+            theirs.known[node] = numbers.known[twin]
+            pairs[twin.name] = node.name
+        elif rest is None and node.target is not require:
+            rest = node
+    lone = next((n for n in nodes if n.name not in pairs and n.target is not require), None)
+    parting = "" if rest is None and lone is None else f"{_says(first, lone)}, {_says(other, rest)}"
+    return pairs, params, parting
+
+
+def _entry_numbers(program: Program, stem: Stem) -> dict[fx.Node, int]:
+    """Value numbers of what enters from the stem: the same for the same entry of all programs."""
+    nodes = {node.name: node for node in program.module.graph.nodes}
+    return {nodes[name]: -(1 << 40) - place for place, name in enumerate(stem.entries)}
+
+
+def _same_tensors(
+    ours: list[tuple[str, Tensor]], theirs: list[tuple[str, Tensor]], first: Program, other: Program,
+    params: dict[str, str], back: dict[str, str],
+) -> bool:  # fmt: skip
+    """Whether the tensors of two nodes can stand for each other; records them if so."""
+    if len(ours) != len(theirs):
+        return False
+    for (name, tensor), (twin, value) in zip(ours, theirs, strict=True):
+        if params.get(name, twin) != twin or back.get(twin, name) != name or tensor.ndim != value.ndim:
+            return False
+        shared = name not in first.persistent and not isinstance(tensor, nn.Parameter)
+        number = tensor.is_floating_point() or tensor.is_complex()
+        if (shared or (not number and tensor.ndim > 0)) and not _same_values(tensor, value):
+            return False
+    for (name, _), (twin, _) in zip(ours, theirs, strict=True):
+        params[name], back[twin] = twin, name
+    return True
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+
+
+def _says(program: Program, node: fx.Node | None) -> str:
+    """What a program does at a node, in words."""
+    if node is None:
+        return "the other ends"
+    if node.op == "call_module":
+        return f"calls `{type(attribute(program.module, str(node.target))).__name__}` (`{node.target}`)"
+    name = getattr(node.target, "__name__", str(node.target))
+    return f"reads `{node.target}`" if node.op == "get_attr" else f"calls `{name}` (node `{node.name}`)"

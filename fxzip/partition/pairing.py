@@ -1,0 +1,68 @@
+"""Which feature spaces of several models stand for one another: those on the same parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..analysis.rules import varying
+from ..analysis.spaces import FeatureSpaces
+from ..errors import AlignError
+from .alignment import Alignment
+
+
+def pair_spaces(alignment: Alignment, spaces: Sequence[FeatureSpaces]) -> tuple[tuple[int, ...], ...]:
+    """Pair the spaces of all models by the parameters on which they occur."""
+    signatures = [
+        _signatures(own, {twins[k]: name for name, twins in alignment.params.items()}, alignment.entering(k))
+        for k, own in enumerate(spaces)
+    ]
+    result = []
+    for k, own in enumerate(signatures):
+        places = {signature: number for number, signature in enumerate(own)}
+        if set(places) != set(signatures[0]) or len(places) != len(own):
+            raise AlignError(
+                f"Models that are zipped must have the same feature spaces in the trunk; model 0 has "
+                f"{len(signatures[0])}, model {k} has {len(own)}. Choose an earlier cut with `until`."
+            )
+        result.append(tuple(places[signature] for signature in signatures[0]))
+    return tuple(result)
+
+
+def _signatures(spaces: FeatureSpaces, names: Mapping[str, str], entering: Mapping[str, int]) -> list[tuple]:
+    """Per space: on which parameters, in which field, how often each feature occurs, and in how many blocks.
+
+    Values that enter from the stem (`entering`: their nodes and numbers) count as parameters.
+    """
+    found: list[dict[tuple[str, int], int]] = [{} for _ in spaces.spaces]
+
+    def count(labels: Tensor, name: str, place: int) -> None:
+        layout = spaces.layout(labels)
+        for number in torch.unique(layout.space[layout.space >= 0]).tolist():
+            here = layout.space == number
+            found[number][name, place] = int(layout.occurrence[here].max()) + 1
+
+    for param, twin in names.items():
+        if param not in spaces.labelling.params:
+            continue
+        for place, labels in enumerate(spaces.labelling.params[param].fields):
+            count(labels, twin, place)
+    for node, entry in entering.items():
+        for labels in spaces.labelling.fields.get(node, ()):
+            count(labels, f"entry {entry}", min(varying(labels)))
+    return [
+        (
+            space.legality,
+            None if space.blocks is None else len(space.blocks),
+            tuple(sorted(places.items())),
+            _nth(spaces, number),
+        )
+        for number, (space, places) in enumerate(zip(spaces.spaces, found, strict=True))
+    ]
+
+
+def _nth(spaces: FeatureSpaces, number: int) -> int:
+    """Spaces on the same parameters (parts of one axis) are told apart by their order."""
+    return sum(1 for other in spaces.spaces[:number] if other.name == spaces.spaces[number].name)

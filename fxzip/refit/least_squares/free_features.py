@@ -1,0 +1,79 @@
+"""Which results of a trunk may come in other combinations of features than the merge says, and what reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from ...analysis.spaces import Layout
+from ...matching.energy.energy import reading
+from ...matching.moments import moments
+from ...rewriting.reading_weights import readers
+from ...rewriting.zip_plan import ZipPlan
+from .dataflow import Flow, Function, Site
+from .goals import Goal, TrunkGoals
+
+_ROWS = 20  # positions for each feature, of which correlations are taken
+
+
+class Freedom:
+    """Looks up nodes of the trunk.
+
+    Args:
+        plan: what was zipped.
+        goals: of its trunk.
+        flow: where the values of the zipped network go.
+        fitted: the linear calls that will be fitted and read all features at once.
+    """
+
+    def __init__(self, plan: ZipPlan, goals: TrunkGoals, flow: Flow, fitted: Collection[Site]) -> None:
+        self.plan, self.goals, self.flow, self.fitted = plan, goals, flow, fitted
+        self._readers = readers(plan.trunk, plan.reach)
+        self._found: dict[fx.Node, Function | None] = {}
+
+    def function(self, node: fx.Node) -> Function | None:
+        """What acts on each feature of the result before it is read; None if its features are not free."""
+        if node not in self._found:
+            goal = self.goals.at(node)
+            found = None
+            if goal is not None and goal.targets is not None and len(goal.axes) == 1:
+                layouts = goal.targets.layouts
+                if all(map(self._free, layouts, range(len(layouts)))):
+                    found = self.flow.freedom(node, goal.axes[0], self.fitted)
+            self._found[node] = found
+        return self._found[node]
+
+    def _free(self, layout: Layout, k: int) -> bool:
+        """Whether averaging the features of this run is exact, each by itself."""
+        spaces = self.plan.trunk.spaces[k].spaces
+        own = [spaces[s] if s >= 0 else None for s in layout.space.unique().tolist()]
+        return all(s is not None and s.legality == "free" and s.tie is None and s.blocks is None for s in own)
+
+    def metric(self, goal: Goal, features: Sequence[Tensor]) -> Tensor:
+        """How the originals read the features of a result: float64 [N, N], all models side by side.
+
+        Args:
+            goal: of the result.
+            features: of every model, behind what acts on them, [places, n_k].
+        """
+        assert goal.targets is not None
+        every = max(1, len(features[0]) // (_ROWS * sum(own.shape[1] for own in features)))
+        seen = moments([own[::every] for own in features])
+        read = reading(seen, [self._weights(layout, k) for k, layout in enumerate(goal.targets.layouts)])
+        scale = seen.covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
+        scale = torch.where(seen.alive, scale, 0.0)
+        return read * scale[:, None] * scale
+
+    def _weights(self, layout: Layout, k: int) -> list[Tensor]:
+        """The weights of model k that read a run, [outputs, taps, n_k] each."""
+        numbers = {own: s for s, own in enumerate(self.plan.trunk.partners[k])}
+        result = []
+        for space in layout.space.unique().tolist():
+            here = (layout.space == space).nonzero().flatten()
+            for weight in self._readers[numbers[space]][k]:
+                full = weight.new_zeros(*weight.shape[:2], len(layout.space))
+                full[:, :, here.to(weight.device)] = weight[:, :, layout.feature[here].to(weight.device)]
+                result.append(full)
+        return result

@@ -1,0 +1,223 @@
+"""What values of the zipped network should be: those of the originals, merged, or those of one original in its head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from ...analysis import Labelling
+from ...analysis.rules import varying
+from ...rewriting.zip_plan import ZipPlan
+from ..counterparts import Counterparts
+from ..unfit import Unfit
+from .kernels import Places, take
+from .lockstep import Env, Lockstep
+from .node_interior import result
+from .targets import Targets, find_targets, labels_at
+from .units import Site, Unit
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Where a value of an original is read: what a node returns, or the result of one of its ATen calls."""
+
+    net: Lockstep
+    node: fx.Node
+    call: int | None
+
+    def value(self, env: Env) -> Tensor:
+        found: Tensor = (
+            self.net.value(env, self.node) if self.call is None else result(self.net, env, self.node, self.call)
+        )
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """Values on one batch.
+
+    Attributes:
+        axes: where the features lie along.
+        shape: of the values, all places as one axis where the goal is `flat`; `full` is that of the result itself.
+        at: from places to values, [places, n].
+        apart: from places to the originals' own features, not merged, one [places, n_k] for each.
+    """
+
+    axes: tuple[int, ...]
+    shape: torch.Size
+    full: torch.Size
+    at: Callable[[Places], Tensor]
+    apart: Callable[[Places], list[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """What a value should be.
+
+    Attributes:
+        axes: where its features lie along.
+        readings: where the originals have it, in the order of the environments that `on` gets.
+        targets: how theirs are merged; None: there is one, and it is taken as it is.
+        flat: whether features come last and all places are seen as one axis.
+    """
+
+    axes: tuple[int, ...]
+    readings: tuple[Reading, ...]
+    targets: Targets | None
+    flat: bool = False
+
+    def on(self, source: int, envs: Sequence[Env]) -> Wanted:
+        """The values on a batch from this source of data."""
+        values = [reading.value(env) for reading, env in zip(self.readings, envs, strict=True)]
+        full = list(values[0].shape)
+        targets, axes = self.targets, self.axes
+        if targets is not None and len(axes) == 1:
+            full[-1 if self.flat else axes[0]] = targets.size
+        if self.flat:
+            values = [value.flatten(0, -2) for value in values]
+        shape = torch.Size([math.prod(full[:-1]), full[-1]] if self.flat else full)
+
+        def apart(places: Places) -> list[Tensor]:
+            return [take(value, axes, places) for value in values]
+
+        def at(places: Places) -> Tensor:
+            return apart(places)[0] if targets is None else targets.at(source, values, places)
+
+        return Wanted(axes, shape, torch.Size(full), at, apart)
+
+
+def _seen(unit: Unit, site: Site) -> tuple[int, tuple[int, ...], bool]:
+    """How a linear call's result is read: its number of axes, those of the features, and whether `flat`.
+
+    As it is; or, features last, as one run of places, whatever shape the places have.
+    """
+    assert unit.kernel is not None
+    axes = unit.kernel.axes
+    last = axes == (len(site.shape) - 1,)
+    if site.returned is None:
+        return len(site.shape), (1,) if last else axes, last
+    if site.returned == site.shape and site.end == (site.node, site.call):
+        return len(site.shape), axes, False
+    if not last or site.returned[-1] != site.shape[-1]:
+        raise Unfit("its result is returned in another shape, in which its features do not come last")
+    return len(site.returned), (1,), True
+
+
+@dataclass(frozen=True, eq=False)
+class TrunkGoals:
+    """The goals of calls and nodes of the trunk."""
+
+    plan: ZipPlan
+    originals: Sequence[Lockstep]
+    counterparts: Sequence[Counterparts]
+    sources: int
+
+    def of(self, unit: Unit, site: Site) -> Goal | None:
+        """For a call of a unit; None where its features have no order of their own.
+
+        Raises:
+            Unfit: the originals do not have it as a value.
+        """
+        if unit.kernel is None or site.norm is not None:
+            return self.at(site.output)
+        ndim, axes, flat = _seen(unit, site)
+        if site.returned is not None:
+            found = self.at(site.output)
+            if found is None or found.axes != ((ndim - 1,) if flat else axes):
+                return None
+            assert found.targets is not None
+            return Goal(axes, found.readings, replace(found.targets, axes=axes), flat)
+        twins = self.plan.trunk.alignment.pairs[site.node.meta["fxzip"]["from"][0]]
+        calls = [
+            own.of(site, name, biased=unit.kernel.bias is not None)
+            for own, name in zip(self.counterparts, twins, strict=True)
+        ]
+        targets = find_targets(self.plan, [(call.start[0].name, call.start[1]) for call in calls], self.sources)
+        if targets is None or (targets.axes != unit.kernel.axes and not flat):
+            return None
+        readings = [Reading(net, *call.end) for net, call in zip(self.originals, calls, strict=True)]
+        return Goal(axes, tuple(readings), replace(targets, axes=axes), flat)
+
+    def at(self, node: fx.Node) -> Goal | None:
+        """For what a node returns."""
+        twins = self.plan.trunk.alignment.pairs[node.meta["fxzip"]["from"][0]]
+        targets = find_targets(self.plan, [(twin, None) for twin in twins], self.sources)
+        readings = [Reading(net, net.nodes[twin], None) for net, twin in zip(self.originals, twins, strict=True)]
+        return None if targets is None else Goal(targets.axes, tuple(readings), targets)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadGoals:
+    """The goals of calls and nodes of one head: what its own network has there."""
+
+    original: Lockstep
+    counterparts: Counterparts
+    labelling: Labelling
+
+    def of(self, unit: Unit, site: Site) -> Goal | None:
+        """For a call of a unit.
+
+        Raises:
+            Unfit: the original does not have it as a value.
+        """
+        if unit.kernel is None:
+            return self.at(site.output)
+        if site.norm is not None:
+            return Goal(unit.kernel.axes, (Reading(self.original, self._twin(site.norm), None),), None)
+        _, axes, flat = _seen(unit, site)
+        if site.returned is not None:
+            return Goal(axes, (Reading(self.original, self._twin(site.output), None),), None, flat)
+        call = self.counterparts.of(site, self._twin(site.node).name, biased=unit.kernel.bias is not None)
+        return Goal(axes, (Reading(self.original, *call.end),), None, flat)
+
+    def at(self, node: fx.Node) -> Goal | None:
+        """For what a node returns; None where its features do not lie in one order."""
+        twin = self._twin(node)
+        fields = self.labelling.fields.get(twin.name, ())
+        if len(fields) != 1:
+            return None
+        axes = tuple(sorted(varying(fields[0])))
+        return Goal(axes, (Reading(self.original, twin, None),), None) if axes else None
+
+    def _twin(self, node: fx.Node) -> fx.Node:
+        twin: fx.Node = self.original.nodes[node.meta["fxzip"]["from"][0]]
+        return twin
+
+
+@dataclass(frozen=True, eq=False)
+class NarrowGoals:
+    """The goals of a head that keeps fewer features: its own network's, merged where they are.
+
+    Attributes:
+        merged: in the plan of its model by itself.
+        whole: of the head as it was.
+    """
+
+    merged: TrunkGoals
+    whole: HeadGoals
+
+    def of(self, unit: Unit, site: Site) -> Goal | None:
+        """For a call of a unit; None where merged features have no order of their own."""
+        found = self.merged.of(unit, site)
+        node, call = site.output, None
+        if unit.kernel is not None and site.norm is None and site.returned is None:
+            name = site.node.meta["fxzip"]["from"][0]
+            own = self.whole.counterparts.of(site, name, biased=unit.kernel.bias is not None)
+            node, call = site.node, own.start[1]
+        return found if found is not None or self._narrow(node, call) else self.whole.of(unit, site)
+
+    def at(self, node: fx.Node) -> Goal | None:
+        """For what a node returns."""
+        found = self.merged.at(node)
+        return found if found is not None or self._narrow(node, None) else self.whole.at(node)
+
+    def _narrow(self, node: fx.Node, call: int | None) -> bool:
+        """Whether some of the features there are fewer than they were."""
+        plan = self.merged.plan
+        name, own = node.meta["fxzip"]["from"][0], plan.trunk.spaces[0]
+        found = [own.layout(labels.reshape(-1)).space for labels in labels_at(self.whole.labelling, name, call)]
+        return any(not plan.kept.keys().isdisjoint(spaces.tolist()) for spaces in found)

@@ -1,0 +1,75 @@
+"""Refit by least squares: closed form, front to back, on the merged network's own inputs.
+
+For a linear call with inputs x* (as the merged network has them, calls in front refitted already) the target t is what
+the originals give there, merged, and the new weights are the ridge regression of `ridge`, pulled towards the zipped
+ones. A BatchNorm behind the call takes part: its output is the target, and it becomes the identity. Where a residual
+sum follows, the target is the sum's target less what the other path really carries, so each block repairs the errors in
+front of it. Where only a ReLU follows, what lies below zero does not matter. Scales and biases of other normalisations
+are fitted feature by feature. Then each head in the same way, towards what its own network gives: its first linear
+calls read features that are only nearly its own, and the later ones repair what these leave.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ...rewriting.module import ZippedModule
+from ...rewriting.zip_plan import ZipPlan
+from ...tracing import quiet_execution
+from ...tracing.calls import Call
+from ..unfit import Unfit
+from .lockstep import bytes_per_row, laid_out, within_memory
+from .samples import sample_bytes
+from .solving import Fit, Settings
+from .walk import Walk
+
+__all__ = ["Fit", "LeastSquares", "fit_least_squares"]
+
+_SHARE = 0.75  # of the memory for values of nodes; the rest is for what calls inside a node make
+
+
+@dataclass(frozen=True)
+class LeastSquares(Settings):
+    """The refit with its settings, see `Settings`."""
+
+    def __call__(self, zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
+        """Refit trunk and heads. A new module; no labels, no gradients. One pass over `data`."""
+        labelled = getattr(data, "labelled", None)
+        numbered = labelled() if labelled is not None else ((0, call) for call in data)
+        programs = plan.trunk.alignment.programs
+        samples = min(sample_bytes(zipped, self.positions, self.least), self.memory / 2)
+        sample = programs[0].call
+        laid = ((source, laid_out(call, sample)) for source, call in numbered)
+        batches, inputs = within_memory(
+            laid, bytes_per_row(zipped, programs), _SHARE * (self.memory - samples), getattr(data, "sources", 1),
+            whole=any(not program.batch_axes for program in programs),
+        )  # fmt: skip
+        with quiet_execution():
+            unfit = _tried(zipped, plan, self)
+            while True:
+                result = copy.deepcopy(zipped)
+                walk = Walk(result, plan, batches, self, unfit)
+                try:
+                    walk.all()
+                    break
+                except Unfit as found:  # the sample did not show it
+                    if not found.restart:
+                        raise
+                    unfit[found.restart] = str(found)
+        walk.fit.inputs = inputs
+        result.meta["fxzip_fit"] = walk.fit
+        return result
+
+
+def _tried(zipped: ZippedModule, plan: ZipPlan, settings: Settings) -> dict[str, str]:
+    """What cannot be fitted as it turns out on the sample, with the reason. Nothing is changed."""
+    walk = Walk(zipped, plan, [(0, 0, plan.trunk.alignment.programs[0].call)], settings, {}, trial=True)
+    walk.all()
+    return walk.fit.left
+
+
+def fit_least_squares(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
+    """`LeastSquares` with its default settings."""
+    return LeastSquares()(zipped, plan, data)

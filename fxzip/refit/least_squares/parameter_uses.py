@@ -1,0 +1,240 @@
+"""Which ATen calls of a zipped network read parameters: what could be refitted, inside leaf modules and functions too.
+
+One run on the sample. Calls are counted within their node, as the analysis does, so the labels of their results are
+known; see `analysis.labelling`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ...analysis.rules import RULES, movement
+from ...tracing import MathAttention, flat_inputs, quiet_execution
+from ...tracing.calls import Call
+from .kernels import Kernel, call_kernel
+
+Extent = tuple[int, int, int]  # storage of a tensor, first and last place in it
+
+_SUMS = ("mm", "bmm", "addmm", "convolution", "baddbmm", "mv", "addmv", "dot", "_trilinear")
+_NORMS = {  # name -> places of scale and shift
+    "native_layer_norm": (2, 3),
+    "native_group_norm": (1, 2),
+    "native_batch_norm": (1, 2),
+    "_native_batch_norm_legit_no_training": (1, 2),
+    "cudnn_batch_norm": (1, 2),
+    "miopen_batch_norm": (1, 2),
+    "_fused_rms_norm": (2, None),
+}
+
+
+_RECENT = 16  # a bias is looked for behind so many linear calls
+
+
+def name_of(func: Any) -> str:
+    """The name of an ATen call, in-place variants under that of the others."""
+    return str(func._schema.name).split("::")[-1].rstrip("_")
+
+
+def is_move(name: str) -> bool:
+    """Whether a call does nothing but move elements."""
+    return RULES.get(name) is movement.move
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """An ATen call on activations in which a parameter takes part.
+
+    Attributes:
+        node, call: where: the call's number inside its node.
+        name: of the call.
+        at: place of the activations among its arguments.
+        reads: what it reads of the parameters.
+        kernel: if it is a linear call whose weight is a parameter or a view of one.
+        scale, shift: if it multiplies by or adds a parameter.
+        sums: whether it is a linear call, of whatever kind.
+        shape: of the result.
+        returned: the shape in which its node returns the result, as the same run of values; None: it does not.
+        follows: number of the use whose result this one reads, moved at most.
+    """
+
+    node: fx.Node
+    call: int
+    name: str
+    at: int
+    reads: tuple[Extent, ...]
+    shape: torch.Size
+    kernel: Kernel | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    sums: bool = False
+    returned: torch.Size | None = None
+    follows: int = -1
+
+
+@dataclass
+class Survey:
+    """What a run showed: `uses` in order, `calls` per node, parameters that calls without activations read, by node."""
+
+    uses: list[Use] = field(default_factory=list)
+    calls: Counter[fx.Node] = field(default_factory=Counter)
+    static_reads: list[tuple[fx.Node, Extent]] = field(default_factory=list)
+    held: set[int] = field(default_factory=set)
+
+    def holds(self, value: Any) -> bool:
+        """Whether this is a parameter or a view of one."""
+        return isinstance(value, Tensor) and storage_of(value) in self.held
+
+
+def storage_of(value: Tensor) -> int:
+    """The storage that a tensor lies in, as a number."""
+    return int(value.untyped_storage()._cdata)
+
+
+def extent(value: Tensor) -> Extent:
+    """Where a tensor lies.
+
+    >>> _, first, last = extent(torch.zeros(4, 3)[1:3])
+    >>> first, last
+    (3, 8)
+    """
+    first = int(value.storage_offset())
+    last = first + sum((n - 1) * int(s) for n, s in zip(value.shape, value.stride(), strict=True))
+    return storage_of(value), first, last
+
+
+def overlap(a: Extent, b: Extent) -> bool:
+    """Whether two tensors may share memory."""
+    return a[0] == b[0] and a[1] <= b[2] and b[1] <= a[2]
+
+
+def _same_run(value: Tensor, result: Tensor) -> bool:
+    """Whether both are the same memory in the same order."""
+    same = storage_of(value) == storage_of(result) and value.numel() == result.numel()
+    return same and (value.stride() == result.stride() or (value.is_contiguous() and result.is_contiguous()))
+
+
+class _Spy(TorchDispatchMode):
+    """Files every call that reads a parameter."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.found = Survey()
+        self.static: dict[int, Tensor] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        self.written: list[Tensor] = []
+        self.learned = {id(t) for t in module.parameters()}
+        self.found.held = {storage_of(t) for t in module.parameters()}
+        self.node: fx.Node = next(iter(module.graph.nodes))
+        self.made: dict[int, tuple[Tensor, int]] = {}  # storage -> result of a linear use, and the use's number
+        self.results: list[tuple[int, Tensor]] = []  # of the uses in the node under way
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = name_of(func)
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        moving = [value for value in inputs if id(value) not in self.static]
+        learned = [value for value in inputs if id(value) in self.learned]
+        out = func(*args, **kwargs)
+        results = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+        if moving:
+            self._written(results)
+        if not moving:
+            for value in results:
+                self.static[id(value)] = value
+            if learned:
+                self.learned |= {id(value) for value in results}
+                if not all(self.found.holds(value) for value in results):
+                    reads = [extent(value) for value in learned if self.found.holds(value)]
+                    self.found.static_reads += [(self.node, own) for own in reads]
+        elif learned and results:
+            plain = all(value == 1 for value in kwargs.values()) if name in ("addmm", "add") else True
+            self._file(name, args if plain else (), moving, learned, results)
+        elif results and (is_move(name) or name == "clone") and storage_of(moving[0]) in self.made:
+            _, number = self.made[storage_of(moving[0])]
+            for value in results:
+                self.made[storage_of(value)] = value, number
+        self.found.calls[self.node] += 1
+        return out
+
+    def _written(self, results: list[Tensor]) -> None:
+        """What depends on the input now, because it was written into, is not static any more."""
+        for storage in {storage_of(value) for value in results if id(value) in self.static}:
+            for key in [key for key, value in self.static.items() if storage_of(value) == storage]:
+                self.written.append(self.static.pop(key))  # held on to, so that no other tensor gets its number
+                self.learned.discard(key)
+
+    def _file(self, name: str, args: Any, moving: list[Tensor], learned: list[Tensor], results: list[Tensor]) -> None:
+        number, call = len(self.found.uses), self.found.calls[self.node]
+        at = next((place for place, value in enumerate(args) if any(value is m for m in moving)), -1)
+        reads = tuple(extent(value) for value in learned if self.found.holds(value))
+        given: dict[str, Any] = {"sums": name in _SUMS}
+        real = not any(value.is_complex() for value in (*moving, *learned))
+        if not real:
+            pass
+        elif name in _SUMS and len(moving) == 1 and all(self.found.holds(value) for value in learned):
+            places = [p for p, v in enumerate(args) if isinstance(v, Tensor) and v.ndim > 1 and p != at]
+            kernel = call_kernel(name, args, places[-1]) if places else None
+            if kernel is not None and (kernel.bias is None or self.found.holds(kernel.bias)):
+                given["kernel"] = kernel
+        elif name in _NORMS:
+            given["scale"], given["shift"] = (
+                args[place] if place is not None and self.found.holds(args[place]) else None for place in _NORMS[name]
+            )
+        elif name in ("mul", "add") and len(args) == 2 and self.found.holds(args[1 - at]) and len(moving) == 1:
+            given["scale" if name == "mul" else "shift"] = args[1 - at]
+        _, follows = self.made.get(storage_of(moving[0]), (None, -1))
+        self.found.uses.append(Use(self.node, call, name, at, reads, results[0].shape, follows=follows, **given))
+        self.results.append((number, results[0]))
+        if given["sums"]:
+            self.made = {key: held for key, held in self.made.items() if held[1] > number - _RECENT}
+            self.made[storage_of(results[0])] = results[0], number
+
+    def leave(self, value: Any) -> None:
+        """The node is done and has returned this."""
+        for number, result in self.results:
+            if isinstance(value, Tensor) and _same_run(value, result):
+                self.found.uses[number] = replace(self.found.uses[number], returned=value.shape)
+        self.results = []
+
+
+class Watcher(Protocol):
+    """A mode that is told where the run is: `node` is the one under way, `leave` gets what it returned."""
+
+    node: fx.Node
+
+    def leave(self, value: Any) -> None: ...
+
+
+class Run(fx.Interpreter):
+    """Runs the network under a mode, calls as the analysis has seen and counted them, and tells it where it is."""
+
+    def __init__(self, module: fx.GraphModule, spy: Watcher) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.spy = spy
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.spy.node = n
+        with MathAttention():
+            value = super().run_node(n)
+        self.spy.leave(value)
+        return value
+
+
+def survey(net: fx.GraphModule, sample: Call) -> Survey:
+    """All uses of parameters in a network, in order, from one run on a sample.
+
+    >>> from torch import nn
+    >>> net = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))
+    >>> [(use.name, use.sums) for use in survey(net, Call((torch.ones(1, 2),), {})).uses]
+    [('addmm', True), ('native_layer_norm', False)]
+    """
+    spy = _Spy(net)
+    with quiet_execution(), spy:
+        Run(net, spy).run(*flat_inputs(net, sample))
+    return spy.found

@@ -1,0 +1,220 @@
+"""Ridge regression towards a prior, in closed form, and its variant for targets behind a ReLU.
+
+    W = argmin Σ ‖x W - t‖² + λ ‖W - W_0‖²  =  W_0 + (Σ xᵀx + λ)⁻¹ Σ xᵀ(t - x W_0),      λ = ridge · mean diagonal
+
+with a constant 1 as last input, so that the last row of W is the bias. The second form is the one to compute: where
+W_0 is right already nothing is added to it, however badly the Gram matrix is conditioned. With fewer positions than
+inputs it is computed from the smaller matrix x xᵀ: (xᵀx + λ)⁻¹ xᵀ = xᵀ (x xᵀ + λ)⁻¹.
+
+Where there are few positions for each input, λ decides how much of the noise is fitted, and is chosen by trying: half
+of the positions are fitted, the other half judges, and the other way round (`best_ridge`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import DataError
+from ...matching.linalg import ridged_cholesky
+from .alternating import Wish, alternate, precise
+
+
+class Solution(NamedTuple):
+    """See `ridge_solution`."""
+
+    weight: Tensor
+    ridge: float
+    lost: float | None
+
+
+def ridge_solution(
+    x: Tensor,
+    t: Tensor,
+    prior: Tensor,
+    ridge: float,
+    *,
+    rounds: int = 0,
+    offset: Tensor | None = None,
+    constant: bool = True,
+    wish: Wish | None = None,
+    turns: int = 0,
+) -> Solution:
+    """The regression, and the ridge that it took.
+
+    >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    >>> w, *_ = ridge_solution(x, x @ torch.ones(2, 1) + 3, torch.zeros(3, 1), 1e-9)
+    >>> [round(float(v), 3) for v in w]
+    [1.0, 1.0, 3.0]
+
+    Args:
+        x: inputs, [positions, d].
+        t: targets, [positions, n].
+        prior: W_0, [d + 1, n].
+        ridge: λ relative to the mean diagonal of the Gram matrix. A Gram matrix that is singular all the same makes
+            it grow tenfold until the Cholesky factorisation succeeds.
+        rounds: if positive, a ReLU follows (after `offset`, [positions, n], is added): where the target is ≤ 0 any
+            value ≤ 0 serves. Each round replaces such targets by the present value or 0: the sum of squares that
+            forgives values ≤ 0 there never grows.
+        constant: whether 1 is an input too; else W_0 and W are [d, n].
+        wish, turns: where the targets are but a means: from the solution on, so many rounds of `alternate`.
+
+    Returns:
+        W in float64, [d + 1, n]; the ridge used; with a wish the share that is lost.
+    """
+    ones, t, offset = _with_one(precise(x), constant), precise(t), None if offset is None else precise(offset)
+    system = _Normal(ones)
+    factor, ridge = system.factor(ridge)
+    start = ones @ prior.to(ones)
+
+    def solve(target: Tensor) -> Tensor:
+        return prior.double() + system.solve(factor, system.side(target - start))
+
+    solution, lost = solve(t), None
+    if wish is not None:
+        solution, losses = alternate(ones, solution, wish, lambda r: system.solve(factor, system.side(r)), turns)
+        lost = losses[-1] if losses else None
+        if len(losses) > 1:
+            return Solution(solution, ridge, lost)
+    base = _base(t, offset)
+    for _ in range(rounds):
+        present = ones @ solution.to(ones) + base
+        solution = solve(torch.where(t + base > 0, t, present.clamp(max=0) - base))
+    return Solution(solution, ridge, lost)
+
+
+def best_ridge(
+    x: Tensor,
+    t: Tensor,
+    prior: Tensor,
+    ridges: Sequence[float],
+    held: Tensor,
+    *,
+    rectified: bool = False,
+    offset: Tensor | None = None,
+    constant: bool = True,
+) -> float:
+    """The ridge of some with the least error on positions that were not fitted; of equals the first.
+
+    >>> x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    >>> held = torch.arange(40) % 2 == 0
+    >>> best_ridge(x, torch.randn(40, 1), torch.zeros(31, 1), (1e-4, 1.0), held)  # nothing to be found in noise
+    1.0
+    >>> best_ridge(x, x.sum(1, keepdim=True), torch.ones(31, 1) * 0.9, (1e-4, 1.0), torch.arange(40) < 4)
+    0.0001
+
+    Args:
+        x, t, prior, offset, constant: as in `ridge_solution`.
+        ridges: to choose from.
+        held: bool [positions]: one half; the other half is the rest.
+        rectified: a ReLU follows: where the target is ≤ 0, values ≤ 0 are no error.
+    """
+    t, offset = precise(t), None if offset is None else precise(offset)
+    ones, base = _with_one(precise(x), constant), _base(t, offset)
+    errors = torch.zeros(len(ridges), dtype=torch.float64)
+    for fitted in (~held, held):
+        own = ones[fitted]
+        system = _Normal(own)
+        side = system.side(t[fitted] - own @ prior.to(ones))
+        judged, wanted = ones[~fitted], t[~fitted]
+        shift = base if base.ndim == 0 else base[~fitted]
+        for place, ridge in enumerate(ridges):
+            factor, _ = system.factor(ridge)
+            found = judged @ (prior.double() + system.solve(factor, side)).to(ones)
+            wrong = found - wanted
+            if rectified:
+                wrong = torch.where(wanted + shift > 0, wrong, (found + shift).clamp(min=0))
+            errors[place] += wrong.double().square().sum().cpu()
+    return ridges[int(errors.argmin())]
+
+
+def _with_one(x: Tensor, constant: bool) -> Tensor:
+    return torch.cat([x, x.new_ones(len(x), 1)], 1) if constant else x
+
+
+def _base(t: Tensor, offset: Tensor | None) -> Tensor:
+    return torch.zeros((), dtype=t.dtype, device=t.device) if offset is None else offset
+
+
+class _Normal:
+    """(xᵀx + λ)⁻¹ xᵀ r for inputs x [positions, d] and residuals r [positions, n], by the smaller of xᵀx and x xᵀ.
+
+    x xᵀ is made in float64: its smallest eigenvalues, to which λ is compared, drown in float32's rounding sooner than
+    those of xᵀx do.
+
+    Raises:
+        DataError: the matrix is not finite.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.dual = x, len(x) < x.shape[1]
+        self.matrix = _outer(x) if self.dual else _gram(x)
+        diagonal = self.matrix.diagonal()
+        if not bool(diagonal.isfinite().all()):  # of a positive semidefinite matrix no entry is greater
+            raise DataError(
+                f"The inputs of a regression must have a finite Gram matrix; that of {x.shape[1] - 1} inputs "
+                "overflows. Zip the models in a wider dtype, or look for features that are far too large."
+            )
+        self.scale = float(diagonal.sum()) / x.shape[1] or 1.0  # mean diagonal of xᵀx in both cases
+
+    def factor(self, ridge: float) -> tuple[Tensor, float]:
+        """Cholesky factor with λ = ridge · `scale`, and the ridge that it took."""
+        return ridged_cholesky(self.matrix, ridge, self.scale)
+
+    def side(self, residual: Tensor) -> Tensor:
+        """The right-hand side that `solve` takes, float64."""
+        return residual.double() if self.dual else (self.x.T @ residual).double()
+
+    def solve(self, factor: Tensor, side: Tensor) -> Tensor:
+        """[d, n], float64."""
+        found = torch.cholesky_solve(side, factor)
+        if not self.dual:
+            return found
+        return torch.cat([block.double().T @ found for block in self.x.split(_BLOCK, 1)])
+
+
+_BLOCK = 256  # columns of x that are multiplied at a time
+
+
+def _gram(x: Tensor) -> Tensor:
+    """xᵀx in float64 from products in x's precision; blocks above the diagonal only, the rest is their mirror image."""
+    gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for start in range(0, len(gram), _BLOCK):
+        stop = start + _BLOCK
+        gram[start:stop, start:] = (x[:, start:stop].T @ x[:, start:]).double()
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
+
+
+def _outer(x: Tensor) -> Tensor:
+    """x xᵀ in float64."""
+    outer = x.new_zeros(len(x), len(x), dtype=torch.float64)
+    for block in x.split(_BLOCK, 1):
+        wide = block.double()
+        outer.addmm_(wide, wide.T)
+    return outer
+
+
+def affine_solution(
+    y: Tensor, t: Tensor, ridge: float, *, scaled: bool = True, shifted: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Scale c and shift d per feature: argmin Σ (c y + d - t)² + λ (c - 1)², λ = ridge · var y. Float64, [n] each.
+
+    Where only one of them is there, the other stays at 1 or 0; without a shift λ = ridge · mean y².
+
+    >>> y = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> affine_solution(y, 3 * y + 1, 0.0)
+    (tensor([3.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
+    """
+    y, t = y.double(), t.double()
+    mean, target = (y.mean(0), t.mean(0)) if shifted else (y.new_zeros(y.shape[1]),) * 2
+    variance = (y - mean).square().mean(0)
+    covariance = ((y - mean) * (t - target)).mean(0)
+    alive = variance > 1e-12 * y.square().mean(0).clamp(min=torch.finfo(torch.float64).tiny)
+    safe = torch.where(alive, variance, torch.ones_like(variance)) * (1 + ridge)
+    scale = torch.where(alive, (covariance + ridge * variance) / safe, torch.ones_like(variance))
+    scale = scale if scaled else torch.ones_like(scale)
+    return scale, target - scale * mean

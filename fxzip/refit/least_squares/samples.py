@@ -1,0 +1,268 @@
+"""Samples for a regression: inputs of a call in the zipped network, and what should come out, at random places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ...calibration.batches import not_finite
+from ..unfit import Unfit
+from .goals import Goal, Wanted
+from .kernels import Kernel, Places, effective, sampled_places, take, unravelled
+from .lockstep import Env, Lockstep
+from .node_interior import Tail, arguments, find_tail, result
+from .parameter_uses import Survey
+from .units import Site, Unit, called
+
+_RELUS = (F.relu, torch.relu, torch.ops.aten.relu.default)
+_CHECKED = 256  # places at which it is checked that a call computes what its kernel says
+_NEAR = 0.02  # relative; rounding in half precision, where another order of places gives 1
+
+
+def row_bytes(inputs: int, outputs: int, itemsize: int) -> int:
+    """What a position of a regression takes: inputs as drawn, joined and with a column of ones; targets, summands and
+    the originals' features as drawn and joined, what is left of them in float64."""
+    return (4 * inputs + 10 * outputs) * itemsize
+
+
+def sample_bytes(net: nn.Module, positions: int, least: int) -> float:
+    """What the samples of the largest regression of a network may take, and its Gram matrix."""
+    most = 0.0
+    for value in net.parameters():
+        if value.ndim > 1 and value.is_floating_point():
+            outputs, inputs = len(value), value.numel() // max(len(value), 1)
+            row = row_bytes(inputs, outputs, value.element_size())
+            most = max(most, max(least, positions * inputs) * row + 16.0 * inputs**2)
+    return most
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One batch's part of a regression.
+
+    Attributes:
+        x: inputs, [places, groups, inputs]; for scales and shifts the features themselves, [places, n].
+        t: what should come out, [places, n].
+        offset: what is added before the ReLU, [places, n], or None.
+        rectified: nothing but ReLUs follow.
+        batch: number of the batch.
+        apart: where other combinations of the features would do, the originals' own, one [places, n_k] for each.
+        node: whose features these are, the residual sum's if there is one.
+    """
+
+    x: Tensor
+    t: Tensor
+    offset: Tensor | None
+    rectified: bool
+    batch: int
+    apart: Sequence[Tensor] | None
+    node: fx.Node
+
+
+@dataclass(frozen=True, eq=False)
+class _Draw:
+    """Where a sample is taken.
+
+    Attributes:
+        places: of the call's result.
+        there: the places of `last` that these become.
+        t: what should come out, [places, n].
+        offset: what a residual sum adds, or None.
+        last: what is wanted of the call, or of the sum behind it.
+        node: whose result that is.
+        plain: whether the features are those that the call gives, scaled by nothing.
+    """
+
+    places: Places
+    there: Places
+    t: Tensor
+    offset: Tensor | None
+    last: Wanted
+    node: fx.Node
+    plain: bool
+
+
+@dataclass(eq=False)
+class Sampler:
+    """Draws samples from a zipped network and the originals in lockstep.
+
+    Attributes:
+        net: the zipped network.
+        numbers: of the batches, for messages.
+        positions, least: see `LeastSquares`.
+        room: most bytes of the samples of a unit.
+        free: whether what reads the result of a node allows other combinations of its features.
+        trial: whether this is but a trial on the sample, which says nothing of the values.
+    """
+
+    net: Lockstep
+    survey: Survey
+    numbers: Sequence[int]
+    positions: int
+    least: int
+    room: float
+    free: Callable[[fx.Node], bool]
+    trial: bool = False
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    tails: dict[Site, bool] = field(default_factory=dict)
+    checked: set[tuple[Site, torch.Size]] = field(default_factory=set)
+
+    def draw(
+        self, unit: Unit, site: Site, batch: int, source: int, envs: Sequence[Env], goal: Goal,
+        sums: Callable[[fx.Node], Goal | None],
+    ) -> Sample:  # fmt: skip
+        """One batch, at one call of a unit. `sums` gives the goal at a residual sum behind it.
+
+        Raises:
+            Unfit: the call does not compute what its kernel says, or the originals have no such values.
+            DataError: values are not finite.
+        """
+        env = envs[0]
+        wanted = goal.on(source, envs[1:])
+        own = self._result(site, env, wanted, goal)
+        seen = None if own is None else _matching(own.flatten(0, -2) if goal.flat else own, wanted)
+        inputs = unit.kernel.flat.shape[-1] if unit.kernel is not None else 1
+        groups = unit.kernel.groups if unit.kernel is not None else 1
+        size = unit.kernel.flat.element_size() if unit.kernel is not None else 4
+        row = row_bytes(inputs * groups, math.prod(wanted.shape[a] for a in wanted.axes), size)
+        wished = min(max(self.least, self.positions * inputs), self.room / row)
+        count = math.ceil(wished / (len(self.net) * len(unit.sites)))
+        tail, total = self._tail(site, env, wanted.full if own is None else own.shape, goal, sums)
+        drawn = None
+        if tail is not None and total is not None:
+            drawn = self._behind(tail, total.on(source, envs[1:]), wanted, count)
+            if drawn is not None and seen is not None and not self._adds(tail, drawn, env, wanted, seen):
+                drawn, self.tails[site] = None, False
+        if drawn is None:
+            places = sampled_places(wanted.shape, wanted.axes, count, self.generator)
+            plain = site.returned is not None or site.norm is not None
+            drawn = _Draw(places, places, wanted.at(places), None, wanted, site.output, plain)
+        x = self._inputs(unit, site, env, wanted.axes, drawn.places)
+        if seen is not None and unit.kernel is not None:
+            self._check(unit, unit.kernel, x[:_CHECKED], take(seen, wanted.axes, _first(drawn.places)))
+        for value, network in ((drawn.t, "the originals"), (x, "the zipped network")):
+            if self.trial or bool(value.sum().isfinite()):
+                continue
+            if bad := int((~value.flatten(1).isfinite().all(0)).sum()):
+                raise not_finite(bad, site.node.name, network, self.numbers[batch])
+        free = drawn.plain and unit.kernel is not None and self.free(drawn.node)
+        apart = drawn.last.apart(drawn.there) if free else None
+        relus = drawn.plain and self._meets_relus(drawn.node)
+        return Sample(x, drawn.t, drawn.offset, relus, batch, apart, drawn.node)
+
+    def _inputs(self, unit: Unit, site: Site, env: Env, axes: Sequence[int], places: Places) -> Tensor:
+        if unit.kernel is None:
+            return take(self.net.value(env, site.node), axes, places)
+        x: Tensor = arguments(self.net, env, site.node, site.call, site.name)[site.at]
+        return unit.kernel.patches(x, places)
+
+    def _result(self, site: Site, env: Env, wanted: Wanted, goal: Goal) -> Tensor | None:
+        """What the zipped network gives where something is wanted; None where that was looked at before."""
+        inner = goal.readings[0].call is not None
+        if (site, wanted.full) in self.checked and not inner:
+            return None
+        self.checked.add((site, wanted.full))
+        scratch = dict(env)
+        return result(self.net, scratch, *site.end) if inner else _tensor(self.net.value(scratch, site.output))
+
+    def _check(self, unit: Unit, kernel: Kernel, x: Tensor, y: Tensor) -> None:
+        """Whether the call computes what its kernel says."""
+        flat, bias = effective(kernel, None if unit.norm is None else called(self.net.module, unit.norm))
+        if not _near(torch.einsum("pgd,gnd->pgn", x.double(), flat).flatten(1) + bias, y):
+            raise Unfit("what it returns is more than a product with its weight, or lies in another order")
+
+    def _tail(
+        self, site: Site, env: Env, shape: torch.Size, goal: Goal, sums: Callable[[fx.Node], Goal | None]
+    ) -> tuple[Tail | None, Goal | None]:
+        """The residual sum behind a call, if there is one. `shape`: of what the call gives."""
+        if not self.tails.get(site, True):
+            return None, None
+        start = (site.output, -1) if goal.readings[0].call is None else site.end
+        tail = find_tail(self.net, env, self.survey, start, shape)
+        total = None if tail is None else sums(tail.node)
+        self.tails[site] = total is not None
+        return tail, total
+
+    def _behind(self, tail: Tail, total: Wanted, wanted: Wanted, count: int) -> _Draw | None:
+        """Places of the call and of the sum, and what should come out there for the sum to be right.
+
+        None if the features do not come whole and in order.
+        """
+        if total.shape != tail.index.shape:
+            return None
+        there = sampled_places(total.shape, total.axes, count, self.generator)
+        index = take(tail.index, total.axes, there) - 1
+        kept = (index >= 0).all(1)
+        index = index[kept]
+        coordinates = unravelled(index, wanted.shape)
+        places = tuple(c[:, 0] for a, c in enumerate(coordinates) if a not in wanted.axes)
+        own = torch.stack([c for a, c in enumerate(coordinates) if a not in wanted.axes])
+        feature = torch.zeros_like(index)
+        for axis in wanted.axes:
+            feature = feature * wanted.shape[axis] + coordinates[axis]
+        order = torch.arange(index.shape[1], device=index.device)
+        if not len(index) or not bool((own == own[:, :, :1]).all()) or not bool((feature == order).all()):
+            return None
+        there = tuple(place.to(kept.device)[kept] for place in there)
+        offset = take(tail.other, total.axes, there)
+        t = total.at(there) - offset
+        if tail.scale is not None:
+            scale = take(tail.scale, total.axes, there)
+            if not bool((scale.abs() > 1e-3 * scale.abs().mean()).all()):
+                return None
+            t = t / scale
+        return _Draw(places, there, t, offset, total, tail.node, plain=tail.scale is None)
+
+    def _adds(self, tail: Tail, drawn: _Draw, env: Env, wanted: Wanted, seen: Tensor) -> bool:
+        """Whether the sum is what the call gives at these places, scaled, and the other summand."""
+        there, axes = _first(drawn.there), drawn.last.axes
+        summand = take(seen, wanted.axes, _first(drawn.places))
+        if tail.scale is not None:
+            summand = summand * take(tail.scale, axes, there)
+        total = take(_tensor(self.net.value(dict(env), tail.node)), axes, there)
+        return _near(summand + take(tail.other, axes, there), total)
+
+    def _meets_relus(self, node: fx.Node) -> bool:
+        net = self.net.module
+        users = list(node.users)
+        return bool(users) and all(_is_relu(net, user) for user in users)
+
+
+def _is_relu(net: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    return isinstance(called(net, node), nn.ReLU) or (node.op == "call_function" and node.target in _RELUS)
+
+
+def _first(places: Places) -> Places:
+    return tuple(own[:_CHECKED] for own in places)
+
+
+def _tensor(value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise Unfit("what its node returns is no tensor")
+    return value
+
+
+def _matching(own: Tensor, wanted: Wanted) -> Tensor:
+    """What the zipped network gives, if it has the places and features of what is wanted."""
+    places, features = (
+        [[n for a, n in enumerate(shape) if (a in wanted.axes) == inside] for shape in (own.shape, wanted.shape)]
+        for inside in (False, True)
+    )
+    if len(own.shape) != len(wanted.shape) or places[0] != places[1] or len(features[0]) != len(features[1]):
+        raise Unfit("an original has values of another shape there")
+    return own
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are the same up to rounding; not asked of what is not finite."""
+    found, expected = found.double(), expected.double()
+    if not bool(found.isfinite().all() and expected.isfinite().all()):
+        return True
+    return bool((found - expected).norm() <= _NEAR * expected.norm())

@@ -1,0 +1,144 @@
+"""The regression of one unit: from samples of its calls to its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputError
+from ...rewriting.module import ZippedModule
+from .alternating import Wish
+from .kernels import effective, install
+from .ridge import affine_solution, best_ridge, ridge_solution
+from .samples import Sample
+from .units import Unit, called
+
+
+@dataclass
+class Fit:
+    """Notes for the report: calls fitted, calls left as zipped with the reason, calls whose ridge had to grow,
+    how many inputs were used of how many, and for calls with free features the share of the originals' that is lost."""
+
+    fitted: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    raised: dict[str, float] = field(default_factory=dict)
+    inputs: tuple[int, int] = (0, 0)
+    lost: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `LeastSquares`; the defaults are those of every figure in the docs.
+
+    Attributes:
+        ridge: λ relative to the mean diagonal of the Gram matrix. Where fewer than `scarce` positions per input were to
+            be had, a tenth of the best on held-out positions of this and up to 10⁴ times as much, if that is more.
+        scarce: see `ridge`.
+        positions: sampled positions per input of a call, and at least `least` in all.
+        least: see `positions`.
+        rounds: of majorisation in front of a ReLU, see `ridge_solution`.
+        turns: of alternating least squares, at most, where merged features may be any that tell of the originals', see
+            `alternating`; 0: none.
+        memory: bytes that the activations of all networks, the inputs and the samples of a regression may take; inputs
+            beyond are left out, and of samples that take more than half of it fewer positions are taken.
+    """
+
+    ridge: float = 1e-4
+    scarce: int = 16
+    positions: int = 20
+    least: int = 12288
+    rounds: int = 3
+    turns: int = 3
+    memory: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        least = {"ridge": 0, "scarce": 0, "positions": 1, "least": 1, "rounds": 0, "turns": 0, "memory": 1}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                default = next(own.default for own in fields(self) if own.name == name)
+                raise InputError(
+                    f"`LeastSquares` needs `{name}` >= {bound}; got {name}={getattr(self, name)}. "
+                    f"The default is {default}."
+                )
+
+
+def offset_of(samples: Sequence[Sample]) -> Tensor | None:
+    offsets = [sample.offset for sample in samples if sample.offset is not None]
+    return torch.cat(offsets) if len(offsets) == len(samples) else None
+
+
+def solve(
+    net: ZippedModule, unit: Unit, samples: Sequence[Sample], settings: Settings, fit: Fit,
+    wish: Wish | None = None,
+) -> None:  # fmt: skip
+    """Solve the regression of one unit and write the solution into its parameters."""
+    x, t = torch.cat([sample.x for sample in samples]), torch.cat([sample.t for sample in samples])
+    if unit.kernel is not None:
+        _solve_linear(net, unit, x, t, samples, settings, fit, wish)
+    else:
+        scale, shift = affine_solution(
+            x, t, settings.ridge, scaled=unit.scale is not None, shifted=unit.shift is not None
+        )
+        if unit.scale is not None:
+            unit.scale.mul_(scale.reshape(unit.scale.shape).to(unit.scale))
+        if unit.shift is not None:
+            unit.shift.copy_(
+                scale.reshape(unit.shift.shape).to(unit.shift) * unit.shift
+                + shift.reshape(unit.shift.shape).to(unit.shift)
+            )
+    fit.fitted.append(unit.name)
+
+
+def _solve_linear(
+    net: ZippedModule, unit: Unit, x: Tensor, t: Tensor, samples: Sequence[Sample], settings: Settings, fit: Fit,
+    wish: Wish | None,
+) -> None:  # fmt: skip
+    """x [places, groups, inputs], t [places, outputs]: one regression per group."""
+    kernel = unit.kernel
+    assert kernel is not None
+    norm = called(net, unit.norm) if unit.norm is not None else None
+    flat, bias = effective(kernel, norm)
+    groups, rows, _ = flat.shape
+    rounds = settings.rounds if all(sample.rectified for sample in samples) else 0
+    offset = offset_of(samples)
+    constant = kernel.bias is not None or norm is not None or unit.owner is not None
+    held = _half(samples)
+    for g in range(groups):
+        mine = slice(g * rows, (g + 1) * rows)
+        prior = torch.cat([flat[g].T, bias[None, mine]]) if constant else flat[g].T
+        part = None if offset is None else offset[:, mine]
+        given = settings.ridge
+        scarce = len(x) < settings.scarce * x.shape[2]
+        if scarce:
+            ridges = [given * 10**power for power in range(5)]
+            best = best_ridge(
+                x[:, g], t[:, mine], prior, ridges, held, rectified=rounds > 0, offset=part, constant=constant
+            )
+            # Halves want more of it than the whole, and what it holds back adds up from call to call.
+            given = max(given, best / 10)
+        solution, ridge, lost = ridge_solution(
+            x[:, g], t[:, mine], prior, given, rounds=rounds, offset=part, constant=constant,
+            wish=None if scarce else wish, turns=settings.turns,
+        )  # fmt: skip
+        flat[g] = (solution[:-1] if constant else solution).T
+        if constant:
+            bias[mine] = solution[-1]
+        if lost is not None:
+            fit.lost[unit.name] = lost
+        if ridge > given:
+            fit.raised[unit.name] = ridge
+    install(kernel, norm, flat, bias)
+    if unit.owner is not None and norm is None:
+        weight = kernel.weight
+        unit.owner.bias = nn.Parameter(bias.to(weight), requires_grad=weight.requires_grad)
+
+
+def _half(samples: Sequence[Sample]) -> Tensor:
+    """Every second batch; of a single one every second position. Bool [places]."""
+    if len({sample.batch for sample in samples}) == 1:
+        count = sum(len(sample.x) for sample in samples)
+        return torch.arange(count, device=samples[0].x.device) % 2 == 1
+    return torch.cat([sample.x.new_full((len(sample.x),), sample.batch % 2).bool() for sample in samples])

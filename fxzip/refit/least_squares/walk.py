@@ -1,0 +1,270 @@
+"""The walk of `LeastSquares`: zipped network and originals node by node, each unit fitted when its inputs are there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ...rewriting.module import ZippedModule, part_of
+from ...rewriting.zip_plan import ZipPlan
+from ...tracing.calls import Call, batch_size
+from ..counterparts import Counterparts
+from ..unfit import Unfit
+from .alternating import Wish
+from .dataflow import Function, follow
+from .free_features import Freedom
+from .goals import HeadGoals, NarrowGoals, TrunkGoals
+from .lockstep import Lockstep
+from .parameter_uses import survey
+from .samples import Sample, Sampler
+from .solving import Fit, Settings, offset_of, solve
+from .units import Unit, find_units
+
+
+@dataclass(eq=False)
+class _Part:
+    """The trunk, or a head.
+
+    Attributes:
+        name: as in the nodes' meta.
+        nodes: its nodes, in order.
+        units: what can be fitted of it.
+        originals: that have what its values should be.
+        goals: what they should be.
+        merged: the goals of features that were merged; None: none were.
+        freedom: which of them may be other combinations than that; None: none.
+    """
+
+    name: str
+    nodes: list[fx.Node]
+    units: list[Unit]
+    originals: Sequence[Lockstep]
+    goals: TrunkGoals | HeadGoals | NarrowGoals
+    merged: TrunkGoals | None
+    freedom: Freedom | None = None
+
+    def starts(self) -> dict[fx.Node, list[Unit]]:
+        """Units by the node of their first call."""
+        found: dict[fx.Node, list[Unit]] = defaultdict(list)
+        for unit in self.units:
+            found[unit.sites[0].node].append(unit)
+        return found
+
+    def function(self, node: fx.Node) -> Function | None:
+        """What acts on each feature of a result whose features are free; None elsewhere."""
+        return None if self.freedom is None else self.freedom.function(node)
+
+
+class Walk:
+    """The walk over the zipped network and the originals in lockstep."""
+
+    def __init__(
+        self, net: ZippedModule, plan: ZipPlan, batches: Sequence[tuple[int, int, Call]], settings: Settings,
+        unfit: Mapping[str, str], *, trial: bool = False,
+    ) -> None:  # fmt: skip
+        self.net, self.plan, self.settings, self.unfit, self.is_trial = net, plan, settings, unfit, trial
+        self.sources = [source for source, _, _ in batches]
+        calls = [call for _, _, call in batches]
+        programs = plan.trunk.alignment.programs
+        self.survey = survey(net, programs[0].call)
+        self.zipped = Lockstep(net, calls)
+        self.originals = [Lockstep(program.module, calls) for program in programs]
+        self.names = [plan.trunk.names(k) for k in range(len(self.originals))]
+        numbers = [number for _, number, _ in batches]
+        self.flow = follow(net, programs[0].call)
+        self.fit = Fit()
+        self.counterparts = [Counterparts(self.survey, program) for program in programs]
+        self.relied = set[tuple[fx.Node, int]]()
+        self.parts = self._find_parts(max(self.sources) + 1)
+        if settings.turns and not trial:
+            self.relied = self._readers(programs[0].call, calls)
+            for part in self.parts.values():
+                if part.merged is not None:
+                    part.freedom = Freedom(part.merged.plan, part.merged, self.flow, self.relied)
+        self.sampler = Sampler(
+            self.zipped, self.survey, numbers, settings.positions, settings.least, settings.memory / 2,
+            free=lambda node: (part := self.parts.get(part_of(node))) is not None and part.function(node) is not None,
+            trial=trial,
+        )  # fmt: skip
+
+    def _find_parts(self, sources: int) -> dict[str, _Part]:
+        """Trunk and heads by name."""
+        nodes: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in self.net.graph.nodes:
+            if node.op != "output":
+                nodes[part_of(node)].append(node)
+
+        def part(
+            name: str, originals: Sequence[Lockstep], goals: TrunkGoals | HeadGoals | NarrowGoals,
+            merged: TrunkGoals | None,
+        ) -> _Part:  # fmt: skip
+            units, left = find_units(self.net, self.survey, set(nodes[name]))
+            self.fit.left |= left | {unit.name: self.unfit[unit.name] for unit in units if unit.name in self.unfit}
+            units = [unit for unit in units if unit.name not in self.unfit]
+            return _Part(name, nodes[name], units, originals, goals, merged)
+
+        goals = TrunkGoals(self.plan, self.originals, self.counterparts, sources)
+        result = {"trunk": part("trunk", self.originals, goals, goals)}
+        for k, original in enumerate(self.originals):
+            mine, own = self.counterparts[k], self.plan.heads.get(k)
+            whole = HeadGoals(original, mine, self.plan.trunk.labellings[k])
+            merged = None if own is None else TrunkGoals(own, [original], [mine], sources)
+            aims = whole if merged is None else NarrowGoals(merged, whole)
+            result[f"head {k}"] = part(f"head {k}", [original], aims, merged)
+        return result
+
+    def _readers(self, sample: Call, calls: Sequence[Call]) -> set[tuple[fx.Node, int]]:
+        """The linear calls that will be fitted and read all features at once."""
+        found = set()
+        rows = sum(batch_size(call) or 1 for call in calls) / (batch_size(sample) or 1)
+        places = {(step.node, step.call): step.shape.numel() * rows for step in self.flow.steps}
+        for part in self.parts.values():
+            for unit in part.units:
+                if unit.kernel is None or unit.kernel.groups > 1 or len(unit.kernel.axes) > 1:
+                    continue
+                outputs = unit.kernel.flat.shape[1]
+                if sum(places.get((s.node, s.call), 0.0) for s in unit.sites) < outputs * unit.inputs:
+                    continue  # so few positions keep its weights near those that were merged
+                if part.merged is None or _has_goals(part, unit):
+                    found |= {(site.node, site.call) for site in unit.sites}
+        return found
+
+    def all(self) -> None:
+        """Trunk and heads.
+
+        Raises:
+            Unfit: with `restart`: a unit is left that others were fitted for.
+        """
+        self.trunk()
+        for k in range(len(self.originals)):
+            self.head(k)
+
+    def trunk(self) -> None:
+        """Run the trunk of all networks node by node and fit each unit when the inputs of its first call are there."""
+        self._stems()
+        part = self.parts["trunk"]
+        starts = part.starts()
+        for node in part.nodes:
+            name = node.meta["fxzip"]["from"][0]
+            twins = [net.nodes[own[name]] for net, own in zip(self.originals, self.names, strict=True) if name in own]
+            self._step(part, node, starts, list(zip(self.originals, twins, strict=False)))
+
+    def head(self, k: int) -> None:
+        """Run head k and fit its units in turn, towards what its own network gives there."""
+        original, own = self.originals[k], set(self.names[k].values())
+        part = self.parts[f"head {k}"]
+        starts = part.starts()
+        for node in part.nodes:
+            twin = original.nodes.get(node.meta["fxzip"]["from"][0])
+            mine = [] if twin is None or twin.name in own else [(original, twin)]
+            self._step(part, node, starts, mine)
+
+    def _step(
+        self, part: _Part, node: fx.Node, starts: dict[fx.Node, list[Unit]], twins: Sequence[tuple[Lockstep, fx.Node]]
+    ) -> None:
+        """One node of the zipped network, and its twins in the originals."""
+        for net, twin in twins:
+            net.run(twin)
+        for unit in starts.pop(node, ()):
+            self._summand(part, unit, starts)
+            self._fit(part, unit)
+        self.zipped.run(node)
+        for net, twin in twins:
+            net.release(twin)
+        self.zipped.release(node)
+
+    def _summand(self, part: _Part, unit: Unit, starts: dict[fx.Node, list[Unit]]) -> None:
+        """Where a unit's result is added to something later, compute that first; if it is the result of a unit of at
+        most as many inputs, fit that first: what it leaves is for the larger one to mend."""
+        total = self.flow.sum_behind(unit.sites[0].output) if unit.inputs and len(unit.sites) == 1 else None
+        if total is None or part_of(total) != part.name:
+            return
+        missing = {node: self.zipped.missing(self.zipped.envs[0], node) for node in total.all_input_nodes}
+        others = [node for node, needed in missing.items() if needed and unit.sites[0].node not in needed]
+        ahead = [(node, own) for other in others for node in missing[other] for own in starts.get(node, ())]
+        later = {site.node for units in starts.values() for own in units for site in own.sites[1:]}
+        if any(later & set(missing[other]) for other in others):  # it will be fitted at its first call
+            return
+        if any(len(own.sites) > 1 or not 0 < own.inputs <= unit.inputs for _, own in ahead) or len(ahead) > 1:
+            return
+        for node, smaller in ahead:
+            starts[node].remove(smaller)
+            self._fit(part, smaller)
+        for env in self.zipped.envs:
+            for other in others:
+                self.zipped.value(env, other)
+
+    def _stems(self) -> None:
+        """What the models compute on their own in front of the trunk, and where it is merged: nothing is fitted."""
+        ahead = [n for n in self.net.graph.nodes if part_of(n).startswith("stem ") or part_of(n) == "merge"]
+        for node in ahead:
+            self.zipped.run(node)
+            self.zipped.release(node)
+        for net, stem in zip(self.originals, self.plan.trunk.alignment.stems, strict=False):
+            for name, node in net.nodes.items():
+                if name in stem.nodes | stem.reads:
+                    net.run(node)
+                    if name in stem.nodes:
+                        net.release(node)
+
+    def _fit(self, part: _Part, unit: Unit) -> None:
+        """Fit one unit, or note why it is left.
+
+        Raises:
+            Unfit: it is left, and others were fitted in the belief that it would not be.
+        """
+        try:
+            samples = self._draw(part, unit)
+            if not self.is_trial:
+                solve(self.net, unit, samples, self.settings, self.fit, self._wish(part, unit, samples))
+        except Unfit as found:
+            if any((site.node, site.call) in self.relied for site in unit.sites):
+                found.restart = unit.name
+                raise
+            self.fit.left[unit.name] = str(found)
+        else:
+            self.zipped.forget(unit.sites[0].node)
+
+    def _draw(self, part: _Part, unit: Unit) -> list[Sample]:
+        """Samples of all calls of a unit."""
+        samples = []
+        for place, site in enumerate(unit.sites):
+            goal = part.goals.of(unit, site)
+            if goal is None:
+                raise Unfit("its features are fixed, or lie in several orders")
+            if unit.kernel is None and goal.axes != (unit.axis,):
+                shared = unit.axis in goal.axes
+                raise Unfit("several features share one parameter" if shared else "it has no parameter per feature")
+            for batch, source in enumerate(self.sources):
+                envs = [net.envs[batch] for net in (self.zipped, *part.originals)]
+                if place:  # a call further on: what lies in between is computed ahead and forgotten
+                    envs = [dict(env) for env in envs]
+                samples.append(self.sampler.draw(unit, site, batch, source, envs, goal, part.goals.at))
+        per_feature = next((t for t in (unit.scale, unit.shift) if t is not None), None)
+        if unit.kernel is None and per_feature is not None and per_feature.numel() != samples[0].x.shape[1]:
+            raise Unfit("several features share one parameter")
+        return samples
+
+    def _wish(self, part: _Part, unit: Unit, samples: Sequence[Sample]) -> Wish | None:
+        """What the features of a unit should tell, where they are free."""
+        node = samples[0].node
+        apart = [sample.apart for sample in samples if sample.apart is not None]
+        if part.freedom is None or unit.kernel is None or unit.kernel.groups > 1 or len(apart) < len(samples):
+            return None
+        function, goal = part.function(node), part.goals.at(node)
+        assert function is not None
+        assert goal is not None
+        features = [function(torch.cat(own)) for own in zip(*apart, strict=True)]
+        return Wish(torch.cat(features, 1), part.freedom.metric(goal, features), function, offset_of(samples))
+
+
+def _has_goals(part: _Part, unit: Unit) -> bool:
+    """Whether it is known what a unit should give."""
+    try:
+        return all(part.goals.of(unit, site) is not None for site in unit.sites)
+    except Unfit:
+        return False

@@ -1,0 +1,1 @@
+"""Refits that reset statistics: BatchNorm, REPAIR, statistics as they are on the data."""

@@ -1,0 +1,135 @@
+"""The module that comes out: trunk and heads in one graph, and what its own nodes call."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import FxzipWarning
+from ..ops import FORMAT, Function, Reference, merge, mix, restored, unmerge, written
+from ..partition.alignment import attribute
+from ..tracing import names_of, require
+
+__all__ = ["EmittedModule", "ZippedModule", "merge", "mix", "part_of", "reuse_memory", "set_tensor", "unmerge"]
+
+_restored, _Function, _Reference = restored, Function, Reference  # files of format 0 name them here
+
+
+def part_of(node: fx.Node) -> str:
+    """Which part of a zipped module a node belongs to: "trunk", "head 0", ...; with `start` also "stem 0", ... and
+    "merge"."""
+    return str(node.meta.get("fxzip", {}).get("part", "trunk"))
+
+
+class EmittedModule(fx.GraphModule):
+    """A graph module that is pickled as its graph. `fx.GraphModule` pickles its code and traces it again, which looks
+    into functions and computes what does not depend on the input, and so gives another graph, or none."""
+
+    def recompile(self) -> Any:
+        """Generate the code anew. Functions that are not PyTorch's are marked as one call each, for tracers."""
+        for node in self.graph.nodes:
+            own = node.op == "call_function" and isinstance(node.target, FunctionType)
+            if own and not str(node.target.__module__).startswith("torch."):
+                node.meta["is_wrapped"] = True
+        return super().recompile()
+
+    def __reduce__(self) -> Any:
+        kind = next(base for base in type(self).__mro__ if "<locals>" not in base.__qualname__)  # each has its own
+        return restored, (kind, _holder(self), written(self.graph), dict(self.meta), FORMAT)
+
+
+class ZippedModule(EmittedModule):
+    """A multi-task network: an ordinary `torch.fx.GraphModule` that returns a tuple with each model's output."""
+
+    @property
+    def report(self) -> Any:
+        """What was shared, what was not and why."""
+        return self.meta.get("fxzip_report")
+
+    def train(self, mode: bool = True) -> ZippedModule:
+        """Switch to train mode. Warns where the models draw random numbers there and this network does not."""
+        tracing = (self.report or {}).get("tracing", ())
+        lost = list(dict.fromkeys(name for traced in tracing for name in traced.get("lost", ())))
+        if mode and not self.training and lost:
+            warnings.warn(
+                f"`train()`: the models make random calls in {names_of(lost)} that this network does not make; tracing "
+                "has seen them in eval mode only.",
+                FxzipWarning,
+                stacklevel=2,
+            )
+        super().train(mode)
+        return self
+
+    def single(self, i: int) -> fx.GraphModule:
+        """The network of task `i` alone: trunk and head i, the other heads removed. It shares parameters with this one.
+
+        >>> import fxzip, torch
+        >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
+        >>> fxzip.compile_zip(a, b, torch.randn(16, 4)).single(1)(torch.randn(5, 4)).shape
+        torch.Size([5, 3])
+
+        Raises:
+            IndexError: there is no head i.
+        """
+        graph = copy.deepcopy(self.graph)
+        output = graph.output_node()
+        heads = output.args[0]
+        assert isinstance(heads, (tuple, list))
+        if not -len(heads) <= i < len(heads):
+            raise IndexError(f"`single` takes the number of a head, 0 to {len(heads) - 1}; found {i}.")
+        output.args = (heads[i],)
+        own = f"head {i % len(heads)}"
+        for node in reversed(list(graph.nodes)):
+            kept = node.op in ("output", "placeholder") or node.users
+            needed = part_of(node) in ("trunk", own) or part_of(node).startswith("stem ")
+            acts = needed and (node.meta.get("fxzip", {}).get("writes") or node.target is require)
+            if not kept and not acts:
+                graph.erase_node(node)
+        return EmittedModule(_holder(self), graph)
+
+
+def _holder(module: nn.Module) -> nn.Module:
+    """A plain module with the same children, parameters and buffers, in the same mode."""
+    holder = nn.Module()
+    for name, child in module.named_children():
+        holder.add_module(name, child)
+    for name, param in module.named_parameters(recurse=False):
+        holder.register_parameter(name, param)
+    for name, buffer in module.named_buffers(recurse=False):
+        holder.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+    holder.training = module.training  # not `train()`: the children are those of `module`, each in its own mode
+    return holder
+
+
+def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer a new value, in its own dtype; where it is shared it stays shared."""
+    own = attribute(module, name)
+    own.data = value.to(own.dtype).contiguous()
+
+
+def reuse_memory(module: fx.GraphModule) -> None:
+    """Let ReLUs write over their input where nothing else reads it, as networks usually have it. In place.
+
+    Tracing makes all calls out of place. A ReLU goes back where its input is the fresh result of a convolution, a
+    linear call, a normalisation or a sum that has no other user. The gradient of a ReLU needs its result only.
+    """
+    sums = (operator.add, torch.add)
+    makers = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+    safe: dict[nn.Module, bool] = {}
+    for node in module.graph.nodes:
+        called = attribute(module, str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, nn.ReLU):
+            source = node.all_input_nodes[0]
+            fresh = (source.op == "call_function" and source.target in sums) or (
+                source.op == "call_module" and isinstance(attribute(module, str(source.target)), makers)
+            )
+            tensors = len(source.all_input_nodes) == (2 if source.op == "call_function" else 1)
+            safe[called] = safe.get(called, True) and fresh and tensors and len(source.users) == 1
+    for relu, ready in safe.items():
+        relu.inplace = ready  # type: ignore[assignment]

@@ -1,0 +1,212 @@
+"""What was shared, what was not and why: a mapping that prints as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..analysis.flops import count_flops
+from ..ops import mix
+from ..partition.node_names import module_path
+from ..tracing import Program
+from ..tracing.shapes import checked_shapes
+from .module import ZippedModule
+from .zip_plan import ZipPlan
+
+
+@dataclass(frozen=True)
+class Report(Mapping[str, Any]):
+    """A read-only dict of plain values; `str(report)` is a text for people.
+
+    Keys: "models", "method", "refit", "data", "cut", "spaces", "narrowed", "flops", "parameters", "unmerges", "mixed",
+    "barriers", "self_check", "tracing", "notes". "narrowed" holds for each head its spaces that keep fewer features.
+    "flops" and "parameters" hold "trunk", "heads", "total", "originals", "side_by_side"; "flops" also
+    "unknown", the calls whose FLOPs are not known and count as none. "unmerges" are the nodes that
+    give a head its own features; "mixed" those of them that take a matrix product, the others gather.
+    """
+
+    values_: dict[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as a plain dict."""
+        return dict(self.values_)
+
+    def noting(self, *notes: str) -> Report:
+        """The report with further notes.
+
+        >>> Report({"notes": ["a"]}).noting("b")["notes"]
+        ['a', 'b']
+        """
+        return Report({**self.values_, "notes": [*self.values_["notes"], *notes]})
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self.values_))
+
+    __repr__ = __str__
+
+
+def _costs(trunk: int, heads: list[int], stems: list[int], originals: list[int]) -> dict[str, Any]:
+    own = {"stems": stems} if any(stems) else {}
+    return {
+        "trunk": trunk, "heads": heads, **own, "total": trunk + sum(heads) + sum(stems), "originals": originals,
+        "side_by_side": sum(originals),
+    }  # fmt: skip
+
+
+def _flops(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, Any]:
+    found = count_flops(zipped, programs[0].call)
+    parts: dict[str, int] = {}
+    for node in zipped.graph.nodes:
+        part = node.meta.get("fxzip", {}).get("part", "trunk")
+        parts[part] = parts.get(part, 0) + found.by_node[node.name]
+    heads, stems = ([parts.get(f"{part} {k}", 0) for k in range(len(programs))] for part in ("head", "stem"))
+    originals = [count_flops(p.module, p.call) for p in programs]
+    unknown = [f"`{name}` (node `{node}`)" for node, names in found.unknown.items() for name in names]
+    known = _costs(parts.get("trunk", 0), heads, stems, [own.total for own in originals])
+    return known | {"unknown": unknown}
+
+
+def uncounted(costs: Mapping[str, Any]) -> list[str]:
+    """A note if there are calls whose FLOPs are not known; `costs` as in a report."""
+    names: list[str] = costs["flops"].get("unknown", [])
+    if not names:
+        return []
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return [
+        f"the FLOPs of {shown} are not known and count as none: shares of FLOPs (`until` as a fraction, `max_cost`, "
+        "`width`) and the figures of this report leave them out"
+    ]
+
+
+def _parameters(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, Any]:
+    named = [(name, p.numel()) for name, p in zipped.named_parameters()]
+    trunk = sum(n for name, n in named if name.startswith("trunk."))
+    heads, stems = (
+        [sum(n for name, n in named if name.startswith(f"{part}_{k}.")) for k in range(len(programs))]
+        for part in ("head", "stem")
+    )
+    return _costs(trunk, heads, stems, [sum(p.numel() for p in program.module.parameters()) for program in programs])
+
+
+def costs(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, dict[str, Any]]:
+    """FLOPs and parameters of trunk, heads, each original, and all of them side by side."""
+    return {"flops": _flops(zipped, programs), "parameters": _parameters(zipped, programs)}
+
+
+def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]) -> Report:
+    """Facts about a zip. `settings` adds what only the driver knows (method, refit, data, notes ...)."""
+    trunk = plan.trunk
+    programs = trunk.alignment.programs
+    spaces = [
+        {
+            "name": space.name, "size": space.size, "kept": plan.merges[number].size,
+            "legality": space.legality, "reason": space.reason,
+            "correlation": None if number in plan.unobserved else round(plan.merges[number].correlation, 4),
+            "folded": [number in folded for folded in plan.folded],
+        }
+        for number, space in enumerate(trunk.spaces[0].spaces)
+    ]  # fmt: skip
+    narrow = [
+        [
+            {"name": own.trunk.spaces[0].spaces[s].name, "size": own.trunk.spaces[0].spaces[s].size, "kept": kept}
+            for s, kept in own.kept.items()
+        ]
+        if (own := plan.heads.get(k)) is not None
+        else []
+        for k in range(len(programs))
+    ]
+    last = [node for node in programs[0].module.graph.nodes if node.name in set(trunk.nodes)]
+    edge = [
+        n
+        for n in last
+        if any(user.name not in set(trunk.nodes) for user in n.users) and n.name in trunk.labellings[0].dynamic
+    ]
+    left = [node for node in zipped.graph.nodes if node.meta.get("fxzip", {}).get("unmerge")]
+    spent = costs(zipped, programs)
+    values = {
+        "models": len(programs),
+        **settings,
+        "notes": [*settings.get("notes", []), *uncounted(spent)],
+        "checked_shapes": checked_shapes(programs),
+        "cut": {
+            "after": [node.name for node in edge],
+            "modules": [module_path(node) for node in edge],
+            "parting": [text for text in trunk.alignment.parting if text],
+            "ends": dict(trunk.ends),
+            "unmatched": dict(trunk.unmatched),
+            "alike": list(trunk.alike),
+            "merged": [list(twins) for twins in trunk.alignment.entries],
+        },
+        "spaces": spaces,
+        "narrowed": narrow,
+        **spent,
+        "unmerges": [node.name for node in left],
+        "mixed": [node.name for node in left if node.target is mix],
+        "barriers": [b.reason for label in trunk.labellings for b in label.barriers],
+        "probed": [p.reason for label in trunk.labellings for p in label.probed],
+        "tracing": [{"rung": p.rung, "failures": list(p.failures), "lost": list(p.lost)} for p in programs],
+    }
+    return Report(values)
+
+
+def _ratio(part: int, whole: int) -> str:
+    return f"{part / whole:.3f}" if whole else "-"
+
+
+def _lines(v: Mapping[str, Any]) -> list[str]:
+    """The text of a report."""
+    lines = [f"zip of {v['models']} models by {v.get('method')}, refit {v.get('refit')}, {v.get('data')}"]
+    cut = v["cut"]
+    merged = [", ".join(f"`{name}`" for name in twins) for twins in cut.get("merged", [])]
+    lines += [f"trunk begins at {names}, merged; what is in front each model computes on its own" for names in merged]
+    lines.append("trunk ends after " + (", ".join(f"`{name}`" for name in cut["after"]) or "nothing"))
+    lines += [f"  the models part: the first {text}" for text in cut["parting"]]
+    lines += [f"  `{name}` is not shared: {why}" for name, why in list(cut["ends"].items())[:8]]
+    stems = any("stems" in v[what] for what in ("flops", "parameters"))
+    first = f"{'stems':>14}" if stems else ""
+    lines.append(f"{'':12}{first}{'trunk':>14}{'heads':>14}{'total':>14}{'of one':>8}{'of all':>8}")
+    for what in ("flops", "parameters"):
+        c = v[what]
+        first = f"{sum(c.get('stems', [])):>14,}" if stems else ""
+        lines.append(
+            f"{what:12}{first}{c['trunk']:>14,}{sum(c['heads']):>14,}{c['total']:>14,}"
+            f"{_ratio(c['total'], c['originals'][0]):>8}{_ratio(c['total'], c['side_by_side']):>8}"
+        )
+    lines.append(f"{'space':40}{'size':>6}{'kept':>6}  {'legality':14}{'corr.':>7}  folded into the heads")
+    for space in v["spaces"]:
+        seen = "-" if space["correlation"] is None else f"{space['correlation']:.3f}"
+        lines.append(
+            f"{space['name'][:40]:40}{space['size']:>6}{space['kept']:>6}  {space['legality']:14}{seen:>7}  "
+            f"{_folded(space)}"
+        )
+    for k, narrow in enumerate(v.get("narrowed", [])):
+        names = [f"head {k}: {own['name']}"[:40] for own in narrow]
+        lines += [f"{name:40}{own['size']:>6}{own['kept']:>6}" for name, own in zip(names, narrow, strict=True)]
+    mixed = set(v.get("mixed", []))
+    for how, names in (
+        ("a gather", [name for name in v["unmerges"] if name not in mixed]),
+        ("a matrix product", v.get("mixed", [])),
+    ):
+        if names:
+            lines.append(f"unmerged by {how}: " + ", ".join(f"`{name}`" for name in names))
+    lines += [f"barrier: {reason}" for reason in dict.fromkeys(v["barriers"])]
+    lines += [f"probed: {reason}" for reason in dict.fromkeys(v["probed"])]
+    for k, tracing in enumerate(v["tracing"]):
+        if tracing["failures"]:
+            lines.append(f"model {k} traced by {tracing['rung']}: " + " ".join(tracing["failures"]))
+    lines += [f"note: {note}" for note in v.get("notes", [])]
+    return lines
+
+
+def _folded(space: Mapping[str, Any]) -> str:
+    return "yes" if all(space["folded"]) else ", ".join(str(k) for k, f in enumerate(space["folded"]) if f) or "no"

@@ -1,0 +1,1 @@
+"""What users do with networks and zips beside `compile_zip`: one function per file."""
