@@ -47,7 +47,11 @@ class SpecializationError(FxzipError, ValueError):
     """A network is called with a number, a structure or a size that its graph was not made for."""
 
 
-class CostError(InputError):
+class OptionError(FxzipError, ValueError):
+    """An option has a value that is out of its range, or a name that is unknown."""
+
+
+class CostError(OptionError):
     """`max_cost` is less than what has to keep its size takes."""
 
 

@@ -1,11 +1,11 @@
-"""Which features of a program may change places: `label` → `solve`, and the self-check of the result.
+"""Which features of a program may change places: `analyse` is `label` → `solve` → self-check.
 
 `labelling` pushes labels through one run by the `rules`, `solver` and `spaces` solve what these said, `relabelling`
 makes legal relabellings, `random_trial` runs the program before and after one, `sightings` says what its nodes show,
 `checking` proves the analysis by that.
 """
 
-from .checking import Check, check, relative_difference, self_check
+from .checking import Check, analyse, check, relative_difference, self_check
 from .labelling import Barrier, Labelling, ParamLabels, Site, label
 from .relabelling import group_run, random_relabelling, relabelled
 from .spaces import FeatureSpace, FeatureSpaces, Layout, solve
@@ -19,6 +19,7 @@ __all__ = [
     "Layout",
     "ParamLabels",
     "Site",
+    "analyse",
     "check",
     "group_run",
     "label",

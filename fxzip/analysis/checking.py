@@ -8,20 +8,22 @@ they are read must show. If it does not, on any of several parameters, the space
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import PinnedSpaceWarning, SelfCheckError
-from .labelling import Labelling
+from ..tracing import Program
+from .labelling import Labelling, label
 from .random_trial import Trial, run_with
 from .relabelling import random_relabelling
+from .rules import Rule
 from .sightings import relative_difference
 from .spaces import FeatureSpaces, solve
 
-__all__ = ["Check", "Trial", "check", "relative_difference", "run_with", "self_check"]
+__all__ = ["Check", "Trial", "analyse", "check", "relative_difference", "run_with", "self_check"]
 
 _ROUNDS, _CULPRITS, _CONTROLS = 3, 32, 32
 _GAINS, _TIMES = (1.0, 0.03, 300.0), 3  # of further random parameters, where the first ones hide something
@@ -65,6 +67,21 @@ def self_check(
     """
     found = check(labelling, seed=seed, dtype=dtype)
     return found.spaces, found.error, found.pinned
+
+
+def analyse(program: Program, rules: Mapping[str, Rule] | None = None) -> Check:
+    """Which features of a program may change places, checked: `label`, `solve` and the self-check.
+
+    >>> from torch import nn
+    >>> from fxzip.tracing import trace
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [space.size for space in analyse(trace(net, torch.ones(2, 4))).spaces.spaces]
+    [8]
+
+    Raises:
+        SelfCheckError: relabelling at random moves the output, and pinning what fails does not cure it.
+    """
+    return check(label(program, rules))
 
 
 def check(labelling: Labelling, *, seed: int = 0, dtype: torch.dtype | None = None) -> Check:

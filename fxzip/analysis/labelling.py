@@ -18,7 +18,7 @@ from ..tracing import MathAttention, Program, flat_inputs, is_number, quiet_exec
 from ..tracing.containers import flatten, leaves
 from .dispatch import LabelMode
 from .label_state import Barrier, Entry, ParamLabels, Probed, Site, State
-from .rules import Facts, Fields, Rule
+from .rules import RULES, Facts, Fields, Rule
 from .rules.fields import along
 
 __all__ = ["Barrier", "Labelling", "ParamLabels", "Probed", "Site", "label", "place_of"]
@@ -148,12 +148,12 @@ def place_of(node: fx.Node) -> str:
     return ", ".join(parts)
 
 
-def label(program: Program, rules: Mapping[str, Rule]) -> Labelling:
-    """Run `program` once on its sample and collect what every call says about labels.
+def label(program: Program, rules: Mapping[str, Rule] | None = None) -> Labelling:
+    """Run `program` once on its sample and collect what every call says about labels. `rules`: None for `RULES`.
 
     Every axis of every parameter (and of every floating buffer in the state dict) starts with labels of its own.
     """
-    state = State(rules)
+    state = State(RULES if rules is None else rules)
     tensors = dict(program.module.named_parameters())
     buffers = {k: v for k, v in program.module.named_buffers() if k in program.persistent and v.is_floating_point()}
     for name, tensor in (*tensors.items(), *buffers.items()):

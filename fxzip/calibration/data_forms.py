@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from ..errors import DataError, InputError
+from ..errors import DataError, OptionError
 from ..tracing.calls import Call
 from .batches import as_tensors, fits, single
 
@@ -185,7 +185,7 @@ def sources_of(data: Any, sample: Call, models: int, limit: int, note: Callable[
             batches and sources.
     """
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise InputError(f"`max_batches` must be a whole number of at least 1; found {limit!r}.")
+        raise OptionError(f"`max_batches` must be a whole number of at least 1; found {limit!r}.")
     given = _per_model(data, sample, models)
     return tuple(Source(own, sample, limit, note) for own in ([data] if given is None else given))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -75,6 +75,8 @@ def check_models(networks: Sequence[Any], name: str) -> list[nn.Module]:
 
 
 def _split(models: Sequence[Any], name: str) -> tuple[list[Any], Any]:
+    if len(models) == 2 and isinstance(models[0], (Mapping, nn.ModuleDict)):
+        return list(models[0].values()), models[1]
     if len(models) == 2 and isinstance(models[0], Iterable) and not isinstance(models[0], nn.Module):
         return list(models[0]), models[1]
     if (
@@ -86,6 +88,11 @@ def _split(models: Sequence[Any], name: str) -> tuple[list[Any], Any]:
             f"`{name}` needs at least two models; found one. Pass `a, b, sample_input` or a list of models."
         )
     if len(models) == 3 and not isinstance(models[2], nn.Module):
+        if not isinstance(models[0], nn.Module) and isinstance(models[0], (Mapping, Iterable)):
+            raise InputError(
+                f"`{name}([a, b, ...], sample_input)` takes two positional arguments; found a third. Calibration data "
+                "goes by keyword, `data=...`."
+            )
         return list(models[:2]), models[2]
     if any(isinstance(model, nn.Module) for model in models[2:]):
         raise InputError(
@@ -97,6 +104,51 @@ def _split(models: Sequence[Any], name: str) -> tuple[list[Any], Any]:
             "`sample_input` must be a tensor, or a tuple or dict of tensors; found two modules and nothing else. "
             "Pass one batch of what the models take as third argument."
         )
+    if len(models) == 4 and all(isinstance(model, nn.Module) for model in models[:2]):
+        raise InputError(
+            f"`{name}(a, b, sample_input)` takes three positional arguments; found a fourth. Calibration data goes by "
+            "keyword, `data=...`."
+        )
+    if len(models) == 1 and not isinstance(models[0], nn.Module):
+        raise InputError(
+            f"`{name}` needs one batch of what the models take, to trace them: `{name}([a, b, ...], sample_input)`."
+        )
     raise InputError(
         f"`{name}` takes `a, b, sample_input` or `[a, b, c], sample_input`; found {len(models)} positional arguments."
     )
+
+
+def tasks_of(models: Any) -> tuple[str, ...]:
+    """The names of the tasks, where the models are given by name; else none.
+
+    >>> tasks_of({"pets": nn.Linear(2, 2), "birds": nn.Linear(2, 3)}), tasks_of([nn.Linear(2, 2)])
+    (('pets', 'birds'), ())
+
+    Raises:
+        InputError: a name is no string, or is empty.
+    """
+    if not isinstance(models, (Mapping, nn.ModuleDict)):
+        return ()
+    wrong = [name for name in models if not (isinstance(name, str) and name)]
+    if wrong:
+        raise InputError(f"Names of tasks must be strings that are not empty; found {wrong[0]!r}.")
+    return tuple(models)
+
+
+def data_of(data: Any, tasks: Sequence[str]) -> Any:
+    """Calibration data in the order of the models, where they are given by the names of the tasks.
+
+    >>> list(data_of({"birds": [1], "pets": [2]}, ["pets", "birds"]))
+    [[2], [1]]
+
+    Raises:
+        InputError: the names are not those of the tasks.
+    """
+    if not tasks or not isinstance(data, Mapping):
+        return data
+    if set(data) != set(tasks):
+        raise InputError(
+            f"`data` by name must have the names of the models, {', '.join(map(repr, tasks))}; found "
+            f"{', '.join(map(repr, data))}."
+        )
+    return PerModel(*(data[task] for task in tasks))

@@ -10,28 +10,28 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import nn
 
 from ..analysis import Labelling, check, label
 from ..analysis.flops import flops_by_node
 from ..analysis.random_trial import Trial
-from ..analysis.rules import RULES, Rule
+from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
 from ..calibration.holdout import hold_out
 from ..calibration.observer import observe, observe_all
 from ..calibration.shapes import other_shapes
 from ..calibration.sources import Calibration
 from ..errors import AlignError, BarrierError, CutError, InputError
-from ..matching import Average, Energy, JointMethod, Method, needs, resolve
+from ..matching import Average, JointMethod, Method, needs, resolve
 from ..matching.moments import Moments
 from ..partition.alignment import Alignment, align
 from ..partition.cut_points import Cut, find_cuts
 from ..partition.lifting import lifted
 from ..partition.own import differing
 from ..partition.stems import find_stems
-from ..partition.trunk import Trunk, find_trunk
+from ..partition.trunk import Trunk, trunk_of
 from ..refit import LeastSquares, Refit, fit_least_squares, fit_notes, record_statistics, refits
 from ..refit.joint.logit_shifts import needs_classifiers, needs_tasks, with_shifts
 from ..rewriting.emit import rewrite
@@ -43,32 +43,70 @@ from ..tracing.calls import Call, JointCall
 from ..tracing.joint_inputs import trace_all
 from ..widths.choose import Width, check_width, choose_widths, overspent
 from ..widths.narrow_heads import Alone, behind, narrowed, whole_trunks
-from .arguments import models_and_sample
+from .arguments import data_of, models_and_sample, tasks_of
 from .search import Goal, best_agreeing, deepest_agreeing, earliest_affordable
 from .soundness import Sound, sound
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+MethodName = Literal[
+    "auto", "energy", "zip", "permute", "weights", "average", "agglomerative", "c2m3", "cca", "kmeans", "mudsc",
+    "optimal", "recover", "transport",
+]  # fmt: skip
+RefitName = Literal["auto", "lstsq", "repair", "batchnorm", "stored", "regmean"]
+
+
+class CompileOptions(TypedDict, total=False):
+    """The keyword arguments of `compile_zip`, which says what they mean."""
+
+    data: Any
+    method: MethodName | Method | JointMethod
+    start: str | Sequence[str] | None
+    until: Literal["auto"] | str | float | None
+    width: Literal["auto"] | float | Mapping[str, float]
+    min_agreement: float | None
+    max_cost: float | None
+    refit: RefitName | Refit | None
+    joint: bool
+    verify: bool
+    strict: bool
+    progress: bool | None
+    max_batches: int
+    rules: Mapping[str, Rule] | None
+
+
+@overload
+def compile_zip(
+    a: nn.Module, b: nn.Module, /, sample_input: Any, **options: Unpack[CompileOptions]
+) -> ZippedModule: ...
+@overload
+def compile_zip(
+    models: Sequence[nn.Module] | Mapping[str, nn.Module], /, sample_input: Any, **options: Unpack[CompileOptions]
+) -> ZippedModule: ...
 @plain_context()
 def compile_zip(
     *models: Any,
+    sample_input: Any = None,
     data: Any = None,
-    method: str | Method | JointMethod = "zip",
+    method: MethodName | Method | JointMethod = "auto",
     start: str | Sequence[str] | None = None,
-    until: str | float | None = None,
-    width: float | str | Mapping[str, float] = 1.0,
+    until: Literal["auto"] | str | float | None = None,
+    width: Literal["auto"] | float | Mapping[str, float] = 1.0,
     min_agreement: float | None = None,
     max_cost: float | None = None,
-    refit: str | Refit | None = "auto",
+    refit: RefitName | Refit | None = "auto",
     joint: bool = False,
     verify: bool = True,
     strict: bool = False,
     progress: bool | None = None,
     max_batches: int = MAX_BATCHES,
-    rules: Mapping[str, Rule] = RULES,
+    rules: Mapping[str, Rule] | None = None,
 ) -> ZippedModule:
     """Zip trained networks of one architecture into one multi-task network, without training.
 
-    `compile_zip(a, b, sample_input)` or `compile_zip([a, b, c, ...], sample_input)`.
+    `compile_zip(a, b, sample_input)`, `compile_zip([a, b, c, ...], sample_input)`, or, with names for the tasks,
+    `compile_zip({"pets": a, "birds": b}, sample_input)`.
 
     >>> import torch, fxzip
     >>> from torch import nn
@@ -78,8 +116,9 @@ def compile_zip(
     [(5, 2), (5, 3)]
 
     Args:
-        models: two models, or a sequence of any number of them, and then the sample input: a tensor, or a tuple or
-            dict of tensors, with a batch on axis 0. With `start`, models may take inputs of their own (another size,
+        models: two models, or a sequence of any number of them, or a dict of them by the names of their tasks; and then
+            the sample input, also as `sample_input=`: a tensor, or a tuple or dict of tensors, with a batch on axis 0.
+            With `start`, models may take inputs of their own (another size,
             another modality): `fxzip.PerModel(input of a, input of b, ...)`; the zip then takes the inputs of all
             models, one after another, and batches of `data` are tuples of inputs that belong together.
         data: unlabelled calibration data: an iterable of batches (a tensor; a tuple or list whose first item is the
@@ -87,10 +126,10 @@ def compile_zip(
             `calibration/data_forms.py`). None: the sample input serves; a method
             that looks at weights only ("weights") then runs without any data, with the refit "stored" unless another
             is asked for.
-        method: "zip" (features merged within and across models: ZipIt!, arXiv 2305.03053; under least squares
-            `fxzip.Energy`), "permute" (Git Re-Basin, arXiv 2209.04836), "average", "weights"
-            (Git Re-Basin on weights, no data needed), another of `fxzip.METHODS`, or an object with its settings
-            such as `fxzip.Zip(alpha=0.1, beta=0.5)`.
+        method: "auto" ("energy" under least squares, else "zip"), "energy" (features merged within and across models
+            that lose the least if all others may stand in for them), "zip" (ZipIt!, arXiv 2305.03053), "permute" (Git
+            Re-Basin, arXiv 2209.04836), "average", "weights" (Git Re-Basin on weights, no data needed), another of
+            `fxzip.METHODS`, or an object with its settings such as `fxzip.Zip(alpha=0.1, beta=0.5)`.
         start: where the trunk begins: None (at the input), or a module path or node name of all models, or one name
             for each. What is in front each model computes on its own, a stem for another kind of input say; the
             features that enter the trunk are merged.
@@ -118,23 +157,32 @@ def compile_zip(
         progress: show a bar; None: on a terminal only.
         max_batches: most batches of `data` (of each source) that are read in a pass, since a loader may have no end;
             the report says so if there may have been more.
-        rules: rule table for ATen calls, `fxzip.RULES | {...}`.
+        rules: rule table for ATen calls, `fxzip.RULES | {...}`; None: `fxzip.RULES`.
 
     Returns:
         A `torch.fx.GraphModule` in eval mode. It takes what the models take and returns a tuple with each model's
-        output. `.single(i)` is the network of one task, `.report` says what was shared.
+        output, or a dict by the names of the tasks. `.single(i)`, also by name, is the network of one task; `.report`
+        says what was shared.
 
     Raises:
-        InputError, CostError, TraceError, AlignError, CutError, DataError, BarrierError, SelfCheckError: see
-            `fxzip.errors`.
+        InputError, OptionError, CostError, TraceError, AlignError, CutError, DataError, BarrierError,
+            SelfCheckError: see `fxzip.errors`.
     """
-    networks, call = models_and_sample(models, own_inputs=True)
+    tasks = tasks_of(models[0] if models else None)
+    given = models if sample_input is None else (*models, sample_input)
+    networks, call = models_and_sample(given, own_inputs=True)
+    data = data_of(data, tasks)
     if isinstance(call, JointCall) and start is None:
         raise InputError(
             "Models with inputs of their own (`sample_input` is a `PerModel`) share nothing at the input; say with "
             "`start` where the trunk begins."
         )
-    free = data is None and "moments" not in needs(resolve(method)) and refit in ("auto", "stored", None)
+    free = (
+        data is None
+        and method != "auto"
+        and "moments" not in needs(resolve(method))
+        and refit in ("auto", "stored", None)
+    )
     by_need = width == "auto"
     check_width(width, max_cost if by_need else None, len(networks))
     recipe = Recipe.of(
@@ -161,7 +209,11 @@ def compile_zip(
         zipped = assemble(
             found, trunk, statistics, calibration, recipe, each_alone(found, [trunk], calibration, recipe)
         )
-    return with_shifts(zipped, calibration) if joint else zipped
+    zipped = with_shifts(zipped, calibration) if joint else zipped
+    if tasks:
+        zipped.name_tasks(tasks)
+        zipped.meta["fxzip_report"] = Report({**zipped.report, "tasks": list(tasks)})
+    return zipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +267,7 @@ class Survey:
     def trunk(self, until: str | float | None = None, *, whole: bool = False) -> Trunk:
         """The trunk that ends at `until`, or (`whole`) at the outputs."""
         flops = self.flops[0] if isinstance(until, float) else None
-        result = find_trunk(
+        result = trunk_of(
             self.alignment, self.labellings, until=until, flops=flops, pinned=self.pinned, whole=whole,
             by_position=self.by_position,
         )  # fmt: skip
@@ -237,7 +289,7 @@ def survey(
     verify: bool = True,
     strict: bool = False,
     by_position: bool = False,
-    rules: Mapping[str, Rule] = RULES,
+    rules: Mapping[str, Rule] | None = None,
     others: Sequence[Call] = (),
 ) -> Survey:
     """The stages that depend on neither cut nor method: trace -> label, self-check -> align. `others`: inputs of other
@@ -306,15 +358,18 @@ class Recipe:
         calibrated: bool,
         sizing: tuple[Width, float | None] = (1.0, None),
     ) -> Recipe:
-        """The defaults filled in: `refit="auto"` is least squares where there is data; "zip" is then `Energy`.
+        """The defaults filled in: `refit="auto"` is least squares where there is data, and `method="auto"` is `Energy`
+        under least squares, else ZipIt!.
 
-        >>> Recipe.of("zip", "auto", calibrated=True).method, Recipe.of("zip", "repair", calibrated=True).method
+        >>> Recipe.of("auto", "auto", calibrated=True).method, Recipe.of("auto", "repair", calibrated=True).method
         (Energy(floor=0.01, ridge=1e-05), Zip(alpha=1.0, beta=1.0))
         """
         if isinstance(refit, str) and refit == "auto":
             refit = "lstsq" if calibrated else "repair"
         corrected = refits(refit)
-        return cls(Energy() if _fits(corrected) and method == "zip" else resolve(method), corrected, refit, sizing)
+        if isinstance(method, str) and method == "auto":
+            method = "energy" if _fits(corrected) else "zip"
+        return cls(resolve(method), corrected, refit, sizing)
 
 
 def _fits(refit: Refit) -> bool:

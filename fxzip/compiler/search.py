@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..calibration.holdout import HeldOut
-from ..errors import CostError, CutError, InputError
+from ..errors import CostError, CutError, OptionError
 from ..partition.cut_points import Cut
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
@@ -50,30 +50,30 @@ class Goal:
         Goal(min_agreement=0.98, max_cost=None, by_need=False)
 
         Raises:
-            InputError: the arguments contradict each other, or are out of range.
+            OptionError: the arguments contradict each other, or are out of range.
         """
         given = {"min_agreement": min_agreement, "max_cost": max_cost}
         names = [f"`{name}={value!r}`" for name, value in given.items() if value is not None]
         if until != "auto":
             if names:
-                raise InputError(
+                raise OptionError(
                     f'{" and ".join(names)} must go with `until="auto"`, which looks for a cut; found '
                     f"`until={until!r}`, a fixed one. Leave one of them out."
                 )
             return None
         if len(names) == 2:
-            raise InputError(
+            raise OptionError(
                 f'`until="auto"` takes one goal: `min_agreement` (the deepest cut that agrees) or `max_cost` (the '
                 f"earliest cut that is cheap enough); found {' and '.join(names)}. Leave one of them out."
             )
         if min_agreement is not None and not 0 < min_agreement <= 1:
-            raise InputError(f"`min_agreement` must lie in (0, 1]; found {min_agreement!r}. Try 0.98.")
+            raise OptionError(f"`min_agreement` must lie in (0, 1]; found {min_agreement!r}. Try 0.98.")
         if max_cost is not None and not max_cost > 0:
-            raise InputError(
+            raise OptionError(
                 f"`max_cost` must be positive, FLOPs relative to the first model alone; found {max_cost!r}. Try 1.3."
             )
         if by_need and max_cost is None:
-            raise InputError(
+            raise OptionError(
                 '`until="auto"` with `width="auto"` needs `max_cost`: what the zip may take wherever the trunk ends; '
                 f"found {names[0] if names else 'no goal'}. Try `max_cost=1.3`, or leave `width` out."
             )

@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from ..errors import InputError
+from ..errors import OptionError
 from .activations.average import Average
 from .activations.cca import CCA
 from .activations.clustering import Agglomerative, KMeans
@@ -56,6 +56,8 @@ METHODS: dict[str, Callable[[], Method | JointMethod]] = {
     "recover": Recover,
 }
 """The methods that have a name, with their default settings."""
+FIRST_CLASS = ("energy", "zip", "permute", "weights", "average")
+"""Those that a user decides between; the others are there to compare with."""
 
 
 def resolve(method: str | Method | JointMethod) -> Method | JointMethod:
@@ -67,17 +69,17 @@ def resolve(method: str | Method | JointMethod) -> Method | JointMethod:
     Zip(alpha=0.1, beta=0.5)
 
     Raises:
-        InputError: the name is unknown, or `method` is neither a name nor a method.
+        OptionError: the name is unknown, or `method` is neither a name nor a method.
     """
     if isinstance(method, str):
         if method in METHODS:
             return METHODS[method]()
         near = difflib.get_close_matches(method, METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"`method` must be one of {', '.join(map(repr, METHODS))}; got {method!r}.{hint}")
+        raise OptionError(f"`method` must be one of {', '.join(map(repr, METHODS))}; got {method!r}.{hint}")
     joint = callable(getattr(method, "match", None))
     if isinstance(method, type) or not (callable(method) or joint) or not hasattr(method, "relabelling"):
-        raise InputError(
+        raise OptionError(
             f"`method` must be a name or a method with its settings, such as `Zip(alpha=0.1)`; got `{method!r}`."
         )
     return method
@@ -85,6 +87,7 @@ def resolve(method: str | Method | JointMethod) -> Method | JointMethod:
 
 __all__ = [
     "CCA",
+    "FIRST_CLASS",
     "METHODS",
     "Agglomerative",
     "Average",

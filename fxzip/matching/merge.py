@@ -23,7 +23,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import DataError, InputError
+from ..errors import DataError, InputError, OptionError
 from .moments import Moments
 
 
@@ -308,12 +308,12 @@ def kept(size: int | None, moments: Moments, name: str) -> int:
     3
 
     Raises:
-        InputError: it is not between 1 and all features there are.
+        OptionError: it is not between 1 and all features there are.
     """
     total = sum(moments.sizes)
     size = moments.sizes[0] if size is None else size
     if not 1 <= size <= total:
-        raise InputError(f"`{name}` can keep 1 to {total} of the {total} features of this space; got `size` {size}.")
+        raise OptionError(f"`{name}` can keep 1 to {total} of the {total} features of this space; got `size` {size}.")
     return size
 
 

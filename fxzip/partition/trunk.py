@@ -17,6 +17,8 @@ from functools import cached_property
 import networkx as nx
 from torch import fx
 
+from ..analysis.checking import Check, check
+from ..analysis.flops import flops_by_node
 from ..analysis.labelling import Labelling
 from ..analysis.rules import varying
 from ..analysis.spaces import FeatureSpaces, solve
@@ -82,15 +84,39 @@ class Trunk:
 
 
 def find_trunk(
+    alignment: Alignment, analyses: Sequence[Check | Labelling], *, until: str | float | None = None,
+    whole: bool = False, by_position: bool = False,
+) -> Trunk:  # fmt: skip
+    """Choose the trunk.
+
+    Args:
+        alignment: of the programs, from `align`.
+        analyses: what `analyse` found of each program. One that was only labelled is checked here.
+        until: where it ends: a node name or a module path of model 0, a fraction in (0, 1] of the FLOPs of model 0, or
+            None, as late as it can.
+        whole, by_position: as in `trunk_of`.
+
+    Raises:
+        AlignError: nothing can be shared.
+        CutError: `until` names nothing, or something that the models do not share.
+    """
+    checks = [one if isinstance(one, Check) else check(one) for one in analyses]
+    return trunk_of(
+        alignment, [one.spaces.labelling for one in checks], until=until, pinned=[one.pinned for one in checks],
+        whole=whole, by_position=by_position,
+    )  # fmt: skip
+
+
+def trunk_of(
     alignment: Alignment, labellings: Sequence[Labelling], *, until: str | float | None = None,
     flops: Mapping[str, int] | None = None, pinned: Sequence[dict[int, str]] | None = None, whole: bool = False,
     by_position: bool = False,
 ) -> Trunk:  # fmt: skip
-    """Choose the trunk. `until`: a node name, a module path, a fraction of `flops` (per node of model 0), or None.
+    """The trunk, of labels whose check is the caller's matter: `pinned` holds per model the labels that failed it.
 
-    `whole`: the trunk goes on to the outputs, past calls without a rule too. That is the basis in which networks are
-    relabelled and interpolated; for sharing it would not do. `by_position`: what cannot be matched may be averaged
-    place by place, as `method="average"` asks for.
+    `flops`: of each node of model 0, if they have been counted. `whole`: the trunk goes on to the outputs, past calls
+    without a rule too. That is the basis in which networks are relabelled and interpolated; for sharing it would not
+    do. `by_position`: what cannot be matched may be averaged place by place, as `method="average"` asks for.
 
     Raises:
         AlignError: nothing can be shared.
@@ -108,7 +134,9 @@ def find_trunk(
     ends = search.unsound()
     names = search.closed(alignment.pairs.keys() - ends.keys())
     if until is not None:
-        names = search.closed(_fraction(order, names, float(until), flops or {}))
+        program = alignment.programs[0]
+        counted = flops_by_node(program.module, program.call) if flops is None else flops
+        names = search.closed(_fraction(order, names, float(until), counted))
     return search.deepest(names, ends)
 
 

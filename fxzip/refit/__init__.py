@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ..errors import InputError
+from ..errors import OptionError
 from ..rewriting.module import ZippedModule
 from ..rewriting.zip_plan import ZipPlan
 from ..tracing.calls import Call
@@ -58,7 +58,7 @@ def refits(name: str | Refit | None) -> Refit:
         return name
     if name not in REFITS:
         known = ", ".join([repr("auto"), *(repr(key) for key in REFITS)])
-        raise InputError(f"`refit` must be one of {known}; found {name!r}.")
+        raise OptionError(f"`refit` must be one of {known}; found {name!r}.")
     return REFITS[name]
 
 

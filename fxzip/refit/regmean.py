@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import InputError
+from ..errors import OptionError
 from ..matching.linalg import ridged_cholesky
 from ..partition.alignment import attribute
 from ..rewriting.module import ZippedModule, part_of, set_tensor
@@ -51,7 +51,7 @@ class RegMean:
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise InputError(f"`RegMean` needs 0 <= alpha <= 1; found alpha={self.alpha}. The paper's is 0.9.")
+            raise OptionError(f"`RegMean` needs 0 <= alpha <= 1; found alpha={self.alpha}. The paper's is 0.9.")
 
     def __call__(self, zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
         """Refit the trunk. A new module; one pass over `data` per model.

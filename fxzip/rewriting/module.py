@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
+from collections.abc import Sequence
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +16,9 @@ from ..errors import FxzipWarning
 from ..ops import FORMAT, Function, Reference, merge, mix, restored, unmerge, written
 from ..partition.alignment import attribute
 from ..tracing import names_of, require
+
+if TYPE_CHECKING:
+    from .report import Report
 
 __all__ = ["EmittedModule", "ZippedModule", "merge", "mix", "part_of", "reuse_memory", "set_tensor", "unmerge"]
 
@@ -45,16 +49,18 @@ class EmittedModule(fx.GraphModule):
 
 
 class ZippedModule(EmittedModule):
-    """A multi-task network: an ordinary `torch.fx.GraphModule` that returns a tuple with each model's output."""
+    """A multi-task network: an ordinary `torch.fx.GraphModule` that returns a tuple with each model's output, or a dict
+    of them by the names of the tasks."""
 
     @property
-    def report(self) -> Any:
+    def report(self) -> Report:
         """What was shared, what was not and why."""
-        return self.meta.get("fxzip_report")
+        found: Report = self.meta["fxzip_report"]
+        return found
 
     def train(self, mode: bool = True) -> ZippedModule:
         """Switch to train mode. Warns where the models draw random numbers there and this network does not."""
-        tracing = (self.report or {}).get("tracing", ())
+        tracing = self.meta.get("fxzip_report", {}).get("tracing", ())
         lost = list(dict.fromkeys(name for traced in tracing for name in traced.get("lost", ())))
         if mode and not self.training and lost:
             warnings.warn(
@@ -66,8 +72,31 @@ class ZippedModule(EmittedModule):
         super().train(mode)
         return self
 
-    def single(self, i: int) -> fx.GraphModule:
-        """The network of task `i` alone: trunk and head i, the other heads removed. It shares parameters with this one.
+    @property
+    def heads(self) -> tuple[Any, ...]:
+        """What the graph returns for each model: nodes, in the structure of its output."""
+        outputs: Any = self.graph.output_node().args[0]
+        return tuple(outputs.values()) if isinstance(outputs, dict) else tuple(outputs)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks, in the order of the models; empty where they have none."""
+        outputs: Any = self.graph.output_node().args[0]
+        return tuple(outputs) if isinstance(outputs, dict) else ()
+
+    def return_heads(self, heads: Sequence[Any]) -> None:
+        """Let the graph return these nodes, one structure per model, under the names that the tasks have. In place."""
+        output = self.graph.output_node()
+        output.args = (dict(zip(self.tasks, heads, strict=True)) if self.tasks else tuple(heads),)
+
+    def name_tasks(self, names: Sequence[str]) -> None:
+        """Let the network return a dict with each model's output by the name of its task. In place."""
+        self.graph.output_node().args = (dict(zip(names, self.heads, strict=True)),)
+        self.recompile()
+
+    def single(self, i: int | str) -> fx.GraphModule:
+        """The network of task `i` alone, by its number or its name: trunk and head, the other heads removed. It shares
+        parameters with this one.
 
         >>> import fxzip, torch
         >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
@@ -75,12 +104,17 @@ class ZippedModule(EmittedModule):
         torch.Size([5, 3])
 
         Raises:
-            IndexError: there is no head i.
+            IndexError: there is no head i. KeyError: there is no task of that name.
         """
+        if isinstance(i, str):
+            if i not in self.tasks:
+                known = ", ".join(map(repr, self.tasks)) or "numbers only"
+                raise KeyError(f"`single` takes the name of a task, {known}; found {i!r}.")
+            i = self.tasks.index(i)
         graph = copy.deepcopy(self.graph)
         output = graph.output_node()
-        heads = output.args[0]
-        assert isinstance(heads, (tuple, list))
+        returned: Any = output.args[0]
+        heads = list(returned.values()) if isinstance(returned, dict) else list(returned)
         if not -len(heads) <= i < len(heads):
             raise IndexError(f"`single` takes the number of a head, 0 to {len(heads) - 1}; found {i}.")
         output.args = (heads[i],)

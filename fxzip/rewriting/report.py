@@ -37,6 +37,21 @@ class Report(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.values_)
 
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks; empty where they have none."""
+        return list(self.values_.get("tasks", []))
+
+    @property
+    def cost(self) -> float:
+        """FLOPs relative to the first model alone."""
+        return float(self.values_["flops"]["total"] / max(self.values_["flops"]["originals"][0], 1))
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth knowing beside the figures, one sentence each."""
+        return list(self.values_["notes"])
+
     def as_dict(self) -> dict[str, Any]:
         """The report as a plain dict."""
         return dict(self.values_)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from ..analysis.rules import RULES, Rule
+from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
 from ..calibration.holdout import HeldOut, hold_out
 from ..calibration.observer import observe_all
@@ -22,7 +22,7 @@ from ..calibration.sources import Calibration
 from ..compiler.arguments import models_and_sample
 from ..compiler.pipeline import Recipe, Survey, assemble, cuts_and_trunks, each_alone, survey
 from ..errors import CostError, InputError
-from ..matching import METHODS, Method, resolve
+from ..matching import FIRST_CLASS, Method
 from ..partition.trunk import Trunk
 from ..refit import Refit
 from ..refit.joint.logit_shifts import needs_classifiers, needs_tasks, with_shifts
@@ -47,13 +47,13 @@ def sweep(
     data: Any = None,
     cuts: Sequence[str | float | None] | None = None,
     max_costs: Sequence[float] | None = None,
-    method: str | Method = "zip",
+    method: str | Method = "auto",
     refit: str | Refit | None = "auto",
     score: Score | None = None,
     held_out: Any = None,
     joint: bool = False,
     verify: bool = True,
-    rules: Mapping[str, Rule] = RULES,
+    rules: Mapping[str, Rule] | None = None,
     progress: bool | None = None,
     max_batches: int = MAX_BATCHES,
 ) -> Table:
@@ -63,7 +63,7 @@ def sweep(
     >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
     >>> table = sweep([a, b], torch.randn(2, 4), data=[torch.randn(100, 4)], progress=False)
     >>> [(row["method"], row["until"]) for row in table]
-    [('side by side', None), ('zip', '1'), ('zip', None)]
+    [('side by side', None), ('auto', '1'), ('auto', None)]
     >>> table[0]["agreement"]
     1.0
 
@@ -107,11 +107,11 @@ def compare(
     held_out: Any = None,
     joint: bool = False,
     verify: bool = True,
-    rules: Mapping[str, Rule] = RULES,
+    rules: Mapping[str, Rule] | None = None,
     progress: bool | None = None,
     max_batches: int = MAX_BATCHES,
 ) -> Table:
-    """Every method at every cut, and all models side by side.
+    """Several methods at several cuts, and all models side by side.
 
     >>> import torch
     >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
@@ -124,7 +124,8 @@ def compare(
         models: two or more.
         sample_input, data, joint, verify, rules, progress, max_batches: as in `compile_zip`; `joint` goes for all rows.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
-        methods: names, methods with their settings, or pairs (method, refit). None: every name in `fxzip.METHODS`. One
+        methods: names, methods with their settings, or pairs (method, refit). None: energy, zip, permute, weights and
+            average. One
             that fails is a row with its message.
         cuts: what `until` takes, each.
         refit: of the methods that come without one.
@@ -133,7 +134,7 @@ def compare(
     Raises:
         DataError, CutError: as in `sweep`. InputError: a method or refit is unknown.
     """
-    entries = METHODS if methods is None else methods
+    entries = FIRST_CLASS if methods is None else methods
     chosen = [_Line.of(entry, refit, calibrated=data is not None) for entry in entries]
     setting = _Setting.of(
         models, sample_input, data, held_out, progress, "`compare`", joint, verify, rules, max_batches
@@ -151,9 +152,8 @@ class _Line:
 
     @classmethod
     def of(cls, entry: Any, refit: str | Refit | None, *, calibrated: bool) -> _Line:
-        """A name stands for the method of `METHODS` itself, whatever the refit."""
         method, own = entry if isinstance(entry, tuple) else (entry, refit)
-        recipe = Recipe.of(resolve(method), own, calibrated=calibrated)
+        recipe = Recipe.of(method, own, calibrated=calibrated)
         return cls(method if isinstance(method, str) else repr(method), _shown(recipe.refit_name), recipe)
 
 
@@ -177,7 +177,7 @@ class _Setting:
     @classmethod
     def of(
         cls, models: Sequence[nn.Module], sample: Any, data: Any, held_out: Any, progress: bool | None, name: str,
-        joint: bool, verify: bool, rules: Mapping[str, Rule], max_batches: int,
+        joint: bool, verify: bool, rules: Mapping[str, Rule] | None, max_batches: int,
     ) -> _Setting:  # fmt: skip
         start = time.perf_counter()
         models = list(models) if isinstance(models, (list, tuple)) else models

@@ -12,7 +12,7 @@ from torch import nn
 from ..analysis import check, label
 from ..analysis.checking import Check
 from ..analysis.labelling import Barrier, Labelling
-from ..analysis.rules import RULES, Rule
+from ..analysis.rules import Rule
 from ..analysis.spaces import FeatureSpace, FeatureSpaces, solve
 from ..partition.dependencies import relations
 from ..partition.node_names import cut_names
@@ -79,7 +79,7 @@ class Inspection:
 
 @plain_context()
 def inspect(
-    model: nn.Module, sample_input: Any, *, verify: bool = True, rules: Mapping[str, Rule] = RULES
+    model: nn.Module, sample_input: Any, *, verify: bool = True, rules: Mapping[str, Rule] | None = None
 ) -> Inspection:
     """Feature spaces, ties, barriers and possible cuts of one model; printable.
 

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.rules import RULES, Rule
+from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
 from ..calibration.observer import observe
 from ..calibration.shapes import other_shapes
 from ..calibration.sources import Calibration
 from ..compiler.arguments import models_and_sample
 from ..compiler.pipeline import survey
-from ..errors import InputError
+from ..errors import InputError, OptionError
 from ..matching import Merge, Method, resolve
 from ..partition.trunk import Trunk
 from ..refit import Refit, refits
@@ -100,7 +100,7 @@ def barrier(
     points: int = 11,
     refit: str | Refit | None = None,
     verify: bool = True,
-    rules: Mapping[str, Rule] = RULES,
+    rules: Mapping[str, Rule] | None = None,
     progress: bool | None = None,
     max_batches: int = MAX_BATCHES,
 ) -> Barrier:
@@ -129,7 +129,7 @@ def barrier(
     """
     measure, kind = _measure(loss, score)
     if points < 3:
-        raise InputError(f"`points` must be at least 3, with both ends; found {points}. The usual number is 11.")
+        raise OptionError(f"`points` must be at least 3, with both ends; found {points}. The usual number is 11.")
     chosen, corrected = resolve(method), refits(refit)
     networks, call = models_and_sample((a, b, sample_input), "barrier")
     calibration = Calibration.of(data, call, 2, progress, max_batches)

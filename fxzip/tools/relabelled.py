@@ -11,7 +11,7 @@ from torch import nn
 from ..analysis.checking import self_check
 from ..analysis.labelling import label
 from ..analysis.relabelling import random_relabelling, relabelled
-from ..analysis.rules import RULES, Rule
+from ..analysis.rules import Rule
 from ..analysis.spaces import solve
 from ..tracing import check_model, plain_context, trace
 from ..tracing.calls import as_call
@@ -20,7 +20,7 @@ from ..tracing.preparation import copied, folded
 
 @plain_context()
 def relabel(
-    model: nn.Module, sample_input: Any, *, seed: int = 0, verify: bool = True, rules: Mapping[str, Rule] = RULES
+    model: nn.Module, sample_input: Any, *, seed: int = 0, verify: bool = True, rules: Mapping[str, Rule] | None = None
 ) -> nn.Module:
     """A copy of a model with all features that may move relabelled at random: other weights, the same function.
 

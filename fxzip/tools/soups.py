@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compiler.arguments import check_models
-from ..errors import InputError
+from ..errors import InputError, OptionError
 from ..partition.alignment import align
 from ..tracing import plain_context, trace
 
@@ -71,10 +71,10 @@ def soup(
         scalars, such as counts of batches, are the first network's. `fxzip_soup` says what went into it.
 
     Raises:
-        InputError: the networks differ in more than their weights, or `kind` or `score` do not fit.
+        OptionError: the networks differ in more than their weights, or `kind` or `score` do not fit.
     """
     if kind not in KINDS:
-        raise InputError(f"`kind` must be one of {', '.join(map(repr, KINDS))}; found {kind!r}.")
+        raise OptionError(f"`kind` must be one of {', '.join(map(repr, KINDS))}; found {kind!r}.")
     if kind == "greedy" and score is None:
         raise InputError(
             '`kind="greedy"` needs a `score`: a function that takes a network and returns a number, greater is better; '

@@ -5,8 +5,8 @@ features of all models, the space that loses the least per FLOP saved gives up s
 greedy solution of  min Σ_s r_s L_s(m_s)  with  C(m) ≤ `max_cost` · C of the first model.
 
 The heads' own spaces (`narrow_heads.py`) are among them. In the trunk a feature serves all models, but the weights of
-all models read it; in a head a model's features meet that model's weights only. So an early cut with narrow heads may lose
-less than a late one at the same cost.
+all models read it; in a head a model's features meet that model's weights only. So an early cut with narrow heads may
+lose less than a late one at the same cost.
 """
 
 from __future__ import annotations

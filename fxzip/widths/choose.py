@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, OptionError
 from ..matching.moments import Moments
 from ..partition.trunk import Trunk
 from .budget import Flops, by_need
@@ -40,13 +40,13 @@ def check_width(width: Width, max_cost: float | None, models: int) -> None:
     """
     if isinstance(width, str):
         if width != "auto":
-            raise InputError(f'`width` must be a number, a dict of numbers by space, or "auto"; found {width!r}.')
+            raise OptionError(f'`width` must be a number, a dict of numbers by space, or "auto"; found {width!r}.')
         if max_cost is not None and not max_cost > 0:
-            raise InputError(f"`max_cost` must be positive; found {max_cost!r}. Try 1.3, or 1.0 for the cost of one.")
+            raise OptionError(f"`max_cost` must be positive; found {max_cost!r}. Try 1.3, or 1.0 for the cost of one.")
         return
     for value in width.values() if isinstance(width, Mapping) else (width,):
         if not 0 < value <= models:
-            raise InputError(
+            raise OptionError(
                 f"`width` must lie in (0, {models}], at {models} nothing of {models} models need be merged; found "
                 f"{value!r}. Try 1.25."
             )

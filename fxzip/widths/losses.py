@@ -2,8 +2,8 @@
 
 Space s with m features kept loses the energy L_s(m), the geometric mean of what is lost if readers make the best of all
 features that are left (`fxzip.matching.energy`: what a refit could get in a linear network) and if they read each
-feature back from its own cluster (`clusterwise.py` there: what they have at least). It counts r_s times, once for each of
-the weights that read the space and see the loss.
+feature back from its own cluster (`clusterwise.py` there: what they have at least). It counts r_s times, once for each
+of the weights that read the space and see the loss.
 """
 
 from __future__ import annotations

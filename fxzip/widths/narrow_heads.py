@@ -20,7 +20,7 @@ from ..errors import AlignError
 from ..matching import Energy, JointMethod, Merge, Method, Problem, Zip, match_spaces
 from ..matching.moments import Moments
 from ..partition.alignment import Alignment, align
-from ..partition.trunk import Trunk, find_trunk
+from ..partition.trunk import Trunk, trunk_of
 from ..rewriting.zip_plan import ZipPlan, planned, problem_of, reaches
 from .losses import Losses
 from .resizable import Elastic, elastic_spaces
@@ -56,7 +56,7 @@ def whole_trunks(
     result = {}
     for k, (program, labelling, pins) in enumerate(zip(alignment.programs, labellings, pinned, strict=True)):
         with suppress(AlignError):
-            result[k] = find_trunk(align((program,)), [labelling], pinned=[pins], whole=True)
+            result[k] = trunk_of(align((program,)), [labelling], pinned=[pins], whole=True)
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...errors import InputError
+from ...errors import InputError, OptionError
 from ..merge import Merge
 from ..moments import Moments
 
@@ -34,7 +34,7 @@ class Average:
             size: features to keep: n.
 
         Raises:
-            InputError: the models differ in the number of features, or `size` is not n.
+            OptionError: the models differ in the number of features, or `size` is not n.
         """
         sizes = moments.sizes
         if any(n != sizes[0] for n in sizes):
@@ -43,7 +43,7 @@ class Average:
                 'Use `method="permute"` or `method="zip"`, which match features of different widths.'
             )
         if size not in (None, sizes[0]):
-            raise InputError(f"`average` keeps every feature: `size` must be {sizes[0]}; got {size}.")
+            raise OptionError(f"`average` keeps every feature: `size` must be {sizes[0]}; got {size}.")
         return Merge.identity(sizes[0], len(sizes), moments)
 
     def relabelling(self) -> Average:

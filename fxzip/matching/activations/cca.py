@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import DataError, InputError
+from ...errors import DataError, InputError, OptionError
 from ..merge import Merge
 from ..moments import Moments
 from .permute import Permute
@@ -55,7 +55,7 @@ class CCA:
         ridge: γ, in units of the mean variance of the features of a model.
 
     Raises:
-        InputError: `ridge` is negative or not finite.
+        OptionError: `ridge` is negative or not finite.
     """
 
     name: ClassVar[str] = "cca"
@@ -64,13 +64,13 @@ class CCA:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ridge < math.inf:
-            raise InputError(f"`CCA` needs a finite ridge >= 0; got ridge={self.ridge}. The default is 0.1.")
+            raise OptionError(f"`CCA` needs a finite ridge >= 0; got ridge={self.ridge}. The default is 0.1.")
 
     def __call__(self, moments: Moments, size: int | None = None) -> Merge:
         """The merge to the n features of the first model. Its `correlation` is the mean of the ρ, ridge and all.
 
         Raises:
-            InputError: widths differ, or `size` is another one.
+            OptionError: widths differ, or `size` is another one.
             DataError: nothing was observed, the moments are not finite, covariances without a ridge are singular, or
                 the models' features are of magnitudes too far apart.
         """

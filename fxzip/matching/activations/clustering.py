@@ -15,7 +15,7 @@ from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import OptionError
 from ..merge import Merge, cluster_merge, in_first_layout, kept, similarity
 from ..moments import Moments
 from .permute import Permute
@@ -47,7 +47,7 @@ class KMeans:
         """The merge of N features of K models to `size` features, by default those of the first model.
 
         Raises:
-            InputError: `size` is not between 1 and N.
+            OptionError: `size` is not between 1 and N.
             DataError: nothing was observed, or the moments are not finite.
         """
         alike = similarity(moments)
@@ -103,13 +103,13 @@ class Agglomerative:
 
     def __post_init__(self) -> None:
         if self.linkage not in LINKAGES:
-            raise InputError(f"`linkage` must be one of {', '.join(map(repr, LINKAGES))}; got {self.linkage!r}.")
+            raise OptionError(f"`linkage` must be one of {', '.join(map(repr, LINKAGES))}; got {self.linkage!r}.")
 
     def __call__(self, moments: Moments, size: int | None = None) -> Merge:
         """The merge of N features of K models to `size` features, by default those of the first model.
 
         Raises:
-            InputError: `size` is not between 1 and N.
+            OptionError: `size` is not between 1 and N.
             DataError: nothing was observed, or the moments are not finite.
         """
         alike = similarity(moments)

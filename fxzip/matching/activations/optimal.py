@@ -18,7 +18,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import OptionError
 from ..merge import Merge, cluster_merge, in_first_layout, similarity
 from ..moments import Moments
 from .permute import Permute
@@ -42,12 +42,12 @@ class Optimal:
         """The merge to `size` features, those of the first model by default.
 
         Raises:
-            InputError: `size` is less than half of the features, or more than all of them.
+            OptionError: `size` is less than half of the features, or more than all of them.
             DataError: nothing was observed, or the moments are not finite.
         """
         total, kept = sum(moments.sizes), moments.sizes[0] if size is None else size
         if not total <= 2 * kept <= 2 * total:
-            raise InputError(
+            raise OptionError(
                 f"`optimal` joins features in pairs: of the {total} features it keeps {-(-total // 2)} to {total}; got "
                 f'`size` {kept}. Use `method="zip"`.'
             )

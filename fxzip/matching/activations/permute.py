@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import OptionError
 from ..merge import Merge, cluster_merge, similarity
 from ..moments import Moments
 
@@ -46,12 +46,12 @@ class Permute:
                 least stay apart (PLeaS, arXiv 2407.02447, section 3.1).
 
         Raises:
-            InputError: `size` is not between n_0 and N.
+            OptionError: `size` is not between n_0 and N.
             DataError: nothing was observed, or the moments are not finite.
         """
         n = moments.sizes[0]
         if size is not None and not n <= size <= sum(moments.sizes):
-            raise InputError(
+            raise OptionError(
                 f"`permute` keeps the features of the first model, and apart what matches badly: `size` must be "
                 f'{n} to {sum(moments.sizes)}; got {size}. Use `method="zip"` to merge to fewer.'
             )

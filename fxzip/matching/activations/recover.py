@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 
-from ...errors import InputError
+from ...errors import OptionError
 from ..merge import Merge, Method
 from ..moments import Moments
 from ..problem import JointMethod, Problem, match_spaces, needs
@@ -56,7 +56,7 @@ class Recover:
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:
-            raise InputError(f"`Recover` needs `ridge` > 0; got ridge={self.ridge}. The default is 1e-3.")
+            raise OptionError(f"`Recover` needs `ridge` > 0; got ridge={self.ridge}. The default is 1e-3.")
 
     @property
     def needs(self) -> frozenset[str]:

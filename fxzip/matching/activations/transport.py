@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, OptionError
 from ..merge import Merge, similarity
 from ..moments import Moments
 from .permute import Permute
@@ -37,7 +37,7 @@ class Transport:
         entropy: weight of the entropic term (Sinkhorn's algorithm), in units of similarity; 0: none.
 
     Raises:
-        InputError: `entropy` is negative, or POT is not installed.
+        OptionError: `entropy` is negative, or POT is not installed.
     """
 
     name: ClassVar[str] = "transport"
@@ -46,7 +46,7 @@ class Transport:
 
     def __post_init__(self) -> None:
         if not 0 <= self.entropy < math.inf:
-            raise InputError(
+            raise OptionError(
                 f"`Transport` needs a finite entropy >= 0; got entropy={self.entropy}. The exact coupling is 0."
             )
 
@@ -54,12 +54,12 @@ class Transport:
         """The merge to the n_0 features of the first model.
 
         Raises:
-            InputError: `size` is not n_0, or POT is not installed.
+            OptionError: `size` is not n_0, or POT is not installed.
             DataError: nothing was observed, or the moments are not finite.
         """
         n, count = moments.sizes[0], len(moments.sizes)
         if size not in (None, n):
-            raise InputError(f"`transport` keeps the features of the first model: `size` must be {n}; got {size}.")
+            raise OptionError(f"`transport` keeps the features of the first model: `size` must be {n}; got {size}.")
         library = _library()
         alike = similarity(moments)
         merge, unmerge = [torch.eye(n).double()], [torch.eye(n).double()]

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...errors import InputError
+from ...errors import OptionError
 from ..merge import Merge, cluster_merge, in_first_layout, kept, model_index, similarity
 from ..moments import Moments
 from .permute import Permute
@@ -59,9 +59,9 @@ class Zip:
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
-            raise InputError(f"`Zip` needs 0 < alpha <= 1; got alpha={self.alpha}. Without discount it is alpha=1.")
+            raise OptionError(f"`Zip` needs 0 < alpha <= 1; got alpha={self.alpha}. Without discount it is alpha=1.")
         if not 0 <= self.beta <= 1:
-            raise InputError(
+            raise OptionError(
                 f"`Zip` needs 0 <= beta <= 1; got beta={self.beta}. To merge across models only, pass beta=0."
             )
 
@@ -73,7 +73,7 @@ class Zip:
             size: features to keep; the width of the first model by default.
 
         Raises:
-            InputError: `size` is not between 1 and N.
+            OptionError: `size` is not between 1 and N.
             DataError: nothing was observed, or the moments are not finite.
         """
         sizes, size = moments.sizes, kept(size, moments, self.name)

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import OptionError
 from ..activations.permute import Permute
 from ..linalg import ridged_cholesky
 from ..merge import Merge, cluster_merge, in_first_layout, similarity
@@ -73,9 +73,9 @@ class Energy:
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:
-            raise InputError(f"`Energy` needs `ridge` > 0; got ridge={self.ridge}. The default is 1e-5.")
+            raise OptionError(f"`Energy` needs `ridge` > 0; got ridge={self.ridge}. The default is 1e-5.")
         if not self.floor >= 0:
-            raise InputError(f"`Energy` needs `floor` >= 0; got floor={self.floor}. The default is 0.01.")
+            raise OptionError(f"`Energy` needs `floor` >= 0; got floor={self.floor}. The default is 0.01.")
 
     def match(self, problem: Problem) -> list[Merge]:
         """A merge for every space of the problem.

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, OptionError
 from ..activations.permute import Permute
 from ..merge import Merge, Method, similarity
 from ..moments import Moments
@@ -46,7 +46,7 @@ class MuDSC:
         sweeps: most visits to all spaces; it ends when nothing was gained in five of them.
 
     Raises:
-        InputError: `balance` is out of range, or `inner` looks at all spaces together.
+        OptionError: `balance` is out of range, or `inner` looks at all spaces together.
     """
 
     name: ClassVar[str] = "mudsc"
@@ -59,7 +59,7 @@ class MuDSC:
 
     def __post_init__(self) -> None:
         if not 0 <= self.balance <= 1:
-            raise InputError(f"`MuDSC` needs 0 <= balance <= 1, the weights' share; got balance={self.balance}.")
+            raise OptionError(f"`MuDSC` needs 0 <= balance <= 1, the weights' share; got balance={self.balance}.")
         if not callable(self.inner):
             raise InputError(
                 f"`inner` must be a method that matches one space by its moments, such as `Zip()`; got {self.inner!r}."

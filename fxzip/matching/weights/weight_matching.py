@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import OptionError
 from ..merge import Merge, cluster_merge
 from ..problem import Problem, Space, Weight
 from .descent import Descent, Matching, assigned, table
@@ -54,7 +54,7 @@ class WeightMatching:
         vectors: how much parameters with one axis (biases, scales) count in the sum; 1: as in the paper.
 
     Raises:
-        InputError: no start, or an unknown one; `vectors` is not above 0.
+        OptionError: no start, or an unknown one; `vectors` is not above 0.
     """
 
     name: ClassVar[str] = "weights"
@@ -67,11 +67,11 @@ class WeightMatching:
 
     def __post_init__(self) -> None:
         if not self.vectors > 0:
-            raise InputError(
+            raise OptionError(
                 f"`vectors` must be above 0: biases tell features apart that are alike else; got {self.vectors}."
             )
         if not self.starts or not set(self.starts) <= set(STARTS):
-            raise InputError(f"`starts` must name one or more of {', '.join(map(repr, STARTS))}; got {self.starts!r}.")
+            raise OptionError(f"`starts` must name one or more of {', '.join(map(repr, STARTS))}; got {self.starts!r}.")
 
     def match(self, problem: Problem) -> list[Merge]:
         """A merge for every space: every model relabelled to fit the first."""

@@ -133,8 +133,8 @@ def _note(found: Shifts) -> str:
 
 
 def _heads(network: Any) -> list[Ending]:
-    outputs = network.graph.output_node().args[0] if isinstance(network, ZippedModule) else None
-    if not isinstance(outputs, (tuple, list)) or len(outputs) < 2:
+    outputs = network.heads if isinstance(network, ZippedModule) else ()
+    if len(outputs) < 2:
         raise InputError(
             "`calibrate_joint` needs a network that returns a tuple with each model's output, of `compile_zip` or "
             f"`side_by_side`; found `{type(network).__name__}`."
@@ -225,9 +225,9 @@ def _emit(network: ZippedModule, heads: Sequence[Ending], found: Shifts) -> None
         for node in (*tables, amount, lifted):
             node.meta["fxzip"] = {"part": f"head {k}", "from": [], "writes": False}
         if head.wrapper is None:
-            outputs = list(output.args[0])  # type: ignore[arg-type]
+            outputs = list(network.heads)
             outputs[k] = fx.node.map_arg(outputs[k], _always(lifted))
-            output.args = (tuple(outputs),)
+            network.return_heads(outputs)
         else:
             head.wrapper.replace_input_with(head.logits, lifted)
     graph.lint()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor, nn
 
-from ...errors import InputError
+from ...errors import OptionError
 from ...rewriting.module import ZippedModule
 from .alternating import Wish
 from .kernels import effective, install
@@ -59,7 +59,7 @@ class Settings:
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 default = next(own.default for own in fields(self) if own.name == name)
-                raise InputError(
+                raise OptionError(
                     f"`LeastSquares` needs `{name}` >= {bound}; got {name}={getattr(self, name)}. "
                     f"The default is {default}."
                 )
