@@ -151,7 +151,7 @@ FINE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("called", FINE, ids=str)
+@pytest.mark.parametrize("called", FINE, ids=lambda called: getattr(called, "__name__", type(called).__name__))
 def test_functions_of_graphs_are_found_by_name(called):
     stored = ops.Function.of(called)
     assert stored.module
