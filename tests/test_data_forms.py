@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fxzip
+from fxzip.calibration import data_forms as sources
 from fxzip.calibration.sources import Calibration, PerModel
-from fxzip.calibration.sources import data_forms as sources
 from fxzip.errors import DataError, InputError
 from fxzip.tracing.calls import as_call
 

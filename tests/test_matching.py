@@ -552,15 +552,15 @@ def test_messages(call, error: type[Exception], message: str) -> None:
     [
         "",
         ".merge",
-        ".zipping",
-        ".permute",
-        ".average",
+        ".activations.zipit",
+        ".activations.permute",
+        ".activations.average",
         ".blockwise",
         ".problem",
-        ".descent",
-        ".signatures",
-        ".ties",
-        ".weights",
+        ".weights.descent",
+        ".weights.signatures",
+        ".weights.tied_blocks",
+        ".weights.weight_matching",
     ],
 )
 def test_examples_in_docstrings(module: str) -> None:

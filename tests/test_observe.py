@@ -8,11 +8,11 @@ from networks import Residual, randomise
 from torch import Tensor, nn
 
 import fxzip
-from fxzip.calibration.sources import hook_points as places
+from fxzip.calibration import hook_points as places
 from fxzip.matching.moments import SAMPLES, Moments, moments
 from fxzip.tracing.calls import as_call
 
-module = importlib.import_module("fxzip.observe")
+module = importlib.import_module("fxzip.calibration.observer")
 close = torch.testing.assert_close
 
 

@@ -15,7 +15,15 @@ from fxzip.errors import FxzipError, PinnedSpaceWarning
 from fxzip.matching import Merge
 
 basis, plan, rewrite, soundness, trunk, entering = (
-    import_module(f"fxzip.{name}") for name in ("basis", "plan", "rewrite", "soundness", "trunk", "entering")
+    import_module(f"fxzip.{name}")
+    for name in (
+        "rewriting.merged_parameters",
+        "rewriting.zip_plan",
+        "rewriting.emit",
+        "compiler.soundness",
+        "partition.trunk",
+        "rewriting.emit_stems",
+    )
 )
 OUTPUTS = {
     "logits": lambda y: y,
@@ -227,9 +235,9 @@ def test_the_report_says_where_the_trunk_ends_and_why():
 @pytest.mark.parametrize("count", [2, 3])
 def test_models_of_other_widths_are_zipped_with_themselves(count):
     nets = [nn.Sequential(nn.Linear(4, n), nn.ReLU(), nn.Linear(n, 6), nn.ReLU(), nn.Linear(6, 3)) for n in (8, 10, 8)]
-    found = import_module("fxzip.compiler").survey(
+    found = import_module("fxzip.compiler.pipeline").survey(
         [randomise(net, k) for k, net in enumerate(nets[:count])],
-        import_module("fxzip.inputs").as_call(torch.randn(4, 4)),
+        import_module("fxzip.tracing.calls").as_call(torch.randn(4, 4)),
     )
     assert soundness.couples(found.trunk()) == ([(0, 0), (1, 1)] if count == 2 else [(0, 2), (1, 1)])
     tried = found.sound(found.trunk())
