@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from fxzip.compiler.pipeline import survey
+from fxzip.compiler.survey import survey
 from fxzip.matching import BlockMoments, Permute, WeightMatching, Zip, match_blocks
 from fxzip.matching.moments import Moments, moments
 from fxzip.rewriting.zip_plan import plan

@@ -9,7 +9,9 @@ from .analysis import label, self_check, solve
 from .analysis.rules import RULES
 from .calibration.observer import observe
 from .calibration.sources import Calibration, PerModel
-from .compiler.pipeline import Recipe, assemble, compile_zip, survey
+from .compiler.options import Recipe
+from .compiler.pipeline import assemble, compile_zip
+from .compiler.survey import survey
 from .errors import (
     AlignError,
     BarrierError,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.calibration.observer import observe
-from fxzip.compiler.pipeline import survey
+from fxzip.compiler.survey import survey
 from fxzip.matching import Merge
 from fxzip.rewriting.zip_plan import planned, reaches
 from fxzip.tracing.calls import as_call

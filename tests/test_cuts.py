@@ -10,7 +10,7 @@ from torch import nn
 from zoo import randomise
 
 import fxzip
-from fxzip.compiler.pipeline import survey
+from fxzip.compiler.survey import survey
 from fxzip.partition.node_names import cut_names
 from fxzip.rewriting.zip_plan import plan
 from fxzip.tracing.calls import as_call

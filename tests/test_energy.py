@@ -244,7 +244,7 @@ def test_without_readers_all_count_the_same():
 def test_readers_are_the_weights_that_sum_over_a_space():
     """Of a linear net with a convolution in front: the next weight, flattened places as taps."""
     nets = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)) for _ in range(2)]
-    from fxzip.compiler.pipeline import survey
+    from fxzip.compiler.survey import survey
     from fxzip.tracing.calls import as_call
 
     trunk = survey(nets, as_call(torch.ones(1, 1, 4, 4))).trunk()

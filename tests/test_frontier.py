@@ -15,8 +15,9 @@ from torch import nn
 import fxzip
 from fxzip.calibration.holdout import HeldOut, hold_out
 from fxzip.calibration.sources import Calibration
-from fxzip.compiler.pipeline import cuts_and_trunks, survey
-from fxzip.compiler.search import Goal, deepest
+from fxzip.compiler.options import Goal
+from fxzip.compiler.search import deepest
+from fxzip.compiler.survey import cuts_and_trunks, survey
 from fxzip.tracing import trace
 from fxzip.tracing.calls import as_call
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxzip
 from fxzip.calibration.observer import observe
-from fxzip.compiler.pipeline import survey
+from fxzip.compiler.survey import survey
 from fxzip.refit.least_squares.lockstep import within_memory
 from fxzip.rewriting.zip_plan import plan
 from fxzip.tracing.calls import as_call

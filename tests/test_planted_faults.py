@@ -235,7 +235,7 @@ def test_the_report_says_where_the_trunk_ends_and_why():
 @pytest.mark.parametrize("count", [2, 3])
 def test_models_of_other_widths_are_zipped_with_themselves(count):
     nets = [nn.Sequential(nn.Linear(4, n), nn.ReLU(), nn.Linear(n, 6), nn.ReLU(), nn.Linear(6, 3)) for n in (8, 10, 8)]
-    found = import_module("fxzip.compiler.pipeline").survey(
+    found = import_module("fxzip.compiler.survey").survey(
         [randomise(net, k) for k, net in enumerate(nets[:count])],
         import_module("fxzip.tracing.calls").as_call(torch.randn(4, 4)),
     )

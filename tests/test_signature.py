@@ -32,7 +32,7 @@ def test_the_signature_can_be_read():
 def test_names_of_methods_and_refits_are_those_of_the_registries():
     from typing import get_args
 
-    from fxzip.compiler.pipeline import MethodName, RefitName
+    from fxzip.compiler.options import MethodName, RefitName
 
     assert set(get_args(MethodName)) == {"auto", *fxzip.METHODS}
     assert set(get_args(RefitName)) == {"auto", *(name for name in fxzip.REFITS if name)}

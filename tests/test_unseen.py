@@ -222,7 +222,7 @@ def test_clear_features_are_compared_by_correlation_alone():
 
 def test_marks_do_not_depend_on_the_order_of_other_features():
     model, x = randomise(Residual(4), 1).double(), torch.randn(2, 3, 8, 8).double()
-    from fxzip.compiler.pipeline import survey
+    from fxzip.compiler.survey import survey
     from fxzip.rewriting.weight_evidence import weights_of
     from fxzip.tracing.calls import as_call
 

@@ -10,7 +10,7 @@ from torchvision.models import VisionTransformer
 
 import fxzip
 from fxzip.analysis import relative_difference
-from fxzip.compiler.pipeline import survey
+from fxzip.compiler.survey import survey
 from fxzip.matching import Problem, Run, Space, Weight, WeightMatching
 from fxzip.matching.weights.descent import Descent
 from fxzip.matching.weights.signatures import signature

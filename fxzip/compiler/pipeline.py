@@ -5,75 +5,39 @@ trace -> align -> label, self-check -> find_trunk -> observe -> plan -> rewrite 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
-from ..analysis import Labelling, check, label
-from ..analysis.flops import flops_by_node
-from ..analysis.random_trial import Trial
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
 from ..calibration.holdout import hold_out
 from ..calibration.observer import observe, observe_all
 from ..calibration.shapes import other_shapes
 from ..calibration.sources import Calibration
-from ..errors import AlignError, BarrierError, CutError, InputError
+from ..errors import InputError
 from ..matching import Average, JointMethod, Method, needs, resolve
 from ..matching.moments import Moments
-from ..partition.alignment import Alignment, align
-from ..partition.cut_points import Cut, find_cuts
-from ..partition.lifting import lifted
-from ..partition.own import differing
-from ..partition.stems import find_stems
-from ..partition.trunk import Trunk, trunk_of
-from ..refit import LeastSquares, Refit, fit_least_squares, fit_notes, record_statistics, refits
+from ..partition.trunk import Trunk
+from ..refit import Refit, fit_notes, record_statistics
 from ..refit.joint.logit_shifts import needs_classifiers, needs_tasks, with_shifts
 from ..rewriting.emit import rewrite
 from ..rewriting.module import ZippedModule, reuse_memory
 from ..rewriting.report import Report, make_report
 from ..rewriting.zip_plan import plan
-from ..tracing import Program, plain_context
-from ..tracing.calls import Call, JointCall
-from ..tracing.joint_inputs import trace_all
-from ..widths.choose import Width, check_width, choose_widths, overspent
-from ..widths.narrow_heads import Alone, behind, narrowed, whole_trunks
+from ..tracing import plain_context
+from ..tracing.calls import JointCall
+from ..widths.choose import check_width, choose_widths, overspent
+from ..widths.narrow_heads import Alone, narrowed
 from .arguments import data_of, models_and_sample, tasks_of
-from .search import Goal, best_agreeing, deepest_agreeing, earliest_affordable
-from .soundness import Sound, sound
+from .options import CompileOptions, Goal, MethodName, Recipe, RefitName
+from .search import best_agreeing, deepest_agreeing, earliest_affordable
+from .survey import Survey, cuts_and_trunks, each_alone, survey
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-MethodName = Literal[
-    "auto", "energy", "zip", "permute", "weights", "average", "agglomerative", "c2m3", "cca", "kmeans", "mudsc",
-    "optimal", "recover", "transport",
-]  # fmt: skip
-RefitName = Literal["auto", "lstsq", "repair", "batchnorm", "stored", "regmean"]
-
-
-class CompileOptions(TypedDict, total=False):
-    """The keyword arguments of `compile_zip`, which says what they mean."""
-
-    data: Any
-    method: MethodName | Method | JointMethod
-    start: str | Sequence[str] | None
-    until: Literal["auto"] | str | float | None
-    width: Literal["auto"] | float | Mapping[str, float]
-    min_agreement: float | None
-    max_cost: float | None
-    refit: RefitName | Refit | None
-    joint: bool
-    verify: bool
-    strict: bool
-    progress: bool | None
-    max_batches: int
-    rules: Mapping[str, Rule] | None
 
 
 @overload
@@ -216,174 +180,6 @@ def compile_zip(
     return zipped
 
 
-@dataclass(frozen=True, eq=False)
-class Survey:
-    """What is known of the models before anything is cut or merged.
-
-    Attributes:
-        alignment: which nodes of the models are the same; holds the programs.
-        labellings: labels of each model.
-        pinned: per model, labels that failed the self-check, with the reason.
-        errors: relative error of each model's self-check; None: not run.
-        notes: what the self-check could not see.
-        trial: model 0 on random parameters, as the self-check ran it; None: that was not run, or is to be run anew.
-        strict: a place where features cannot be matched is an error.
-        by_position: features that cannot be matched are averaged place by place.
-    """
-
-    alignment: Alignment
-    labellings: tuple[Labelling, ...]
-    pinned: tuple[dict[int, str], ...]
-    errors: tuple[float | None, ...]
-    notes: tuple[str, ...] = ()
-    trial: Trial | None = None
-    strict: bool = False
-    by_position: bool = False
-
-    @cached_property
-    def flops(self) -> tuple[Mapping[str, int], ...]:
-        """FLOPs of every node of every model on its sample."""
-        return tuple(flops_by_node(program.module, program.call) for program in self.alignment.programs)
-
-    @cached_property
-    def whole_trunks(self) -> dict[int, Trunk]:
-        """Each model as a trunk by itself, by its number; those without parameters are left out."""
-        return whole_trunks(self.alignment, self.labellings, self.pinned)
-
-    @cached_property
-    def _tried(self) -> dict[int, tuple[Trunk, Sound]]:
-        """Trunks of which a zip was tried, by identity, and what came of it."""
-        return {}
-
-    def sound(self, trunk: Trunk) -> Sound:
-        """As much of a trunk as can be shared: zips of it with relabelled copies are tried (see `soundness`)."""
-        if None in self.errors:
-            return Sound(trunk)
-        if id(trunk) not in self._tried:
-            result = sound(trunk, self.pinned, self.trial, by_position=self.by_position)
-            self._tried.update({id(trunk): (trunk, result), id(result.trunk): (result.trunk, result)})
-        return self._tried[id(trunk)][1]
-
-    def trunk(self, until: str | float | None = None, *, whole: bool = False) -> Trunk:
-        """The trunk that ends at `until`, or (`whole`) at the outputs."""
-        flops = self.flops[0] if isinstance(until, float) else None
-        result = trunk_of(
-            self.alignment, self.labellings, until=until, flops=flops, pinned=self.pinned, whole=whole,
-            by_position=self.by_position,
-        )  # fmt: skip
-        if self.strict and result.unmatched:
-            raise BarrierError(
-                f"`strict=True` allows no place where features cannot be matched; {len(result.unmatched)} found:\n  "
-                + "\n  ".join(f"node `{name}`: {reason}" for name, reason in result.unmatched.items())
-                + "\nChoose an earlier cut with `until`, or `strict=False` to stop sharing there."
-            )
-        return result
-
-
-@plain_context()
-def survey(
-    networks: Sequence[nn.Module],
-    call: Call,
-    *,
-    start: str | Sequence[str] | None = None,
-    verify: bool = True,
-    strict: bool = False,
-    by_position: bool = False,
-    rules: Mapping[str, Rule] | None = None,
-    others: Sequence[Call] = (),
-) -> Survey:
-    """The stages that depend on neither cut nor method: trace -> label, self-check -> align. `others`: inputs of other
-    shapes, on which the traces have to be right, too."""
-    programs: Sequence[Program] = trace_all(networks, call, others)
-    labellings = tuple(label(program, rules) for program in programs)
-    if strict:
-        _no_barriers(labellings)
-    alignment = align(programs, () if start is None else find_stems(labellings, start))
-    found = _with_lifted(alignment, labellings)
-    if found is not None:
-        programs, labellings = found, tuple(label(program, rules) for program in found)
-        alignment = align(programs, () if start is None else find_stems(labellings, start))
-    checks = [check(labelling) if verify else None for labelling in labellings]
-    return Survey(
-        alignment,
-        labellings,
-        pinned=tuple({} if own is None else own.pinned for own in checks),
-        errors=tuple(None if own is None else own.error for own in checks),
-        notes=tuple(
-            f"model {k}: {note}"
-            for k, (program, own) in enumerate(zip(programs, checks, strict=True))
-            for note in (*program.notes, *(own.notes if own else ()))
-        ),
-        trial=None if checks[0] is None else checks[0].trial,
-        strict=strict,
-        by_position=by_position,
-    )
-
-
-def _with_lifted(alignment: Alignment, labellings: Sequence[Labelling]) -> list[Program] | None:
-    """The programs with scalars in which they differ lifted to features; None where there are none, or not in all."""
-    differ = differing(alignment)
-    if not differ:
-        return None
-    result = [lifted(own, {alignment.params[name][k] for name in differ}) for k, own in enumerate(labellings)]
-    return None if any(program is None for program in result) else [p for p in result if p is not None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to merge and to correct. `refit_name` is what the report calls the refit; `sizing` is width and cost, as
-    `choose_widths` takes them."""
-
-    method: Method | JointMethod
-    refit: Refit
-    refit_name: Any
-    sizing: tuple[Width, float | None] = (1.0, None)
-
-    @property
-    def observes(self) -> bool:
-        """Whether anything that is to be decided depends on what the data show."""
-        return "moments" in needs(self.method) or self.sizing[0] != 1
-
-    @property
-    def narrows(self) -> bool:
-        """Whether heads may keep fewer features: by need, and where least squares mends what that does to them."""
-        return self.sizing[0] == "auto" and _fits(self.refit)
-
-    @classmethod
-    def of(
-        cls,
-        method: str | Method | JointMethod,
-        refit: str | Refit | None,
-        *,
-        calibrated: bool,
-        sizing: tuple[Width, float | None] = (1.0, None),
-    ) -> Recipe:
-        """The defaults filled in: `refit="auto"` is least squares where there is data, and `method="auto"` is `Energy`
-        under least squares, else ZipIt!.
-
-        >>> Recipe.of("auto", "auto", calibrated=True).method, Recipe.of("auto", "repair", calibrated=True).method
-        (Energy(floor=0.01, ridge=1e-05), Zip(alpha=1.0, beta=1.0))
-        """
-        if isinstance(refit, str) and refit == "auto":
-            refit = "lstsq" if calibrated else "repair"
-        corrected = refits(refit)
-        if isinstance(method, str) and method == "auto":
-            method = "energy" if _fits(corrected) else "zip"
-        return cls(resolve(method), corrected, refit, sizing)
-
-
-def _fits(refit: Refit) -> bool:
-    return refit is fit_least_squares or isinstance(refit, LeastSquares)
-
-
-def each_alone(found: Survey, trunks: Iterable[Trunk], calibration: Calibration, recipe: Recipe) -> dict[int, Alone]:
-    """The models by themselves and what the data show of them, if heads behind some of the trunks can be narrowed."""
-    own = found.whole_trunks if recipe.narrows else {}
-    if not any(behind(trunk, k, one) for trunk in trunks for k, one in own.items()):
-        return {}
-    return {k: Alone(one, observe(one, calibration("observing heads"))) for k, one in own.items()}
-
-
 def assemble(
     found: Survey, trunk: Trunk, statistics: Mapping[int, Moments], calibration: Calibration, recipe: Recipe,
     own: Mapping[int, Alone] = MappingProxyType({}),
@@ -418,22 +214,6 @@ def _saves_nothing(report: Report) -> list[str]:
     return [f"the zip takes {ratio:.2f}x the FLOPs of the models side by side: what they can share saves none"]
 
 
-def cuts_and_trunks(found: Survey, limit: int = 32) -> tuple[list[Cut], list[Trunk]]:
-    """Where the trunk may end, in a row, and the trunks; cuts that cannot be solved for all models alike are left out.
-
-    Raises:
-        AlignError: nothing can be shared.
-    """
-    full = found.trunk()
-    pairs = []
-    for cut in find_cuts(full, found.flops, limit=limit):
-        with suppress(AlignError, CutError):
-            trunk = full if cut.until is None else found.trunk(cut.until)
-            if not trunk.alike:  # else the heads would read a value that is nobody's own
-                pairs.append((cut, trunk))
-    return [cut for cut, _ in pairs], [trunk for _, trunk in pairs]
-
-
 def _automatic(found: Survey, calibration: Calibration, recipe: Recipe, goal: Goal) -> ZippedModule:
     """Look for the cut. Observation is done once for all cuts, matching and refit for each that is tried."""
     if goal.max_cost is not None and not goal.by_need:
@@ -456,12 +236,3 @@ def _automatic(found: Survey, calibration: Calibration, recipe: Recipe, goal: Go
         return best_agreeing(cuts, build_on_the_rest, held, goal.max_cost)
     assert goal.min_agreement is not None
     return deepest_agreeing(cuts, build_on_the_rest, held, goal.min_agreement)
-
-
-def _no_barriers(labellings: Sequence[Labelling]) -> None:
-    reasons = dict.fromkeys(f"model {k}: {b.reason}" for k, one in enumerate(labellings) for b in one.barriers)
-    if reasons:
-        raise BarrierError(
-            f"`strict=True` allows no barrier; {len(reasons)} found:\n  " + "\n  ".join(reasons)
-            + "\nPass `rules=fxzip.RULES | {...}` with a rule for each, or `strict=False` to stop sharing there."
-        )  # fmt: skip

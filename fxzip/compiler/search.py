@@ -11,11 +11,10 @@ it, then those halfway between the best and its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..calibration.holdout import HeldOut
-from ..errors import CostError, CutError, OptionError
+from ..errors import CostError, CutError
 from ..partition.cut_points import Cut
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
@@ -24,60 +23,6 @@ Build = Callable[[int], ZippedModule]
 """Zips at the cut of that number."""
 
 _COARSE = 6
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What `until="auto"` is to reach: one of the two is set.
-
-    Attributes:
-        min_agreement: of every head with its original, in (0, 1].
-        max_cost: FLOPs relative to the first model alone.
-        by_need: widths are chosen by need, so that every cut takes `max_cost`.
-    """
-
-    min_agreement: float | None = None
-    max_cost: float | None = None
-    by_need: bool = False
-
-    @classmethod
-    def of(
-        cls, until: object, min_agreement: float | None, max_cost: float | None, *, by_need: bool = False
-    ) -> Goal | None:
-        """The goal, None for a cut that the user fixed.
-
-        >>> Goal.of("auto", None, None)
-        Goal(min_agreement=0.98, max_cost=None, by_need=False)
-
-        Raises:
-            OptionError: the arguments contradict each other, or are out of range.
-        """
-        given = {"min_agreement": min_agreement, "max_cost": max_cost}
-        names = [f"`{name}={value!r}`" for name, value in given.items() if value is not None]
-        if until != "auto":
-            if names:
-                raise OptionError(
-                    f'{" and ".join(names)} must go with `until="auto"`, which looks for a cut; found '
-                    f"`until={until!r}`, a fixed one. Leave one of them out."
-                )
-            return None
-        if len(names) == 2:
-            raise OptionError(
-                f'`until="auto"` takes one goal: `min_agreement` (the deepest cut that agrees) or `max_cost` (the '
-                f"earliest cut that is cheap enough); found {' and '.join(names)}. Leave one of them out."
-            )
-        if min_agreement is not None and not 0 < min_agreement <= 1:
-            raise OptionError(f"`min_agreement` must lie in (0, 1]; found {min_agreement!r}. Try 0.98.")
-        if max_cost is not None and not max_cost > 0:
-            raise OptionError(
-                f"`max_cost` must be positive, FLOPs relative to the first model alone; found {max_cost!r}. Try 1.3."
-            )
-        if by_need and max_cost is None:
-            raise OptionError(
-                '`until="auto"` with `width="auto"` needs `max_cost`: what the zip may take wherever the trunk ends; '
-                f"found {names[0] if names else 'no goal'}. Try `max_cost=1.3`, or leave `width` out."
-            )
-        return cls(0.98, None) if not names else cls(min_agreement, max_cost, by_need)
 
 
 def deepest(count: int, passes: Callable[[int], bool]) -> int:

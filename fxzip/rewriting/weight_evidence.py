@@ -27,7 +27,7 @@ def weights_of(trunk: Trunk) -> tuple[Weight, ...]:
 
     >>> import fxzip, torch
     >>> from torch import nn
-    >>> from fxzip.compiler.pipeline import survey
+    >>> from fxzip.compiler.survey import survey
     >>> from fxzip.tracing.calls import as_call
     >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3)]
     >>> [weight.name for weight in weights_of(survey(nets, as_call(torch.ones(1, 4))).trunk())]

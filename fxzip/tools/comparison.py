@@ -20,7 +20,9 @@ from ..calibration.observer import observe_all
 from ..calibration.shapes import other_shapes
 from ..calibration.sources import Calibration
 from ..compiler.arguments import models_and_sample
-from ..compiler.pipeline import Recipe, Survey, assemble, cuts_and_trunks, each_alone, survey
+from ..compiler.options import Recipe
+from ..compiler.pipeline import assemble
+from ..compiler.survey import Survey, cuts_and_trunks, each_alone, survey
 from ..errors import CostError, InputError
 from ..matching import FIRST_CLASS, Method
 from ..partition.trunk import Trunk

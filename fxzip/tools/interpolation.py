@@ -26,7 +26,7 @@ from ..calibration.observer import observe
 from ..calibration.shapes import other_shapes
 from ..calibration.sources import Calibration
 from ..compiler.arguments import models_and_sample
-from ..compiler.pipeline import survey
+from ..compiler.survey import survey
 from ..errors import InputError, OptionError
 from ..matching import Merge, Method, resolve
 from ..partition.trunk import Trunk

@@ -1,0 +1,176 @@
+"""What is known of the models before anything is cut or merged, and where they may be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from ..analysis import Labelling, check, label
+from ..analysis.flops import flops_by_node
+from ..analysis.random_trial import Trial
+from ..analysis.rules import Rule
+from ..calibration.observer import observe
+from ..calibration.sources import Calibration
+from ..errors import AlignError, BarrierError, CutError
+from ..partition.alignment import Alignment, align
+from ..partition.cut_points import Cut, find_cuts
+from ..partition.lifting import lifted
+from ..partition.own import differing
+from ..partition.stems import find_stems
+from ..partition.trunk import Trunk, trunk_of
+from ..tracing import Program, plain_context
+from ..tracing.calls import Call
+from ..tracing.joint_inputs import trace_all
+from ..widths.narrow_heads import Alone, behind, whole_trunks
+from .options import Recipe
+from .soundness import Sound, sound
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What is known of the models before anything is cut or merged.
+
+    Attributes:
+        alignment: which nodes of the models are the same; holds the programs.
+        labellings: labels of each model.
+        pinned: per model, labels that failed the self-check, with the reason.
+        errors: relative error of each model's self-check; None: not run.
+        notes: what the self-check could not see.
+        trial: model 0 on random parameters, as the self-check ran it; None: that was not run, or is to be run anew.
+        strict: a place where features cannot be matched is an error.
+        by_position: features that cannot be matched are averaged place by place.
+    """
+
+    alignment: Alignment
+    labellings: tuple[Labelling, ...]
+    pinned: tuple[dict[int, str], ...]
+    errors: tuple[float | None, ...]
+    notes: tuple[str, ...] = ()
+    trial: Trial | None = None
+    strict: bool = False
+    by_position: bool = False
+
+    @cached_property
+    def flops(self) -> tuple[Mapping[str, int], ...]:
+        """FLOPs of every node of every model on its sample."""
+        return tuple(flops_by_node(program.module, program.call) for program in self.alignment.programs)
+
+    @cached_property
+    def whole_trunks(self) -> dict[int, Trunk]:
+        """Each model as a trunk by itself, by its number; those without parameters are left out."""
+        return whole_trunks(self.alignment, self.labellings, self.pinned)
+
+    @cached_property
+    def _tried(self) -> dict[int, tuple[Trunk, Sound]]:
+        """Trunks of which a zip was tried, by identity, and what came of it."""
+        return {}
+
+    def sound(self, trunk: Trunk) -> Sound:
+        """As much of a trunk as can be shared: zips of it with relabelled copies are tried (see `soundness`)."""
+        if None in self.errors:
+            return Sound(trunk)
+        if id(trunk) not in self._tried:
+            result = sound(trunk, self.pinned, self.trial, by_position=self.by_position)
+            self._tried.update({id(trunk): (trunk, result), id(result.trunk): (result.trunk, result)})
+        return self._tried[id(trunk)][1]
+
+    def trunk(self, until: str | float | None = None, *, whole: bool = False) -> Trunk:
+        """The trunk that ends at `until`, or (`whole`) at the outputs."""
+        flops = self.flops[0] if isinstance(until, float) else None
+        result = trunk_of(
+            self.alignment, self.labellings, until=until, flops=flops, pinned=self.pinned, whole=whole,
+            by_position=self.by_position,
+        )  # fmt: skip
+        if self.strict and result.unmatched:
+            raise BarrierError(
+                f"`strict=True` allows no place where features cannot be matched; {len(result.unmatched)} found:\n  "
+                + "\n  ".join(f"node `{name}`: {reason}" for name, reason in result.unmatched.items())
+                + "\nChoose an earlier cut with `until`, or `strict=False` to stop sharing there."
+            )
+        return result
+
+
+@plain_context()
+def survey(
+    networks: Sequence[nn.Module],
+    call: Call,
+    *,
+    start: str | Sequence[str] | None = None,
+    verify: bool = True,
+    strict: bool = False,
+    by_position: bool = False,
+    rules: Mapping[str, Rule] | None = None,
+    others: Sequence[Call] = (),
+) -> Survey:
+    """The stages that depend on neither cut nor method: trace -> label, self-check -> align. `others`: inputs of other
+    shapes, on which the traces have to be right, too."""
+    programs: Sequence[Program] = trace_all(networks, call, others)
+    labellings = tuple(label(program, rules) for program in programs)
+    if strict:
+        _no_barriers(labellings)
+    alignment = align(programs, () if start is None else find_stems(labellings, start))
+    found = _with_lifted(alignment, labellings)
+    if found is not None:
+        programs, labellings = found, tuple(label(program, rules) for program in found)
+        alignment = align(programs, () if start is None else find_stems(labellings, start))
+    checks = [check(labelling) if verify else None for labelling in labellings]
+    return Survey(
+        alignment,
+        labellings,
+        pinned=tuple({} if own is None else own.pinned for own in checks),
+        errors=tuple(None if own is None else own.error for own in checks),
+        notes=tuple(
+            f"model {k}: {note}"
+            for k, (program, own) in enumerate(zip(programs, checks, strict=True))
+            for note in (*program.notes, *(own.notes if own else ()))
+        ),
+        trial=None if checks[0] is None else checks[0].trial,
+        strict=strict,
+        by_position=by_position,
+    )
+
+
+def _with_lifted(alignment: Alignment, labellings: Sequence[Labelling]) -> list[Program] | None:
+    """The programs with scalars in which they differ lifted to features; None where there are none, or not in all."""
+    differ = differing(alignment)
+    if not differ:
+        return None
+    result = [lifted(own, {alignment.params[name][k] for name in differ}) for k, own in enumerate(labellings)]
+    return None if any(program is None for program in result) else [p for p in result if p is not None]
+
+
+def each_alone(found: Survey, trunks: Iterable[Trunk], calibration: Calibration, recipe: Recipe) -> dict[int, Alone]:
+    """The models by themselves and what the data show of them, if heads behind some of the trunks can be narrowed."""
+    own = found.whole_trunks if recipe.narrows else {}
+    if not any(behind(trunk, k, one) for trunk in trunks for k, one in own.items()):
+        return {}
+    return {k: Alone(one, observe(one, calibration("observing heads"))) for k, one in own.items()}
+
+
+def cuts_and_trunks(found: Survey, limit: int = 32) -> tuple[list[Cut], list[Trunk]]:
+    """Where the trunk may end, in a row, and the trunks; cuts that cannot be solved for all models alike are left out.
+
+    Raises:
+        AlignError: nothing can be shared.
+    """
+    full = found.trunk()
+    pairs = []
+    for cut in find_cuts(full, found.flops, limit=limit):
+        with suppress(AlignError, CutError):
+            trunk = full if cut.until is None else found.trunk(cut.until)
+            if not trunk.alike:  # else the heads would read a value that is nobody's own
+                pairs.append((cut, trunk))
+    return [cut for cut, _ in pairs], [trunk for _, trunk in pairs]
+
+
+def _no_barriers(labellings: Sequence[Labelling]) -> None:
+    reasons = dict.fromkeys(f"model {k}: {b.reason}" for k, one in enumerate(labellings) for b in one.barriers)
+    if reasons:
+        raise BarrierError(
+            f"`strict=True` allows no barrier; {len(reasons)} found:\n  " + "\n  ".join(reasons)
+            + "\nPass `rules=fxzip.RULES | {...}` with a rule for each, or `strict=False` to stop sharing there."
+        )  # fmt: skip
