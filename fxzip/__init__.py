@@ -57,6 +57,7 @@ from .rewriting.emit import rewrite
 from .rewriting.module import ZippedModule
 from .rewriting.report import Report
 from .rewriting.zip_plan import plan
+from .tools.agreement import Agreement, Evaluation, agreement, evaluate
 from .tools.comparison import compare, sweep
 from .tools.inspection import inspect
 from .tools.interpolation import Barrier, barrier
@@ -77,6 +78,7 @@ __all__ = [
     "REFITS",
     "RULES",
     "Agglomerative",
+    "Agreement",
     "AlignError",
     "Average",
     "Barrier",
@@ -88,6 +90,7 @@ __all__ = [
     "CycleConsistent",
     "DataError",
     "Energy",
+    "Evaluation",
     "FxzipError",
     "FxzipWarning",
     "InputError",
@@ -114,12 +117,14 @@ __all__ = [
     "WeightMatching",
     "Zip",
     "ZippedModule",
+    "agreement",
     "align",
     "assemble",
     "barrier",
     "calibrate_joint",
     "compare",
     "compile_zip",
+    "evaluate",
     "find_trunk",
     "inspect",
     "label",

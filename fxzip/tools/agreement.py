@@ -1,0 +1,260 @@
+"""Is a zip good? How far its heads agree with their originals, and how accurate they are on labelled inputs.
+
+Head k with outputs z is compared with model k with outputs y on the same inputs:
+
+    same class       share of inputs with the same argmax, where outputs are [batch, classes ≥ 2]
+    relative error   ‖z - y‖ / ‖y‖, over all entries of all inputs
+    R²               1 - ‖z - y‖² / ‖y - ȳ‖², ȳ the mean of all entries
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..calibration.data_forms import MAX_BATCHES
+from ..calibration.sources import PerModel
+from ..errors import DataError, InputError
+from ..rewriting.module import ZippedModule
+from ..tracing import plain_context, run_eager
+from ..tracing.calls import Call, batch_size, leaves
+
+
+@dataclass(frozen=True)
+class HeadAgreement:
+    """How far one head agrees with its original.
+
+    Attributes:
+        same_class: share of inputs with the same class, in [0, 1]; None where the output is no [batch, classes].
+        relative_error: 0 for equal outputs.
+        r_squared: 1 for equal outputs, 0 for a constant.
+    """
+
+    same_class: float | None
+    relative_error: float
+    r_squared: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the heads of a zip agree with their originals; printable.
+
+    Attributes:
+        heads: one for each model.
+        inputs: number of inputs that each head was compared on.
+        tasks: names of the tasks; empty where they have none.
+    """
+
+    heads: tuple[HeadAgreement, ...]
+    inputs: tuple[int, ...]
+    tasks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = []
+        for k, (head, inputs) in enumerate(zip(self.heads, self.inputs, strict=True)):
+            name = self.tasks[k] if self.tasks else f"head {k}"
+            same = "" if head.same_class is None else f"same class {100 * head.same_class:.1f} %, "
+            lines.append(
+                f"{name}: {same}relative error {head.relative_error:.3g}, R² {head.r_squared:.3f} on {inputs} inputs"
+            )
+        return "\n".join(lines)
+
+
+@dataclass
+class _Sums:
+    """Of one head, under way."""
+
+    same: int = 0
+    rows: int = 0
+    classes: bool = True
+    error: float = 0.0
+    square: float = 0.0
+    total: float = 0.0
+    entries: int = 0
+    inputs: int = 0
+
+    def add(self, found: Sequence[Tensor], expected: Sequence[Tensor], inputs: int) -> None:
+        self.inputs += inputs
+        self.classes &= len(expected) == 1 and expected[0].ndim == 2 and expected[0].shape[1] > 1
+        for z, y in zip(found, expected, strict=True):
+            if self.classes:
+                self.same += int((z.argmax(1) == y.argmax(1)).sum())
+                self.rows += len(y)
+            z, y = z.double(), y.double()
+            self.error += float((z - y).square().sum())
+            self.square += float(y.square().sum())
+            self.total += float(y.sum())
+            self.entries += y.numel()
+
+    def result(self) -> HeadAgreement:
+        spread = self.square - self.total**2 / max(self.entries, 1)
+        share = self.same / self.rows if self.classes and self.rows else None
+        return HeadAgreement(share, _ratio(self.error, self.square) ** 0.5, 1.0 - _ratio(self.error, spread))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else (0.0 if part == 0 else float("inf"))
+
+
+@plain_context()
+def agreement(
+    zipped: nn.Module, models: Sequence[nn.Module] | Mapping[str, nn.Module], data: Any,
+    *, max_batches: int = MAX_BATCHES,
+) -> Agreement:  # fmt: skip
+    """How far each head of a zipped network agrees with its original.
+
+    >>> import fxzip, torch
+    >>> models = {name: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for name in ("low", "high")}
+    >>> x = torch.randn(64, 4)
+    >>> both = fxzip.side_by_side(list(models.values()), x)
+    >>> print(agreement(both, models, [x]))
+    head 0: same class 100.0 %, relative error 0, R² 1.000 on 64 inputs
+    head 1: same class 100.0 %, relative error 0, R² 1.000 on 64 inputs
+
+    Args:
+        zipped: of `compile_zip` or `side_by_side`.
+        models: the originals, in their order or by the names of the tasks. They are run in eval mode.
+        data: batches that no fit has seen: tensors, tuples or lists that begin with the inputs, or dicts of inputs. Or
+            `fxzip.PerModel` of one such iterable for each model, or a dict of them by task; then a head is compared on
+            its own inputs.
+        max_batches: most batches of each source.
+
+    Raises:
+        InputError: the numbers of heads, models and sources differ. DataError: there is no batch.
+    """
+    network, tasks, sources = _prepared(zipped, data)
+    originals = list(models.values()) if isinstance(models, Mapping) else list(models)
+    if len(originals) != len(network.heads):
+        raise InputError(f"`models` must be one for each of the {len(network.heads)} heads; found {len(originals)}.")
+    sums = [_Sums() for _ in originals]
+    modes = [(module, module.training) for model in (network, *originals) for module in model.modules()]
+    try:
+        for model in (network, *originals):
+            model.eval()
+        for source, call, _ in _calls(network, sources, max_batches):
+            outputs = _outputs(run_eager(network, call))
+            for k, (own, model) in enumerate(zip(sums, originals, strict=True)):
+                if len(sources) == 1 or source == k:
+                    own.add(leaves([outputs[k]]), leaves([run_eager(model, call)]), batch_size(call) or 1)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return Agreement(tuple(own.result() for own in sums), tuple(own.inputs for own in sums), tasks)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies of the heads on labelled inputs, in [0, 1]; printable.
+
+    Attributes:
+        per_task: of each head on the inputs of its task.
+        inputs: number of inputs of each task.
+        tasks: names of the tasks; empty where they have none.
+    """
+
+    per_task: tuple[float, ...]
+    inputs: tuple[int, ...]
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def average(self) -> float:
+        """The mean over tasks."""
+        return sum(self.per_task) / len(self.per_task)
+
+    def __str__(self) -> str:
+        names = self.tasks or tuple(f"head {k}" for k in range(len(self.per_task)))
+        rows = zip(names, self.per_task, self.inputs, strict=True)
+        return "\n".join(f"{name}: {100 * share:.2f} % of {inputs} inputs" for name, share, inputs in rows)
+
+
+@plain_context()
+def evaluate(zipped: nn.Module, data: Any, *, max_batches: int = MAX_BATCHES) -> Evaluation:
+    """Accuracy of each head of classifiers on labelled inputs of its task.
+
+    >>> import fxzip, torch
+    >>> models = [nn.Linear(4, 3), nn.Linear(4, 2)]
+    >>> x = torch.randn(32, 4)
+    >>> labelled = fxzip.PerModel(*([(x, model(x).argmax(1))] for model in models))
+    >>> evaluate(fxzip.side_by_side(models, x), labelled).per_task
+    (1.0, 1.0)
+
+    Args:
+        zipped: of `compile_zip` or `side_by_side`; every head gives logits [batch, classes].
+        data: `fxzip.PerModel`, or a dict by task, of an iterable of batches (inputs, labels) for each head; labels
+            [batch] count the classes of that head from 0.
+        max_batches: most batches of each source.
+
+    Raises:
+        InputError: there is not one source for each head, or a batch is no pair of inputs and labels. DataError: a
+            source has no batch.
+    """
+    network, tasks, sources = _prepared(zipped, data)
+    if len(sources) != len(network.heads):
+        raise InputError(
+            f"`evaluate` needs labelled data for each of the {len(network.heads)} heads, `fxzip.PerModel` or a dict by "
+            f"task; found {len(sources)} source{'s' if len(sources) > 1 else ''}."
+        )
+    right, rows = [0] * len(sources), [0] * len(sources)
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        network.eval()
+        for source, call, labels in _calls(network, sources, max_batches):
+            found = leaves([_outputs(run_eager(network, call))[source]])
+            if labels is None or len(found) != 1 or found[0].ndim != 2 or labels.shape != found[0].shape[:1]:
+                raise InputError(
+                    "`evaluate` needs batches (inputs, labels) with labels [batch], and heads that give [batch, "
+                    f"classes]; found {'no labels' if labels is None else tuple(labels.shape)} for outputs "
+                    f"{[tuple(y.shape) for y in found]}."
+                )
+            right[source] += int((found[0].argmax(1).cpu() == labels.cpu()).sum())
+            rows[source] += len(labels)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return Evaluation(tuple(hits / n for hits, n in zip(right, rows, strict=True)), tuple(rows), tasks)
+
+
+def _prepared(zipped: nn.Module, data: Any) -> tuple[ZippedModule, tuple[str, ...], list[Iterable[Any]]]:
+    """The network, the names of its tasks, and the sources of batches in the order of its heads."""
+    if not isinstance(zipped, ZippedModule):
+        raise InputError(f"This takes a network of `compile_zip` or `side_by_side`; found `{type(zipped).__name__}`.")
+    tasks = zipped.tasks
+    if isinstance(data, Mapping):
+        if set(data) != set(tasks):
+            known = ", ".join(map(repr, tasks)) or "none"
+            raise InputError(f"`data` by name must have the names of the tasks, {known}; found {list(data)}.")
+        return zipped, tasks, [data[task] for task in tasks]
+    if isinstance(data, PerModel):
+        if len(data) != len(zipped.heads):
+            raise InputError(f"`data` must be one source for each of {len(zipped.heads)} heads; found {len(data)}.")
+        return zipped, tasks, list(data)
+    return zipped, tasks, [[data] if isinstance(data, Tensor) else data]
+
+
+def _calls(
+    network: ZippedModule, sources: Sequence[Iterable[Any]], limit: int
+) -> Iterator[tuple[int, Call, Tensor | None]]:
+    """The batches of all sources as calls, with the number of their source, and labels where they have any."""
+    taken = sum(node.op == "placeholder" for node in network.graph.nodes)
+    for number, source in enumerate(sources):
+        found = 0
+        for batch in islice(source, limit):
+            found += 1
+            if isinstance(batch, Mapping):
+                yield number, Call((), dict(batch)), None
+                continue
+            items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+            if len(items) < taken:
+                raise InputError(f"A batch must begin with the {taken} inputs of the network; found {len(items)}.")
+            labels = items[taken] if len(items) > taken else None
+            yield number, Call(tuple(items[:taken]), {}), labels if isinstance(labels, Tensor) else None
+        if not found:
+            raise DataError("`data` must yield at least one batch; a source gave none.")
+
+
+def _outputs(returned: Any) -> list[Any]:
+    return list(returned.values()) if isinstance(returned, Mapping) else list(returned)
