@@ -59,6 +59,7 @@ from .rewriting.report import Report
 from .rewriting.zip_plan import plan
 from .tools.agreement import Agreement, Evaluation, agreement, evaluate
 from .tools.comparison import compare, sweep
+from .tools.exporting import export
 from .tools.inspection import inspect
 from .tools.interpolation import Barrier, barrier
 from .tools.relabelled import relabel
@@ -125,6 +126,7 @@ __all__ = [
     "compare",
     "compile_zip",
     "evaluate",
+    "export",
     "find_trunk",
     "inspect",
     "label",

@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..analysis.flops import count_flops
 from ..ops import mix
 from ..partition.node_names import module_path
-from ..tracing import Program
+from ..tracing import Program, flat_inputs
+from ..tracing.calls import Call
 from ..tracing.shapes import checked_shapes
 from .module import ZippedModule
 from .zip_plan import ZipPlan
@@ -118,6 +121,18 @@ def costs(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, dict
     return {"flops": _flops(zipped, programs), "parameters": _parameters(zipped, programs)}
 
 
+def described_inputs(zipped: ZippedModule, call: Call) -> list[dict[str, Any]]:
+    """Name, shape and dtype of each input of the sample; empty where not all are tensors."""
+    names = [str(node.target) for node in zipped.graph.nodes if node.op == "placeholder"]
+    values = flat_inputs(zipped, call)
+    if not all(isinstance(value, Tensor) for value in values):
+        return []
+    return [
+        {"name": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        for name, value in zip(names, values, strict=True)
+    ]
+
+
 def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]) -> Report:
     """Facts about a zip. `settings` adds what only the driver knows (method, refit, data, notes ...)."""
     trunk = plan.trunk
@@ -153,6 +168,7 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
         **settings,
         "notes": [*settings.get("notes", []), *uncounted(spent)],
         "checked_shapes": checked_shapes(programs),
+        "inputs": described_inputs(zipped, programs[0].call),
         "cut": {
             "after": [node.name for node in edge],
             "modules": [module_path(node) for node in edge],

@@ -11,7 +11,7 @@ from ..compiler.arguments import models_and_sample
 from ..rewriting.emit import forget_buffers
 from ..rewriting.emit_stems import copied_node
 from ..rewriting.module import ZippedModule, reuse_memory
-from ..rewriting.report import Report, costs, uncounted
+from ..rewriting.report import Report, costs, described_inputs, uncounted
 from ..tracing import Program, plain_context
 from ..tracing.joint_inputs import trace_all
 
@@ -101,7 +101,7 @@ def _report(result: ZippedModule, programs: tuple[Program, ...]) -> Report:
     values = {
         "models": len(programs), "method": "side by side", "refit": None, "data": "no data needed",
         "self_check": [None] * len(programs), "notes": ["nothing is merged", *uncounted(spent)], "cut": cut,
-        "spaces": [], **spent, "unmerges": [], "barriers": [], "probed": [],
+        "spaces": [], **spent, "inputs": described_inputs(result, programs[0].call), "unmerges": [], "barriers": [], "probed": [],
         "tracing": [{"rung": p.rung, "failures": list(p.failures), "lost": list(p.lost)} for p in programs],
     }  # fmt: skip
     return Report(values)
