@@ -1,4 +1,7 @@
-"""A zipped network as a file for other programs: ONNX, or a program of `torch.export`. Checked before it is handed over."""
+"""A zipped network as a file for other programs: ONNX, or a program of `torch.export`.
+
+The file is compared with the network before it is handed over.
+"""
 
 from __future__ import annotations
 
@@ -76,9 +79,9 @@ def output_names(network: fx.GraphModule) -> list[str]:
     >>> output_names(fxzip.side_by_side([nn.Linear(2, 1), nn.Linear(2, 1)], torch.ones(1, 2)))
     ['head_0', 'head_1']
     """
-    if not isinstance(network, ZippedModule):
-        heads, tasks = (network.graph.output_node().args[0],), ("output",)
-    else:
+    heads: tuple[Any, ...] = (network.graph.output_node().args[0],)
+    tasks: tuple[str, ...] = ("output",)
+    if isinstance(network, ZippedModule):
         heads = network.heads
         tasks = network.tasks or tuple(f"head_{k}" for k in range(len(heads)))
     names = []
@@ -132,7 +135,8 @@ def _onnx(network: fx.GraphModule, call: Call, path: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"ONNX needs the package `{error.name}`, which is not installed. Install it with `pip install 'fxzip[onnx]'`."
+            f"ONNX needs the package `{error.name}`, which is not installed. Install it with "
+            "`pip install 'fxzip[onnx]'`."
         ) from None
     call = _two_rows(call)
     inputs = [node.name for node in network.graph.nodes if node.op == "placeholder"][: len(call.args)]

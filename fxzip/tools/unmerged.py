@@ -101,7 +101,8 @@ def _report(result: ZippedModule, programs: tuple[Program, ...]) -> Report:
     values = {
         "models": len(programs), "method": "side by side", "refit": None, "data": "no data needed",
         "self_check": [None] * len(programs), "notes": ["nothing is merged", *uncounted(spent)], "cut": cut,
-        "spaces": [], **spent, "inputs": described_inputs(result, programs[0].call), "unmerges": [], "barriers": [], "probed": [],
+        "spaces": [], **spent, "inputs": described_inputs(result, programs[0].call), "unmerges": [], "barriers": [],
+        "probed": [],
         "tracing": [{"rung": p.rung, "failures": list(p.failures), "lost": list(p.lost)} for p in programs],
     }  # fmt: skip
     return Report(values)
