@@ -100,8 +100,8 @@ def test_wrong_arguments():
 
 
 def test_wrong_settings():
-    fails(fxzip.InputError, "`method` must be one of", A, B, X, method="zipp")
-    fails(fxzip.InputError, "`refit` must be one of", A, B, X, refit="fix")
+    fails(fxzip.OptionError, "`method` must be one of", A, B, X, method="zipp")
+    fails(fxzip.OptionError, "`refit` must be one of", A, B, X, refit="fix")
 
 
 def test_sample_that_the_models_reject():

@@ -46,7 +46,7 @@ def test_looking_for_a_ridge_ends(matrix, ridge, scale):
 
 @pytest.mark.parametrize("ridge", [math.nan, math.inf, -1.0])
 def test_cca_needs_a_finite_ridge(ridge):
-    with pytest.raises(fxzip.InputError, match=r"^`CCA` needs a finite ridge >= 0; got ridge="):
+    with pytest.raises(fxzip.OptionError, match=r"^`CCA` needs a finite ridge >= 0; got ridge="):
         CCA(ridge=ridge)
 
 

@@ -161,7 +161,7 @@ def test_held_out_inputs_of_ones_own(pair):
 
 
 def test_mistakes_end_a_comparison(pair):
-    with pytest.raises(fxzip.InputError, match="`method` must be one of"):
+    with pytest.raises(fxzip.OptionError, match="`method` must be one of"):
         fxzip.compare(pair, X, data=DATA, methods=["zipp"], progress=False)
     with pytest.raises(fxzip.CutError, match="`until` must name a module"):
         fxzip.compare(pair, X, data=DATA, cuts=["layer9"], progress=False)
@@ -201,7 +201,7 @@ def test_a_sweep_over_costs_with_widths_by_need(pair):
         assert (row["cost"] or 0) <= row["max_cost"]
         assert ("CostError" in (row["error"] or "")) == (row["max_cost"] == 0.001)
     assert "max_cost" in str(table)
-    with pytest.raises(fxzip.InputError, match="`max_cost` must be positive"):
+    with pytest.raises(fxzip.OptionError, match="`max_cost` must be positive"):
         fxzip.sweep(pair, X, data=DATA, max_costs=[0.0], progress=False)
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import fxzip
 from fxzip.calibration import data_forms as sources
 from fxzip.calibration.sources import Calibration, PerModel
-from fxzip.errors import DataError, InputError
+from fxzip.errors import DataError, OptionError
 from fxzip.tracing.calls import as_call
 
 SAMPLE = torch.zeros(2, 3)
@@ -93,8 +93,8 @@ def test_the_bound_goes_for_each_source():
 
 @pytest.mark.parametrize("bound", [0, -1, 2.5, True, None])
 def test_a_bound_that_is_none(bound):
-    refuses("`max_batches` must be a whole number of at least 1", [batch(0)], error=InputError, max_batches=bound)
-    refuses("`max_batches` must be a whole number of at least 1", None, error=InputError, max_batches=bound)
+    refuses("`max_batches` must be a whole number of at least 1", [batch(0)], error=OptionError, max_batches=bound)
+    refuses("`max_batches` must be a whole number of at least 1", None, error=OptionError, max_batches=bound)
 
 
 def test_of_an_iterator_only_so_many_bytes_are_kept(monkeypatch):

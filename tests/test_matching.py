@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxzip.errors import DataError, InputError
+from fxzip.errors import DataError, InputError, OptionError
 from fxzip.matching import METHODS, Average, BlockMoments, Merge, Permute, Zip, match_blocks, resolve, similarity
 from fxzip.matching.activations.zipit import zip_clusters
 from fxzip.matching.merge import in_first_layout, mean_similarity
@@ -505,17 +505,17 @@ PAIR = (blocks_of(2, 1), blocks_of(2, 1))
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: resolve("zipp"), InputError, r"one of 'zip', 'permute', .*; got 'zipp'. Did you mean 'zip'\?"),
-        (lambda: resolve("soup"), InputError, r"one of 'zip', 'permute', 'average', .*; got 'soup'.$"),
-        (lambda: resolve(Zip), InputError, r"with its settings, such as `Zip\(alpha=0.1\)`; got `<class"),
-        (lambda: resolve(3), InputError, "a name or a method with its settings.*; got `3`"),
-        (lambda: Zip(alpha=0), InputError, "0 < alpha <= 1; got alpha=0. Without discount it is alpha=1"),
-        (lambda: Zip(alpha=float("nan")), InputError, "got alpha=nan"),
-        (lambda: Zip(beta=1.5), InputError, "0 <= beta <= 1; got beta=1.5. To merge across models only, pass beta=0"),
-        (lambda: Zip()(observed(3, 3), 7), InputError, "1 to 6 of the 6 features of this space; got `size` 7"),
-        (lambda: Zip()(observed(3, 3), 0), InputError, "got `size` 0"),
-        (lambda: Permute()(observed(3, 3), 2), InputError, '`size` must be 3 to 6; got 2. Use `method="zip"`'),
-        (lambda: Average()(observed(3, 3), 4), InputError, "keeps every feature: `size` must be 3; got 4"),
+        (lambda: resolve("zipp"), OptionError, r"one of 'zip', 'permute', .*; got 'zipp'. Did you mean 'zip'\?"),
+        (lambda: resolve("soup"), OptionError, r"one of 'zip', 'permute', 'average', .*; got 'soup'.$"),
+        (lambda: resolve(Zip), OptionError, r"with its settings, such as `Zip\(alpha=0.1\)`; got `<class"),
+        (lambda: resolve(3), OptionError, "a name or a method with its settings.*; got `3`"),
+        (lambda: Zip(alpha=0), OptionError, "0 < alpha <= 1; got alpha=0. Without discount it is alpha=1"),
+        (lambda: Zip(alpha=float("nan")), OptionError, "got alpha=nan"),
+        (lambda: Zip(beta=1.5), OptionError, "0 <= beta <= 1; got beta=1.5. To merge across models only, pass beta=0"),
+        (lambda: Zip()(observed(3, 3), 7), OptionError, "1 to 6 of the 6 features of this space; got `size` 7"),
+        (lambda: Zip()(observed(3, 3), 0), OptionError, "got `size` 0"),
+        (lambda: Permute()(observed(3, 3), 2), OptionError, '`size` must be 3 to 6; got 2. Use `method="zip"`'),
+        (lambda: Average()(observed(3, 3), 4), OptionError, "keeps every feature: `size` must be 3; got 4"),
         (lambda: Average()(observed(3, 4), 3), InputError, r"models of equal width; this space has \[3, 4\] features"),
         (lambda: Zip()(NOTHING, 1), DataError, "needs observed features; these moments hold 0 positions"),
         (lambda: Permute()(BROKEN, 1), DataError, "finite moments; those of 1 of 2 features are not"),

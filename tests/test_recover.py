@@ -69,7 +69,7 @@ def test_it_needs_what_the_inner_method_needs():
     assert needs(Recover(WeightMatching())) == {"moments", "weights"}
     assert needs(Recover(Energy())) == {"moments", "readers"}
     assert Recover(Zip(0.1, 0.5)).relabelling() == Permute()
-    with pytest.raises(fxzip.InputError, match=r"`Recover` needs `ridge` > 0; got ridge=0. The default is 1e-3."):
+    with pytest.raises(fxzip.OptionError, match=r"`Recover` needs `ridge` > 0; got ridge=0. The default is 1e-3."):
         Recover(ridge=0)
 
 

@@ -99,5 +99,5 @@ def test_features_must_be_paired():
     with pytest.raises(fxzip.InputError, match=r"`RegMean` needs features that are paired one to one; the method does "
                                                r"not in 1 of 1 spaces, first in that of `0.weight`\."):  # fmt: skip
         fxzip.compile_zip(a, b, x, data=[x], method="zip", refit="regmean", progress=False)
-    with pytest.raises(fxzip.InputError, match="`RegMean` needs 0 <= alpha <= 1; found alpha=2"):
+    with pytest.raises(fxzip.OptionError, match="`RegMean` needs 0 <= alpha <= 1; found alpha=2"):
         fxzip.RegMean(2)
