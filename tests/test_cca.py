@@ -198,7 +198,11 @@ def test_shares_of_means_are_row_sums_and_of_maps_equal():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: CCA(ridge=-1), fxzip.OptionError, "`CCA` needs a finite ridge >= 0; got ridge=-1. The default is 0.1."),
+        (
+            lambda: CCA(ridge=-1),
+            fxzip.OptionError,
+            "`CCA` needs a finite ridge >= 0; got ridge=-1. The default is 0.1.",
+        ),
         (
             lambda: CCA()(observed(3, 4), 3),
             fxzip.InputError,
