@@ -9,8 +9,10 @@ from torch import Tensor, fx, nn
 
 from ..errors import LoadError, SaveError
 from ..tracing.allowed import check_keywords, check_name, check_node
+from ..tracing.containers import Part
+from ..tracing.structure import Rebuild
 from .json_modules import modules_as_json, modules_of_json
-from .json_structures import call_as_json, call_of_json
+from .json_structures import call_as_json, call_of_json, classes_of
 from .json_values import decoded, encoded, fields
 from .module import EmittedModule, ZippedModule
 from .stored_names import Names, name_of
@@ -73,10 +75,27 @@ def network_of_json(stored: Any, data: dict[str, Tensor], names: Names) -> Emitt
 def own_names(network: EmittedModule) -> list[Any]:
     """Functions and classes that a network calls or holds, whoever defines them."""
     called = [node.target for node in network.graph.nodes if node.op == "call_function"]
+    built = [own for call in called if type(call) is Rebuild for own in classes_of(call.structure)]
+    called = [*built, *(own for own in called if type(own) not in (Part, Rebuild))]
     found: list[Any] = [type(module) for module in network.modules() if module is not network]
     for module in network.modules():
         found += [value for value in vars(module).values() if callable(value) and not isinstance(value, nn.Module)]
     return [own for own in dict.fromkeys([*called, *found]) if _has_name(own)]
+
+
+def unlisted(own: list[Any]) -> list[str]:
+    """Names of those that a file may not name by itself: `load` takes them where its caller trusts them."""
+    return [".".join(name_of(called)) for called in own if not _is_listed(list(name_of(called)))]
+
+
+def _is_listed(name: list[str]) -> bool:
+    for find in (Names().function, Names().module, Names().container):
+        try:
+            find(name)
+        except LoadError:
+            continue
+        return True
+    return False
 
 
 def _has_name(own: Any) -> bool:

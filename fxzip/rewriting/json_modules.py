@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections import Counter
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -21,6 +22,7 @@ from .stored_tensors import TensorTable
 
 _BARE = frozenset(vars(nn.Module()))
 _MADE_ANEW = frozenset({"_compiled_call_impl", "_flat_weight_refs"})
+_DEEPEST, _MOST = 100, 1_000_000
 _NAME = re.compile(r"(?!__)[\w \-+:@/]+")
 
 
@@ -109,11 +111,23 @@ def modules_of_json(entries: Any, tensors: list[Tensor], names: Names) -> nn.Mod
         LoadError: there is no such module, or it is of a class that a file may not name.
     """
     made: list[nn.Module] = []
+    sizes: list[tuple[int, int]] = []  # how deep each is, and how many modules are in it, those held twice twice
     if not isinstance(entries, list) or not entries:
         raise LoadError("there are no modules")
     for entry in entries:
+        held = [sizes[number] for number in _numbers(entry, len(made))]
+        depth, total = 1 + max((own[0] for own in held), default=0), 1 + sum(own[1] for own in held)
+        if depth > _DEEPEST or total > _MOST:
+            raise LoadError(f"modules may lie {_DEEPEST} deep, {_MOST:,} in one")
+        sizes.append((depth, total))
         made.append(_module(entry, made, tensors, names, is_root=len(made) == len(entries) - 1))
     return made[-1]
+
+
+def _numbers(entry: Any, most: int) -> list[int]:
+    parts = entry.get("parts") if isinstance(entry, dict) else None
+    numbers = parts.values() if isinstance(parts, dict) else ()
+    return [number for number in numbers if type(number) is int and 0 <= number < most]
 
 
 def _module(entry: Any, made: list[nn.Module], tensors: list[Tensor], names: Names, *, is_root: bool) -> nn.Module:
@@ -124,10 +138,10 @@ def _module(entry: Any, made: list[nn.Module], tensors: list[Tensor], names: Nam
     own = nn.Module if kind is None and is_root else names.module(kind)
     module = object.__new__(own)
     nn.Module.__init__(module)
-    taken = [*attributes, *parameters, *buffers, *parts]
-    for name in taken:
+    taken = Counter([*attributes, *parameters, *buffers, *parts])
+    for name, times in taken.items():
         hidden = name in _BARE | _MADE_ANEW or callable(getattr(own, name, None))
-        if not _NAME.fullmatch(name) or hidden or taken.count(name) > 1:
+        if not _NAME.fullmatch(name) or hidden or times > 1:
             raise LoadError(f"a `{own.__qualname__}` cannot hold anything by the name {name[:80]!r}")
     reading = {
         "$tensor": lambda number: _item(tensors, number, Tensor),

@@ -46,6 +46,26 @@ def call_of_json(stored: Any, names: Names) -> Callable[..., Any]:
     return Rebuild(_structure_again(structure, names))
 
 
+def classes_of(structure: Structure) -> list[Any]:
+    """The classes, and functions that make objects, of which a structure is built.
+
+    >>> classes_of(Structure(list, (Structure(None),)))
+    [<class 'list'>]
+    """
+    if structure.kind is None:
+        return []
+    if structure.is_constant:
+        return _classes_in(structure.constant)
+    own = [structure.kind, *([structure.recipe.create] if structure.recipe is not None else [])]
+    return [*own, *(held for part in structure.parts for held in classes_of(part))]
+
+
+def _classes_in(constant: Any) -> list[Any]:
+    if isinstance(constant, (tuple, list)):
+        return [found for item in constant for found in _classes_in(item)]
+    return [constant] if isinstance(constant, type) else []
+
+
 def _structure(structure: Structure) -> dict[str, Any]:
     if structure.kind is None:
         return {"leaf": structure.place}

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, LoadError, SaveError
-from .json_graph import network_as_json, network_of_json, own_names
+from .json_graph import network_as_json, network_of_json, own_names, unlisted
 from .json_values import decoded, encoded, fields, plain
 from .model_card import card
 from .module import EmittedModule, ZippedModule
@@ -68,11 +68,13 @@ def save(zipped: EmittedModule, folder: str | os.PathLike[str]) -> None:
     report = zipped.meta.get("fxzip_report")
     values = _report_values(report)
     tasks = zipped.tasks if isinstance(zipped, ZippedModule) else ()
+    own = own_names(zipped)
     versions = {"fxzip": _version(), "torch": str(torch.__version__)}
     texts = {
-        "graph.json": _text(stored), "report.json": _text(values), _CARD: card(report, tasks, versions).encode(),
+        "graph.json": _text(stored), "report.json": _text(values),
+        _CARD: card(report, tasks, versions, unlisted(own)).encode(),
     }  # fmt: skip
-    _check_readable(texts, stored, data, own_names(zipped))
+    _check_readable(texts, data, own)
     place.parent.mkdir(parents=True, exist_ok=True)
     beside = place.parent / f".{place.name}.{uuid.uuid4().hex}"
     beside.mkdir()
@@ -170,13 +172,14 @@ def _report(stored: Any) -> Report | None:
     return report
 
 
-def _check_readable(texts: dict[str, bytes], stored: Any, data: dict[str, Tensor], own: list[Any]) -> None:
+def _check_readable(texts: dict[str, bytes], data: dict[str, Tensor], own: list[Any]) -> None:
     """Whether `load` takes what is about to be written."""
     for name, limit in _LIMITS.items():
         if len(texts[name]) > limit:
             raise SaveError(f"`{name}` would be longer than {limit:,} bytes.")
     try:
         network_of_json(json.loads(texts["graph.json"]), data, Names(own))
+        _report(json.loads(texts["report.json"]))
     except Exception as error:
         raise SaveError(f"The network cannot be stored, for it could not be read again: {error}.") from error
 
@@ -188,9 +191,8 @@ def _check_place(place: Path) -> None:
     found = {path.name for path in place.iterdir()} if place.exists() else set()
     others = sorted(found - {_MANIFEST, _CARD, *_SUMMED})
     if others or (found and _MANIFEST not in found):
-        raise SaveError(
-            f"`save` replaces an empty folder or a saved network; `{place}` holds {', '.join(others[:4] or ['others'])}."
-        )
+        held = ", ".join(others[:4]) or "part of one"
+        raise SaveError(f"`save` replaces an empty folder or a saved network; `{place}` holds {held}.")
 
 
 def _put(beside: Path, place: Path) -> None:

@@ -132,7 +132,7 @@ def _overlapping(tensors: list[Tensor]) -> list[list[int]]:
         repeats = tensor.numel() > _extent(_geometry(tensor))  # one place of memory for several elements
         alone = not tensor.numel() or repeats or tensor.is_conj() or tensor.is_neg()
         memory = number if alone else (tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.device)
-        start = tensor.storage_offset()
+        start = int(tensor.storage_offset())
         places[memory].append((start, start + _extent(_geometry(tensor)), number))
     groups: list[list[int]] = []
     for spans in places.values():
@@ -146,7 +146,7 @@ def _overlapping(tensors: list[Tensor]) -> list[list[int]]:
 
 
 def _geometry(tensor: Tensor) -> _Geometry:
-    return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
+    return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
 
 
 def _extent(place: Any) -> int:

@@ -43,9 +43,10 @@ def known_container(module: str, name: str) -> Callable[..., Any] | None:
     >>> known_container("builtins", "dict"), known_container("subprocess", "Popen")
     (<class 'dict'>, None)
     """
-    for own in (*_CONTAINERS, *_MAKERS):
+    plain: tuple[Any, ...] = (*_CONTAINERS, *_MAKERS)
+    for own in plain:
         if (own.__module__, own.__qualname__) == (module, name):
-            return own
+            return own  # type: ignore[no-any-return]
     found = _known(module, name)
     if found is None and _OUTPUTS.match(module) and name.isidentifier():
         held = getattr(importlib.import_module(module), name, None)
