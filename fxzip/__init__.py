@@ -25,6 +25,7 @@ from .errors import (
     LoadError,
     OptionError,
     PinnedSpaceWarning,
+    SaveError,
     SelfCheckError,
     SpecializationError,
     TraceError,
@@ -56,6 +57,7 @@ from .refit.joint.logit_shifts import calibrate_joint
 from .rewriting.emit import rewrite
 from .rewriting.module import ZippedModule
 from .rewriting.report import Report
+from .rewriting.serialization import load, save
 from .rewriting.zip_plan import plan
 from .tools.agreement import Agreement, Evaluation, agreement, evaluate
 from .tools.comparison import compare, sweep
@@ -110,6 +112,7 @@ __all__ = [
     "Recover",
     "RegMean",
     "Report",
+    "SaveError",
     "SelfCheckError",
     "SpecializationError",
     "Table",
@@ -130,12 +133,14 @@ __all__ = [
     "find_trunk",
     "inspect",
     "label",
+    "load",
     "observe",
     "plan",
     "refits",
     "relabel",
     "resolve",
     "rewrite",
+    "save",
     "self_check",
     "side_by_side",
     "solve",

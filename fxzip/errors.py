@@ -56,7 +56,12 @@ class CostError(OptionError):
 
 
 class LoadError(FxzipError):
-    """A file names a function, a method or an attribute that a stored network may not call."""
+    """A file is not as it was written, or names a function, a method or an attribute that a stored network may not
+    call."""
+
+
+class SaveError(FxzipError):
+    """A network holds what a saved folder cannot hold, or the folder holds something else."""
 
 
 class FxzipWarning(UserWarning):

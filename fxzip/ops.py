@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import LoadError
-from .tracing.allowed import check_name, check_node, is_allowed, is_rebuild, named, qualified
+from .tracing.allowed import check_keywords, check_name, check_node, is_allowed, is_rebuild, named, qualified
 from .tracing.guards import require
 
 __all__ = ["lift", "merge", "mix", "pooled", "require", "shift", "unmerge"]
@@ -223,6 +223,7 @@ def restored(
         given = fx.node.map_aggregate((args, kwargs), lambda a: made[a.name] if isinstance(a, Reference) else a)
         called = target.find(safely=safely) if isinstance(target, Function) else target
         check_name(op, called)
+        check_keywords(given[1])
         if safely:
             check_node(op, called, given[0])
         made[name] = graph.create_node(op, called, *given, name=name)

@@ -194,6 +194,22 @@ def test_code_in_a_name_is_refused(op):
         torch.load(with_node(op, CODE), weights_only=False)
 
 
+@pytest.mark.parametrize("safely", [True, False])
+def test_code_in_the_names_of_arguments_is_refused(safely):
+    kind, (cls, holder, lines, meta, version) = zipped().__reduce__()
+    given = {"inplace=__import__('os').system('true'), a": 1}
+    lines.insert(1, ("call_function", "extra", ops.Function("torch", "relu"), (ops.Reference(lines[0][1]),), given, {}))
+    stored = file_of(_Stored(kind, (cls, holder, lines, meta, version)))
+    with pytest.raises((fxzip.LoadError, pickle.UnpicklingError), match="Names of arguments in a graph must be"):
+        load(stored) if safely else torch.load(stored, weights_only=False)
+
+
+@pytest.mark.parametrize("path", ["__init__.__func__.__globals__", "trunk.__class__"])
+def test_names_of_python_are_none_of_modules(path):
+    with pytest.raises(fxzip.LoadError, match="Names in a graph"):
+        check_name("get_attr", path)
+
+
 class Doubled(nn.Module):
     def forward(self, x):
         return double(x)

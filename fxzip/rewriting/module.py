@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 import warnings
 from collections.abc import Sequence
 from types import FunctionType
@@ -46,6 +47,12 @@ class EmittedModule(fx.GraphModule):
     def __reduce__(self) -> Any:
         kind = next(base for base in type(self).__mro__ if "<locals>" not in base.__qualname__)  # each has its own
         return restored, (kind, _holder(self), written(self.graph), dict(self.meta), FORMAT)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the network to a folder, which `fxzip.load` reads; see `fxzip.save`."""
+        from .serialization import save
+
+        save(self, folder)
 
 
 class ZippedModule(EmittedModule):

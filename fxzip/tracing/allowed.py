@@ -15,11 +15,12 @@ from __future__ import annotations
 import builtins
 import functools
 import importlib
+import keyword
 import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -116,7 +117,7 @@ def named(module: str, path: str) -> Any:
         return own
     full = f"{module}.{path}"
     if all(step.isidentifier() for step in full.split(".")):
-        found = _found(full)
+        found = lookup(full)
         if found is not None and is_allowed(found):
             return found
     raise LoadError(
@@ -183,7 +184,7 @@ def _listed() -> frozenset[Any]:
     return frozenset(found)
 
 
-def _found(full: str) -> Any:
+def lookup(full: str) -> Any:
     """What a dotted name leads to, through modules that are there or may be imported, and `torch.ops`."""
     steps = full.split(".")
     place: Any = (
@@ -236,10 +237,23 @@ def check_name(op: str, target: Any) -> None:
     if op not in ("placeholder", "get_attr", "call_module", "call_method"):
         return
     steps = str(target).split(".") if op in ("get_attr", "call_module") else [str(target)]
-    # paths are written between quotes, methods and arguments are not
-    plain = r"[\w \-+:@/]+" if op in ("get_attr", "call_module") else r"[^\W\d]\w*"
+    # paths are written between quotes, methods and arguments are not; `__init__` and the like are no modules
+    plain = r"(?!__)[\w \-+:@/]+" if op in ("get_attr", "call_module") else r"[^\W\d]\w*"
     if not isinstance(target, str) or not all(re.fullmatch(plain, step) for step in steps):
         raise LoadError(f"Names in a graph must be made of letters, digits and underscores; a {op} has {target!r}.")
+
+
+def check_keywords(kwargs: Mapping[Any, Any]) -> None:
+    """Whether the names of a call's keyword arguments are names: `torch.fx` writes them into its source, too.
+
+    >>> check_keywords({"dim": 1})
+
+    Raises:
+        LoadError: one of them has something else in it.
+    """
+    for key in kwargs:
+        if not (isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key)):
+            raise LoadError(f"Names of arguments in a graph must be identifiers; found {key!r}. Do not load the file.")
 
 
 @functools.cache
