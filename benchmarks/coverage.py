@@ -81,8 +81,8 @@ def behind_barriers(program: Any, labelling: Any) -> float:
     """Share of FLOPs in calls without a rule and in what is computed from them."""
     import networkx as nx
 
-    from fxzip.analysis import dependencies
     from fxzip.analysis.flops import flops_by_node
+    from fxzip.partition.dependencies import dependencies
 
     graph, flops = dependencies(program), flops_by_node(program.module, program.call)
     nodes = {b.node for b in labelling.barriers}

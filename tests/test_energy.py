@@ -253,7 +253,7 @@ def test_readers_are_the_weights_that_sum_over_a_space():
         torch.testing.assert_close(weights, net[3].weight.detach().reshape(5, 4, 4).mT)
 
 
-@pytest.mark.parametrize("method", ["energy", "zip"])
+@pytest.mark.parametrize("method", ["energy", "auto"])
 def test_a_model_with_its_relabelled_copy(method):
     """Under the default refit, least squares."""
     model = randomise(Residual()).double()
@@ -276,7 +276,7 @@ def test_widths_may_differ():
     ({"floor": -1.0}, "`Energy` needs `floor` >= 0; got floor=-1.0. The default is 0.01."),
 ])  # fmt: skip
 def test_settings_out_of_range(settings, message):
-    with pytest.raises(fxzip.InputError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(fxzip.OptionError, match=f"^{re.escape(message)}$"):
         Energy(**settings)
 
 

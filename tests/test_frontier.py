@@ -274,7 +274,7 @@ def test_heads_of_another_kind():
     ({"until": "auto", "width": "auto", "min_agreement": 0.9}, "found `min_agreement=0.9`. Try `max_cost=1.3`"),
 ])  # fmt: skip
 def test_goals_that_contradict(pair, settings, message):
-    with pytest.raises(fxzip.InputError, match=re.escape(message)):
+    with pytest.raises(fxzip.OptionError, match=re.escape(message)):
         fxzip.compile_zip(*pair, X, data=DATA, progress=False, **settings)
 
 

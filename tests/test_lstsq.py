@@ -281,5 +281,5 @@ def test_report_counts_the_fitted_calls() -> None:
     ({"memory": 0}, "^`LeastSquares` needs `memory` >= 1; got memory=0. The default is 4294967296.$"),
 ])  # fmt: skip
 def test_settings_out_of_range(settings, message) -> None:
-    with pytest.raises(fxzip.InputError, match=message):
+    with pytest.raises(fxzip.OptionError, match=message):
         fxzip.LeastSquares(**settings)

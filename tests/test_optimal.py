@@ -96,5 +96,5 @@ def test_more_than_half_leaves_features_alone(sizes, size):
 def test_sizes_that_pairs_cannot_give(sizes, size):
     total = sum(sizes)
     message = f"of the {total} features it keeps {-(-total // 2)} to {total}; got `size` {size}"
-    with pytest.raises(fxzip.InputError, match=message):
+    with pytest.raises(fxzip.OptionError, match=message):
         Optimal()(observed(*sizes), size)

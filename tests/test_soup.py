@@ -165,5 +165,5 @@ def test_integers_that_are_no_counts_must_agree():
     ({"kind": "greedy", "score": lambda network: float("nan")}, "found nan"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(settings, message):
-    with pytest.raises(fxzip.InputError, match=message):
+    with pytest.raises((fxzip.InputError, fxzip.OptionError), match=message):
         fxzip.soup(MODELS, **settings)

@@ -10,6 +10,7 @@ import fxzip
 from fxzip.analysis import relative_difference
 from fxzip.analysis.flops import flops_by_node
 from fxzip.partition.dependencies import dependencies
+from fxzip.partition.trunk import trunk_of
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -42,7 +43,7 @@ def test_every_cut_is_closed_holds_what_it_names_and_pairs_all_its_spaces(pair):
 def test_fractions_grow_into_the_whole(pair):
     program = pair[0].programs[0]
     flops = flops_by_node(program.module, program.call)
-    trunks = [fxzip.find_trunk(*pair, until=share, flops=flops) for share in (0.2, 0.5, 0.8, 1.0)]
+    trunks = [fxzip.find_trunk(*pair, until=share) for share in (0.2, 0.5, 0.8, 1.0)]
     for share, trunk in zip((0.2, 0.5, 0.8, 1.0), trunks, strict=True):
         assert sum(flops[node] for node in trunk.nodes) <= share * sum(flops.values())
     for smaller, larger in itertools.pairwise(trunks):
@@ -89,7 +90,7 @@ def test_spaces_that_one_model_must_leave_alone_cannot_be_shared(pair):
     pinned = {
         int(label): "for this test" for label in labellings[0].params["layer1.0.conv1.weight"].fields[0].flatten()
     }
-    trunk = fxzip.find_trunk(alignment, labellings, pinned=[pinned, {}])
+    trunk = trunk_of(alignment, labellings, pinned=[pinned, {}])
     [(node, reason)] = trunk.unmatched.items()
     assert node == "layer1_0_conv1"
     assert reason == "features of `layer1.0.conv1.weight` cannot be matched: for this test"

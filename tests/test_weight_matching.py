@@ -409,12 +409,12 @@ def test_stored_variances_of_averaged_features():
 
 @pytest.mark.parametrize("starts", [(), ("middle",)])
 def test_messages(starts):
-    with pytest.raises(fxzip.InputError, match="`starts` must name one or more of 'signatures', 'identity'; got"):
+    with pytest.raises(fxzip.OptionError, match="`starts` must name one or more of 'signatures', 'identity'; got"):
         WeightMatching(starts=starts)
 
 
 def test_biases_must_count_for_something():
-    with pytest.raises(fxzip.InputError, match="`vectors` must be above 0"):
+    with pytest.raises(fxzip.OptionError, match="`vectors` must be above 0"):
         WeightMatching(vectors=0)
 
 
