@@ -86,8 +86,7 @@ def zipped(a, b, given, **options):
     return fxzip.compile_zip(a, b, sample, data=[sample], progress=False, **options)
 
 
-FEW = ["resnet_padded", "two_by_two", "attention_rotary", "attention_torch", "norms", "lstm", "graph",
-       "weight_norm", "slices", "wavenet"]  # fmt: skip
+FEW = ["two_by_two", "attention_torch", "norms", "lstm", "graph", "weight_norm", "slices"]
 
 
 @pytest.mark.parametrize(
