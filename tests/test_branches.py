@@ -182,6 +182,7 @@ def test_a_size_that_is_written_into_the_code_of_a_head_stays():
     assert all(own["name"] == "third.weight" for head in report["narrowed"] for own in head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["energy", "zip", "agglomerative", "average", "weights", "recover+zip"])
 def test_every_method_leaves_narrow_heads_that_work(method):
     method = fxzip.Recover(fxzip.Zip()) if method == "recover+zip" else method
@@ -339,6 +340,7 @@ def test_features_that_the_last_layer_reads_beside_those_of_the_trunk(convolutio
         assert max(relative(y, model(X)) for y, model in zip(exact(X), models, strict=True)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("until", ["layer1", None])
 def test_half_precision(dtype, until):

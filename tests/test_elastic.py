@@ -93,6 +93,7 @@ def test_with_room_for_all_features_every_cut_is_exact(until):
         assert max(relative(y, model(x)) for y, model in zip(zipped(x), models, strict=True)) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refit", [None, "repair", "lstsq"])
 @pytest.mark.parametrize("width", [0.5, 1.25, 1.5])
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -113,6 +114,7 @@ def test_every_width_runs_with_every_refit(family, width, refit):
             assert module.weight.shape[:2] == shape
 
 
+@pytest.mark.slow
 def test_a_wider_trunk_is_more_like_its_models():
     models = pair(Residual)
     x, held = X.double(), torch.randn(64, 3, 8, 8, dtype=torch.float64)

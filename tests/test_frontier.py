@@ -217,6 +217,7 @@ def test_nothing_agrees(pair):
         fxzip.compile_zip(*pair, X, data=DATA, method="average", until="auto", min_agreement=1.0, progress=False)
 
 
+@pytest.mark.slow
 def test_max_cost_takes_the_earliest_cut_in_reach(pair):
     found = survey(pair, as_call(X))
     cuts, _ = cuts_and_trunks(found)

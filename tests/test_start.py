@@ -39,7 +39,12 @@ class OtherStem(Residual):
 
 @pytest.mark.parametrize("method", ["permute", "zip"])
 @pytest.mark.parametrize(
-    "start", ["layer1", "layer1.0.conv2", "layer1.1", "layer2", "layer2_0_relu_1", "layer2.1.conv2"]
+    "start",
+    [
+        "layer1.0.conv2",
+        "layer2_0_relu_1",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("layer1", "layer1.1", "layer2", "layer2.1.conv2")),
+    ],
 )
 @pytest.mark.parametrize("refit", [None, "repair", "lstsq"])
 def test_a_relabelled_copy(start, method, refit):

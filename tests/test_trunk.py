@@ -79,6 +79,7 @@ def test_a_relabelled_twin_stays_exact_wherever_several_tensors_cross_the_cut(cu
         assert relative_difference(model(*MIXED), output) <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS)
 def test_module_paths_are_cuts_too(pair, cut):
     inside = {name for name in fxzip.find_trunk(*pair).nodes if name.startswith(cut.replace(".", "_"))}

@@ -11,7 +11,7 @@ from fxzip.analysis import relative_difference
 
 BOUND = {torch.float32: 1e-4, torch.float64: 1e-9}
 QUICK = [
-    "squeezenet1_0", "resnet18", pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
+    "squeezenet1_0", pytest.param("resnet18", marks=pytest.mark.slow), pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
     pytest.param("shufflenet_v2_x1_0", marks=pytest.mark.slow),
 ]  # fmt: skip
 HEAVY = [
@@ -71,6 +71,7 @@ def test_user_defined(method, dtype):
     check(randomise(Mixed()), draw, method, dtype, verify=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("method", ["permute", "zip"])
 def test_shortcuts_without_parameters(method, dtype):
@@ -146,6 +147,7 @@ LARGE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_transformers_for_images(name):
     make, shape = SMALL[name]
@@ -196,6 +198,7 @@ CUTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS)
 def test_every_node_may_be_the_cut(cut):
     check(randomise(Residual()), lambda n, s: images(n, 8, torch.float64, s), "zip", torch.float64, cut)

@@ -187,6 +187,7 @@ class Grouped(nn.Module):
         return self.layers(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_groups_are_the_best_of_all_assignments(seed):
     nets = []
@@ -264,6 +265,7 @@ def image(size=64):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_torchvision_twins(name):
     check_twin(torchvision_model(name), image())
