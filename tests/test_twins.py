@@ -10,10 +10,8 @@ import fxzip
 from fxzip.analysis import relative_difference
 
 BOUND = {torch.float32: 1e-4, torch.float64: 1e-9}
-QUICK = [
-    "squeezenet1_0", pytest.param("resnet18", marks=pytest.mark.slow), pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
-    pytest.param("shufflenet_v2_x1_0", marks=pytest.mark.slow),
-]  # fmt: skip
+SLOWER = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0")
+QUICK = ["squeezenet1_0", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)]
 HEAVY = [
     "resnet50", "vgg16_bn", "alexnet", "densenet121", "resnext50_32x4d", "efficientnet_b0", "googlenet",
     "convnext_tiny",
