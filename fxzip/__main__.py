@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from fxzip import __version__
 from fxzip.errors import FxzipError
 
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The arguments of every subcommand; `command` is the function that runs it."""
     result = argparse.ArgumentParser(prog="fxzip", description="Zip trained networks into one, without training.")
+    result.add_argument("--version", action="version", version=f"fxzip {__version__}")
     commands = result.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="train two networks on digits, zip them, and compare"))
     return result

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import fxzip
 from fxzip import __main__ as cli
 from fxzip.tools import demo
 
@@ -164,3 +165,10 @@ def test_importing_the_demo_imports_neither_torchvision_nor_sklearn():
     code = "import sys, fxzip.demo; print([m for m in ('torchvision', 'sklearn', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"fxzip {fxzip.__version__}\n"
