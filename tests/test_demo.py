@@ -162,7 +162,9 @@ def test_python_dash_m_is_the_command():
 
 
 def test_importing_the_demo_imports_neither_torchvision_nor_sklearn():
-    code = "import sys, fxzip.demo; print([m for m in ('torchvision', 'sklearn', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, fxzip.tools.demo; print([m for m in ('torchvision', 'sklearn', 'matplotlib') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert result.stdout.strip() == "[]"
 

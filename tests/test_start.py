@@ -70,6 +70,7 @@ def small_vit():
     return randomise(torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 24, num_classes=4), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "start"), [
     (lambda: torchvision_model("resnet18", 1), "layer2.1"),
     pytest.param(

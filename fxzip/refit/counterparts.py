@@ -34,7 +34,7 @@ def linear_calls(found: Survey) -> Mapping[str, Sequence[LinearCall]]:
 
     >>> from torch import nn
     >>> import torch
-    >>> from ..inputs import Call
+    >>> from fxzip.tracing.calls import Call
     >>> net = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
     >>> {name: len(own) for name, own in linear_calls(survey(net, Call((torch.ones(1, 2),), {}))).items()}
     {'_0': 1, '_2': 1}
