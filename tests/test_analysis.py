@@ -326,7 +326,7 @@ def test_slices_without_rows():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", [*range(4), *(pytest.param(n, marks=pytest.mark.hours) for n in range(4, 10))])
 def test_a_thousand_random_networks(block):
     for seed in range(100 * block, 100 * block + 100):
         model, sample = random_network(seed)

@@ -306,6 +306,7 @@ def test_narrowing_takes_out_what_widening_put_in():
     assert sum(check_that_narrowing_takes_out_what_widening_put_in(seed) for seed in range(12)) > 12
 
 
+@pytest.mark.hours
 @pytest.mark.slow
 @pytest.mark.parametrize("block", range(4))
 def test_narrowing_takes_out_what_widening_put_in_in_many_networks(block):

@@ -74,14 +74,14 @@ def small_vit():
 @pytest.mark.parametrize(("make", "start"), [
     (lambda: torchvision_model("resnet18", 1), "layer2.1"),
     pytest.param(
-        lambda: torchvision_model("densenet121", 1), "features.denseblock2.denselayer3", marks=pytest.mark.slow
+        lambda: torchvision_model("densenet121", 1), "features.denseblock2.denselayer3", marks=pytest.mark.hours
     ),
     (lambda: torchvision_model("shufflenet_v2_x1_0", 1), "stage3"),
     (lambda: torchvision_model("mobilenet_v3_small", 1), "features.4"),
     (small_vit, "encoder.layers.encoder_layer_1"),
     (small_vit, "encoder.layers.encoder_layer_0.mlp"),
-    pytest.param(lambda: torchvision_model("vgg16_bn", 1), "classifier", marks=pytest.mark.slow),
-    pytest.param(lambda: torchvision_model("resnext50_32x4d", 1), "layer2", marks=pytest.mark.slow),
+    pytest.param(lambda: torchvision_model("vgg16_bn", 1), "classifier", marks=pytest.mark.hours),
+    pytest.param(lambda: torchvision_model("resnext50_32x4d", 1), "layer2", marks=pytest.mark.hours),
 ])  # fmt: skip
 def test_relabelled_copies_of_known_networks(make, start):
     model = make().double()

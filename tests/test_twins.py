@@ -84,6 +84,7 @@ def test_torchvision(name, method):
     check(torchvision_model(name), lambda n, s: images(n, 64, torch.float32, s), method, torch.float32)
 
 
+@pytest.mark.hours
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LIGHTER)
 def test_torchvision_slow(name):
@@ -99,6 +100,7 @@ def test_torchvision_heavy(name, method, dtype):
     check(torchvision_model(name), lambda n, s: images(n, 64, dtype, s), method, dtype)
 
 
+@pytest.mark.hours
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["permute", "zip"])
 @pytest.mark.parametrize("name", QUICK)
