@@ -109,6 +109,7 @@ def sweep(seeds, each):
 
 
 @pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.parametrize("first", range(0, 100, 10))
 def test_what_must_hold(first):
     sweep(range(first, first + 10), 3)
