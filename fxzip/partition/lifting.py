@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +57,7 @@ def lifted(labelling: Labelling, differ: Collection[str]) -> Program | None:
         _replace(module.graph, nodes[place.node], name, place)
     for node in reversed(module.graph.nodes):  # what computed the constants, from parameters, has no readers left
         still = node.name in nodes and node.op != "output" and node.name not in labelling.dynamic
-        if still and not node.users and node.op != "placeholder":
+        if still and not node.users and node.op != "placeholder" and node.name not in program.mutators:
             module.graph.erase_node(node)
     module.graph.lint()
     module.recompile()
@@ -186,5 +187,6 @@ def _new_shapes(module: fx.GraphModule, known: Mapping[str, torch.Size]) -> dict
         elif node.op == "call_function":
             sizes = [result.get(source.name) or known.get(source.name) for source in node.all_input_nodes]
             if sizes and all(size is not None for size in sizes):
-                result[node.name] = torch.broadcast_shapes(*(size for size in sizes if size is not None))
+                with suppress(RuntimeError):  # no call that broadcasts
+                    result[node.name] = torch.broadcast_shapes(*(size for size in sizes if size is not None))
     return result
