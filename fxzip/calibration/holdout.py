@@ -72,6 +72,17 @@ class HeldOut:
         return tuple(sum(total.result() for total in own) / max(len(own), 1) if own else 1.0 for own in sums)
 
 
+def same_class(found: Tensor, original: Tensor) -> Tensor | None:
+    """For each input whether two outputs [batch, classes ≥ 2] name the same class; None for other outputs.
+
+    >>> same_class(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), torch.tensor([[0.0, 2.0], [0.0, 2.0]]))
+    tensor([ True, False])
+    """
+    if original.ndim != 2 or original.shape[1] < 2 or not original.is_floating_point():
+        return None
+    return (found.argmax(1) == original.argmax(1)) & found.isfinite().all(1)
+
+
 @dataclass
 class _Sum:
     """Agreement of one tensor, under way."""
@@ -85,8 +96,7 @@ class _Sum:
         if not original.is_floating_point() and not original.is_complex():
             self.hits += float((found == original).sum())
             self.count += original.numel()
-        elif original.ndim == 2 and original.shape[1] > 1 and original.is_floating_point():
-            same = (found.argmax(1) == original.argmax(1)) & found.isfinite().all(1)
+        elif (same := same_class(found, original)) is not None:
             self.hits += float(same.sum())
             self.count += len(original)
         else:

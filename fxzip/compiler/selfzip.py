@@ -77,6 +77,10 @@ class Couple:
         alike = {twin: trial.values[name] for name, twin in own.items() if trial.values[name].is_floating_point()}
         self.values = {name: value.detach() for name, value in (values | alike).items()}
         self.averaged = _averaged(trunk, trial, self.stem) if trial.random else {}
+        self.graph = copy.deepcopy(self.program.module.graph)
+        by_name = {node.name: node for node in self.graph.nodes}
+        entering = {by_name[name]: name for name in trunk.alignment.entering(1)}
+        self.marked = self._marked(self.graph, entering, {by_name[name] for name in trunk.alignment.stem(1)})
 
     def flaw(self, moving: Collection[int] | None = None) -> Flaw | None:
         """What is wrong if these spaces (by number in the first model; None: all) are relabelled; None if nothing.
@@ -99,11 +103,7 @@ class Couple:
 
     def _alone(self, values: Mapping[str, Tensor], perms: Sequence[Tensor]) -> Shown:
         """The second model by itself. What enters its trunk from a stem is relabelled there."""
-        stem = {*self.trunk.alignment.stem(1)}
-        graph = copy.deepcopy(self.program.module.graph)
-        entering = {node: node.name for node in graph.nodes if node.name in self.trunk.alignment.entering(1)}
-        marked = self._marked(graph, entering, {node for node in graph.nodes if node.name in stem})
-        return self._run(self.program, values, self.watched[1], graph, marked, perms)
+        return self._run(self.program, values, self.watched[1], self.graph, self.marked, perms)
 
     def _marked(self, graph: fx.Graph, entering: Mapping[fx.Node, str], stem: Collection[fx.Node]) -> dict[str, Fields]:
         """Put a node behind each value that enters the trunk from a stem, in place, that the stem does not read: there

@@ -82,8 +82,7 @@ class ZippedModule(EmittedModule):
     @property
     def heads(self) -> tuple[Any, ...]:
         """What the graph returns for each model: nodes, in the structure of its output."""
-        outputs: Any = self.graph.output_node().args[0]
-        return tuple(outputs.values()) if isinstance(outputs, dict) else tuple(outputs)
+        return _heads_of(self.graph)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -119,9 +118,7 @@ class ZippedModule(EmittedModule):
                 raise KeyError(f"`single` takes the name of a task, {known}; found {i!r}.")
             i = self.tasks.index(i)
         graph = copy.deepcopy(self.graph)
-        output = graph.output_node()
-        returned: Any = output.args[0]
-        heads = list(returned.values()) if isinstance(returned, dict) else list(returned)
+        output, heads = graph.output_node(), _heads_of(graph)
         if not -len(heads) <= i < len(heads):
             raise IndexError(f"`single` takes the number of a head, 0 to {len(heads) - 1}; found {i}.")
         output.args = (heads[i],)
@@ -133,6 +130,11 @@ class ZippedModule(EmittedModule):
             if not kept and not acts:
                 graph.erase_node(node)
         return EmittedModule(_holder(self), graph)
+
+
+def _heads_of(graph: fx.Graph) -> tuple[Any, ...]:
+    outputs: Any = graph.output_node().args[0]
+    return tuple(outputs.values()) if isinstance(outputs, dict) else tuple(outputs)
 
 
 def _holder(module: nn.Module) -> nn.Module:

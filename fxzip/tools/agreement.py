@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..calibration.data_forms import MAX_BATCHES
+from ..calibration.holdout import same_class
 from ..calibration.sources import PerModel
 from ..errors import DataError, InputError
 from ..rewriting.module import ZippedModule
-from ..tracing import plain_context, run_eager
+from ..tracing import modes_kept, plain_context, run_eager
 from ..tracing.calls import Call, batch_size, leaves
 
 
@@ -79,10 +80,11 @@ class _Sums:
 
     def add(self, found: Sequence[Tensor], expected: Sequence[Tensor], inputs: int) -> None:
         self.inputs += inputs
-        self.classes &= len(expected) == 1 and expected[0].ndim == 2 and expected[0].shape[1] > 1
         for z, y in zip(found, expected, strict=True):
-            if self.classes:
-                self.same += int((z.argmax(1) == y.argmax(1)).sum())
+            same = same_class(z, y) if len(expected) == 1 else None
+            self.classes &= same is not None
+            if same is not None:
+                self.same += int(same.sum())
                 self.rows += len(y)
             z, y = z.double(), y.double()
             self.error += float((z - y).square().sum())
@@ -131,8 +133,7 @@ def agreement(
     if len(originals) != len(network.heads):
         raise InputError(f"`models` must be one for each of the {len(network.heads)} heads; found {len(originals)}.")
     sums = [_Sums() for _ in originals]
-    modes = [(module, module.training) for model in (network, *originals) for module in model.modules()]
-    try:
+    with modes_kept(network, *originals):
         for model in (network, *originals):
             model.eval()
         for source, call, _ in _calls(network, sources, max_batches):
@@ -140,9 +141,6 @@ def agreement(
             for k, (own, model) in enumerate(zip(sums, originals, strict=True)):
                 if len(sources) == 1 or source == k:
                     own.add(leaves([outputs[k]]), leaves([run_eager(model, call)]), batch_size(call) or 1)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return Agreement(tuple(own.result() for own in sums), tuple(own.inputs for own in sums), tasks)
 
 
@@ -199,8 +197,7 @@ def evaluate(zipped: nn.Module, data: Any, *, max_batches: int = MAX_BATCHES) ->
             f"task; found {len(sources)} source{'s' if len(sources) > 1 else ''}."
         )
     right, rows = [0] * len(sources), [0] * len(sources)
-    modes = [(module, module.training) for module in network.modules()]
-    try:
+    with modes_kept(network):
         network.eval()
         for source, call, labels in _calls(network, sources, max_batches):
             found = leaves([_outputs(run_eager(network, call))[source]])
@@ -212,9 +209,6 @@ def evaluate(zipped: nn.Module, data: Any, *, max_batches: int = MAX_BATCHES) ->
                 )
             right[source] += int((found[0].argmax(1).cpu() == labels.cpu()).sum())
             rows[source] += len(labels)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return Evaluation(tuple(hits / n for hits, n in zip(right, rows, strict=True)), tuple(rows), tasks)
 
 

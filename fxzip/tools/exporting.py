@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import FxzipError, InputError, OptionError
 from ..rewriting.module import ZippedModule
-from ..tracing import difference, flat_inputs, plain_context, run_eager
+from ..tracing import difference, flat_inputs, modes_kept, plain_context, run_eager
 from ..tracing.calls import Call, as_call, batch_size, leaves, with_batch
 
 _SIZES = (1, 3, 7)
@@ -56,19 +56,15 @@ def export(network: fx.GraphModule, path: str | Path, sample_input: Any = None) 
         raise OptionError(f"`path` must end in {' or '.join(writers)}; found {str(target)!r}.")
     call = _sample(network) if sample_input is None else as_call(sample_input)
     call = Call(tuple(flat_inputs(network, call)), {})
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with tempfile.TemporaryDirectory(dir=target.absolute().parent) as folder:
-            written = Path(folder) / target.name
-            writers[target.suffix](network, call, written)
-            for file in Path(folder).iterdir():  # ONNX keeps large weights beside the graph
-                if file != written:
-                    os.replace(file, target.parent / file.name)
-            os.replace(written, target)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    folder = tempfile.TemporaryDirectory(dir=target.absolute().parent)
+    with modes_kept(network), folder as place:
+        network.eval()
+        written = Path(place) / target.name
+        writers[target.suffix](network, call, written)
+        for file in Path(place).iterdir():  # ONNX keeps large weights beside the graph
+            if file != written:
+                os.replace(file, target.parent / file.name)
+        os.replace(written, target)
     return target
 
 

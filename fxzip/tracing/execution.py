@@ -50,6 +50,24 @@ def tracing_execution() -> Iterator[None]:
 
 
 @contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Afterwards every module of the models is in the mode, train or eval, that it was in before.
+
+    >>> net = nn.Sequential(nn.Dropout()).eval()
+    >>> with modes_kept(net):
+    ...     _ = net.train()
+    >>> net[0].training
+    False
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def plain_context() -> Iterator[None]:
     """Inference mode and autocast of the caller switched off: values would be other ones, and calls other calls.
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .allowed import is_known
 from .calls import Call, map_tensors
-from .execution import flat_inputs, quiet_execution
+from .execution import flat_inputs, modes_kept, quiet_execution
 from .randomness import draws
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {
@@ -135,25 +135,23 @@ def names_of(paths: Sequence[str]) -> str:
 def _training(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in train mode, but for normalisations: those would need more than the sample. Afterwards
     its state and modes are as they were."""
-    modes = {module: module.training for module in model.modules()}
     kept = {tensor: tensor.detach().clone() for tensor in model.buffers()}
-    for module in modes:
-        module.training = not isinstance(module, _NormBase)
     try:
-        yield
+        with modes_kept(model):
+            for module in model.modules():
+                module.training = not isinstance(module, _NormBase)
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for tensor, value in kept.items():
             with torch.no_grad():
                 tensor.copy_(value)
 
 
 @contextmanager
-def _following(model: nn.Module, path: list[str]) -> Iterator[None]:
-    """Inside, the last entry of `path` is the module that runs."""
+def _following(model: nn.Module, path: list[str], prefix: str = "") -> Iterator[None]:
+    """Inside, the last entry of `path` is the module that runs; `prefix` is the path of the model itself."""
     handles = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(prefix=prefix):
         handles.append(module.register_forward_pre_hook(lambda _, __, name=name: path.append(name)))
         handles.append(module.register_forward_hook(lambda _, __, ___: path.pop() and None))
     try:
@@ -201,21 +199,10 @@ class _Counting(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_module" and "fxzip_owner" not in n.meta:  # a leaf may make its calls in parts of its own
             leaf, path = self.fetch_attr(str(n.target)), [str(n.target)]
-            with _following(_Within(leaf, str(n.target)), path), _Draws(path, self._counts):  # type: ignore[arg-type]
+            with _following(leaf, path, str(n.target)), _Draws(path, self._counts):
                 return super().run_node(n)
         with _Draws([owner_of(n)], self._counts):
             return super().run_node(n)
-
-
-class _Within:
-    """The modules inside a leaf by their paths in the whole."""
-
-    def __init__(self, leaf: nn.Module, path: str) -> None:
-        self._leaf, self._path = leaf, path
-
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        for name, module in self._leaf.named_modules():
-            yield f"{self._path}.{name}".rstrip("."), module
 
 
 def _setting(node: fx.Node, place: int, name: str, default: Any) -> Any:
