@@ -325,6 +325,25 @@ def test_slices_without_rows():
     assert moved(randomise(Sliced()), (torch.randn(4, 6, dtype=torch.float64),)) < 1e-12
 
 
+def test_calls_on_no_rows():
+    """Experts that no input goes to run on empty tensors."""
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.expert, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = torch.relu(self.first(x))
+            for rows in (torch.where(x[:, 0] > 99)[0], torch.where(x[:, 0] < 99)[0]):
+                mine = h[rows]
+                mine = mine * torch.sigmoid(self.expert(mine)) + mine
+                h = torch.index_add(torch.zeros_like(h), 0, rows, torch.cat([mine[:, :4], mine[:, 4:]], 1)) + h
+            return self.head(h)
+
+    assert moved(randomise(Routed()), (torch.randn(4, 6, dtype=torch.float64),)) < 1e-12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [*range(4), *(pytest.param(n, marks=pytest.mark.hours) for n in range(4, 10))])
 def test_a_thousand_random_networks(block):

@@ -217,6 +217,30 @@ def test_trials_find_what_cannot_be_resized():
     assert "the output moves" in stiff[names["first.weight"]]
 
 
+class HalvesApart(nn.Module):
+    """The halves of a `chunk` that go separate ways; the width of one of them may be written into the code."""
+
+    def __init__(self, fixed):
+        super().__init__()
+        self.fixed = fixed
+        self.first, self.left, self.right = nn.Linear(5, 6), nn.Linear(3, 4), nn.Linear(3, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        halves = list(torch.relu(self.first(x)).chunk(2, -1))
+        if self.fixed is not None:
+            halves[self.fixed] = halves[self.fixed] + x.new_zeros(x.shape[0], 3)
+        return self.head(torch.relu(self.left(halves[0]) + self.right(halves[1])))
+
+
+@pytest.mark.parametrize(("fixed", "kept"), [(0, {3}), (1, {3}), (None, {6})])
+def test_halves_of_a_chunk_keep_one_size(fixed, kept):
+    models, x = [randomise(HalvesApart(fixed), seed).double() for seed in range(2)], torch.randn(8, 5).double()
+    zipped = fxzip.compile_zip(models, x, method="zip", refit=None, width=2)
+    assert {space["kept"] for space in zipped.report["spaces"] if space["name"] == "first.weight"} == kept
+    assert all(found.shape == (8, 3) for found in zipped(x))
+
+
 def layout(space, feature, occurrence):
     return Layout(*(torch.tensor(values) for values in (space, feature, occurrence)))
 

@@ -183,8 +183,11 @@ class _Trials:
         return self._failure(more, None, 0) or self._failure(more, 1, -1)
 
     def failure_apart(self, spaces: Sequence[int]) -> str:
-        """Why the spaces cannot each be made wider by a number of its own; "" if they can."""
-        return self._failure({self.numbers[s]: place + 1 for place, s in enumerate(sorted(spaces))}, 2, 0)
+        """Why the spaces cannot each be made wider by a number of its own; "" if they can.
+
+        The numbers are two apart: `chunk` rounds up, so that its first part may have one feature more by accident.
+        """
+        return self._failure({self.numbers[s]: 2 * place + 2 for place, s in enumerate(sorted(spaces))}, 2, 0)
 
     def _failure(self, more: Mapping[int, int], seed: int | None, case: int) -> str:
         generator = None if seed is None else torch.Generator().manual_seed(seed)

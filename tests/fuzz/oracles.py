@@ -143,7 +143,7 @@ class Trial:
         except FaultyAccount:
             raise
         except Exception as crash:
-            self.found.faults.append(Fault(oracle, _crash(crash), said, traceback.format_exc(limit=-4)))
+            self.found.faults.append(Fault(oracle, _crash(crash), said, traceback.format_exc(limit=-30)))
             _unwind()
             return
         if _unwind():
@@ -308,7 +308,7 @@ def run(program: Program, seed: int, oracles: Sequence[Callable[[Trial], None]] 
             raise
         except Exception as crash:
             trial.found.faults.append(
-                Fault(_name(oracle), _crash(crash), "tracing alone", traceback.format_exc(limit=-4))
+                Fault(_name(oracle), _crash(crash), "tracing alone", traceback.format_exc(limit=-30))
             )
         _unwind()
     return trial.found

@@ -43,6 +43,15 @@ def compress(labels: Tensor) -> Tensor:
     return labels
 
 
+def all_features(labels: Tensor) -> bool:
+    """Whether every place holds a feature, none of them VOID or FIXED; so it is where there is no place at all.
+
+    >>> all_features(torch.tensor([3, 1])), all_features(torch.tensor([3, VOID])), all_features(torch.tensor([]))
+    (True, False, True)
+    """
+    return not labels.numel() or int(labels.min()) > 0
+
+
 def along(labels: Tensor, axis: int, ndim: int) -> Tensor:
     """A 1-d run of labels laid along one axis of a tensor with `ndim` axes."""
     shape = [1] * ndim

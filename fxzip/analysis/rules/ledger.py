@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .fields import FIXED, VOID, compress, joint, occurrences, varying
+from .fields import FIXED, VOID, all_features, compress, joint, occurrences, varying
 
 _LOOKED_AT = 1 << 14
 _SCRAMBLE = -0x61C8864680B583EB  # an odd number without structure
@@ -82,7 +82,7 @@ class Ledger:
         if a is b:
             return
         pairs = self._pairs(a, b)
-        if int(pairs.min()) <= 0:
+        if not all_features(pairs):
             least, other = pairs.min(0).values, pairs.max(0).values
             self.pin(other[(least == FIXED) & (other > 0)], "it is added to values that carry no feature")
             self._beside_nothing(a, b)
@@ -117,7 +117,7 @@ class Ledger:
         pairs = self._pairs(blocks, members)
         self.pin(pairs[1, (pairs[0] == FIXED) & (pairs[1] > 0)], "its block meets values that carry no feature")
         self.pin(pairs[0, (pairs[1] == FIXED) & (pairs[0] > 0)], "it holds values that carry no feature")
-        if int(pairs[0].min()) <= 0:
+        if not all_features(pairs[0]):
             self._beside_nothing(members, blocks)
         pairs = pairs[:, (pairs > 0).all(0)]
         if pairs.numel():
@@ -126,7 +126,7 @@ class Ledger:
     def _those(self, labels: Tensor) -> Tensor:
         """The distinct features among the labels, in order."""
         labels = labels.reshape(-1)
-        if labels.numel() and int(labels.min()) <= 0:
+        if not all_features(labels):
             labels = labels[labels > 0]
         if labels.numel() < self.size >> 7:  # sorting takes as long as a look at a hundred times as many flags
             return torch.as_tensor(labels.unique())

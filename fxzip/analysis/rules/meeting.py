@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .fields import Fields, Operand, joint, varying
+from .fields import Fields, Operand, all_features, joint, varying
 from .ledger import Ledger
 
 
@@ -42,7 +42,7 @@ def _relate_all(ledger: Ledger, operands: Sequence[Operand]) -> None:
                     continue
                 ledger.relate(f, g)
                 if varying(f) == varying(g) and (not known or known & {id(f), id(g)}):
-                    known |= {id(h) for h in (f, g) if int(h.min()) > 0}
+                    known |= {id(h) for h in (f, g) if all_features(h)}
 
 
 def _touch(ledger: Ledger, x: Operand, others: Sequence[Operand]) -> None:
