@@ -28,7 +28,7 @@ from ..rewriting.paired_parameters import aligned_tensors, check_paired
 from ..rewriting.zip_plan import ZipPlan
 from ..tracing import flat_inputs, quiet_execution
 from ..tracing.calls import Call
-from .least_squares.kernels import module_kernel, sampled_places
+from .least_squares.kernels import as_rows, module_kernel, sampled_places
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class _Grams(fx.Interpreter):
         if kernel is not None:
             source, out = self.env[n.all_input_nodes[0]], value
             if isinstance(module, nn.Linear):
-                source, out = source.flatten(0, -2), out.flatten(0, -2)
+                source, out = as_rows(source), as_rows(out)
             places = sampled_places(out.shape, kernel.axes, self.positions, self.generator)
             x = kernel.patches(source, places).transpose(0, 1)  # [groups, places, inputs]
             gram = (x.transpose(1, 2) @ x).double()

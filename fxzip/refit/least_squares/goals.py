@@ -14,7 +14,7 @@ from ...analysis.rules import varying
 from ...rewriting.zip_plan import ZipPlan
 from ..counterparts import Counterparts
 from ..unfit import Unfit
-from .kernels import Places, take
+from .kernels import Places, as_rows, take
 from .lockstep import Env, Lockstep
 from .node_interior import result
 from .targets import Targets, find_targets, labels_at
@@ -78,7 +78,7 @@ class Goal:
         if targets is not None and len(axes) == 1:
             full[-1 if self.flat else axes[0]] = targets.size
         if self.flat:
-            values = [value.flatten(0, -2) for value in values]
+            values = [as_rows(value) for value in values]
         shape = torch.Size([math.prod(full[:-1]), full[-1]] if self.flat else full)
 
         def apart(places: Places) -> list[Tensor]:

@@ -45,12 +45,28 @@ def unravelled(flat: Tensor, sizes: Sequence[int]) -> Places:
 def take(value: Tensor, axes: Sequence[int], places: Places) -> Tensor:
     """Features at the places, [places, n]; features that lie along several axes as one run.
 
+    Without other axes than those of the features there is one place, with no index.
+
     >>> take(torch.arange(12).reshape(2, 3, 2), (0, 2), (torch.tensor([1, 2]),)).tolist()
     [[2, 3, 8, 9], [4, 5, 10, 11]]
+    >>> take(torch.arange(3), (0,), ()).tolist()
+    [[0, 1, 2]]
     """
     ends = tuple(range(value.ndim - len(axes), value.ndim))
     moved = value.movedim(tuple(axes), ends)
+
+    if not places:
+        return moved.reshape(1, -1)
     return moved[tuple(p.to(value.device) for p in places)].flatten(1)
+
+
+def as_rows(value: Tensor) -> Tensor:
+    """All places in one run, features last, [places, n]; what has no axis but that of its features is one place.
+
+    >>> as_rows(torch.zeros(2, 3, 4)).shape, as_rows(torch.zeros(4)).shape
+    (torch.Size([6, 4]), torch.Size([1, 4]))
+    """
+    return value.flatten(0, -2) if value.ndim > 1 else value[None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +99,7 @@ class Kernel:
         """
         at = tuple(p.to(x.device) for p in places)
         if self.form.endswith("columns") and len(self.axes) == 1 and len(at) == 1:
-            x = x.flatten(0, -2)
+            x = as_rows(x)
         if self.form == "columns":
             return x[at][:, None]
         if self.form == "rows":

@@ -99,92 +99,142 @@ class _NoSum(BaseException):
 class _Sum(BaseException):
     """The result meets the sum."""
 
-    def __init__(self, index: Tensor, scale: Tensor | None, other: Tensor) -> None:
+    def __init__(self, moved: _Moved, other: Tensor) -> None:
         super().__init__()
-        self.index, self.scale, self.other = index, scale, other
+        self.moved, self.other = moved, other
+
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """A value in which the result lies, moved at most.
+
+    Attributes:
+        value: it, kept so that no other tensor gets its number.
+        index: in its shape, which place of the result comes there, see `Tail`.
+        scale: in its shape, what the result was multiplied by; None: nothing.
+    """
+
+    value: Tensor
+    index: Tensor
+    scale: Tensor | None
 
 
 class _Follow(TorchDispatchMode):
-    """Runs a node with numbers in place of a result, and follows where they are moved."""
+    """Runs a node as it is, and follows where the places of a result are moved.
 
-    def __init__(self, found: Survey, tokens: Tensor, start: int) -> None:
+    The places are moved beside the values, never in their stead: what a module asks of its input (a dtype, a size, a
+    sign) is true of the values alone.
+    """
+
+    def __init__(self, found: Survey, start: int) -> None:
         super().__init__()
-        self.found, self.tokens, self.start = found, tokens, start
-        self.calls = -1
+        self.found, self.start = found, start
+        self.calls, self.size = -1, 0
         self.kept: list[Any] = []
-        self.held: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.held: dict[int, _Moved] = {}
+
+    def hold(self, value: Tensor) -> None:
+        """Follow this value, all of it as it is."""
+        self.size = value.numel()
+        index = torch.arange(1, self.size + 1, device=value.device).reshape(value.shape)
+        self.held[id(value)] = _Moved(value, index, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.calls += 1
-        if self.calls == self.start:
-            self.held[id(self.tokens)] = self.tokens, None
-            return self.tokens
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        mine = [value for value in tensors if id(value) in self.held]
-        if not mine:
-            self.kept.append(func(*args, **kwargs))
-            return self.kept[-1]
+        mine = [self.held[id(value)] for value in tensors if id(value) in self.held]
         name = name_of(func)
-        if is_move(name) or name == "constant_pad_nd":
-            return self._moved(func, args, kwargs)
-        if name in ("mul", "add") and len(args) == 2 and len(tensors) == 2 and len(mine) == 1 and not kwargs:
-            value, other = mine[0], next(t for t in tensors if t is not mine[0])
-            scale = self.held[id(value)][1]
-            if name == "add" and other.shape == value.shape and not self.found.holds(other):
-                raise _Sum(value, scale, other)
-            if (
-                name == "mul"
-                and self.found.holds(other)
-                and torch.broadcast_shapes(other.shape, value.shape) == value.shape
-            ):
-                out = value.clone()
-                self.held[id(out)] = out, other.expand(value.shape) * (1 if scale is None else scale)
-                return out
-        raise _NoSum
 
-    def _moved(self, func: Any, args: Any, kwargs: Any) -> Any:
-        value, scale = self.held.get(id(args[0]), (None, None))
-        if value is None:
+        if name == "add" and len(args) == len(tensors) == 2 and len(mine) == 1 and not kwargs:
+            other = args[1] if args[0] is mine[0].value else args[0]
+            if other.shape == mine[0].value.shape and not self.found.holds(other):
+                raise _Sum(mine[0], other)
+        factor = self._factor(name, args, kwargs)
+        moves = bool(args) and id(args[0]) in self.held and (is_move(name) or name == "constant_pad_nd")
+        # What writes in place would change values that the walk still needs.
+        if mine and (func._schema.is_mutable or not (moves or factor is not None)):
             raise _NoSum
-        out = func(value, *args[1:], **kwargs)
-        shadow = out if scale is None else func(scale, *args[1:], **kwargs)
-        for own, other in zip(tree_leaves(out), tree_leaves(shadow), strict=True):
-            self.held[id(own)] = own, None if scale is None else other
+
+        out = func(*args, **kwargs)
+        self.kept.append(out)
+        if self.calls == self.start:
+            self.hold(next(value for value in tree_leaves(out) if isinstance(value, Tensor)))
+        elif factor is not None:
+            (moved,) = mine
+            scale = factor.expand(out.shape) * (1 if moved.scale is None else moved.scale)
+            self.held[id(out)] = _Moved(out, moved.index, scale)
+        elif moves:
+            self._move(func, args, kwargs, out)
         return out
+
+    def _factor(self, name: str, args: Any, kwargs: Any) -> Tensor | None:
+        """The parameter that a call multiplies the result by, in whose shape it stays; None if it does not."""
+        if name != "mul" or len(args) != 2 or kwargs or not all(isinstance(value, Tensor) for value in args):
+            return None
+        mine = [value for value in args if id(value) in self.held]
+        others = [value for value in args if id(value) not in self.held and self.found.holds(value)]
+        if len(mine) != 1 or len(others) != 1:
+            return None
+        factor: Tensor = others[0]
+        return factor if torch.broadcast_shapes(factor.shape, mine[0].shape) == mine[0].shape else None
+
+    def _move(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """A call that moves the result moves its places and scales."""
+        given, rest = self.held[id(args[0])], args[1:]
+        results = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+        index = self._beside(func, given.index, rest, kwargs)
+        scales = [None] * len(index) if given.scale is None else self._beside(func, given.scale, rest, kwargs)
+        for value, places, scale in zip(results, index, scales, strict=True):
+            self.held[id(value)] = _Moved(value, places, scale)
+
+    def _beside(self, func: Any, value: Tensor, rest: Any, kwargs: Any) -> list[Tensor]:
+        """The same call on places or scales.
+
+        Raises:
+            _NoSum: they do not take it, as integers do not take a padding by infinities.
+        """
+        try:
+            out = func(value, *rest, **kwargs)
+        except RuntimeError as error:
+            raise _NoSum from error
+        self.kept.append(out)
+        return [own for own in tree_leaves(out) if isinstance(own, Tensor)]
 
 
 def find_tail(net: Lockstep, env: Env, found: Survey, start: tuple[fx.Node, int], shape: torch.Size) -> Tail | None:
-    """Follow the result of a call (`start`: node and number; a number of -1 stands for what the node returns).
+    """Follow the result of a call (`start`: node and number; a number of -1 stands for what the node returns), which
+    has to be of this shape.
 
     Moves, dropout, and products with a parameter may lie between it and the sum; nothing else may read it. The other
     summand must be there already, and the sum must be what its node returns.
     """
     node: fx.Node | None
     node, call = start
-    size = shape.numel()
-    device = next((value.device for value in env.values() if isinstance(value, Tensor)), None)
-    tokens = torch.arange(1, size + 1, device=device).reshape(shape)
-    held: dict[int, tuple[Tensor, Tensor | None]] = {id(tokens): (tokens, None)}
     scratch = dict(env)
+    follow = _Follow(found, call)
     if call < 0:
-        scratch[node] = tokens
+        value = net.value(scratch, node)
+        if not isinstance(value, Tensor):
+            return None
+        follow.hold(value)
         node = _next(node)
     else:
         net.inputs(scratch, node)
+
     while node is not None:
-        mode = _Follow(found, tokens, call)
-        mode.held |= held
+        if any(source not in scratch for source in node.all_input_nodes):  # a summand that comes later
+            return None
         try:
-            with mode:
+            with follow:
                 scratch[node] = net.call(scratch, node)
         except _Sum as met:
-            if found.calls[node] != mode.calls + 1:
+            if found.calls[node] != follow.calls + 1 or follow.size != shape.numel():
                 return None
-            return Tail(node, met.index, met.scale, met.other)
-        except (_NoSum, KeyError, RuntimeError, TypeError, IndexError):
+            return Tail(node, met.moved.index, met.moved.scale, met.other)
+        except _NoSum:
             return None
-        held, call = mode.held, -1
+        follow.start, follow.calls = -1, -1
         node = _next(node)
     return None
 

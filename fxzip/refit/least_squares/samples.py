@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ...calibration.batches import not_finite
 from ..unfit import Unfit
 from .goals import Goal, Wanted
-from .kernels import Kernel, Places, effective, sampled_places, take, unravelled
+from .kernels import Kernel, Places, as_rows, effective, sampled_places, take, unravelled
 from .lockstep import Env, Lockstep
 from .node_interior import Tail, arguments, find_tail, result
 from .parameter_uses import Survey
@@ -125,7 +125,7 @@ class Sampler:
         env = envs[0]
         wanted = goal.on(source, envs[1:])
         own = self._result(site, env, wanted, goal)
-        seen = None if own is None else _matching(own.flatten(0, -2) if goal.flat else own, wanted)
+        seen = None if own is None else _matching(as_rows(own) if goal.flat else own, wanted)
         inputs = unit.kernel.flat.shape[-1] if unit.kernel is not None else 1
         groups = unit.kernel.groups if unit.kernel is not None else 1
         size = unit.kernel.flat.element_size() if unit.kernel is not None else 4
@@ -201,12 +201,12 @@ class Sampler:
         index = index[kept]
         coordinates = unravelled(index, wanted.shape)
         places = tuple(c[:, 0] for a, c in enumerate(coordinates) if a not in wanted.axes)
-        own = torch.stack([c for a, c in enumerate(coordinates) if a not in wanted.axes])
+        together = all(bool((c == c[:, :1]).all()) for a, c in enumerate(coordinates) if a not in wanted.axes)
         feature = torch.zeros_like(index)
         for axis in wanted.axes:
             feature = feature * wanted.shape[axis] + coordinates[axis]
         order = torch.arange(index.shape[1], device=index.device)
-        if not len(index) or not bool((own == own[:, :, :1]).all()) or not bool((feature == order).all()):
+        if not len(index) or not together or not bool((feature == order).all()):
             return None
         there = tuple(place.to(kept.device)[kept] for place in there)
         offset = take(tail.other, total.axes, there)
