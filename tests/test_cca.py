@@ -9,7 +9,7 @@ from test_matching import observed
 from torch import nn
 
 import fxzip
-from fxzip.matching import CCA, Merge, Permute, Problem, Space, match_spaces
+from fxzip.matching import CCA, Merge, Permute, Problem, Space
 from fxzip.matching.activations.cca import is_mean, shares
 from fxzip.matching.moments import moments
 
@@ -179,8 +179,8 @@ def test_statistics_may_be_estimated_anew_behind_a_batchnorm_that_was_mixed():
 
 def test_where_only_relabellings_are_legal_features_are_permuted():
     statistics = observed(4, 4)
-    free, bound = match_spaces(
-        Problem((Space((4, 4), moments=statistics), Space((4, 4), "relabel only", moments=statistics))), CCA()
+    free, bound = CCA().match(
+        Problem((Space((4, 4), moments=statistics), Space((4, 4), "relabel only", moments=statistics)))
     )
     assert not free.bijective(1)
     assert bound.bijective(1)

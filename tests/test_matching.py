@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from fxzip.errors import DataError, InputError, OptionError
 from fxzip.matching import METHODS, Average, BlockMoments, Merge, Permute, Zip, match_blocks, resolve, similarity
 from fxzip.matching.activations.zipit import zip_clusters
-from fxzip.matching.merge import in_first_layout, mean_similarity
+from fxzip.matching.clusters import in_first_layout
 from fxzip.matching.moments import Moments, moments
+from fxzip.matching.similarities import mean_similarity
 
 close = torch.testing.assert_close
 SEEDS = st.integers(0, 10_000)
@@ -505,8 +506,8 @@ PAIR = (blocks_of(2, 1), blocks_of(2, 1))
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: resolve("zipp"), OptionError, r"one of 'zip', 'permute', .*; got 'zipp'. Did you mean 'zip'\?"),
-        (lambda: resolve("soup"), OptionError, r"one of 'zip', 'permute', 'average', .*; got 'soup'.$"),
+        (lambda: resolve("zipp"), OptionError, r"one of 'energy', 'zip', .*; got 'zipp'. Did you mean 'zip'\?"),
+        (lambda: resolve("soup"), OptionError, r"one of 'energy', 'zip', 'permute', .*; got 'soup'.$"),
         (lambda: resolve(Zip), OptionError, r"with its settings, such as `Zip\(alpha=0.1\)`; got `<class"),
         (lambda: resolve(3), OptionError, "a name or a method with its settings.*; got `3`"),
         (lambda: Zip(alpha=0), OptionError, "0 < alpha <= 1; got alpha=0. Without discount it is alpha=1"),
@@ -556,7 +557,12 @@ def test_messages(call, error: type[Exception], message: str) -> None:
         ".activations.permute",
         ".activations.average",
         ".blockwise",
+        ".assignment",
+        ".clusters",
+        ".method",
         ".problem",
+        ".registry",
+        ".similarities",
         ".weights.descent",
         ".weights.signatures",
         ".weights.tied_blocks",

@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import importlib
 import itertools
+import re
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -19,13 +20,17 @@ from test_weight_matching import mlp, permutations, problem
 import fxzip
 from fxzip.analysis import relative_difference
 from fxzip.matching import (
+    ENTRIES,
+    FIRST_CLASS,
     METHODS,
     Agglomerative,
     CycleConsistent,
     KMeans,
     Merge,
+    Method,
     MuDSC,
     Permute,
+    SpaceMethod,
     Transport,
     WeightMatching,
     Zip,
@@ -306,7 +311,7 @@ def test_transport_says_what_to_install(monkeypatch):
 
 
 @dataclasses.dataclass(frozen=True)
-class First:
+class First(SpaceMethod):
     """Keep the first model's features; those of the others are their nearest."""
 
     name: ClassVar[str] = "first"
@@ -316,9 +321,6 @@ class First:
         nearest = similarity(moments)[:, :n].argmax(1)
         return Merge(torch.eye(n, sum(moments.sizes)).double(), torch.eye(n).double()[nearest], moments.sizes, 1.0)
 
-    def relabelling(self):
-        return Permute()
-
 
 def test_a_method_of_ones_own_by_name(monkeypatch):
     monkeypatch.setitem(METHODS, "first", First)
@@ -327,6 +329,52 @@ def test_a_method_of_ones_own_by_name(monkeypatch):
     zipped = fxzip.compile_zip(model, other, sample, method="first", refit=None)
     assert relative_difference(model(sample), zipped(sample)[0]) <= 1e-5
     assert "First()" in zipped.report["method"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Called:
+    """A method as they were once written: with a call and a relabelling of its own, and no base class."""
+
+    name: ClassVar[str] = "called"
+
+    def __call__(self, moments: Moments, size: int) -> Merge:
+        return Permute()(moments, size)
+
+    def relabelling(self):
+        return Permute()
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """A method of all spaces without the base class."""
+
+    def match(self, problem):
+        return Permute().match(problem)
+
+
+@pytest.mark.parametrize(("kind", "base"), [(Called, "SpaceMethod"), (Matching, "Method")])
+def test_a_method_without_the_base_class_is_told_which(kind, base, monkeypatch):
+    message = f"subclass of `fxzip.matching.{base}`, .*; found `{kind.__name__}`, .* `class {kind.__name__}"
+    with pytest.raises(fxzip.OptionError, match=message):
+        resolve(kind())
+    monkeypatch.setitem(METHODS, "own", kind)
+    with pytest.raises(fxzip.OptionError, match=message):
+        resolve("own")
+
+    whole = type(kind.__name__, (kind, SpaceMethod if base == "SpaceMethod" else Method), {})()
+    assert resolve(whole) is whole
+    assert (whole.needs, whole.relabelling(), whole.by_position) == ({"moments"}, Permute(), False)
+
+
+def test_what_the_registry_says_of_a_method_is_so():
+    for name, entry in ENTRIES.items():
+        method = entry.method()
+        assert (method.name, type(method).__name__ in entry.method.__name__) == (name, True)
+        assert entry.paper
+        assert re.fullmatch(r"|arXiv \d{4}\.\d{5}|doi:10\.\S+", entry.source)
+        assert (method.relabelling() is method) == method.one_to_one or name in ("mudsc", "recover")
+    assert FIRST_CLASS == ("energy", "zip", "permute", "weights", "average")
+    assert tuple(ENTRIES)[: len(FIRST_CLASS)] == FIRST_CLASS
 
 
 @pytest.mark.parametrize("name", list(METHODS))

@@ -7,7 +7,7 @@ from test_matching import features, observed, shuffle
 
 import fxzip
 from fxzip.analysis import relative_difference
-from fxzip.matching import Energy, Permute, Recover, WeightMatching, Zip, match_spaces, needs
+from fxzip.matching import Energy, Permute, Recover, WeightMatching, Zip
 from fxzip.matching.activations.recover import recovered
 from fxzip.matching.moments import moments
 from fxzip.matching.problem import Problem, Space
@@ -66,8 +66,8 @@ def test_what_it_leaves_alone():
 
 
 def test_it_needs_what_the_inner_method_needs():
-    assert needs(Recover(WeightMatching())) == {"moments", "weights"}
-    assert needs(Recover(Energy())) == {"moments", "readers"}
+    assert Recover(WeightMatching()).needs == {"moments", "weights"}
+    assert Recover(Energy()).needs == {"moments", "readers"}
     assert Recover(Zip(0.1, 0.5)).relabelling() == Permute()
     with pytest.raises(fxzip.OptionError, match=r"`Recover` needs `ridge` > 0; got ridge=0. The default is 1e-3."):
         Recover(ridge=0)
@@ -94,5 +94,5 @@ def test_a_twin_is_exact(until):
     zipped = fxzip.compile_zip(model, twin, x[:2], data=[x], method=Recover(Permute()), refit="repair", until=until)
     for output in zipped(x):
         assert relative_difference(model(x), output) <= 1e-4
-    merges = match_spaces(Problem(()), Recover())
+    merges = Recover().match(Problem(()))
     assert merges == []

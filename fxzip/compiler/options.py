@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 
 from ..analysis.rules import Rule
 from ..errors import OptionError
-from ..matching import JointMethod, Method, needs, resolve
+from ..matching import Method, resolve
 from ..refit import LeastSquares, Refit, fit_least_squares, refits
 from ..widths.choose import Width
 
@@ -23,7 +23,7 @@ class CompileOptions(TypedDict, total=False):
     """The keyword arguments of `compile_zip`, which says what they mean."""
 
     data: Any
-    method: MethodName | Method | JointMethod
+    method: MethodName | Method
     start: str | Sequence[str] | None
     until: Literal["auto"] | str | float | None
     width: Literal["auto"] | float | Mapping[str, float]
@@ -43,7 +43,7 @@ class Recipe:
     """How to merge and to correct. `refit_name` is what the report calls the refit; `sizing` is width and cost, as
     `choose_widths` takes them."""
 
-    method: Method | JointMethod
+    method: Method
     refit: Refit
     refit_name: Any
     sizing: tuple[Width, float | None] = (1.0, None)
@@ -51,7 +51,7 @@ class Recipe:
     @property
     def observes(self) -> bool:
         """Whether anything that is to be decided depends on what the data show."""
-        return "moments" in needs(self.method) or self.sizing[0] != 1
+        return "moments" in self.method.needs or self.sizing[0] != 1
 
     @property
     def narrows(self) -> bool:
@@ -61,7 +61,7 @@ class Recipe:
     @classmethod
     def of(
         cls,
-        method: str | Method | JointMethod,
+        method: str | Method,
         refit: str | Refit | None,
         *,
         calibrated: bool,

@@ -18,7 +18,7 @@ from ..calibration.observer import observe, observe_all
 from ..calibration.shapes import other_shapes
 from ..calibration.sources import Calibration
 from ..errors import InputError
-from ..matching import Average, JointMethod, Method, needs, resolve
+from ..matching import Method, resolve
 from ..matching.moments import Moments
 from ..partition.trunk import Trunk
 from ..refit import Refit, fit_notes, record_statistics
@@ -53,7 +53,7 @@ def compile_zip(
     *models: Any,
     sample_input: Any = None,
     data: Any = None,
-    method: MethodName | Method | JointMethod = "auto",
+    method: MethodName | Method = "auto",
     start: str | Sequence[str] | None = None,
     until: Literal["auto"] | str | float | None = None,
     width: Literal["auto"] | float | Mapping[str, float] = 1.0,
@@ -144,7 +144,7 @@ def compile_zip(
     free = (
         data is None
         and method != "auto"
-        and "moments" not in needs(resolve(method))
+        and "moments" not in resolve(method).needs
         and refit in ("auto", "stored", None)
     )
     by_need = width == "auto"
@@ -159,7 +159,7 @@ def compile_zip(
     calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress, max_batches)
     if joint:
         needs_tasks(calibration, len(networks))
-    by_position, others = isinstance(recipe.method, Average), other_shapes(calibration, call)
+    by_position, others = recipe.method.by_position, other_shapes(calibration, call)
     found = survey(
         networks, call, start=start, verify=verify, strict=strict, by_position=by_position, rules=rules, others=others
     )

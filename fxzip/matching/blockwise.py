@@ -16,14 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .activations.permute import best_pairs
-from .merge import Merge, Method, cluster_merge, mean_similarity, similarity
+from .assignment import best_pairs
+from .merge import Merge, cluster_merge
 from .moments import Moments
+from .similarities import mean_similarity, similarity
+
+if TYPE_CHECKING:
+    from .method import SpaceMethod
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +65,7 @@ class BlockMoments:
                 )
 
 
-def match_blocks(spaces: Sequence[BlockMoments], method: Method) -> tuple[list[Merge], list[Tensor]]:
+def match_blocks(spaces: Sequence[BlockMoments], method: SpaceMethod) -> tuple[list[Merge], list[Tensor]]:
     """Match the blocks of a tie group jointly, then the features inside them.
 
     >>> from fxzip.matching import Permute
@@ -143,7 +148,7 @@ def _bound(table: Tensor) -> Tensor:
     return rows if s_0 < s_k else columns
 
 
-def _merge_space(space: BlockMoments, alike: Tensor | None, partners: Sequence[Tensor], method: Method) -> Merge:
+def _merge_space(space: BlockMoments, alike: Tensor | None, partners: Sequence[Tensor], method: SpaceMethod) -> Merge:
     """The merge of one space, given the partner blocks."""
     matched = [blocks[partner.to(blocks.device)] for blocks, partner in zip(space.blocks, partners, strict=True)]
     widths = [blocks.shape[1] for blocks in matched]
@@ -167,7 +172,7 @@ def _merge_by_position(space: BlockMoments, alike: Tensor | None, matched: Seque
     return cluster_merge(labels, sizes, alike)
 
 
-def _merge_inside(space: BlockMoments, alike: Tensor, matched: Sequence[Tensor], method: Method) -> Merge:
+def _merge_inside(space: BlockMoments, alike: Tensor, matched: Sequence[Tensor], method: SpaceMethod) -> Merge:
     """The block diagonal merge: `method` on each tuple of matched blocks."""
     moments = space.moments
     offsets, widths = moments.offsets(), tuple(blocks.shape[1] for blocks in matched)

@@ -11,16 +11,17 @@ brings W_k into model 0's layout along all runs or all but one:  (W_k)[..., p_k(
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .blockwise import BlockMoments, match_blocks
-from .merge import Merge, Method
 from .moments import Moments
+
+Evidence = Literal["moments", "weights", "readers"]
+"""What a method may ask for: what the data showed, all parameters of the trunk, the weights that read each space."""
 
 Assignment = Mapping[int, Tensor]
 """For one model: space -> int64 [n_0], its feature in the place of each feature of model 0, -1 for none."""
@@ -159,67 +160,3 @@ class Problem:
             key = ("alone", number) if space.tie is None else ("tie", space.tie)
             groups.setdefault(key, []).append(number)
         return list(groups.values())
-
-
-class JointMethod(Protocol):
-    """A method that matches all spaces together. `needs` names its evidence: "weights", "moments", or both."""
-
-    name: ClassVar[str]
-
-    @property
-    def needs(self) -> frozenset[str]: ...
-
-    def match(self, problem: Problem) -> Sequence[Merge]:
-        """A merge for every space of the problem, in order."""
-        ...
-
-    def relabelling(self) -> Method | JointMethod:
-        """The method to use where only relabellings are legal."""
-        ...
-
-
-def needs(method: Method | JointMethod) -> frozenset[str]:
-    """The evidence that a method asks for: "moments" unless it says otherwise.
-
-    >>> from fxzip.matching import WeightMatching, Zip
-    >>> sorted(needs(Zip()) | needs(WeightMatching()))
-    ['moments', 'weights']
-    """
-    return getattr(method, "needs", frozenset({"moments"}))
-
-
-def match_spaces(problem: Problem, method: Method | JointMethod) -> list[Merge]:
-    """A merge for every space: all together by a joint method; else free ones on their own, tied ones block by block.
-
-    Where nothing was observed, features are left in their positions: see `unseen` for what weights say of them.
-
-    Raises:
-        InputError, DataError: as the method does.
-    """
-    if not callable(method):
-        return list(method.match(problem)) if problem.spaces else []
-    merges: dict[int, Merge] = {}
-    for spaces in problem.ties():
-        first = problem.spaces[spaces[0]]
-        if first.tie is not None:
-            found, _ = match_blocks([_block_moments(problem.spaces[s]) for s in spaces], method)
-            merges.update(zip(spaces, found, strict=True))
-        elif first.moments is None:
-            merges[spaces[0]] = _by_position(first.sizes)
-        else:
-            own = method if first.legality == "free" else method.relabelling()
-            merges[spaces[0]] = own(first.moments, first.size)
-    return [merges[s] for s in range(len(problem.spaces))]
-
-
-def _by_position(sizes: Sequence[int]) -> Merge:
-    """Feature i with feature i, those beyond the first model's with its last."""
-    return Merge.from_clusters(torch.cat([torch.arange(n).clamp(max=sizes[0] - 1) for n in sizes]), sizes)
-
-
-def _block_moments(space: Space) -> BlockMoments:
-    seen, total = space.moments, sum(space.sizes)
-    if seen is None:
-        zero = torch.zeros(total, total, dtype=torch.float64)
-        seen = Moments(0.0, zero.diagonal().clone(), zero, space.sizes)
-    return BlockMoments(seen, space.blocks, space.legality == "relabel only")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .activations.permute import Permute
 from .merge import Merge
-from .problem import Problem, Space, match_spaces
+from .problem import Problem, Space
 from .weights.descent import Matching, assigned, table
 from .weights.signatures import signature_table
 from .weights.weight_matching import identity, merge_of
@@ -50,7 +50,7 @@ def _relabelled(problem: Problem, near: Collection[int], merges: Mapping[int, Me
         if not set(spaces) & (set(near) - set(found)):
             continue
         own = Problem(tuple(problem.spaces[s] for s in spaces))
-        found |= {s: merge for s, merge in zip(spaces, match_spaces(own, Permute()), strict=True) if s in near}
+        found |= {s: merge for s, merge in zip(spaces, Permute().match(own), strict=True) if s in near}
     return found
 
 

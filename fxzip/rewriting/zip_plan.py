@@ -20,16 +20,13 @@ from ..analysis.spaces import FeatureSpaces, Layout
 from ..errors import InputError
 from ..matching import (
     Energy,
-    JointMethod,
     Merge,
     Method,
     Problem,
     Space,
     Weight,
     marks,
-    match_spaces,
     match_unseen,
-    needs,
 )
 from ..matching.activations.recover import recovered
 from ..matching.moments import Moments
@@ -71,7 +68,7 @@ class ZipPlan:
 def problem_of(
     trunk: Trunk,
     statistics: Mapping[int, Moments],
-    method: Method | JointMethod,
+    method: Method,
     reach: Sequence[torch.Tensor] | None = None,
     kept: Mapping[int, int] | None = None,
 ) -> Problem:
@@ -81,7 +78,7 @@ def problem_of(
     """
     spaces = []
     read: Sequence[tuple[tuple[torch.Tensor, ...], ...]] = [()] * len(trunk.spaces[0].spaces)
-    if "readers" in needs(method):
+    if "readers" in method.needs:
         read = readers(trunk, reaches(trunk) if reach is None else reach)
     for number, first in enumerate(trunk.spaces[0].spaces):
         own = [found.spaces[trunk.partners[k][number]] for k, found in enumerate(trunk.spaces)]
@@ -97,8 +94,8 @@ def problem_of(
                 kept=(kept or {}).get(number, 0),
             )
         )
-    weights = weights_of(trunk) if "weights" in needs(method) else ()
-    return Problem(_marked(trunk, spaces, weights) if "moments" in needs(method) else tuple(spaces), weights)
+    weights = weights_of(trunk) if "weights" in method.needs else ()
+    return Problem(_marked(trunk, spaces, weights) if "moments" in method.needs else tuple(spaces), weights)
 
 
 def _marked(trunk: Trunk, spaces: Sequence[Space], weights: Sequence[Weight]) -> tuple[Space, ...]:
@@ -117,7 +114,7 @@ def _marked(trunk: Trunk, spaces: Sequence[Space], weights: Sequence[Weight]) ->
 def plan(
     trunk: Trunk,
     statistics: Mapping[int, Moments],
-    method: Method | JointMethod,
+    method: Method,
     kept: Mapping[int, int] | None = None,
 ) -> ZipPlan:
     """Match every space and decide which unmerges fold. `kept` as in `problem_of`.
@@ -128,16 +125,16 @@ def plan(
     kept = kept or {}
     reach = reaches(trunk)
     problem = problem_of(trunk, statistics, method, reach, kept)
-    merges: dict[int, Merge] = dict(enumerate(match_spaces(problem, method)))
+    merges: dict[int, Merge] = dict(enumerate(method.match(problem))) if problem.spaces else {}
     for number, size in kept.items():
         if merges[number].size != size:
             raise InputError(
                 f"`width` needs a method that keeps any number of features; {method!r} keeps {merges[number].size} of "
                 f"`{trunk.spaces[0].spaces[number].name}` instead of {size}. Use `zip`, `energy` or `permute`."
             )
-    asks = "moments" in needs(method)
+    asks = "moments" in method.needs
     unobserved = frozenset(s for s, space in enumerate(problem.spaces) if asks and space.moments is None)
-    if unobserved and "weights" not in needs(method) and not getattr(method, "by_position", False):
+    if unobserved and "weights" not in method.needs and not method.by_position:
         merges |= match_unseen(replace(problem, weights=weights_of(trunk)), merges)
     result = planned(trunk, merges, reach, unobserved, kept)
     if not isinstance(method, Energy) or kept:  # others copy, as published; a budget leaves no room for products

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..analysis.labelling import Labelling
 from ..errors import AlignError
-from ..matching import Energy, JointMethod, Merge, Method, Problem, Zip, match_spaces
+from ..matching import Energy, Merge, Method, Problem, Zip
 from ..matching.moments import Moments
 from ..partition.alignment import Alignment, align
 from ..partition.trunk import Trunk, trunk_of
@@ -82,7 +82,7 @@ def narrowed(
     whole: ZipPlan,
     alone: Mapping[int, Alone],
     kept: Mapping[int, Mapping[int, int]],
-    method: Method | JointMethod,
+    method: Method,
 ) -> ZipPlan:
     """The plan with heads that keep so many features: model -> space of the model alone -> number.
 
@@ -92,11 +92,11 @@ def narrowed(
     return replace(whole, heads={k: _narrowed(alone[k], sizes, within) for k, sizes in kept.items()})
 
 
-def _narrowed(own: Alone, kept: Mapping[int, int], method: Method | JointMethod) -> ZipPlan:
+def _narrowed(own: Alone, kept: Mapping[int, int], method: Method) -> ZipPlan:
     reach = reaches(own.trunk)
     problem = problem_of(own.trunk, own.statistics, method, reach, kept)
     chosen = sorted(kept)
-    found = match_spaces(Problem(tuple(problem.spaces[s] for s in chosen), ()), method)
+    found = method.match(Problem(tuple(problem.spaces[s] for s in chosen)))
     sizes = [space.size for space in own.trunk.spaces[0].spaces]
     merges = {s: Merge.from_clusters(torch.arange(size), (size,)) for s, size in enumerate(sizes)}
     merges |= dict(zip(chosen, found, strict=True))

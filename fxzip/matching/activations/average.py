@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from ...errors import InputError, OptionError
 from ..merge import Merge
+from ..method import SpaceMethod
 from ..moments import Moments
 
 
 @dataclass(frozen=True)
-class Average:
+class Average(SpaceMethod):
     """Average the models as they are: M_k = I / K, U_k = I.
 
     >>> import torch
@@ -24,6 +25,7 @@ class Average:
     """
 
     name: ClassVar[str] = "average"
+    one_to_one: ClassVar[bool] = True
     by_position: ClassVar[bool] = True
 
     def __call__(self, moments: Moments, size: int | None = None) -> Merge:
@@ -45,7 +47,3 @@ class Average:
         if size not in (None, sizes[0]):
             raise OptionError(f"`average` keeps every feature: `size` must be {sizes[0]}; got {size}.")
         return Merge.identity(sizes[0], len(sizes), moments)
-
-    def relabelling(self) -> Average:
-        """Itself: the identity is a relabelling."""
-        return self

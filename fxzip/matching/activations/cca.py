@@ -32,15 +32,15 @@ from torch import Tensor
 
 from ...errors import DataError, InputError, OptionError
 from ..merge import Merge
+from ..method import SpaceMethod
 from ..moments import Moments
-from .permute import Permute
 
 MEANS = 1e-4
 """How much the means count against the covariances."""
 
 
 @dataclass(frozen=True)
-class CCA:
+class CCA(SpaceMethod):
     """Canonical correlation analysis of each model's features with those of the first. Needs equal widths.
 
     >>> from fxzip.matching.moments import moments
@@ -99,10 +99,6 @@ class CCA:
                 'what turns one into another overflows. Rescale the models, or use `method="zip"`.'
             )
         return found
-
-    def relabelling(self) -> Permute:
-        """`Permute`."""
-        return Permute()
 
 
 def _runs(moments: Moments) -> list[slice]:

@@ -16,15 +16,17 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from ...errors import OptionError
-from ..merge import Merge, cluster_merge, in_first_layout, kept, similarity
+from ..clusters import in_first_layout, kept
+from ..merge import Merge, cluster_merge
+from ..method import SpaceMethod
 from ..moments import Moments
-from .permute import Permute
+from ..similarities import similarity
 
 LINKAGES = ("average", "complete", "single")
 
 
 @dataclass(frozen=True)
-class KMeans:
+class KMeans(SpaceMethod):
     """Lloyd's algorithm on standardised features, from the first model's features as centres.
 
     >>> from fxzip.matching.moments import moments
@@ -67,10 +69,6 @@ class KMeans:
             labels = new
         return cluster_merge(in_first_layout(labels, moments.sizes), moments.sizes, alike)
 
-    def relabelling(self) -> Permute:
-        """`Permute`: clusters hold features of one model together, which no relabelling undoes."""
-        return Permute()
-
 
 def _distances(alike: Tensor, labels: Tensor, size: int) -> Tensor:
     """|z_i - mean of cluster c|² less what does not depend on c: [N, size]."""
@@ -82,7 +80,7 @@ def _distances(alike: Tensor, labels: Tensor, size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Agglomerative:
+class Agglomerative(SpaceMethod):
     """Hierarchical clustering: again and again the two clusters whose members are most alike on average.
 
     >>> from fxzip.matching.moments import moments
@@ -120,10 +118,6 @@ class Agglomerative:
         tree = linkage(squareform(distance, checks=False), self.linkage)
         labels = _cut(tree[: len(alike) - size, :2], len(alike)).to(alike.device)
         return cluster_merge(in_first_layout(labels, moments.sizes), moments.sizes, alike)
-
-    def relabelling(self) -> Permute:
-        """`Permute`, as `KMeans`."""
-        return Permute()
 
 
 def _cut(joins: Any, count: int) -> Tensor:

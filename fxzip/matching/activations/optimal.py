@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from ...errors import OptionError
-from ..merge import Merge, cluster_merge, in_first_layout, similarity
+from ..clusters import in_first_layout
+from ..merge import Merge, cluster_merge
+from ..method import SpaceMethod
 from ..moments import Moments
-from .permute import Permute
+from ..similarities import similarity
 
 
 @dataclass(frozen=True)
-class Optimal:
+class Optimal(SpaceMethod):
     """Pairs of features with the greatest total similarity, within and across two models.
 
     >>> from fxzip.matching.moments import moments
@@ -53,10 +55,6 @@ class Optimal:
             )
         alike = similarity(moments)
         return cluster_merge(in_first_layout(_best_pairs(alike, kept), moments.sizes), moments.sizes, alike)
-
-    def relabelling(self) -> Permute:
-        """`Permute`."""
-        return Permute()
 
 
 def _best_pairs(alike: Tensor, kept: int) -> Tensor:

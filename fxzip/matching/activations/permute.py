@@ -11,16 +11,18 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ...errors import OptionError
-from ..merge import Merge, cluster_merge, similarity
+from ..assignment import best_pairs
+from ..merge import Merge, cluster_merge
+from ..method import SpaceMethod
 from ..moments import Moments
+from ..similarities import similarity
 
 
 @dataclass(frozen=True)
-class Permute:
+class Permute(SpaceMethod):
     """Match each model k ≥ 1 to the first, one to one, at the greatest total correlation.
 
     >>> from fxzip.matching.moments import moments
@@ -36,6 +38,7 @@ class Permute:
     """
 
     name: ClassVar[str] = "permute"
+    one_to_one: ClassVar[bool] = True
 
     def __call__(self, moments: Moments, size: int | None = None) -> Merge:
         """The merge to the n_0 features of the first model.
@@ -61,10 +64,6 @@ class Permute:
             labels.append(_align(alike[:n, start:end], alike[start:end, start:end]))
         return cluster_merge(_apart(torch.cat(labels), alike, n, (size or n) - n), moments.sizes, alike)
 
-    def relabelling(self) -> Permute:
-        """Itself."""
-        return self
-
 
 def _apart(labels: Tensor, alike: Tensor, first: int, count: int) -> Tensor:
     """The `count` features behind the first model's that are least like the rest of their cluster get one of their own.
@@ -82,16 +81,6 @@ def _apart(labels: Tensor, alike: Tensor, first: int, count: int) -> Tensor:
     labels = labels.clone()
     labels[lone] = int(labels.max()) + 1 + torch.arange(count, device=labels.device)
     return labels
-
-
-def best_pairs(score: Tensor) -> tuple[Tensor, Tensor]:
-    """One-to-one pairs (rows, columns) of a score matrix [a, b] with the greatest sum; min(a, b) of them, rows sorted.
-
-    >>> best_pairs(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
-    (tensor([0, 1]), tensor([1, 0]))
-    """
-    rows, columns = linear_sum_assignment(score.cpu().numpy(), maximize=True)
-    return torch.as_tensor(rows, device=score.device), torch.as_tensor(columns, device=score.device)
 
 
 def _align(cross: Tensor, own: Tensor) -> Tensor:

@@ -22,14 +22,15 @@ from typing import ClassVar
 import torch
 
 from ...errors import OptionError
-from ..merge import Merge, Method
+from ..merge import Merge
+from ..method import Method
 from ..moments import Moments
-from ..problem import JointMethod, Problem, match_spaces, needs
+from ..problem import Evidence, Problem
 from .zipit import Zip
 
 
 @dataclass(frozen=True)
-class Recover:
+class Recover(Method):
     """Features merged by another method, and unmerged by linear regression.
 
     >>> from fxzip.matching.problem import Space
@@ -51,7 +52,7 @@ class Recover:
 
     name: ClassVar[str] = "recover"
 
-    inner: Method | JointMethod = field(default_factory=Zip)
+    inner: Method = field(default_factory=Zip)
     ridge: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -59,9 +60,9 @@ class Recover:
             raise OptionError(f"`Recover` needs `ridge` > 0; got ridge={self.ridge}. The default is 1e-3.")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Evidence]:
         """The evidence of the inner method, and moments."""
-        return needs(self.inner) | {"moments"}
+        return self.inner.needs | {"moments"}
 
     def match(self, problem: Problem) -> Sequence[Merge]:
         """A merge for every space of the problem.
@@ -73,10 +74,10 @@ class Recover:
             recovered(merge, space.moments, self.ridge)
             if space.legality == "free" and space.tie is None and space.moments is not None
             else merge
-            for space, merge in zip(problem.spaces, match_spaces(problem, self.inner), strict=True)
+            for space, merge in zip(problem.spaces, self.inner.match(problem), strict=True)
         ]
 
-    def relabelling(self) -> Method | JointMethod:
+    def relabelling(self) -> Method:
         """That of the inner method."""
         return self.inner.relabelling()
 

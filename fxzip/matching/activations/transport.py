@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, OptionError
-from ..merge import Merge, similarity
+from ..merge import Merge
+from ..method import SpaceMethod
 from ..moments import Moments
-from .permute import Permute
+from ..similarities import similarity
 
 
 @dataclass(frozen=True)
-class Transport:
+class Transport(SpaceMethod):
     """Optimal transport of each model's features onto those of the first. Needs POT: `pip install 'fxzip[ot]'`.
 
     O(n³ log n) time for each pair of models, much less with `entropy`.
@@ -72,10 +73,6 @@ class Transport:
             value += float((coupling * cross).sum()) / (count - 1)
         joint, back = torch.cat(merge, 1) / count, torch.cat(unmerge)
         return Merge(joint.to(alike.device), back.to(alike.device), moments.sizes, value if count > 1 else 1.0)
-
-    def relabelling(self) -> Permute:
-        """`Permute`."""
-        return Permute()
 
 
 def _library() -> Any:

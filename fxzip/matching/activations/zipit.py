@@ -23,16 +23,18 @@ import numpy.typing as npt
 import torch
 
 from ...errors import OptionError
-from ..merge import Merge, cluster_merge, in_first_layout, kept, model_index, similarity
+from ..clusters import in_first_layout, kept
+from ..merge import Merge, cluster_merge
+from ..method import SpaceMethod
 from ..moments import Moments
-from .permute import Permute
+from ..similarities import model_index, similarity
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Zip:
+class Zip(SpaceMethod):
     """ZipIt!'s greedy matching, for any number of models of any widths.
 
     >>> from fxzip.matching.moments import moments
@@ -81,10 +83,6 @@ class Zip:
         clusters = zip_clusters(alike.cpu().numpy(), sizes, size, self.alpha, self.beta)
         labels = in_first_layout(torch.as_tensor(clusters, device=alike.device), sizes)
         return cluster_merge(labels, sizes, alike)
-
-    def relabelling(self) -> Permute:
-        """`Permute`: zipping joins features of one model, which no relabelling undoes."""
-        return Permute()
 
 
 def zip_clusters(alike: Floats, sizes: tuple[int, ...], size: int, alpha: float, beta: float) -> Ints:

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..merge import similarity
 from ..moments import Moments
+from ..similarities import similarity
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -35,17 +35,19 @@ import torch
 from torch import Tensor
 
 from ...errors import OptionError
-from ..activations.permute import Permute
+from ..clusters import in_first_layout
 from ..linalg import ridged_cholesky
-from ..merge import Merge, cluster_merge, in_first_layout, similarity
+from ..merge import Merge, cluster_merge
+from ..method import Method
 from ..moments import Moments
-from ..problem import Problem, match_spaces
+from ..problem import Evidence, Problem
+from ..similarities import similarity
 from .clusterwise import Floats
 from .elimination import Elimination
 
 
 @dataclass(frozen=True)
-class Energy:
+class Energy(Method):
     """Zipping by lost energy: within and across models, for any number of models of any widths.
 
     >>> from fxzip.matching.problem import Space
@@ -66,7 +68,7 @@ class Energy:
     """
 
     name: ClassVar[str] = "energy"
-    needs: ClassVar[frozenset[str]] = frozenset({"moments", "readers"})
+    needs: ClassVar[frozenset[Evidence]] = frozenset({"moments", "readers"})
 
     floor: float = 0.01
     ridge: float = 1e-5
@@ -91,12 +93,8 @@ class Energy:
                 merges[together[0]] = energy_merge(space.moments, read, space.size, self.floor, self.ridge)
             else:
                 others = Problem(tuple(problem.spaces[number] for number in together))
-                merges.update(zip(together, match_spaces(others, self.relabelling()), strict=True))
+                merges.update(zip(together, self.relabelling().match(others), strict=True))
         return [merges[number] for number in range(len(problem.spaces))]
-
-    def relabelling(self) -> Permute:
-        """`Permute`: zipping joins features of one model, which no relabelling undoes."""
-        return Permute()
 
 
 def reading(moments: Moments, readers: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..merge import Merge
-from ..problem import Problem, Run, Weight
+from ..method import Method
+from ..problem import Evidence, Problem, Run, Weight
 from .descent import Matching, assigned, slices, transformed
 from .weight_matching import WeightMatching, based_on_first, begin, identity, merge_of, weighted
 
@@ -32,7 +33,7 @@ Relaxed = list[dict[int, Tensor]]  # by model, then space: doubly stochastic, [n
 
 
 @dataclass(frozen=True)
-class CycleConsistent:
+class CycleConsistent(Method):
     """C2M3: one universe that all models are relabelled to, found for all spaces at once.
 
     >>> import fxzip
@@ -51,7 +52,8 @@ class CycleConsistent:
     """
 
     name: ClassVar[str] = "c2m3"
-    needs: ClassVar[frozenset[str]] = frozenset({"weights"})
+    one_to_one: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Evidence]] = frozenset({"weights"})
 
     start: str = "signatures"
     steps: int = 50
@@ -74,10 +76,6 @@ class CycleConsistent:
             )
         matchings = self._matchings(weighted(problem, self.vectors))
         return [merge_of(problem, number, matchings) for number in range(len(problem.spaces))]
-
-    def relabelling(self) -> CycleConsistent:
-        """Itself."""
-        return self
 
     def _matchings(self, problem: Problem) -> list[Matching]:
         weights = [weight for weight in problem.weights if weight.groups == 1]

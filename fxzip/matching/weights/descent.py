@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..activations.permute import best_pairs
+from ..assignment import best_pairs
 from ..problem import Problem, Run, Space, Weight
 from .tied_blocks import BlockAssignment, Product, match_tie
 

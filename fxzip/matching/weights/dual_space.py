@@ -21,16 +21,18 @@ from torch import Tensor
 
 from ...errors import InputError, OptionError
 from ..activations.permute import Permute
-from ..merge import Merge, Method, similarity
+from ..merge import Merge
+from ..method import Method, SpaceMethod
 from ..moments import Moments
-from ..problem import Problem, Run, Space, Weight, match_spaces
+from ..problem import Evidence, Problem, Run, Space, Weight
+from ..similarities import similarity
 from .descent import slices, transformed
 
 _PATIENCE = 5
 
 
 @dataclass(frozen=True)
-class MuDSC:
+class MuDSC(Method):
     """Merging under dual-space constraints.
 
     >>> from fxzip.matching import Zip
@@ -50,17 +52,17 @@ class MuDSC:
     """
 
     name: ClassVar[str] = "mudsc"
-    needs: ClassVar[frozenset[str]] = frozenset({"weights", "moments"})
+    needs: ClassVar[frozenset[Evidence]] = frozenset({"weights", "moments"})
 
     balance: float = 0.5
-    inner: Method = field(default_factory=Permute)
+    inner: SpaceMethod = field(default_factory=Permute)
     seed: int = 0
     sweeps: int = 20
 
     def __post_init__(self) -> None:
         if not 0 <= self.balance <= 1:
             raise OptionError(f"`MuDSC` needs 0 <= balance <= 1, the weights' share; got balance={self.balance}.")
-        if not callable(self.inner):
+        if not isinstance(self.inner, SpaceMethod):
             raise InputError(
                 f"`inner` must be a method that matches one space by its moments, such as `Zip()`; got {self.inner!r}."
             )
@@ -72,7 +74,7 @@ class MuDSC:
             DataError: the moments are not finite.
         """
         seen = [None if space.moments is None else similarity(space.moments) for space in problem.spaces]
-        merges = match_spaces(problem, self.inner)
+        merges = self.inner.match(problem)
         best, value, idle = list(merges), -torch.inf, 0
         generator = torch.Generator().manual_seed(self.seed)
         coordinates = problem.ties()
@@ -103,7 +105,7 @@ class MuDSC:
             active = seen[s]
             mixed = alike if active is None else self.balance * alike + (1 - self.balance) * active
             own.append(replace(problem.spaces[s], moments=as_moments(mixed, problem.spaces[s].sizes)))
-        return dict(zip(spaces, match_spaces(Problem(tuple(own)), self.inner), strict=True))
+        return dict(zip(spaces, self.inner.match(Problem(tuple(own))), strict=True))
 
 
 def as_moments(alike: Tensor, sizes: tuple[int, ...]) -> Moments:

@@ -19,7 +19,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..activations.permute import best_pairs
+from ..assignment import best_pairs
 from ..blockwise import best_blocks
 
 _ROUNDS = 20

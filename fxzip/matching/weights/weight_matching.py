@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ...errors import OptionError
 from ..merge import Merge, cluster_merge
-from ..problem import Problem, Space, Weight
+from ..method import Method
+from ..problem import Evidence, Problem, Space, Weight
 from .descent import Descent, Matching, assigned, table
 from .signatures import signature_table
 
@@ -36,7 +37,7 @@ STARTS = ("signatures", "identity")
 
 
 @dataclass(frozen=True)
-class WeightMatching:
+class WeightMatching(Method):
     """Git Re-Basin's weight matching, on any graph and for any number of models.
 
     >>> import fxzip
@@ -58,7 +59,8 @@ class WeightMatching:
     """
 
     name: ClassVar[str] = "weights"
-    needs: ClassVar[frozenset[str]] = frozenset({"weights"})
+    one_to_one: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Evidence]] = frozenset({"weights"})
 
     seed: int = 0
     starts: tuple[str, ...] = ("signatures",)
@@ -77,10 +79,6 @@ class WeightMatching:
         """A merge for every space: every model relabelled to fit the first."""
         matchings = match_weights(weighted(problem, self.vectors), self)
         return [merge_of(problem, number, matchings) for number in range(len(problem.spaces))]
-
-    def relabelling(self) -> WeightMatching:
-        """Itself."""
-        return self
 
 
 def weighted(problem: Problem, vectors: float) -> Problem:

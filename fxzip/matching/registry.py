@@ -1,0 +1,183 @@
+"""The methods that have a name, and what is to be known of each before choosing it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import OptionError
+from .activations.average import Average
+from .activations.cca import CCA
+from .activations.clustering import Agglomerative, KMeans
+from .activations.optimal import Optimal
+from .activations.permute import Permute
+from .activations.recover import Recover
+from .activations.transport import Transport
+from .activations.zipit import Zip
+from .energy.energy import Energy
+from .method import Method
+from .weights.cycle_consistent import CycleConsistent
+from .weights.dual_space import MuDSC
+from .weights.weight_matching import WeightMatching
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method of fxzip.
+
+    >>> ENTRIES["weights"].needs, ENTRIES["mudsc"].needs, ENTRIES["average"].needs
+    ('weights', 'moments and weights', 'nothing')
+
+    Attributes:
+        method: makes it with its default settings.
+        paper: title and where it appeared; of this project where it is from no paper.
+        source: arXiv number or DOI; empty without a paper.
+        evidence: where its figures are, and what they say.
+        extra: the optional dependency, `pip install 'fxzip[...]'`; empty for none.
+        first_class: whether a user decides for it; the others are there to compare with (`fxzip.baselines`).
+    """
+
+    method: Callable[[], Method]
+    paper: str
+    source: str
+    evidence: str
+    extra: str = ""
+    first_class: bool = False
+
+    @property
+    def needs(self) -> str:
+        """The evidence that it matches by, in words."""
+        method = self.method()
+        words = {"moments": "moments", "readers": "downstream weights", "weights": "weights"}
+        return "nothing" if method.by_position else " and ".join(words[one] for one in sorted(method.needs))
+
+
+ENTRIES: dict[str, Entry] = {
+    "energy": Entry(
+        Energy,
+        "of this project; its criterion is that of ThiNet (Luo et al., ICCV 2017)",
+        "arXiv 1707.06342",
+        "results.md, all tables: the best single rule of matching under least squares",
+        first_class=True,
+    ),
+    "zip": Entry(
+        Zip,
+        "Stoica et al., ZipIt! Merging Models from Different Tasks without Training, ICLR 2024",
+        "arXiv 2305.03053",
+        "results.md, all tables: the best with statistics alone, next to `energy` under least squares",
+        first_class=True,
+    ),
+    "permute": Entry(
+        Permute,
+        "Ainsworth et al., Git Re-Basin, ICLR 2023, section 3.1",
+        "arXiv 2209.04836",
+        "results.md, Barriers: lowers the barrier by 99 % with statistics reset",
+        first_class=True,
+    ),
+    "weights": Entry(
+        WeightMatching,
+        "Ainsworth et al., Git Re-Basin, ICLR 2023, section 3.2",
+        "arXiv 2209.04836",
+        "results.md, Barriers: the lowest one between networks with LayerNorm",
+        first_class=True,
+    ),
+    "average": Entry(
+        Average,
+        "Wortsman et al., Model Soups, ICML 2022",
+        "arXiv 2203.05482",
+        "results.md, Soups; elsewhere the floor that all others stand on",
+        first_class=True,
+    ),
+    "c2m3": Entry(
+        CycleConsistent,
+        "Crisostomi et al., C²M³: Cycle-Consistent Multi-Model Merging, NeurIPS 2024",
+        "arXiv 2405.17897",
+        "results.md, All methods: three tasks: above `weights`",
+    ),
+    "mudsc": Entry(
+        MuDSC,
+        "Xu et al., Training-Free Pretrained Model Merging, CVPR 2024",
+        "arXiv 2403.01753",
+        "results.md, All methods: three tasks: as `permute`; below it for two",
+    ),
+    "transport": Entry(
+        Transport,
+        "Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020",
+        "arXiv 1910.05653",
+        "results.md, all tables: equals `permute` between equal widths",
+        extra="ot",
+    ),
+    "cca": Entry(
+        CCA,
+        "Horoi et al., Harmony in Diversity, ICML 2024",
+        "arXiv 2407.05385",
+        "results.md, all tables: below `permute`",
+    ),
+    "optimal": Entry(
+        Optimal,
+        "Stoica et al., ZipIt!, ICLR 2024, ablation of matching algorithms",
+        "arXiv 2305.03053",
+        "results.md, All methods: two tasks: a little below `zip`",
+    ),
+    "kmeans": Entry(
+        KMeans,
+        "Lloyd, Least Squares Quantization in PCM, IEEE Trans. Inf. Theory 1982",
+        "doi:10.1109/TIT.1982.1056489",
+        "results.md, all tables: between `permute` and `zip`",
+    ),
+    "agglomerative": Entry(
+        Agglomerative,
+        "Sokal and Michener, average linkage, Univ. Kansas Sci. Bull. 1958",
+        "",
+        "results.md, all tables: as `zip`",
+    ),
+    "recover": Entry(
+        Recover,
+        "of this project; after the lossy unmerge of ZipIt!, section 3",
+        "arXiv 2305.03053",
+        "results.md, Two ResNet-20: four points above `zip` with statistics alone",
+    ),
+}
+"""By name, first class first."""
+
+METHODS: dict[str, Callable[[], Method]] = {name: entry.method for name, entry in ENTRIES.items()}
+"""The methods that have a name, with their default settings. Your own go in as `METHODS["mine"] = Mine`."""
+
+FIRST_CLASS = tuple(name for name, entry in ENTRIES.items() if entry.first_class)
+"""Those that a user decides between; the others are there to compare with."""
+
+
+def resolve(method: str | Method) -> Method:
+    """The method of that name, or the method itself.
+
+    >>> resolve("zip")
+    Zip(alpha=1.0, beta=1.0)
+    >>> resolve(Zip(alpha=0.1, beta=0.5))
+    Zip(alpha=0.1, beta=0.5)
+
+    Raises:
+        OptionError: the name is unknown, or `method` is neither a name nor a method.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            near = difflib.get_close_matches(method, METHODS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise OptionError(f"`method` must be one of {', '.join(map(repr, METHODS))}; got {method!r}.{hint}")
+
+        method = METHODS[method]()
+
+    if isinstance(method, Method):
+        return method
+
+    # A class in the place of an object is a slip; an object with a call or `match` of its own lacks the base class.
+    if not isinstance(method, type) and (callable(method) or hasattr(method, "match")):
+        base = "Method" if hasattr(method, "match") else "SpaceMethod"
+        kind = type(method).__name__
+        raise OptionError(
+            f"A method must be a subclass of `fxzip.matching.{base}`, which gives it what it does not define "
+            f"itself; found `{kind}`, which is none. Write `class {kind}(fxzip.matching.{base})`."
+        )
+    raise OptionError(
+        f"`method` must be a name or a method with its settings, such as `Zip(alpha=0.1)`; got `{method!r}`."
+    )
