@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..tracing import flat_inputs, quiet_execution
 from ..tracing.calls import Call
+from ..tracing.containers import leaves
 from .rules import RULES, is_pointwise
 
 
@@ -31,10 +32,14 @@ class Flops:
     Attributes:
         by_node: of every node.
         unknown: where there are any.
+        shapes: of every node that gives a tensor, on the sample.
+        plain: nodes that give no tensor, in no container: sizes and other numbers.
     """
 
     by_node: Mapping[str, int]
     unknown: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    plain: frozenset[str] = frozenset()
 
     @property
     def total(self) -> int:
@@ -52,7 +57,7 @@ def count_flops(module: fx.GraphModule, call: Call) -> Flops:
     run = _Counting(module)
     with quiet_execution():
         run.run(*flat_inputs(module, call))
-    return Flops(run.flops, run.unknown)
+    return Flops(run.flops, run.unknown, run.shapes, frozenset(run.plain))
 
 
 def flops_by_node(module: fx.GraphModule, call: Call) -> Mapping[str, int]:
@@ -66,6 +71,8 @@ class _Counting(fx.Interpreter):
         self.extra_traceback = False
         self.flops: dict[str, int] = {}
         self.unknown: dict[str, tuple[str, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.plain: set[str] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         with _Counter() as counter:
@@ -73,6 +80,10 @@ class _Counting(fx.Interpreter):
         self.flops[n.name] = counter.total
         if counter.unknown:
             self.unknown[n.name] = tuple(counter.unknown)
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = tuple(value.shape)
+        elif n.op != "output" and not leaves(value):
+            self.plain.add(n.name)
         return value
 
 

@@ -201,7 +201,7 @@ def assemble(
         "self_check": list(found.errors),
         "notes": [*trunk.notes, *found.notes, *tried.notes, *calibration.notes, *widths.notes, *fit_notes(zipped)],
     }
-    report = make_report(zipped, zipping, settings)
+    report = make_report(zipped, zipping, settings, statistics, {k: one.statistics for k, one in own.items()})
     zipped.meta["fxzip_report"] = report.noting(*overspent(report, *recipe.sizing), *_saves_nothing(report))
     return zipped
 

@@ -47,17 +47,18 @@ def deepest(count: int, passes: Callable[[int], bool]) -> int:
 def deepest_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, minimum: float) -> ZippedModule:
     """The zip of the deepest cut every head of which agrees on `minimum` of the held-out inputs.
 
-    `zipped.report["auto"]` holds the cut, the agreement of the heads, and every cut that was tried.
+    `zipped.report["auto"]` holds the cut, the agreement of the heads, and every cut that was tried with what it costs.
 
     Raises:
         CutError: none does.
     """
     tried: dict[int, tuple[float, ...]] = {}
+    costs: dict[int, float] = {}
     best: list[ZippedModule] = []
 
     def passes(place: int) -> bool:
         zipped = build(place)
-        tried[place] = held.agreement(zipped)
+        tried[place], costs[place] = held.agreement(zipped), zipped.report.cost
         if min(tried[place]) < minimum:
             return False
         best[:] = [zipped]
@@ -79,7 +80,7 @@ def deepest_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, minimum: 
         f"on {heads} of {held.size} held-out inputs, on which nothing was fitted"
     )
     values = {"until": cuts[place].until, "agreement": tried[place], "held_out": held.size, "evaluations": evaluations}
-    return _noted(best[0], values, note)
+    return _noted(best[0], {**values, "frontier": _frontier(cuts, tried, costs)}, note)
 
 
 def earliest_affordable(cuts: Sequence[Cut], build: Build, limit: float) -> ZippedModule:
@@ -109,6 +110,7 @@ def best_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, limit: float
         CutError: at none of the cuts tried a zip can be had at that cost.
     """
     tried: dict[int, tuple[float, ...]] = {}
+    costs: dict[int, float] = {}
     best: list[tuple[float, int, ZippedModule]] = []
 
     def attempt(place: int) -> None:
@@ -119,7 +121,7 @@ def best_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, limit: float
         except CostError:
             tried[place] = ()
             return
-        tried[place] = held.agreement(zipped)
+        tried[place], costs[place] = held.agreement(zipped), zipped.report.cost
         score = sum(tried[place]) / len(tried[place])
         if not best or (score, place) > best[0][:2]:
             best[:] = [(score, place, zipped)]
@@ -137,7 +139,7 @@ def best_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, limit: float
     for place in (coarse[i] for i in (coarse.index(middle) - 1, coarse.index(middle) + 1) if 0 <= i < len(coarse)):
         attempt((place + middle) // 2)
     _, place, zipped = best[0]
-    cost = zipped.report["flops"]["total"] / zipped.report["flops"]["originals"][0]
+    cost = costs[place]
     heads = ", ".join(f"{value:.3f}" for value in tried[place])
     evaluations = {cuts[i].until: min(found) for i, found in sorted(tried.items()) if found}
     note = (
@@ -146,7 +148,16 @@ def best_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, limit: float
         "was fitted"
     )
     values = {"until": cuts[place].until, "cost": cost, "agreement": tried[place], "held_out": held.size}
-    return _noted(zipped, {**values, "evaluations": evaluations}, note)
+    return _noted(zipped, {**values, "evaluations": evaluations, "frontier": _frontier(cuts, tried, costs)}, note)
+
+
+def _frontier(
+    cuts: Sequence[Cut], tried: dict[int, tuple[float, ...]], costs: dict[int, float]
+) -> list[dict[str, Any]]:
+    """Every zip that was tried: its cut, its cost relative to the first model, the agreement of its heads."""
+    return [
+        {"until": cuts[place].until, "cost": costs[place], "agreement": list(tried[place])} for place in sorted(costs)
+    ]
 
 
 def _place(cut: Cut) -> str:

@@ -31,6 +31,10 @@ from .pairing import pair_spaces
 from .unmatched import Common
 
 _LAST_SUM = "what it computes from features by its weights goes into what the model returns"
+_WRITES_OUTPUT = "it writes features that the model returns"
+_ALIKE = "it carries no features that could be given back to each model"
+RETURNED = frozenset([_LAST_SUM, _WRITES_OUTPUT])
+"""Of the reasons why a trunk ends those that say where heads begin."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,10 +193,11 @@ class _Search:
             spaces = self.common.solved(names)
             found = self.common.unmatched(names, spaces)
             unmatched |= found
-            left = names - found.keys() if found else names - self.common.alike(names, spaces)
-            if left == names:
+            alike = [] if found else self.common.in_order(self.common.alike(names, spaces))
+            if not found and not alike:
                 return self._trunk(names, spaces, ends, unmatched=unmatched)
-            names = self.closed(left)
+            ends = {**ends, **dict.fromkeys(alike, _ALIKE)}
+            names = self.closed(names - found.keys() - set(alike))
 
     def up_to(self, until: str) -> Trunk:
         """The trunk that the user asks for.
@@ -358,7 +363,7 @@ def _writes_output(label: Labelling, spaces: FeatureSpaces, node: str) -> str:
             if (param, place) not in spaces.consumed:
                 pin = spaces.pin_of(labels)
                 if pin is not None and pin[1] == "output":
-                    return "it writes features that the model returns"
+                    return _WRITES_OUTPUT
     return ""
 
 

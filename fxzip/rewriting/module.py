@@ -21,7 +21,18 @@ from ..tracing import names_of, require
 if TYPE_CHECKING:
     from .report import Report
 
-__all__ = ["EmittedModule", "ZippedModule", "merge", "mix", "part_of", "reuse_memory", "set_tensor", "unmerge"]
+__all__ = [
+    "EmittedModule",
+    "ZippedModule",
+    "is_unmerge",
+    "merge",
+    "mix",
+    "part_of",
+    "reuse_memory",
+    "set_tensor",
+    "sources_of",
+    "unmerge",
+]
 
 _restored, _Function, _Reference = restored, Function, Reference  # files of format 0 name them here
 
@@ -30,6 +41,17 @@ def part_of(node: fx.Node) -> str:
     """Which part of a zipped module a node belongs to: "trunk", "head 0", ...; with `start` also "stem 0", ... and
     "merge"."""
     return str(node.meta.get("fxzip", {}).get("part", "trunk"))
+
+
+def sources_of(node: fx.Node) -> tuple[str, ...]:
+    """The nodes that a node of a zipped module stands for: of every model in the trunk, else of the model that the part
+    belongs to."""
+    return tuple(node.meta.get("fxzip", {}).get("from", ()))
+
+
+def is_unmerge(node: fx.Node) -> bool:
+    """Whether a node of a zipped module gives a head its own features back."""
+    return bool(node.meta.get("fxzip", {}).get("unmerge"))
 
 
 class EmittedModule(fx.GraphModule):
@@ -63,7 +85,12 @@ class ZippedModule(EmittedModule):
     def report(self) -> Report:
         """What was shared, what was not and why."""
         found: Report = self.meta["fxzip_report"]
-        return found
+        return found.of(self)
+
+    def _repr_html_(self) -> str:
+        from .report_page import network_brief
+
+        return network_brief(self)
 
     def train(self, mode: bool = True) -> ZippedModule:
         """Switch to train mode. Warns where the models draw random numbers there and this network does not."""

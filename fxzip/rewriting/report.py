@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from ..analysis.flops import count_flops
+from ..analysis.flops import Flops, count_flops
+from ..errors import InputError
+from ..matching.moments import Moments
 from ..ops import mix
 from ..partition.node_names import module_path
 from ..tracing import Program, flat_inputs
 from ..tracing.calls import Call
 from ..tracing.shapes import checked_shapes
-from .module import ZippedModule
+from .module import ZippedModule, is_unmerge, part_of
+from .node_facts import node_facts
+from .space_facts import narrowed_facts, space_facts
 from .zip_plan import ZipPlan
+
+NOTHING: Mapping[int, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -23,13 +31,17 @@ class Report(Mapping[str, Any]):
     """A read-only dict of plain values; `str(report)` is a text for people.
 
     Keys: "models", "method", "refit", "data", "cut", "spaces", "narrowed", "flops", "parameters", "unmerges", "mixed",
-    "barriers", "self_check", "tracing", "notes". "narrowed" holds for each head its spaces that keep fewer features.
+    "barriers", "self_check", "tracing", "notes", "nodes". "narrowed" holds for each head its spaces that keep fewer
+    features. A space has, for each model, its "sizes" and its "error", the share of the features' variance that merging
+    loses (see `space_facts.py`). "nodes" holds for each node of the graph where it is, what it gives and why it is not
+    shared (see `node_facts.py`).
     "flops" and "parameters" hold "trunk", "heads", "total", "originals", "side_by_side"; "flops" also
     "unknown", the calls whose FLOPs are not known and count as none. "unmerges" are the nodes that
     give a head its own features; "mixed" those of them that take a matrix product, the others gather.
     """
 
     values_: dict[str, Any]
+    network_: Any = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, key: str) -> Any:
         return self.values_[key]
@@ -67,10 +79,52 @@ class Report(Mapping[str, Any]):
         """
         return Report({**self.values_, "notes": [*self.values_["notes"], *notes]})
 
+    def of(self, network: ZippedModule) -> Report:
+        """The report together with the network that it is about, whose graph `html` draws."""
+        return Report(self.values_, network)
+
+    def html(self, path: str | os.PathLike[str], *, table: Any = None) -> None:
+        """Write a page: what each task costs, the graph with its stages, spaces and the places where sharing stops, and
+        why. It is one file, which a browser shows without a network.
+
+        >>> import fxzip, tempfile, torch
+        >>> from torch import nn
+        >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
+        >>> zipped = fxzip.compile_zip({"pets": a, "birds": b}, torch.randn(16, 4), progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     zipped.report.html(f"{folder}/zipped.html")
+        ...     print(open(f"{folder}/zipped.html", encoding="utf-8").read()[:15])
+        <!DOCTYPE html>
+
+        Args:
+            path: of the file, which is replaced if there is one.
+            table: what `fxzip.sweep` or `fxzip.compare` gave for the same models: its rows join the plot of cost
+                against agreement.
+
+        Raises:
+            InputError: the report was taken out of a file and has no network with it; use `zipped.report`.
+        """
+        from .report_page import write
+
+        if self.network_ is None:
+            raise InputError(
+                "`html` draws the graph of the network that a report is about; this report has none with it. Call it "
+                "as `zipped.report.html(path)`."
+            )
+        write(self.network_, self, path, table)
+
+    def _repr_html_(self) -> str:
+        from .report_page import brief
+
+        return brief(self)
+
     def __str__(self) -> str:
         return "\n".join(_lines(self.values_))
 
     __repr__ = __str__
+
+    def __reduce__(self) -> Any:
+        return Report, (self.values_,)  # not the network, of which it is a part
 
 
 def _costs(trunk: int, heads: list[int], stems: list[int], originals: list[int]) -> dict[str, Any]:
@@ -81,11 +135,10 @@ def _costs(trunk: int, heads: list[int], stems: list[int], originals: list[int])
     }  # fmt: skip
 
 
-def _flops(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, Any]:
-    found = count_flops(zipped, programs[0].call)
+def _flops(zipped: ZippedModule, programs: tuple[Program, ...], found: Flops) -> dict[str, Any]:
     parts: dict[str, int] = {}
     for node in zipped.graph.nodes:
-        part = node.meta.get("fxzip", {}).get("part", "trunk")
+        part = part_of(node)
         parts[part] = parts.get(part, 0) + found.by_node[node.name]
     heads, stems = ([parts.get(f"{part} {k}", 0) for k in range(len(programs))] for part in ("head", "stem"))
     originals = [count_flops(p.module, p.call) for p in programs]
@@ -116,9 +169,9 @@ def _parameters(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str
     return _costs(trunk, heads, stems, [sum(p.numel() for p in program.module.parameters()) for program in programs])
 
 
-def costs(zipped: ZippedModule, programs: tuple[Program, ...]) -> dict[str, dict[str, Any]]:
-    """FLOPs and parameters of trunk, heads, each original, and all of them side by side."""
-    return {"flops": _flops(zipped, programs), "parameters": _parameters(zipped, programs)}
+def costs(zipped: ZippedModule, programs: tuple[Program, ...], counted: Flops) -> dict[str, dict[str, Any]]:
+    """FLOPs and parameters of trunk, heads, each original, and all of them side by side. `counted`: of the zip."""
+    return {"flops": _flops(zipped, programs, counted), "parameters": _parameters(zipped, programs)}
 
 
 def described_inputs(zipped: ZippedModule, call: Call) -> list[dict[str, Any]]:
@@ -133,36 +186,28 @@ def described_inputs(zipped: ZippedModule, call: Call) -> list[dict[str, Any]]:
     ]
 
 
-def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]) -> Report:
-    """Facts about a zip. `settings` adds what only the driver knows (method, refit, data, notes ...)."""
+def make_report(
+    zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any], statistics: Mapping[int, Moments] = NOTHING,
+    alone: Mapping[int, Mapping[int, Moments]] = NOTHING,
+) -> Report:  # fmt: skip
+    """Facts about a zip.
+
+    Args:
+        settings: what only the driver knows (method, refit, data, notes ...).
+        statistics: moments of the trunk's spaces, by number, from which the plan was made.
+        alone: the same of the spaces of each model by itself, where heads keep fewer features.
+    """
     trunk = plan.trunk
     programs = trunk.alignment.programs
-    spaces = [
-        {
-            "name": space.name, "size": space.size, "kept": plan.merges[number].size,
-            "legality": space.legality, "reason": space.reason,
-            "correlation": None if number in plan.unobserved else round(plan.merges[number].correlation, 4),
-            "folded": [number in folded for folded in plan.folded],
-        }
-        for number, space in enumerate(trunk.spaces[0].spaces)
-    ]  # fmt: skip
-    narrow = [
-        [
-            {"name": own.trunk.spaces[0].spaces[s].name, "size": own.trunk.spaces[0].spaces[s].size, "kept": kept}
-            for s, kept in own.kept.items()
-        ]
-        if (own := plan.heads.get(k)) is not None
-        else []
-        for k in range(len(programs))
-    ]
     last = [node for node in programs[0].module.graph.nodes if node.name in set(trunk.nodes)]
     edge = [
         n
         for n in last
         if any(user.name not in set(trunk.nodes) for user in n.users) and n.name in trunk.labellings[0].dynamic
     ]
-    left = [node for node in zipped.graph.nodes if node.meta.get("fxzip", {}).get("unmerge")]
-    spent = costs(zipped, programs)
+    left = [node for node in zipped.graph.nodes if is_unmerge(node)]
+    counted = count_flops(zipped, programs[0].call)
+    spent = costs(zipped, programs, counted)
     values = {
         "models": len(programs),
         **settings,
@@ -178,14 +223,15 @@ def make_report(zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any]
             "alike": list(trunk.alike),
             "merged": [list(twins) for twins in trunk.alignment.entries],
         },
-        "spaces": spaces,
-        "narrowed": narrow,
+        "spaces": space_facts(plan, statistics),
+        "narrowed": [narrowed_facts(plan, k, alone.get(k, NOTHING)) for k in range(len(programs))],
         **spent,
         "unmerges": [node.name for node in left],
         "mixed": [node.name for node in left if node.target is mix],
         "barriers": [b.reason for label in trunk.labellings for b in label.barriers],
         "probed": [p.reason for label in trunk.labellings for p in label.probed],
         "tracing": [{"rung": p.rung, "failures": list(p.failures), "lost": list(p.lost)} for p in programs],
+        "nodes": node_facts(zipped, counted, plan),
     }
     return Report(values)
 

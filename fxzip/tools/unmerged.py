@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..analysis.flops import count_flops
 from ..compiler.arguments import models_and_sample
 from ..rewriting.emit import forget_buffers
 from ..rewriting.emit_stems import copied_node
 from ..rewriting.module import ZippedModule, reuse_memory
+from ..rewriting.node_facts import node_facts
 from ..rewriting.report import Report, costs, described_inputs, uncounted
 from ..tracing import Program, plain_context
 from ..tracing.joint_inputs import trace_all
@@ -97,12 +99,14 @@ def _placeholders_first(graph: fx.Graph) -> None:
 
 def _report(result: ZippedModule, programs: tuple[Program, ...]) -> Report:
     cut: Mapping[str, Any] = {"after": [], "modules": [], "parting": [], "ends": {}}
-    spent = costs(result, programs)
+    counted = count_flops(result, programs[0].call)
+    spent = costs(result, programs, counted)
     values = {
         "models": len(programs), "method": "side by side", "refit": None, "data": "no data needed",
         "self_check": [None] * len(programs), "notes": ["nothing is merged", *uncounted(spent)], "cut": cut,
         "spaces": [], **spent, "inputs": described_inputs(result, programs[0].call), "unmerges": [], "barriers": [],
         "probed": [],
         "tracing": [{"rung": p.rung, "failures": list(p.failures), "lost": list(p.lost)} for p in programs],
+        "nodes": node_facts(result, counted),
     }  # fmt: skip
     return Report(values)

@@ -1,0 +1,107 @@
+"""Templates filled in: a whole page, or a fragment for a notebook."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import asdict
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from .charts import frontier, widths
+from .content import Page
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_HUES = (28, 165, 285, 340, 95, 190, 50, 255)
+"""Of heads and of lines of a plot, in order. The trunk is blue."""
+_SCRIPTS = ("vendor/cytoscape.min.js", "vendor/dagre.min.js", "templates/page.js")
+_LICENCES = ("vendor/cytoscape.LICENSE", "vendor/dagre.LICENSE")
+
+
+def page_html(page: Page) -> str:
+    """One file with all that a browser needs to show a zipped network."""
+    scripts = [_resource(name) for name in _SCRIPTS]
+    template = _environment().get_template("page.html")
+    return template.render(
+        page=page,
+        graph=graph_data(page),
+        style=_resource("templates/page.css"),
+        scripts=scripts,
+        policy=_policy(scripts),
+        licences=[_resource(name) for name in _LICENCES],
+        frontier=frontier(page.points),
+        widths=widths(page.spaces),
+        hues=_hues(page),
+    )
+
+
+def graph_data(page: Page) -> dict[str, Any]:
+    """What the script draws."""
+    return {
+        "nodes": [asdict(node) for node in page.nodes],
+        "groups": [asdict(group) for group in page.groups],
+        "spaces": [asdict(space) for space in page.spaces],
+        "hues": _hues(page),
+        "tasks": [task.name for task in page.tasks],
+    }
+
+
+def _hues(page: Page) -> list[int]:
+    """Enough of them for all heads and lines."""
+    most = max(len(page.tasks), len({point.line for point in page.points}), 1)
+    return [_HUES[n % len(_HUES)] for n in range(most)]
+
+
+def fragment(template: str, **values: Any) -> str:
+    """A short form for a notebook."""
+    return str(_environment().get_template(template).render(**values))
+
+
+def _policy(scripts: list[str]) -> str:
+    """Nothing is loaded, and no script runs but these, known by their hashes."""
+    sums = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    allowed = " ".join(f"'sha256-{own}'" for own in sums)
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
+
+
+@cache
+def _resource(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    result = Environment(
+        loader=PackageLoader("fxzip", "pages/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    result.filters |= {"count": _count, "percent": _percent, "ratio": _ratio}
+    return result
+
+
+def _count(number: float) -> str:
+    """A number as people read it: three digits and a unit.
+
+    >>> [_count(n) for n in (7, 1234, 4_089_284_608)]
+    ['7', '1.23 k', '4.09 G']
+    """
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size * 0.9995:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,.3g}" if isinstance(number, float) else str(number)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _ratio(part: float, whole: float) -> str:
+    return f"{part / whole:.2f}" if whole else "–"

@@ -1,0 +1,177 @@
+"""From a zipped network and its report to what a page shows.
+
+All is read from the graph as it is, the provenance of its nodes, and the report; so it is the same behind `load`, and
+for a graph that was changed since the report was made. Of nodes that the report does not know the page tells less.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..ops import mix
+from ..pages import Costs, Node, Page, Point, Space, Task, fragment, grouped, page_html
+from .module import ZippedModule
+from .page_nodes import Nodes, Places
+
+if TYPE_CHECKING:
+    from .report import Report
+
+_COSTS = (("FLOPs", "flops"), ("parameters", "parameters"))
+WORST = "agreement of the worst head"
+
+
+def page_of(zipped: ZippedModule, report: Report, table: Sequence[Mapping[str, Any]] = ()) -> Page:
+    """The page. `table`: rows of zips of the same models, for the plot of cost against agreement."""
+    points, measure = points_of(table)
+    spaces, first = _spaces(report)
+    names = task_names(report)
+    facts = report.get("nodes", {})
+    places = Places(zipped, facts, names)
+    groups, inside = grouped(places.placed())
+    nodes = Nodes(zipped, facts, first, places, inside).nodes()
+    nodes, spaces = _in_order(nodes, spaces)
+    lines = str(report).splitlines()
+    return Page(
+        title=" + ".join(names) if report.tasks else f"{report['models']} networks in one",
+        headline=lines[0],
+        costs=tuple(_costs(name, report[key]) for name, key in _COSTS),
+        tasks=tuple(_task(k, name, report, zipped, nodes) for k, name in enumerate(names)),
+        nodes=nodes,
+        groups=tuple(groups),
+        spaces=spaces,
+        notes=tuple(report.notes),
+        facts=_facts(report),
+        points=(*(_tried(report) if measure == WORST else ()), *points),
+        measure=measure,
+        text="\n".join(lines),
+        version=str(getattr(sys.modules[__name__.partition(".")[0]], "__version__", "")),
+    )
+
+
+def _in_order(nodes: tuple[Node, ...], spaces: tuple[Space, ...]) -> tuple[tuple[Node, ...], tuple[Space, ...]]:
+    """The spaces in the order in which the graph meets them, those of the trunk first; nodes that number them so."""
+    met = {space: n for n, space in reversed(list(enumerate(space for node in nodes for space in node.spaces)))}
+    order = sorted(range(len(spaces)), key=lambda n: (-1 if (head := spaces[n].head) is None else head, met.get(n, 0)))
+    numbers = {space: n for n, space in enumerate(order)}
+    renumbered = (replace(node, spaces=tuple(sorted(numbers[space] for space in node.spaces))) for node in nodes)
+    return tuple(renumbered), tuple(spaces[space] for space in order)
+
+
+def task_names(report: Report) -> list[str]:
+    """Names of the tasks, "head 0" and so on where they have none."""
+    return report.tasks or [f"head {k}" for k in range(report["models"])]
+
+
+def _spaces(report: Report) -> tuple[tuple[Space, ...], list[int]]:
+    """The spaces of the trunk and of narrowed heads, and the number of the first of each head."""
+    found = [
+        Space(
+            own["name"], tuple(own.get("sizes", [own["size"]])), own["kept"], own["legality"], own["reason"],
+            own["correlation"], None if own.get("error") is None else tuple(own["error"]), tuple(own["folded"]),
+        )
+        for own in report["spaces"]
+    ]  # fmt: skip
+    first = []
+    for k, narrow in enumerate(report.get("narrowed", [])):
+        first.append(len(found))
+        for own in narrow:
+            error = None if own.get("error") is None else (own["error"],)
+            found.append(Space(own["name"], (own["size"],), own["kept"], "free", errors=error, head=k))
+    return tuple(found), first
+
+
+def _costs(name: str, costs: Mapping[str, Any]) -> Costs:
+    return Costs(name, tuple(costs.get("stems", ())), costs["trunk"], tuple(costs["heads"]), tuple(costs["originals"]))
+
+
+def _task(k: int, name: str, report: Report, zipped: ZippedModule, nodes: Sequence[Node]) -> Task:
+    flops, own = report["flops"], [node for node in nodes if node.part == f"head {k}"]
+    stem = flops.get("stems", [0] * len(flops["heads"]))[k]
+    targets = {node.name: node.target for node in zipped.graph.nodes}
+    given = [targets[node.name] for node in own if node.role == "unmerge"]
+    auto = report.get("auto", {}).get("agreement")
+    parameters = report["parameters"]
+    stops = dict.fromkeys(node.stop for node in own if node.begins and node.stop is not None)
+    return Task(
+        name, flops["originals"][k], flops["heads"][k] + stem,
+        parameters["heads"][k] + parameters.get("stems", [0] * len(flops["heads"]))[k], len(given),
+        sum(target is mix for target in given), None if auto is None else auto[k], tuple(stops),
+    )  # fmt: skip
+
+
+def _tried(report: Report) -> list[Point]:
+    """What `until="auto"` tried."""
+    auto = report.get("auto", {})
+    return [
+        Point(
+            'until="auto"', "full trunk" if own["until"] is None else str(own["until"]), own["cost"],
+            min(own["agreement"]), own["until"] == auto["until"],
+        )
+        for own in auto.get("frontier", [])
+    ]  # fmt: skip
+
+
+def _facts(report: Report) -> dict[str, str]:
+    """How it was made, in a few words each."""
+    checked = ["not run" if error is None else f"{error:.1e}" for error in report["self_check"]]
+    facts = {
+        "method": str(report.get("method")), "refit": str(report.get("refit")), "data": str(report.get("data")),
+        "self-check, relative error": ", ".join(checked),
+        "traced": ", ".join(own["rung"] for own in report["tracing"]),
+    }  # fmt: skip
+    inputs = [f"{own['name']} {own['shape']} {own['dtype']}" for own in report.get("inputs", [])]
+    if inputs:
+        facts["sample input"] = "; ".join(inputs)
+    if "auto" in report:
+        facts["held-out inputs"] = str(report["auto"].get("held_out", "none"))
+    return facts
+
+
+def points_of(table: Sequence[Mapping[str, Any]]) -> tuple[list[Point], str]:
+    """The rows of a table as points, and the name of what they measure: the first score, else the agreement."""
+    known = {"method", "refit", "until", "max_cost", "cost", "parameters", "agreement", "worst", "seconds", "error"}
+    score = next((key for row in table for key in row if key not in known), None)
+    points = []
+    for row in table:
+        value = row.get(score or "worst")
+        if row.get("error") is not None or value is None:
+            continue
+        method, refit = str(row["method"]), row.get("refit")
+        bound = method == "side by side"
+        line = "" if bound else method if refit is None else f"{method} + {refit}"
+        cut = "full trunk" if row.get("until") is None else str(row["until"])
+        points.append(Point(line, method if bound else cut, row["cost"], value))
+    return points, score or WORST
+
+
+def write(zipped: ZippedModule, report: Report, path: str | os.PathLike[str], table: Any = None) -> None:
+    """Write the page of a zipped network; see `Report.html`."""
+    text = page_html(page_of(zipped, report, () if table is None else table))
+    Path(path).write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # names may hold halves of surrogate pairs
+
+
+def brief(report: Report) -> str:
+    """A report as notebooks show it."""
+    return fragment("report.html", **_in_brief(report))
+
+
+def network_brief(zipped: ZippedModule) -> str:
+    """A network as notebooks show it: its report, if it has one, and how to see more."""
+    known = "fxzip_report" in zipped.meta
+    values = _in_brief(zipped.report) if known else {}
+    return fragment("network.html", nodes=len(zipped.graph.nodes), known=known, **values)
+
+
+def _in_brief(report: Report) -> dict[str, Any]:
+    return {
+        "headline": str(report).partition("\n")[0],
+        "names": task_names(report),
+        "notes": report.notes,
+        "spaces": _spaces(report)[0],
+        "costs": [_costs(name, report[key]) for name, key in _COSTS],
+    }
