@@ -108,11 +108,27 @@ def test_a_table_is_drawn(compared):
     assert [line.get_label() for line in ax.lines] == [
         "side by side", "average + lstsq", "permute", "Zip(alpha=0.5, beta=1.0) + lstsq"]  # fmt: skip
     assert ax.get_ylabel() == "score"
+    assert (ax.get_title(), ax.get_xlabel()) == ("Cost against score", "FLOPs (× the first model)")
+    texts = [text.get_text() for text in ax.texts]
+    assert {"heads", "layer1"} <= set(texts)
+    assert "side by side, at 2.00 ×" in texts
+    bound = ax.lines[0]
+    assert set(bound.get_ydata()) == {compared[0]["score"]}
+    assert bound.get_linestyle() == "--"
     line = ax.lines[2]
     rows = sorted((row["cost"], row["score"]) for row in compared if row["method"] == "permute")
     assert list(zip(*line.get_data(), strict=True)) == rows
     assert compared.plot(ax, y="worst") is ax
-    assert ax.get_ylabel() == "worst"
+    assert ax.get_ylabel() == "agreement of the worst head (share of inputs)"
+
+
+def test_a_table_in_a_notebook():
+    row = {"method": "<script>", "until": None, "cost": 1.0, "agreement": 0.5}
+    failed = {"method": "zip", "until": "a&b", "error": "<b>no</b>"}
+    html = Table((row, failed), "held <i>out</i>")._repr_html_()
+    for told in ("&lt;script&gt;", "a&amp;b", "failed: &lt;b&gt;no&lt;/b&gt;", "held &lt;i&gt;out", ">0.500<"):
+        assert told in html
+    assert "<script>" not in html
 
 
 def test_plotting_without_matplotlib(compared, monkeypatch):

@@ -170,7 +170,9 @@ def test_the_line_is_drawn():
     ax = line.plot(label="permute")
     assert list(ax.lines[0].get_ydata()) == [1.0, 4.0, 3.0]
     assert list(ax.lines[1].get_ydata()) == [1.0, 3.0]
-    assert ax.get_ylabel() == "loss"
+    assert ax.get_ylabel() == "loss (less is better)"
+    assert ax.get_title() == "The loss between two networks"
+    assert [text.get_text() for text in ax.texts] == ["barrier 2"]
     assert line.plot(ax) is ax
 
 

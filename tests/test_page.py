@@ -2,6 +2,7 @@
 `test_page_browser.py`."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -18,6 +19,7 @@ import fxzip
 from fxzip.pages.grouping import MOST_AT_FIRST, MOST_SIDE_BY_SIDE, Placed, grouped
 from fxzip.rewriting.module import is_unmerge, part_of, sources_of
 from fxzip.rewriting.report import Report
+from fxzip.tools.pages import write_page
 
 X = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 EVIL = """</script><script>window.hit=1</script><img src=x onerror="window.hit=1">"'`&amp; ü→\u2028"""
@@ -318,6 +320,37 @@ def test_a_pickled_report_does_not_hold_the_network():
     zipped = made("plain")
     assert b"EmittedModule" not in pickle.dumps(zipped.report)
     assert copy.deepcopy(zipped.report).network_ is None
+
+
+def test_a_page_from_a_folder(tmp_path):
+    zipped = made("plain")
+    zipped.save_pretrained(tmp_path / "folder")
+    write_page(tmp_path / "folder", tmp_path / "folder.html")
+    write_page(zipped, tmp_path / "network.html")
+    assert (tmp_path / "folder.html").read_bytes() == (tmp_path / "network.html").read_bytes()
+    with pytest.raises(fxzip.InputError, match="found one without, such as that of a single task"):
+        write_page(zipped.single(0), tmp_path / "none.html")
+
+
+def test_an_inspection_in_a_notebook():
+    found = fxzip.inspect(residuals()[0], X[:2])
+    html = found._repr_html_()
+    assert all(space.name in html for space in found.spaces)
+    assert f"{len(found.cuts)} cuts" in html
+    spoilt = dataclasses.replace(found, notes=(EVIL,))._repr_html_()
+    assert not {"script", "img"} & {tag for tag, _ in Parser(spoilt).tags}
+
+
+def test_a_network_in_a_notebook():
+    zipped = made("three")
+    html = zipped._repr_html_()
+    for told in (str(zipped.report).partition("\n")[0], *zipped.tasks, *(s["name"] for s in zipped.report["spaces"])):
+        assert told in html
+    single = zipped.single(0)
+    assert not hasattr(single, "_repr_html_")
+    bare = copy.deepcopy(zipped)
+    del bare.meta["fxzip_report"]
+    assert f"{len(bare.graph.nodes)} nodes, without a report" in bare._repr_html_()
 
 
 def test_few_boxes_are_seen_at_first_and_no_row_is_long():

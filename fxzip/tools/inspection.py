@@ -14,6 +14,7 @@ from ..analysis.checking import Check
 from ..analysis.labelling import Barrier, Labelling
 from ..analysis.rules import Rule
 from ..analysis.spaces import FeatureSpace, FeatureSpaces, solve
+from ..pages import fragment
 from ..partition.dependencies import relations
 from ..partition.node_names import cut_names
 from ..partition.own import fixed_places
@@ -75,6 +76,21 @@ class Inspection:
         lines += [f"fixed order: node `{name}`: {reason}" for name, reason in self.fixed.items()]
         lines.append("cuts: " + ", ".join(self.cuts))
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """What was found, as notebooks show it."""
+        head = ["space", "size", "may be merged", "blocks", "reason"]
+        rows = []
+        for space in self.spaces:
+            blocks = "" if space.blocks is None else " × ".join(map(str, space.blocks.shape))
+            rows.append({"cells": [space.name, space.size, space.legality, blocks, space.reason], "error": None})
+        checked = "not run" if self.error is None else f"{self.error:.1e}"
+        notes = [f"traced: {self.rung}; self-check: {checked}"]
+        notes += ["tied: " + ", ".join(names) for names in self.ties]
+        notes += [f"barrier: {barrier.reason}" for barrier in self.barriers]
+        notes += [f"fixed order: node {name}: {reason}" for name, reason in self.fixed.items()]
+        notes += [f"note: {note}" for note in self.notes]
+        return fragment("table.html", head=head, rows=rows, texts=len(head), notes=[*notes, f"{len(self.cuts)} cuts"])
 
 
 @plain_context()

@@ -76,12 +76,19 @@ class Barrier:
         return self.points[self.rises.index(self.height)]
 
     def plot(self, ax: Any = None, *, label: str | None = None) -> Any:
-        """Draw the values over t, and the straight line between the ends dashed. Returns matplotlib axes."""
+        """Draw the values over t, the straight line between the ends dashed, and the barrier where it is highest, with
+        its height in the unit of the values. Returns matplotlib axes."""
         ax = axes(ax)
         (drawn,) = ax.plot(self.points, self.values, marker="o", label=label)
-        ax.plot((0, 1), (self.values[0], self.values[-1]), linestyle="--", color=drawn.get_color())
-        ax.set_xlabel("t: from a (0) to b (1)")
-        ax.set_ylabel(self.kind)
+        first, last, t = self.values[0], self.values[-1], self.worst
+        ax.plot((0, 1), (first, last), linestyle="--", color=drawn.get_color())
+        if self.height > 0:
+            ends = (1 - t) * first + t * last, self.values[self.points.index(t)]
+            ax.vlines(t, *ends, linestyle=":", color=drawn.get_color())
+            ax.annotate(f"barrier {self.height:.3g}", (t, sum(ends) / 2), xytext=(5, 0), textcoords="offset points")
+        ax.set_title(f"The {self.kind} between two networks")
+        ax.set_xlabel("t, share of b: from a (0) to b (1)")
+        ax.set_ylabel(f"{self.kind} ({'less' if self.kind == 'loss' else 'greater'} is better)")
         if label is not None:
             ax.legend()
         return ax

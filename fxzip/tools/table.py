@@ -6,10 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..pages import fragment
 from .plotting import axes
 
 FIXED = ("method", "refit", "until", "max_cost", "cost", "parameters", "agreement", "worst", "seconds", "error")
 """Keys of every row; what the score function gives stands between "worst" and "seconds"."""
+_BOUND = "side by side"
+_MEASURES = {
+    "agreement": "agreement with the originals (share of inputs)",
+    "worst": "agreement of the worst head (share of inputs)",
+    "parameters": "parameters (× the first model)",
+    "seconds": "time of matching, rewriting and refit (s)",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +58,7 @@ class Table(Sequence[Mapping[str, Any]]):
         return tuple(dict.fromkeys(key for row in self.rows for key in row if key not in FIXED))
 
     def __str__(self) -> str:
-        names = [*FIXED[:-2], *self.scores, "seconds"]
-        names = [n for n in names if n == "until" or any(row.get(n) is not None for row in self.rows)]
+        names = self._columns()
         cells = [names, *([_cell(name, row) for name in names] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
@@ -71,21 +78,53 @@ class Table(Sequence[Mapping[str, Any]]):
 
     def plot(self, ax: Any = None, *, y: str | None = None) -> Any:
         """Draw `y` (the first score, else the agreement) over the cost, a line per method, and per cut where widths are
-        by need. Returns matplotlib axes."""
+        by need; each point with the cut it is of. What all models side by side reach is a dashed line. Returns
+        matplotlib axes."""
         ax = axes(ax)
         y = y or next(iter(self.scores), "agreement")
-        lines: dict[str, list[tuple[float, float]]] = {}
+        named: set[tuple[str, float]] = set()
+        for label, rows in self._lines(y).items():
+            if label == _BOUND:
+                cost = rows[0]["cost"]
+                ax.axhline(rows[0][y], linestyle="--", color="0.5", label=label)
+                ax.annotate(f"{label}, at {cost:.2f} ×", (0.01, rows[0][y]), xycoords=("axes fraction", "data"),
+                            xytext=(0, 3), textcoords="offset points", fontsize="small", color="0.4")  # fmt: skip
+                continue
+            rows = sorted(rows, key=lambda row: (row["cost"], row[y]))
+            ax.plot([row["cost"] for row in rows], [row[y] for row in rows], marker="o", label=label)
+            for row in rows:
+                name = f"≤ {row['max_cost']:g} ×" if row.get("max_cost") is not None else _cell("until", row)
+                if (name, round(row["cost"], 2)) not in named:  # several lines at one cut share its name
+                    ax.annotate(name, (row["cost"], row[y]), xytext=(0, -13), textcoords="offset points",
+                                fontsize="small", ha="center")  # fmt: skip
+                named.add((name, round(row["cost"], 2)))
+        ax.set_title(f"Cost against {'agreement' if y == 'worst' else y}")
+        ax.set_xlabel("FLOPs (× the first model)")
+        ax.set_ylabel(_MEASURES.get(y, y))
+        ax.legend()
+        return ax
+
+    def _lines(self, y: str) -> dict[str, list[Mapping[str, Any]]]:
+        """Rows that have `y`, by the line that they belong to."""
+        lines: dict[str, list[Mapping[str, Any]]] = {}
         for row in self.rows:
             if row.get("error") is None and row.get(y) is not None:
                 refit = "" if row.get("refit") is None else f" + {row['refit']}"
                 cut = "" if row.get("max_cost") is None else f" until {_cell('until', row)}"
-                lines.setdefault(f"{row['method']}{refit}{cut}", []).append((row["cost"], row[y]))
-        for label, points in lines.items():
-            ax.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-        ax.set_xlabel("FLOPs relative to the first model")
-        ax.set_ylabel(y)
-        ax.legend()
-        return ax
+                lines.setdefault(f"{row['method']}{refit}{cut}", []).append(row)
+        return lines
+
+    def _repr_html_(self) -> str:
+        """The table as notebooks show it."""
+        names = self._columns()
+        rows = [{"cells": [_cell(name, row) for name in names], "error": row.get("error")} for row in self.rows]
+        texts = sum(name in FIXED[:3] for name in names)
+        return fragment("table.html", head=names, rows=rows, texts=texts, notes=[self.note] if self.note else [])
+
+    def _columns(self) -> list[str]:
+        """The columns that hold something."""
+        names = [*FIXED[:-2], *self.scores, "seconds"]
+        return [n for n in names if n == "until" or any(row.get(n) is not None for row in self.rows)]
 
 
 def _cell(name: str, row: Mapping[str, Any]) -> str:
