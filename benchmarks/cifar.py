@@ -29,11 +29,11 @@ from fxzip.tools.accuracy import HeadAccuracy, evaluate_heads
 
 def parse_method(text: str) -> Any:
     """A method's name, or `zip:ALPHA,BETA` for `fxzip.Zip(alpha=ALPHA, beta=BETA)`; `recover+METHOD` for what
-    `fxzip.Recover` makes of it."""
+    `fxzip.baselines.Recover` makes of it."""
     import fxzip
 
     if text.startswith("recover+"):
-        return fxzip.Recover(fxzip.resolve(parse_method(text.removeprefix("recover+"))))
+        return fxzip.baselines.Recover(fxzip.matching.resolve(parse_method(text.removeprefix("recover+"))))
     name, _, settings = text.partition(":")
     if not settings:
         return name

@@ -41,7 +41,7 @@ def measure(zoo: str, name: str) -> dict[str, Any]:
     row["variant"] = getattr(model, "variant", name)
     clock = time.process_time()
     try:
-        program = fxzip.trace(model, sample)
+        program = fxzip.tracing.trace(model, sample)
     except fxzip.FxzipError as error:
         return {**row, "exact": False, "error": f"{type(error).__name__}: {error}"}
     row |= {"rung": program.rung, "trace_s": time.process_time() - clock, "nodes": len(program.module.graph.nodes)}
@@ -55,17 +55,17 @@ def measure(zoo: str, name: str) -> dict[str, Any]:
             seconds.append(time.process_time() - clock)
         row["forward_s"] = min(seconds)
     clock = time.process_time()
-    labelling = fxzip.label(program, fxzip.RULES)
+    labelling = fxzip.analysis.label(program, fxzip.RULES)
     row["label_s"] = time.process_time() - clock
     clock = time.process_time()
-    found = fxzip.solve(labelling)
+    found = fxzip.analysis.solve(labelling)
     row["solve_s"] = time.process_time() - clock
     passes = Passes()
     clock = time.process_time()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            found, gap, pinned = fxzip.self_check(labelling)
+            found, gap, pinned = fxzip.analysis.self_check(labelling)
             row |= {"exact": not pinned, "gap": gap}
         except fxzip.FxzipError as error:
             row |= {"exact": False, "error": str(error)}

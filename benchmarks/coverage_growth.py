@@ -78,7 +78,7 @@ def measure(family: str, depth: int) -> dict[str, Any]:
     make, sample = FAMILIES[family]
     model = make(depth)
     moved_off(model)
-    program = fxzip.trace(model, sample())
+    program = fxzip.tracing.trace(model, sample())
     found = []
     for _ in range(3):
         gc.collect()
@@ -87,8 +87,8 @@ def measure(family: str, depth: int) -> dict[str, Any]:
             program.module(*program.call.args)
             forward = time.process_time() - clock
         clock = time.process_time()
-        labelling = fxzip.label(program, fxzip.RULES)
-        fxzip.solve(labelling)
+        labelling = fxzip.analysis.label(program, fxzip.RULES)
+        fxzip.analysis.solve(labelling)
         found.append(time.process_time() - clock - forward)
     nodes = len(program.module.graph.nodes)
     return {"family": family, "depth": depth, "nodes": nodes, "labels": labelling.size, "seconds": min(found)}

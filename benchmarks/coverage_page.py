@@ -21,10 +21,10 @@ CPU seconds of one thread.
 in float64 (very large models in float32). *FLOPs*, *parameters*: per cent that may be zipped / only relabelled / are
 pinned.
 
-Seconds are counted so: *trace*: `fxzip.trace`, all of it. *forward*: one forward pass of the traced program on the
-sample, the faster of two. *analysis*: `fxzip.label`, which is one forward pass with every call looked at, less
-*forward*; and `fxzip.solve`. *check*: `fxzip.self_check`, less the time inside the traced program while it makes its
-own forward passes (two, in float64 on a batch of two, if all is well), and less `fxzip.solve`, which it calls again;
+Seconds are counted so: *trace*: `tracing.trace`, all of it. *forward*: one forward pass of the traced program on the
+sample, the faster of two. *analysis*: `analysis.label`, which is one forward pass with every call looked at, less
+*forward*; and `analysis.solve`. *check*: `analysis.self_check`, less the time inside the traced program while it makes
+its own forward passes (two, in float64 on a batch of two, if all is well), and less `analysis.solve`, which it calls again;
 random parameters, casts and relabelling are counted. Nothing is left out of the sum of *analysis* and *check* but
 these forward passes.
 """

@@ -65,10 +65,10 @@ def test_inspect(benchmark, name, size, device):
 def pair(request, batches, device):
     """Two networks, their trunk, and the data."""
     models = [build(request.param, seed, device) for seed in (0, 1)]
-    programs = [fxzip.trace(model, batches[0][:2]) for model in models]
-    labellings = [fxzip.label(program, fxzip.RULES) for program in programs]
-    trunk = fxzip.find_trunk(fxzip.align(programs), labellings)
-    return models, trunk, fxzip.Calibration.of(batches, programs[0].call, models=2, progress=False)
+    programs = [fxzip.tracing.trace(model, batches[0][:2]) for model in models]
+    labellings = [fxzip.analysis.label(program, fxzip.RULES) for program in programs]
+    trunk = fxzip.partition.find_trunk(fxzip.partition.align(programs), labellings)
+    return models, trunk, fxzip.calibration.Calibration.of(batches, programs[0].call, models=2, progress=False)
 
 
 @pytest.mark.parametrize("stage", ["forward passes", "observe"])
@@ -83,7 +83,7 @@ def test_observe(benchmark, pair, batches, device, stage):
                     model(batch)
 
     def run():
-        forward() if stage == "forward passes" else fxzip.observe(trunk, calibration("observing"))
+        forward() if stage == "forward passes" else fxzip.calibration.observe(trunk, calibration("observing"))
         synchronise(device)
 
     benchmark.pedantic(run, rounds=3, warmup_rounds=1)

@@ -1,17 +1,21 @@
 """fxzip: zip trained networks into one multi-task network, without training. A graph compiler on torch.fx.
 
 >>> import fxzip
->>> fxzip.resolve("zip").name
-'zip'
+>>> list(fxzip.METHODS)[:5]
+['energy', 'zip', 'permute', 'weights', 'average']
+
+Here is what users call. The stages of the compiler are in their packages, for pipelines of one's own:
+`docs/own_pipeline.md`.
 """
 
-from .analysis import label, self_check, solve
+import importlib
+import sys
+import warnings
+from typing import Any
+
 from .analysis.rules import RULES
-from .calibration.observer import observe
-from .calibration.sources import Calibration, PerModel
-from .compiler.options import Recipe
-from .compiler.pipeline import assemble, compile_zip
-from .compiler.survey import survey
+from .calibration.sources import PerModel
+from .compiler.pipeline import compile_zip
 from .errors import (
     AlignError,
     BarrierError,
@@ -25,40 +29,20 @@ from .errors import (
     LoadError,
     OptionError,
     PinnedSpaceWarning,
+    RuleError,
     SaveError,
     SelfCheckError,
     SpecializationError,
     TraceError,
 )
-from .matching import (
-    CCA,
-    METHODS,
-    Agglomerative,
-    Average,
-    CycleConsistent,
-    Energy,
-    KMeans,
-    Merge,
-    MuDSC,
-    Optimal,
-    Permute,
-    Recover,
-    Transport,
-    WeightMatching,
-    Zip,
-    resolve,
-)
-from .matching.moments import Moments
+from .matching import METHODS, Average, Energy, Permute, WeightMatching, Zip
 from .ops import answer_to_former_names
-from .partition.alignment import align
-from .partition.trunk import find_trunk
-from .refit import REFITS, LeastSquares, RegMean, refits
+from .refit import REFITS, LeastSquares
 from .refit.joint.logit_shifts import calibrate_joint
-from .rewriting.emit import rewrite
 from .rewriting.module import ZippedModule
 from .rewriting.report import Report
 from .rewriting.serialization import load, save
-from .rewriting.zip_plan import plan
+from .tools import baselines
 from .tools.agreement import Agreement, Evaluation, agreement, evaluate
 from .tools.comparison import compare, sweep
 from .tools.exporting import export
@@ -68,85 +52,86 @@ from .tools.relabelled import relabel
 from .tools.soups import soup
 from .tools.table import Table
 from .tools.unmerged import side_by_side
-from .tracing import trace
 from .tracing.allowed import trust
 
 __version__ = "0.1.0"
 
 answer_to_former_names()
+sys.modules[f"{__name__}.baselines"] = baselines  # so that `from fxzip.baselines import KMeans` finds it
 
 __all__ = [
-    "CCA",
     "METHODS",
     "REFITS",
     "RULES",
-    "Agglomerative",
     "Agreement",
     "AlignError",
     "Average",
     "Barrier",
     "BarrierError",
-    "Calibration",
     "ContainerError",
     "CostError",
     "CutError",
-    "CycleConsistent",
     "DataError",
     "Energy",
     "Evaluation",
     "FxzipError",
     "FxzipWarning",
     "InputError",
-    "KMeans",
     "LeastSquares",
     "LoadError",
-    "Merge",
-    "Moments",
-    "MuDSC",
-    "Optimal",
     "OptionError",
     "PerModel",
     "Permute",
     "PinnedSpaceWarning",
-    "Recipe",
-    "Recover",
-    "RegMean",
     "Report",
+    "RuleError",
     "SaveError",
     "SelfCheckError",
     "SpecializationError",
     "Table",
     "TraceError",
-    "Transport",
     "WeightMatching",
     "Zip",
     "ZippedModule",
     "agreement",
-    "align",
-    "assemble",
     "barrier",
+    "baselines",
     "calibrate_joint",
     "compare",
     "compile_zip",
     "evaluate",
     "export",
-    "find_trunk",
     "inspect",
-    "label",
     "load",
-    "observe",
-    "plan",
-    "refits",
     "relabel",
-    "resolve",
-    "rewrite",
     "save",
-    "self_check",
     "side_by_side",
-    "solve",
     "soup",
-    "survey",
     "sweep",
-    "trace",
     "trust",
 ]
+
+_MOVED = {
+    "fxzip.analysis": ("label", "self_check", "solve"),
+    "fxzip.baselines": (
+        "CCA", "Agglomerative", "CycleConsistent", "KMeans", "MuDSC", "Optimal", "Recover", "RegMean", "Transport",
+    ),
+    "fxzip.calibration": ("Calibration", "observe"),
+    "fxzip.compiler": ("Recipe", "assemble"),
+    "fxzip.compiler.survey": ("survey",),
+    "fxzip.matching": ("Merge", "Moments", "resolve"),
+    "fxzip.partition": ("align", "find_trunk"),
+    "fxzip.refit": ("refits",),
+    "fxzip.rewriting": ("plan", "rewrite"),
+    "fxzip.tracing": ("trace",),
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """What used to be found here is found where it is now."""
+    for module, names in _MOVED.items():
+        if name in names:
+            warnings.warn(f"`fxzip.{name}` has moved: use `{module}.{name}`.", DeprecationWarning, stacklevel=2)
+            return getattr(importlib.import_module(module), name)
+
+    raise AttributeError(f"module 'fxzip' has no attribute {name!r}")

@@ -10,7 +10,7 @@ from fxzip.partition.alignment import attribute
 
 
 def aligned(*models, sample):
-    return fxzip.align([fxzip.trace(model, sample) for model in models])
+    return fxzip.partition.align([fxzip.tracing.trace(model, sample) for model in models])
 
 
 class Branches(nn.Module):

@@ -100,11 +100,11 @@ def test_heads_without_their_redundant_features_compute_the_same(method):
     models = twins(4, 5)[1]
     found = survey(models, as_call(X[:2]))
     trunk = found.trunk("stem")
-    zipping = fxzip.plan(trunk, observe(trunk, [as_call(X)]), fxzip.resolve(method), {0: 12})
+    zipping = fxzip.rewriting.plan(trunk, observe(trunk, [as_call(X)]), fxzip.matching.resolve(method), {0: 12})
     own = {k: alone_of(found, k) for k in range(2)}
     kept = {k: {s: 6 for s in behind(trunk, k, one.trunk) if one.trunk.sizes(s) == (9,)} for k, one in own.items()}
     assert [len(sizes) for sizes in kept.values()] == [2, 2]
-    zipped = fxzip.rewrite(narrowed(zipping, own, kept, fxzip.resolve(method)))
+    zipped = fxzip.rewriting.rewrite(narrowed(zipping, own, kept, fxzip.matching.resolve(method)))
     for k in range(2):
         head = zipped.get_submodule(f"head_{k}")
         assert head.conv.weight.shape[0] == head.depth.groups == head.project.in_channels == head.norm.num_features == 6
@@ -185,7 +185,7 @@ def test_a_size_that_is_written_into_the_code_of_a_head_stays():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["energy", "zip", "agglomerative", "average", "weights", "recover+zip"])
 def test_every_method_leaves_narrow_heads_that_work(method):
-    method = fxzip.Recover(fxzip.Zip()) if method == "recover+zip" else method
+    method = fxzip.baselines.Recover(fxzip.Zip()) if method == "recover+zip" else method
     models = [randomise(Residual(n), n).double() for n in (4, 5)]
     keeps = method in ("average", "weights")
     width = {} if keeps else {"width": "auto", "max_cost": 1.2}
@@ -261,7 +261,9 @@ def widened(model, sample, seed):
     merges = {
         s: copies(space.size, -(-space.size // 4) if s in wide else 0, generator) for s, space in enumerate(spaces)
     }
-    network = fxzip.rewrite(planned(own, merges, reaches(own), kept={s: merges[s].size for s in wide})).single(0)
+    network = fxzip.rewriting.rewrite(
+        planned(own, merges, reaches(own), kept={s: merges[s].size for s in wide})
+    ).single(0)
     return network, {(spaces[s].name, nth(spaces, s)): spaces[s].size for s in wide}
 
 
@@ -293,8 +295,8 @@ def check_that_narrowing_takes_out_what_widening_put_in(seed):
     if stiff_spaces(trunk, able):  # then the trunk has no room for the features of both
         return 0
     both = {s: sum(statistics[s].sizes) for s in able}
-    zipping = fxzip.plan(trunk, statistics, fxzip.Energy(), both)
-    zipped = fxzip.rewrite(narrowed(zipping, own, kept, fxzip.Energy()))
+    zipping = fxzip.rewriting.plan(trunk, statistics, fxzip.Energy(), both)
+    zipped = fxzip.rewriting.rewrite(narrowed(zipping, own, kept, fxzip.Energy()))
     with torch.no_grad():
         lost = max(relative(y, model(x)) for y, model in zip(zipped(x), pair, strict=True))
     assert lost < 1e-6, (seed, lost)

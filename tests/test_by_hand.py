@@ -20,11 +20,11 @@ X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("until", [None, "layer1", 0.5])
 def test_by_hand(method, refit, until):
     models = [randomise(Residual(classes), seed) for seed, classes in enumerate((4, 5))]
-    programs = [fxzip.trace(model, X[:2]) for model in models]
+    programs = [fxzip.tracing.trace(model, X[:2]) for model in models]
     trunk = find_trunk(align(programs), [analyse(program) for program in programs], until=until)
-    data = fxzip.Calibration.of([X], programs[0].call, models=2, progress=False)
-    zipping = plan(trunk, observe(trunk, data("observing")), fxzip.resolve(method))
-    zipped = fxzip.refits(refit)(rewrite(zipping), zipping, data("refitting"))
+    data = fxzip.calibration.Calibration.of([X], programs[0].call, models=2, progress=False)
+    zipping = plan(trunk, observe(trunk, data("observing")), fxzip.matching.resolve(method))
+    zipped = fxzip.refit.refits(refit)(rewrite(zipping), zipping, data("refitting"))
     zipped = record_statistics(zipped, data("recording statistics"))
     whole = fxzip.compile_zip(*models, X[:2], data=[X], method=method, refit=refit, until=until, progress=False)
     assert all(map(torch.equal, zipped(X), whole(X)))
@@ -36,7 +36,7 @@ def test_the_self_check_cannot_be_left_out(monkeypatch):
 
     plain = trunk.check
     monkeypatch.setattr(trunk, "check", lambda labelling: checked.append(labelling) or plain(labelling))
-    programs = [fxzip.trace(randomise(Residual(4), seed), X[:2]) for seed in (0, 1)]
+    programs = [fxzip.tracing.trace(randomise(Residual(4), seed), X[:2]) for seed in (0, 1)]
     labellings = [label(program) for program in programs]
     assert find_trunk(align(programs), labellings).nodes
     assert all(isinstance(one, Labelling) for one in checked)
@@ -44,7 +44,7 @@ def test_the_self_check_cannot_be_left_out(monkeypatch):
 
 
 def test_a_share_of_the_flops_is_counted_here():
-    programs = [fxzip.trace(randomise(Residual(4), seed), X[:2]) for seed in (0, 1)]
+    programs = [fxzip.tracing.trace(randomise(Residual(4), seed), X[:2]) for seed in (0, 1)]
     analyses = [analyse(program) for program in programs]
     sizes = [len(find_trunk(align(programs), analyses, until=share).nodes) for share in (0.1, 0.5, 1.0)]
     assert sizes == sorted(sizes)

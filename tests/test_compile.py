@@ -64,7 +64,7 @@ def pickled(module):
 
 
 @pytest.mark.parametrize("settings", [
-    {"method": fxzip.Recover(fxzip.Zip()), "until": "layer1"}, {"start": "layer1", "until": "layer2.0"},
+    {"method": fxzip.baselines.Recover(fxzip.Zip()), "until": "layer1"}, {"start": "layer1", "until": "layer2.0"},
     {"data": fxzip.PerModel([X, -X], [X + 1, X + 2]), "joint": True},
 ], ids=["matrix", "merge", "joint"])  # fmt: skip
 def test_pickle_what_is_called_of_our_own(pair, settings):

@@ -129,11 +129,11 @@ def swirled(x: torch.Tensor) -> torch.Tensor:
 
 def test_shares_of_a_model_with_a_barrier():
     swirled.register_fake(torch.empty_like)
-    program = fxzip.trace(Stopped(), torch.randn(2, 8))
-    labelling = fxzip.label(program, fxzip.RULES)
+    program = fxzip.tracing.trace(Stopped(), torch.randn(2, 8))
+    labelling = fxzip.analysis.label(program, fxzip.RULES)
     assert [barrier.call for barrier in labelling.barriers] == ["swirled"]
     assert behind_barriers(program, labelling) == pytest.approx(192 / 256)
-    found = shares(program, labelling, fxzip.solve(labelling))
+    found = shares(program, labelling, fxzip.analysis.solve(labelling))
     assert found["flops"]["zippable"] == pytest.approx(128 / 256)
     assert found["flops"]["pinned"] == pytest.approx(128 / 256)
 
@@ -146,8 +146,8 @@ def test_parameters_and_statistics_are_moved_off():
 
 
 def is_exact_model(model, sample):
-    labelling = fxzip.label(fxzip.trace(model, sample), fxzip.RULES)
-    return not labelling.barriers and not fxzip.self_check(labelling)[2]
+    labelling = fxzip.analysis.label(fxzip.tracing.trace(model, sample), fxzip.RULES)
+    return not labelling.barriers and not fxzip.analysis.self_check(labelling)[2]
 
 
 def is_exact(zoo, name):
@@ -186,4 +186,4 @@ QUANTISED = [name for name, kind in torchvision_kinds().items() if kind == "quan
 def test_quantised_models_are_refused(name):
     model, sample = torchvision_models()[name]()
     with pytest.raises(fxzip.InputError, match=r"must have floating point weights; .* Zip the models before"):
-        fxzip.trace(model, sample)
+        fxzip.tracing.trace(model, sample)

@@ -21,7 +21,7 @@ FRACTIONS = [i / 8 for i in range(1, 9)]
 def zips(models, x, cuts=None):
     """The zips by permutation alone, at every cut at which there is one; of those that share the same the first."""
     found = survey(models, as_call(x[:4]), verify=False)
-    calibration = fxzip.Calibration.of([x], as_call(x[:4]), len(models), False)
+    calibration = fxzip.calibration.Calibration.of([x], as_call(x[:4]), len(models), False)
     done = set()
     for cut in cuts or [None, *cut_names(list(found.alignment.programs[0].module.graph.nodes)), *FRACTIONS]:
         try:
@@ -31,7 +31,12 @@ def zips(models, x, cuts=None):
         if trunk.nodes not in done:
             done.add(trunk.nodes)
             try:
-                yield cut, fxzip.rewrite(plan(trunk, fxzip.observe(trunk, calibration("observing")), fxzip.Permute()))
+                yield (
+                    cut,
+                    fxzip.rewriting.rewrite(
+                        plan(trunk, fxzip.calibration.observe(trunk, calibration("observing")), fxzip.Permute())
+                    ),
+                )
             except fxzip.CutError:
                 continue
 

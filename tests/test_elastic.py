@@ -208,7 +208,7 @@ def test_stems_and_widths():
 
 def test_trials_find_what_cannot_be_resized():
     models = pair(HardCoded)
-    found = fxzip.survey(models, fxzip.tracing.calls.as_call(X[:2].double()))
+    found = fxzip.compiler.survey.survey(models, fxzip.tracing.calls.as_call(X[:2].double()))
     trunk = found.trunk()
     names = {space.name: s for s, space in enumerate(trunk.spaces[0].spaces)}
     stiff = stiff_spaces(trunk, sorted(names.values()))

@@ -40,7 +40,7 @@ def test_what_torch_counts_is_counted_alike():
     net, x = Residual(4).eval(), torch.randn(2, 3, 8, 8)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x)
-    found = count_flops(fxzip.trace(net, x).module, as_call(x))
+    found = count_flops(fxzip.tracing.trace(net, x).module, as_call(x))
     assert found.total == counter.get_total_flops() > 0
     assert not found.unknown
 

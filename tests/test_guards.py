@@ -228,7 +228,7 @@ def test_guards_inside_a_head_and_at_a_cut():
 def test_other_shapes_are_few_and_small():
     sample = fxzip.tracing.calls.as_call(torch.ones(4, 7))
     data = [torch.ones(5, n) for n in range(7, 40)]
-    calls = other_shapes(fxzip.Calibration.of(data, sample, 2, False), sample)
+    calls = other_shapes(fxzip.calibration.Calibration.of(data, sample, 2, False), sample)
     assert len(calls) == 16
     assert calls[0].args[0].shape == (2, 8)
     assert difference(calls[0].args[0], torch.ones(2, 8)) is None

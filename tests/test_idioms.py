@@ -222,7 +222,7 @@ def test_the_trunk_ends_where_the_model_decides_how_many_rows_there_are(taken):
             return self.h(torch.relu(self.b(taken(x, self.g(x)[:, 0] > 0))).sum(0, keepdim=True) + x)
 
     torch.manual_seed(0)
-    labelling = fxzip.label(fxzip.trace(Gated(), torch.randn(16, 6)), fxzip.RULES)
+    labelling = fxzip.analysis.label(fxzip.tracing.trace(Gated(), torch.randn(16, 6)), fxzip.RULES)
     (barrier,) = labelling.barriers
     assert "is computed with parameters, so that each model takes others" in barrier.reason
 

@@ -54,7 +54,7 @@ def fitted(make, shape, memory, batches, **settings):
     trunk = survey(models, as_call(sample), verify=False).trunk()
     calls = [as_call(torch.randn(batches[0], *shape)) for _ in range(batches[1])]
     planned = plan(trunk, observe(trunk, calls[:1]), fxzip.Permute())
-    zipped = fxzip.rewrite(planned)
+    zipped = fxzip.rewriting.rewrite(planned)
     with Peak() as peak:
         result = fxzip.LeastSquares(memory=memory, **settings)(zipped, planned, calls)
     return peak.most, result

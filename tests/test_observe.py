@@ -21,9 +21,9 @@ def images(count, seed, size=8):
 
 
 def trunk_of(*models, sample, until=None):
-    programs = [fxzip.trace(model, sample) for model in models]
-    labellings = [fxzip.label(program, fxzip.RULES) for program in programs]
-    return fxzip.find_trunk(fxzip.align(programs), labellings, until=until)
+    programs = [fxzip.tracing.trace(model, sample) for model in models]
+    labellings = [fxzip.analysis.label(program, fxzip.RULES) for program in programs]
+    return fxzip.partition.find_trunk(fxzip.partition.align(programs), labellings, until=until)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def trunk(pair):
 
 
 def observed(trunk, batches):
-    found = fxzip.observe(trunk, [as_call(batch) for batch in batches])
+    found = fxzip.calibration.observe(trunk, [as_call(batch) for batch in batches])
     return {trunk.spaces[0].spaces[number].name: own for number, own in found.items()}
 
 
@@ -206,7 +206,7 @@ def test_heads_of_attention_inside_a_leaf_module_are_observed():
     net = nn.Sequential(nn.Linear(5, 16), model, nn.Linear(16, 3)).double().eval()
     x = torch.randn(3, 7, 5, dtype=torch.float64)
     trunk = trunk_of(net, net, sample=x)
-    found = fxzip.observe(trunk, [as_call(x)])
+    found = fxzip.calibration.observe(trunk, [as_call(x)])
     assert set(found) == set(range(len(trunk.spaces[0].spaces)))
     assert {"free", "blockwise", "relabel only"} == {space.legality for space in trunk.spaces[0].spaces}
     for own in found.values():

@@ -14,10 +14,12 @@ X = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=t
 
 def observed(until=None, models=None):
     models = models or [randomise(Residual(4), 1).double(), randomise(Residual(5, 12), 2).double()]
-    programs = [fxzip.trace(model, X[:2]) for model in models]
-    labellings = [fxzip.label(program, fxzip.RULES) for program in programs]
-    trunk = fxzip.find_trunk(fxzip.align(programs), labellings, until=until)
-    return trunk, fxzip.observe(trunk, fxzip.Calibration.of([X], programs[0].call, 2, False)("observing"))
+    programs = [fxzip.tracing.trace(model, X[:2]) for model in models]
+    labellings = [fxzip.analysis.label(program, fxzip.RULES) for program in programs]
+    trunk = fxzip.partition.find_trunk(fxzip.partition.align(programs), labellings, until=until)
+    return trunk, fxzip.calibration.observe(
+        trunk, fxzip.calibration.Calibration.of([X], programs[0].call, 2, False)("observing")
+    )
 
 
 @pytest.mark.parametrize("until", [None, "layer1", "layer1.0", "layer2_0_relu"])
@@ -28,7 +30,7 @@ def test_folding_a_gather_changes_nothing_but_the_place_where_it_happens(until):
     planned = plan(trunk, statistics, fxzip.Zip())
     assert any(planned.folded)
     plain = replace(planned, folded=(frozenset(), frozenset()))
-    folded, gathered = fxzip.rewrite(planned), fxzip.rewrite(plain)
+    folded, gathered = fxzip.rewriting.rewrite(planned), fxzip.rewriting.rewrite(plain)
     assert sum(bool(n.meta["fxzip"].get("unmerge")) for n in gathered.graph.nodes if "fxzip" in n.meta) > 0
     for one, other in zip(folded(X), gathered(X), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

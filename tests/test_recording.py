@@ -88,11 +88,13 @@ def test_after_every_refit_train_computes_what_eval_does(pair, name: str) -> Non
 def test_what_is_computed_in_evaluation_stays(pair, dtype: torch.dtype) -> None:
     nets = [copy.deepcopy(net).to(dtype) for net in pair]
     data = [batch.to(dtype) for batch in DATA]
-    programs = [fxzip.trace(net, data[0][:2]) for net in nets]
-    trunk = fxzip.find_trunk(fxzip.align(programs), [fxzip.label(own, fxzip.RULES) for own in programs])
+    programs = [fxzip.tracing.trace(net, data[0][:2]) for net in nets]
+    trunk = fxzip.partition.find_trunk(
+        fxzip.partition.align(programs), [fxzip.analysis.label(own, fxzip.RULES) for own in programs]
+    )
     calls = [as_call(batch) for batch in data]
-    plan = fxzip.plan(trunk, fxzip.observe(trunk, calls), fxzip.resolve("zip"))
-    before = fxzip.LeastSquares()(fxzip.rewrite(plan), plan, calls)
+    plan = fxzip.rewriting.plan(trunk, fxzip.calibration.observe(trunk, calls), fxzip.matching.resolve("zip"))
+    before = fxzip.LeastSquares()(fxzip.rewriting.rewrite(plan), plan, calls)
     kept = copy.deepcopy(before)
     after = record_statistics(before, calls)
     x = images(30, 9).to(dtype)

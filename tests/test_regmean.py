@@ -48,7 +48,9 @@ def test_linear_calls_are_those_of_the_formula(alpha, per_model):
     x, y = torch.randn(40, 5, generator=G).double(), 2 * torch.randn(30, 5, generator=G).double()
     data = fxzip.PerModel([x], [y]) if per_model else [x, y]
     seen = (x, y) if per_model else (torch.cat([x, y]),) * 2
-    zipped = fxzip.compile_zip(a, b, x, data=data, method="average", refit=fxzip.RegMean(alpha), progress=False)
+    zipped = fxzip.compile_zip(
+        a, b, x, data=data, method="average", refit=fxzip.baselines.RegMean(alpha), progress=False
+    )
     found = dict(zipped.named_parameters())
     for depth in (0, 2):
         inputs = [model[:depth](own) for model, own in zip((a, b), seen, strict=True)]
@@ -100,4 +102,4 @@ def test_features_must_be_paired():
                                                r"not in 1 of 1 spaces, first in that of `0.weight`\."):  # fmt: skip
         fxzip.compile_zip(a, b, x, data=[x], method="zip", refit="regmean", progress=False)
     with pytest.raises(fxzip.OptionError, match="`RegMean` needs 0 <= alpha <= 1; found alpha=2"):
-        fxzip.RegMean(2)
+        fxzip.baselines.RegMean(2)

@@ -40,7 +40,7 @@ def test_parameters_are_those_of_the_modules(zipped):
 
 
 def test_flops_by_node_add_up():
-    program = fxzip.trace(Residual(4), X[:2])
+    program = fxzip.tracing.trace(Residual(4), X[:2])
     assert sum(flops_by_node(program.module, program.call).values()) == counted(Residual(4).eval(), X[:2])
 
 

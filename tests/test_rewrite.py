@@ -12,11 +12,11 @@ X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=t
 
 
 def planned(models, until=None, method=None):
-    programs = [fxzip.trace(model, X[:2]) for model in models]
-    labellings = [fxzip.label(program, fxzip.RULES) for program in programs]
-    trunk = fxzip.find_trunk(fxzip.align(programs), labellings, until=until)
-    calibration = fxzip.Calibration.of([X], programs[0].call, len(models), False)
-    return plan(trunk, fxzip.observe(trunk, calibration("observing")), method or fxzip.Permute())
+    programs = [fxzip.tracing.trace(model, X[:2]) for model in models]
+    labellings = [fxzip.analysis.label(program, fxzip.RULES) for program in programs]
+    trunk = fxzip.partition.find_trunk(fxzip.partition.align(programs), labellings, until=until)
+    calibration = fxzip.calibration.Calibration.of([X], programs[0].call, len(models), False)
+    return plan(trunk, fxzip.calibration.observe(trunk, calibration("observing")), method or fxzip.Permute())
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def models():
 def test_merged_weights_are_m_w_u(models):
     """W* = Σ M_k W_k U_k, written out for one convolution between two spaces."""
     zipping = planned(models)
-    zipped = fxzip.rewrite(zipping)
+    zipped = fxzip.rewriting.rewrite(zipping)
     spaces = {space.name: number for number, space in enumerate(zipping.trunk.spaces[0].spaces)}
     inner, stream = (zipping.merges[spaces[name]] for name in ("layer1.0.conv1.weight", "stem.0.weight"))
     wanted = sum(
@@ -41,7 +41,7 @@ def test_merged_weights_are_m_w_u(models):
 
 def test_each_node_says_what_it_stands_for(models):
     zipping = planned(models, until="layer1")
-    zipped = fxzip.rewrite(zipping)
+    zipped = fxzip.rewriting.rewrite(zipping)
     parts = {node.meta["fxzip"]["part"] for node in zipped.graph.nodes if "fxzip" in node.meta}
     assert parts == {"trunk", "head 0", "head 1"}
     programs = zipping.trunk.alignment.programs
@@ -62,7 +62,7 @@ def test_the_trunk_runs_once(models):
             net(x)
         return counter.get_total_flops()
 
-    full, partial = (fxzip.rewrite(planned(models, until=cut)) for cut in (None, "layer1"))
+    full, partial = (fxzip.rewriting.rewrite(planned(models, until=cut)) for cut in (None, "layer1"))
     alone = [flops(model) for model in models]
     assert alone[0] <= flops(full) < 1.02 * alone[0]
     assert alone[0] < flops(partial) < sum(alone)
@@ -70,7 +70,7 @@ def test_the_trunk_runs_once(models):
 
 def test_nothing_of_the_inputs_is_shared_or_moved(models):
     before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
-    zipped = fxzip.rewrite(planned(models))
+    zipped = fxzip.rewriting.rewrite(planned(models))
     with torch.no_grad():
         for parameter in zipped.parameters():
             parameter.fill_(7.0)
@@ -81,7 +81,7 @@ def test_nothing_of_the_inputs_is_shared_or_moved(models):
 
 def test_heads_are_not_touched_where_nothing_folds_into_them(models):
     """Parameters of a head behind its first linear calls are the model's own."""
-    zipped = fxzip.rewrite(planned(models, until="stem"))
+    zipped = fxzip.rewriting.rewrite(planned(models, until="stem"))
     for k, model in enumerate(models):
         for name in ("linear.weight", "layer2.0.conv2.weight"):
             assert torch.equal(zipped.get_parameter(f"head_{k}.{name}"), model.get_parameter(name))

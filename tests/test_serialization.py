@@ -153,7 +153,8 @@ def test_networks_of_transformers_come_back(tmp_path):
 
 
 OPTIONS = [
-    {}, {"width": "auto"}, {"refit": "repair"}, {"method": fxzip.Recover(fxzip.Zip()), "refit": None, "until": "2"},
+    {}, {"width": "auto"}, {"refit": "repair"},
+    {"method": fxzip.baselines.Recover(fxzip.Zip()), "refit": None, "until": "2"},
     {"method": fxzip.Energy(), "refit": None, "until": "2"}, {"start": "2"}, {"until": "auto", "max_cost": 1.9},
 ]  # fmt: skip
 

@@ -388,7 +388,7 @@ def test_the_result_is_an_ordinary_module():
 
 def test_cuts_lie_behind_the_start():
     a, b = randomise(Residual(4), 1).double(), randomise(OtherStem(4), 2).double()
-    found = fxzip.survey([a, b], fxzip.tracing.calls.as_call(X[:2]), start="layer1")
+    found = fxzip.compiler.survey.survey([a, b], fxzip.tracing.calls.as_call(X[:2]), start="layer1")
     cuts, trunks = fxzip.compiler.survey.cuts_and_trunks(found)
     clean = [cut.until for cut in cuts if cut.crossing == 1]
     assert clean == ["layer1_0_relu", "layer1.0", "layer1", "layer2.0", None]  # around the first, heads read the stems

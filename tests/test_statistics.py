@@ -21,11 +21,11 @@ def images(count, seed):
 
 def zipped_of(*models, data, method="zip", until=None):
     """The zipped module before any refit, and its plan."""
-    programs = [fxzip.trace(model, data[0][:2]) for model in models]
-    labellings = [fxzip.label(program, fxzip.RULES) for program in programs]
-    trunk = fxzip.find_trunk(fxzip.align(programs), labellings, until=until)
-    plan = fxzip.plan(trunk, fxzip.observe(trunk, calls(data)), fxzip.resolve(method))
-    return fxzip.rewrite(plan), plan
+    programs = [fxzip.tracing.trace(model, data[0][:2]) for model in models]
+    labellings = [fxzip.analysis.label(program, fxzip.RULES) for program in programs]
+    trunk = fxzip.partition.find_trunk(fxzip.partition.align(programs), labellings, until=until)
+    plan = fxzip.rewriting.plan(trunk, fxzip.calibration.observe(trunk, calls(data)), fxzip.matching.resolve(method))
+    return fxzip.rewriting.rewrite(plan), plan
 
 
 def calls(data):
@@ -113,7 +113,7 @@ def values_of(model, layer, data):
     return torch.cat(caught).movedim(1, -1).flatten(0, -2)
 
 
-@pytest.mark.parametrize("method", [fxzip.Recover(fxzip.Zip()), fxzip.CCA()], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [fxzip.baselines.Recover(fxzip.Zip()), fxzip.baselines.CCA()], ids=lambda m: m.name)
 @pytest.mark.parametrize("batches", [1, 3])
 def test_features_that_are_unmerged_by_a_matrix_get_the_deviation_of_their_mixture(models, method, batches):
     data = [images(16, seed) + seed for seed in range(1, 1 + batches)]

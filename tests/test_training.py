@@ -122,7 +122,7 @@ def test_tracing_leaves_state_and_modes_alone():
 
     model = Counting().eval()
     model.layer.train()
-    program = fxzip.trace(model, X)
+    program = fxzip.tracing.trace(model, X)
     assert model.layer.training
     assert not model.norm.training
     assert not program.module.training

@@ -16,8 +16,8 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=to
 
 
 def stages(*models, sample=X):
-    programs = [fxzip.trace(model, sample) for model in models]
-    return fxzip.align(programs), [fxzip.label(program, fxzip.RULES) for program in programs]
+    programs = [fxzip.tracing.trace(model, sample) for model in models]
+    return fxzip.partition.align(programs), [fxzip.analysis.label(program, fxzip.RULES) for program in programs]
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def pair():
 
 
 def shared_nodes(pair):
-    return [name for name in fxzip.find_trunk(*pair).nodes if name != "x"]
+    return [name for name in fxzip.partition.find_trunk(*pair).nodes if name != "x"]
 
 
 def test_every_cut_is_closed_holds_what_it_names_and_pairs_all_its_spaces(pair):
     graph = dependencies(pair[0].programs[0])
     for name in shared_nodes(pair):
-        trunk = fxzip.find_trunk(*pair, until=name)
+        trunk = fxzip.partition.find_trunk(*pair, until=name)
         assert name in trunk.nodes
         for node in trunk.nodes:
             assert set(graph.predecessors(node)) <= set(trunk.nodes)
@@ -43,16 +43,16 @@ def test_every_cut_is_closed_holds_what_it_names_and_pairs_all_its_spaces(pair):
 def test_fractions_grow_into_the_whole(pair):
     program = pair[0].programs[0]
     flops = flops_by_node(program.module, program.call)
-    trunks = [fxzip.find_trunk(*pair, until=share) for share in (0.2, 0.5, 0.8, 1.0)]
+    trunks = [fxzip.partition.find_trunk(*pair, until=share) for share in (0.2, 0.5, 0.8, 1.0)]
     for share, trunk in zip((0.2, 0.5, 0.8, 1.0), trunks, strict=True):
         assert sum(flops[node] for node in trunk.nodes) <= share * sum(flops.values())
     for smaller, larger in itertools.pairwise(trunks):
         assert set(smaller.nodes) < set(larger.nodes)
-    assert trunks[-1].nodes == fxzip.find_trunk(*pair).nodes
+    assert trunks[-1].nodes == fxzip.partition.find_trunk(*pair).nodes
 
 
 def test_the_head_begins_where_features_are_written_that_the_model_returns(pair):
-    assert fxzip.find_trunk(*pair).ends == {"linear": "it writes features that the model returns"}
+    assert fxzip.partition.find_trunk(*pair).ends == {"linear": "it writes features that the model returns"}
 
 
 CUTS = [name for name in fxzip.inspect(Residual(), torch.randn(2, 3, 8, 8), verify=False).cuts if "." in name]
@@ -82,8 +82,8 @@ def test_a_relabelled_twin_stays_exact_wherever_several_tensors_cross_the_cut(cu
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS)
 def test_module_paths_are_cuts_too(pair, cut):
-    inside = {name for name in fxzip.find_trunk(*pair).nodes if name.startswith(cut.replace(".", "_"))}
-    assert inside <= set(fxzip.find_trunk(*pair, until=cut).nodes)
+    inside = {name for name in fxzip.partition.find_trunk(*pair).nodes if name.startswith(cut.replace(".", "_"))}
+    assert inside <= set(fxzip.partition.find_trunk(*pair, until=cut).nodes)
 
 
 def test_spaces_that_one_model_must_leave_alone_cannot_be_shared(pair):

@@ -173,7 +173,7 @@ def test_a_head_does_not_see_what_another_writes(body):
 
 
 def test_dependencies_know_who_sees_the_memory():
-    graph = dependencies(fxzip.trace(Writing(overlapping).double(), batch(4)))
+    graph = dependencies(fxzip.tracing.trace(Writing(overlapping).double(), batch(4)))
     assert graph.has_edge("relu_", "b")
     assert graph.has_edge("b", "mul_")
     assert graph.has_edge("mul_", "c")

@@ -30,6 +30,7 @@ from .blockwise import BlockMoments, match_blocks
 from .energy.energy import Energy
 from .merge import Entries, Merge
 from .method import Method, SpaceMethod
+from .moments import Moments
 from .problem import Problem, Run, Space, Weight
 from .registry import ENTRIES, FIRST_CLASS, METHODS, Entry, resolve
 from .similarities import similarity
@@ -54,6 +55,7 @@ __all__ = [
     "KMeans",
     "Merge",
     "Method",
+    "Moments",
     "MuDSC",
     "Optimal",
     "Permute",

@@ -203,7 +203,7 @@ def compare(
         for name, row in zip(names, table, strict=True)
     ]
     own = fxzip.PerModel(*(calibration_batches(digits.of(task)) for task in TASKS))
-    full = fxzip.compile_zip(models, sample, data=data, method=fxzip.resolve(methods[-1]), progress=False)
+    full = fxzip.compile_zip(models, sample, data=data, method=fxzip.matching.resolve(methods[-1]), progress=False)
     for name, network in ((rows[0].name, fxzip.side_by_side(models, sample)), (f"{methods[-1]}, all shared", full)):
         full = fxzip.calibrate_joint(network, sample, own, progress=False)
         found, cost = evaluate(full, digits), [full.report[key] for key in ("flops", "parameters")]

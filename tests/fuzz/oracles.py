@@ -122,7 +122,7 @@ class Trial:
     @cached_property
     def names(self) -> list[str]:
         """The nodes and modules at which the network may be cut."""
-        return cut_names(list(fxzip.trace(self.model, self.x[:4]).module.graph.nodes))
+        return cut_names(list(fxzip.tracing.trace(self.model, self.x[:4]).module.graph.nodes))
 
     def compiled(self, oracle: str, a: nn.Module, b: nn.Module, check: Callable[[Any], str], **setting: Any) -> None:
         """Compile, check, and enter what comes of it; `check` returns what does not hold, or nothing."""
