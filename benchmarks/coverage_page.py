@@ -24,8 +24,8 @@ pinned.
 Seconds are counted so: *trace*: `tracing.trace`, all of it. *forward*: one forward pass of the traced program on the
 sample, the faster of two. *analysis*: `analysis.label`, which is one forward pass with every call looked at, less
 *forward*; and `analysis.solve`. *check*: `analysis.self_check`, less the time inside the traced program while it makes
-its own forward passes (two, in float64 on a batch of two, if all is well), and less `analysis.solve`, which it calls again;
-random parameters, casts and relabelling are counted. Nothing is left out of the sum of *analysis* and *check* but
+its own forward passes (two, in float64 on a batch of two, if all is well), and less `analysis.solve`, which it calls
+again; random parameters, casts and relabelling are counted. Nothing is left out of the sum of *analysis* and *check* but
 these forward passes.
 """
 
