@@ -25,8 +25,8 @@ Seconds are counted so: *trace*: `tracing.trace`, all of it. *forward*: one forw
 sample, the faster of two. *analysis*: `analysis.label`, which is one forward pass with every call looked at, less
 *forward*; and `analysis.solve`. *check*: `analysis.self_check`, less the time inside the traced program while it makes
 its own forward passes (two, in float64 on a batch of two, if all is well), and less `analysis.solve`, which it calls
-again; random parameters, casts and relabelling are counted. Nothing is left out of the sum of *analysis* and *check* but
-these forward passes.
+again; random parameters, casts and relabelling are counted. Nothing is left out of the sum of *analysis* and *check*
+but these forward passes.
 """
 
 
