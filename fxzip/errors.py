@@ -51,6 +51,10 @@ class OptionError(FxzipError, ValueError):
     """An option has a value that is out of its range, or a name that is unknown."""
 
 
+class RecipeError(FxzipError, ValueError):
+    """A recipe of the command line names something that is not there, or that does not fit."""
+
+
 class CostError(OptionError):
     """`max_cost` is less than what has to keep its size takes."""
 

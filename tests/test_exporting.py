@@ -56,6 +56,9 @@ def test_one_task_alone(tmp_path):
     path = fxzip.export(alone, tmp_path / "dogs.pt2", X)
     (found,) = outputs(torch.export.load(path).module(), X)
     torch.testing.assert_close(found, outputs(network, X)[1])
+    made_up = torch.export.load(fxzip.export(alone, tmp_path / "dogs.pt2")).module()
+    torch.testing.assert_close(outputs(made_up, X)[0], outputs(network, X)[1])
+    alone.meta.clear()
     with pytest.raises(fxzip.InputError, match="needs one batch of what the network takes"):
         fxzip.export(alone, tmp_path / "dogs.pt2")
 

@@ -156,7 +156,9 @@ class ZippedModule(EmittedModule):
             acts = needed and (node.meta.get("fxzip", {}).get("writes") or node.target is require)
             if not kept and not acts:
                 graph.erase_node(node)
-        return EmittedModule(_holder(self), graph)
+        result = EmittedModule(_holder(self), graph)
+        result.meta["fxzip_inputs"] = self.meta.get("fxzip_report", {}).get("inputs")
+        return result
 
 
 def _heads_of(graph: fx.Graph) -> tuple[Any, ...]:

@@ -90,7 +90,8 @@ def output_names(network: fx.GraphModule) -> list[str]:
 
 def _sample(network: fx.GraphModule) -> Call:
     """A batch in the shapes and dtypes with which the network was compiled."""
-    known = getattr(network, "meta", {}).get("fxzip_report", {}).get("inputs")
+    meta = getattr(network, "meta", {})
+    known = meta.get("fxzip_inputs") or meta.get("fxzip_report", {}).get("inputs")
     if not known:
         raise InputError("`export` needs one batch of what the network takes; pass it as `sample_input`.")
     generator = torch.Generator().manual_seed(0)
