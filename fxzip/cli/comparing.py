@@ -16,7 +16,7 @@ from .judging import labelled_batches
 from .options import with_settings
 from .output import Result, as_csv, check_target, write_whole
 from .parsing import Settings, changed, option_values, parse, recipe_flags, recipe_keys, recipe_of
-from .recipe import Recipe
+from .recipe import ZipRecipe
 from .session import Session, note, session
 
 COMPARE = "zip the networks of a recipe by several methods, in one table"
@@ -60,7 +60,7 @@ def sweep(asked: Settings) -> Result:
     return _table(asked, recipe, fxzip.sweep, given)
 
 
-def _table(asked: Settings, recipe: Recipe, function: Callable[..., fxzip.Table], given: dict[str, Any]) -> Result:
+def _table(asked: Settings, recipe: ZipRecipe, function: Callable[..., fxzip.Table], given: dict[str, Any]) -> Result:
     target, quiet = asked.flags.out, asked.flags.quiet
     if target is not None:
         if target.suffix not in SUFFIXES:

@@ -20,7 +20,7 @@ from .output import Result
 from .packages import function_of
 from .parsing import Flags, Settings, keys_of, parse, recipe_in
 from .preprocessing import Preprocessing, chosen
-from .recipe import Data, Recipe, by_task
+from .recipe import Data, ZipRecipe, by_task
 from .session import note, sources
 from .sources import Source
 
@@ -137,7 +137,7 @@ def opened(path: Path, trust: Sequence[str] = ()) -> ZippedModule:
 
 
 def _known(
-    network: ZippedModule, tasks: tuple[str, ...], recipe: Recipe | None, originals: Mapping[str, Network]
+    network: ZippedModule, tasks: tuple[str, ...], recipe: ZipRecipe | None, originals: Mapping[str, Network]
 ) -> dict[str, Network]:
     """The preprocessing of each task: as the report has it, else as the recipe does."""
     stored = network.meta.get("fxzip_report", {}).get("preprocessing", {})

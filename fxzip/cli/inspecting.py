@@ -13,7 +13,7 @@ from .evaluating import opened
 from .models import network
 from .output import Result
 from .parsing import Flags, Settings, keys_of, parse
-from .recipe import Location, Model, Recipe
+from .recipe import Location, Model, ZipRecipe
 from .session import note, traced_with
 
 SUMMARY = "show which features of a network belong together, and where `until` may cut; or the report of a zipped one"
@@ -54,7 +54,7 @@ def run(asked: Settings) -> Result:
     made = network(Model(Location(name), **given), "MODEL", weights=False)
     for text in made.notes:
         note(text, quiet=asked.flags.quiet)
-    recipe = Recipe({}, sample_input=asked.keys.sample_input)
+    recipe = ZipRecipe({}, sample_input=asked.keys.sample_input)
     found = fxzip.inspect(made.module, traced_with(recipe, {"MODEL": made}, {}), verify=asked.keys.verify)
     return Result(str(found), _values(found))
 

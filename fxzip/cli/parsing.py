@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ..errors import RecipeError
 from .options import options, with_settings
-from .recipe import Data, Location, Model, Recipe
+from .recipe import Data, Location, Model, ZipRecipe
 
 LOCATIONS = ("architecture", "checkpoint", "path", "labels", "classes", "sample_input")
 """Keys whose text is a path, or a name that may hold one; a relative path is relative to where it is written."""
@@ -114,7 +114,7 @@ def keys_of(kind: type, skip: Sequence[str] = ()) -> ArgumentParser:
 
 def recipe_keys() -> ArgumentParser:
     """The keys of recipes: which networks, which data, and the options of `compile_zip`."""
-    result = keys_of(Recipe)
+    result = keys_of(ZipRecipe)
     group = result.add_argument_group("options of compile_zip")
     for option in options():
         group.add_argument(f"--{option.name}", type=option.type, default=option.default, help=option.help)
@@ -302,12 +302,12 @@ def _plain(value: Any) -> Any:
     return [_plain(own) for own in value] if isinstance(value, (list, tuple)) else value
 
 
-def recipe_of(keys: Namespace) -> Recipe:
+def recipe_of(keys: Namespace) -> ZipRecipe:
     """The recipe of typed keys."""
-    return Recipe(**{own.name: keys[own.name] for own in fields(Recipe)})
+    return ZipRecipe(**{own.name: keys[own.name] for own in fields(ZipRecipe)})
 
 
-def recipe_in(path: Path) -> Recipe:
+def recipe_in(path: Path) -> ZipRecipe:
     """The recipe of a file.
 
     Raises:

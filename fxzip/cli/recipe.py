@@ -98,7 +98,7 @@ class Data:
 
 
 @dataclass
-class Recipe:
+class ZipRecipe:
     """Which networks are zipped, and on which inputs.
 
     Args:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxzip.matching import needs, resolve
+from fxzip.matching import resolve
 
 from ..errors import RecipeError
 from .models import Network, networks
 from .packages import called, function_of
 from .preprocessing import Preprocessing, chosen
-from .recipe import Data, Recipe, by_task
+from .recipe import Data, ZipRecipe, by_task
 from .sources import Moved, Source, source
 
 _TRACED = 4  # inputs of a batch that networks are traced and checked with
@@ -69,7 +69,7 @@ class Session:
         return found
 
 
-def session(recipe: Recipe, method: Any = "auto", refit: Any = "auto") -> Session:
+def session(recipe: ZipRecipe, method: Any = "auto", refit: Any = "auto") -> Session:
     """Make what a recipe names. `method`, `refit`: to see whether data are needed.
 
     Raises:
@@ -139,7 +139,7 @@ def _differing(made: Session) -> list[str]:
     return [f"inputs of the tasks are preprocessed differently, while an input of the zip goes to all heads: {lines}"]
 
 
-def traced_with(recipe: Recipe, made: Mapping[str, Network], data: Mapping[str | None, Source]) -> Any:
+def traced_with(recipe: ZipRecipe, made: Mapping[str, Network], data: Mapping[str | None, Source]) -> Any:
     """What the networks are traced with."""
     given = recipe.sample_input
     if isinstance(given, list):
@@ -183,7 +183,7 @@ def _needs_no_data(method: Any, refit: Any) -> None:
     Raises:
         RecipeError: something would be matched or fitted by it.
     """
-    matched = method == "auto" or "moments" in needs(resolve(method))
+    matched = method == "auto" or "moments" in resolve(method).needs
     if matched or refit not in ("auto", "stored", None):
         raise RecipeError(
             f"`data` is missing: `method: {method}` with `refit: {refit}` matches and fits features by what inputs "
