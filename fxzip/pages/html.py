@@ -83,7 +83,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    result.filters |= {"count": _count, "percent": _percent, "ratio": _ratio}
+    result.filters |= {"count": _count, "percent": _percent, "ratio": _ratio, "prose": _prose}
     return result
 
 
@@ -97,6 +97,20 @@ def _count(number: float) -> str:
         if abs(number) >= size * 0.9995:
             return f"{number / size:.3g} {unit}"
     return f"{number:,.3g}" if isinstance(number, float) else str(number)
+
+
+def _prose(text: str) -> str:
+    """A sentence in which names stand in backticks, as HTML.
+
+    >>> print(_prose("`a<b` ends"))
+    <code>a&lt;b</code> ends
+    """
+    from markupsafe import Markup, escape
+
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # no pairs
+        return escape(text)
+    return Markup("").join(Markup("<code>{}</code>").format(p) if n % 2 else escape(p) for n, p in enumerate(parts))
 
 
 def _percent(share: float | None) -> str:

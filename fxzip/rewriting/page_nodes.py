@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..ops import merge, require
+from ..ops import merge, mix, require, unmerge
 from ..pages import Node, Placed, Stop
 from ..pages.grouping import common
 from ..partition.alignment import attribute
 from .module import ZippedModule, is_unmerge, part_of, sources_of
 from .node_facts import path_of
 
+_GIVEN_BACK: Mapping[Any, str] = {unmerge: "gather", mix: "matrix product", merge: "weighted means"}
 _NONE: Mapping[str, Any] = {
     "path": "",
     "shape": None,
@@ -47,11 +48,16 @@ class Places:
         part = part_of(node)
         kind, _, k = part.partition(" ")
         apart = node.op in ("placeholder", "output")
-        top = "" if not k or apart else self.names[int(k)] if kind == "head" else f"{kind} of {self.names[int(k)]}"
+        top = "" if not k or apart else self._called(kind, int(k))
         role, bundle = self.bundles.get(node, ("stage", None))
         path = () if apart else self.paths[node]
         minor = _minor(node, self.facts.get(node.name, _NONE))
         return Placed(number, node.name, part, top, path, bundle, role, minor)
+
+    def _called(self, kind: str, k: int) -> str:
+        """The name of the group of a head or stem."""
+        name = self.names[k]
+        return name if kind == "head" else f"{kind} {k}" if name == f"head {k}" else f"{kind} of {name}"
 
     def _path(self, node: fx.Node, known: str) -> tuple[str, ...]:
         """Names of the modules around a node."""
@@ -134,7 +140,7 @@ class Nodes:
             trained = isinstance(value, nn.Parameter)
             return last, "parameter" if trained else "constant", value.numel() if trained else 0
         if node.op == "call_function":
-            return node.name, str(getattr(node.target, "__name__", node.target)), 0
+            return node.name, _GIVEN_BACK.get(node.target) or str(getattr(node.target, "__name__", node.target)), 0
         return node.name, {"placeholder": "input", "output": "output"}.get(node.op, str(node.target)), 0
 
     def _begins(self, node: fx.Node) -> bool:

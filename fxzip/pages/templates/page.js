@@ -19,8 +19,10 @@
   };
   const percent = (share) => `${(100 * share).toFixed(1)} %`;
   const task = (part) => Number(part.split(" ")[1]);
-  const called = (part) =>
-    part.startsWith("head ") ? `head of ${tasks[task(part)]}` : part.startsWith("stem ") ? `stem of ${tasks[task(part)]}` : part;
+  const called = (part) => {
+    const name = tasks[task(part)]; // "head 0" where tasks have no names
+    return name === undefined || name === `head ${task(part)}` ? part : `${part.split(" ")[0]} of ${name}`;
+  };
 
   // ---- colours: of the parts of the report; shapes say the same
 
@@ -63,18 +65,16 @@
     const node = group ? null : nodes[number];
     const inside = group ? members[number].map((n) => nodes[n]) : [node];
     const stops = Math.max(0, ...inside.filter(stopping).map((own) => (expected(own.stop) ? 1 : 2)));
-    const title = short(group ? full(group) : node.title, 34);
-    const line = group
-      ? group.role === "unmerge" || group.role === "merge" || group.role === "checks" ? `${inside.length} nodes` : `${inside.length} nodes ▸`
-      : node.label + widthsOf(node);
+    const point = group ? inside.find((own) => own.role === group.role) : node.role === "unmerge" || node.role === "merge" ? node : undefined;
+    const title = point ? point.role : short(group ? full(group) : node.title, 34);
+    const line = point ? point.label : group ? `${inside.length} nodes ▸` : node.label + widthsOf(node);
     const label = title === line ? title : `${title}\n${short(line, 34)}`;
     const role = group ? group.role : node.role;
     const [edge, fill] = colours(group ? group.part : node.part, role);
     const size = Math.max(wide(title, 13, 500), wide(line, 13, 500)) + 26;
-    const point = role === "unmerge" || role === "merge";
     return {
       id, label, edge, fill, stops, stage: group ? 1 : 0, role, parent: parentOf(group ? group.parent : node.group),
-      width: Math.round(point ? size + 40 : size), height: point ? 58 : label.includes("\n") ? 42 : 30,
+      width: Math.round(point ? size + 46 : size), height: point ? 58 : label.includes("\n") ? 42 : 30,
     };
   }
   const parentOf = (group) => (group < 0 ? undefined : `g${group}`);
@@ -107,9 +107,10 @@
     graph.setGraph({ rankdir: "TB", nodesep: 26, ranksep: 30, edgesep: 14, marginx: 10, marginy: 10 });
     graph.setDefaultEdgeLabel(() => ({}));
     frames.forEach((own) => graph.setNode(own.id, {}));
-    boxes.forEach((own) => graph.setNode(own.id, { width: own.width, height: own.height }));
+    // dagre puts what came first to the right: backwards, heads stand in the order of the tasks
+    [...boxes].reverse().forEach((own) => graph.setNode(own.id, { width: own.width, height: own.height }));
     [...frames, ...boxes].forEach((own) => own.parent !== undefined && graph.setParent(own.id, own.parent));
-    edges.forEach((own) => graph.setEdge(own.source, own.target));
+    [...edges].reverse().forEach((own) => graph.setEdge(own.source, own.target));
     dagre.layout(graph);
     return graph;
   }
@@ -236,6 +237,11 @@
     parent.append(made);
     return made;
   }
+  function prose(parent, text) { // `names` as code
+    const parts = text.split("`");
+    if (parts.length % 2) parts.forEach((part, n) => add(parent, n % 2 ? "code" : "span", part));
+    else parent.append(text);
+  }
   function rows(parent, pairs) {
     const list = add(parent, "dl");
     pairs.filter(([, value]) => value !== undefined && value !== "").forEach(([name, value]) => {
@@ -250,7 +256,8 @@
     };
     const held = add(panel, "div", undefined, expected(stop) ? "why" : "why hard");
     add(held, "b", kinds[stop.kind] || "Not shared");
-    held.append(`: ${stop.reason}`);
+    held.append(": ");
+    prose(held, stop.reason);
   }
   function about(number) {
     const space = spaces[number];
