@@ -146,6 +146,21 @@ def test_export_of_one_task_as_a_program(made, tmp_path):
     torch.testing.assert_close(program(x), fxzip.load(made / "zipped")(x)["pets"])
 
 
+def test_report_writes_a_page_beside_the_folder(made, tmp_path, capsys):
+    page = made / "zipped.html"
+    assert run("report", made / "zipped") == 0
+    network = fxzip.load(made / "zipped")
+    assert f"wrote `{page}`, which a browser shows: {len(network.graph.nodes)} nodes" in capsys.readouterr().out
+    network.report.html(tmp_path / "other.html")
+    assert page.read_bytes() == (tmp_path / "other.html").read_bytes()
+    assert run("report", made / "zipped") == 2
+    assert "is there already. `--force` replaces it." in capsys.readouterr().err
+    assert run("report", made / "zipped", "--out", tmp_path / "in" / "page.html", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["path"] == str(tmp_path / "in" / "page.html")
+    assert run("report", made / "nothing") == 2
+    assert "There is no folder" in capsys.readouterr().err
+
+
 def test_compare_and_sweep_give_tables(made, tmp_path, capsys):
     out = tmp_path / "table.csv"
     methods = "--methods=[zip, {zip: {alpha: 0.5}}, [average, repair]]"

@@ -114,7 +114,7 @@ def test_a_click_shows_what_a_node_holds(opened):
         assert told in text
     head = next(n for n in zipped.graph.nodes if n.name == "layer2_0_conv1")
     text = click(browser, f"n{number_of(zipped, head.name)}")
-    assert "head of head 0" in text
+    assert "Conv2d, head 0" in text
     assert zipped.report["nodes"][head.name]["stop"]["reason"] in text
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import fxzip
 
 from ..errors import CutError, FxzipError, FxzipWarning, InputError, OptionError, RecipeError
-from . import comparing, demonstration, evaluating, exporting, inspecting, zipping
+from . import comparing, demonstration, evaluating, exporting, inspecting, reporting, zipping
 from .output import Result
 from .parsing import Settings
 
@@ -41,6 +41,7 @@ COMMANDS = {
     "inspect": Command(inspecting.SUMMARY, inspecting.settings, inspecting.run),
     "evaluate": Command(evaluating.SUMMARY, evaluating.settings, evaluating.run),
     "export": Command(exporting.SUMMARY, exporting.settings, exporting.run),
+    "report": Command(reporting.SUMMARY, reporting.settings, reporting.run),
     "demo": Command(demonstration.SUMMARY, demonstration.settings, demonstration.run),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -152,7 +153,13 @@ def points_of(table: Sequence[Mapping[str, Any]]) -> tuple[list[Point], str]:
 def write(zipped: ZippedModule, report: Report, path: str | os.PathLike[str], table: Any = None) -> None:
     """Write the page of a zipped network; see `Report.html`."""
     text = page_html(page_of(zipped, report, () if table is None else table))
-    Path(path).write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # names may hold halves of surrogate pairs
+    place = Path(os.path.abspath(path))
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    try:  # written beside its place and renamed, so that it is never there in part
+        beside.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # names may hold halves of surrogate pairs
+        os.replace(beside, place)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def brief(report: Report) -> str:
