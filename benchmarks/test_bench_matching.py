@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 
+from fxzip.compiler.options import Options
 from fxzip.compiler.survey import survey
 from fxzip.matching import BlockMoments, Permute, WeightMatching, Zip, match_blocks
 from fxzip.matching.moments import Moments, moments
@@ -48,5 +49,5 @@ def test_weights_of_two_networks(benchmark, name: str) -> None:
     for seed in (0, 1):
         torch.manual_seed(seed)
         networks.append(getattr(torchvision.models, name)())
-    trunk = survey(networks, as_call(torch.randn(2, 3, 64, 64)), verify=False).trunk()
+    trunk = survey(networks, as_call(torch.randn(2, 3, 64, 64)), Options(verify=False)).trunk()
     benchmark.pedantic(plan, (trunk, {}, WeightMatching()), rounds=1)

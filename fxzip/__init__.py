@@ -19,6 +19,7 @@ from .compiler.pipeline import compile_zip
 from .errors import (
     AlignError,
     BarrierError,
+    CalibrationWarning,
     ContainerError,
     CostError,
     CutError,
@@ -35,6 +36,7 @@ from .errors import (
     SelfCheckError,
     SpecializationError,
     TraceError,
+    TrunkWarning,
 )
 from .matching import METHODS, Average, Energy, Permute, WeightMatching, Zip
 from .ops import answer_to_former_names
@@ -69,6 +71,7 @@ __all__ = [
     "Average",
     "Barrier",
     "BarrierError",
+    "CalibrationWarning",
     "ContainerError",
     "CostError",
     "CutError",
@@ -92,6 +95,7 @@ __all__ = [
     "SpecializationError",
     "Table",
     "TraceError",
+    "TrunkWarning",
     "WeightMatching",
     "Zip",
     "ZippedModule",

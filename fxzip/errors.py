@@ -74,3 +74,11 @@ class FxzipWarning(UserWarning):
 
 class PinnedSpaceWarning(FxzipWarning):
     """A feature space failed the self-check and is not merged."""
+
+
+class CalibrationWarning(FxzipWarning):
+    """There is no calibration data, or less than matching and fits need."""
+
+
+class TrunkWarning(FxzipWarning):
+    """Little can be shared, or more could be shared exactly."""

@@ -13,9 +13,10 @@ import fxzip
 from fxzip.calibration.observer import observe
 from fxzip.compiler.survey import survey
 from fxzip.matching import Merge
-from fxzip.rewriting.zip_plan import planned, reaches
+from fxzip.rewriting.zip_plan import planned
 from fxzip.tracing.calls import as_call
-from fxzip.widths.narrow_heads import Alone, behind, narrowed
+from fxzip.widths.narrow_heads import behind, narrowed
+from fxzip.widths.observed import Observed
 from fxzip.widths.resizable import stiff_spaces
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
@@ -81,7 +82,7 @@ def relative(found, wanted):
 
 def alone_of(found, k=0):
     trunk = found.whole_trunks[k]
-    return Alone(trunk, observe(trunk, [as_call(X)]))
+    return Observed(trunk, observe(trunk, [as_call(X)]))
 
 
 def names_behind(found, until, k=0):
@@ -115,7 +116,7 @@ def test_heads_without_their_redundant_features_compute_the_same(method):
 
 def test_by_need_heads_give_up_what_they_have_twice_first():
     models = twins(4, 5)[1]
-    zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="stem", width="auto", max_cost=1.55)
+    zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="stem", width="auto", max_cost=1.55, hold_out=False)
     flops = zipped.report["flops"]
     assert flops["total"] <= 1.55 * flops["originals"][0]
     assert {own["name"] for head in zipped.report["narrowed"] for own in head} <= {"conv.weight", "hidden.weight"}
@@ -261,9 +262,7 @@ def widened(model, sample, seed):
     merges = {
         s: copies(space.size, -(-space.size // 4) if s in wide else 0, generator) for s, space in enumerate(spaces)
     }
-    network = fxzip.rewriting.rewrite(
-        planned(own, merges, reaches(own), kept={s: merges[s].size for s in wide})
-    ).single(0)
+    network = fxzip.rewriting.rewrite(planned(own, merges, own.reach, kept={s: merges[s].size for s in wide})).single(0)
     return network, {(spaces[s].name, nth(spaces, s)): spaces[s].size for s in wide}
 
 
@@ -285,10 +284,10 @@ def check_that_narrowing_takes_out_what_widening_put_in(seed):
     trunk = found.trunk(next(n for n in found.alignment.pairs if "stem" in n))
     own, kept = {}, {}
     for k, alone in found.whole_trunks.items():
-        own[k] = Alone(alone, observe(alone, [as_call(x)]))
+        own[k] = Observed(alone, observe(alone, [as_call(x)]))
         spaces = alone.spaces[0].spaces
         names = {s: (spaces[s].name.removeprefix("trunk."), nth(spaces, s)) for s in behind(trunk, k, alone)}
-        alive = {s for s, seen in own[k].statistics.items() if seen.alive.all()}  # the dead go with any others
+        alive = {s for s, seen in own[k].moments.items() if seen.alive.all()}  # the dead go with any others
         kept[k] = {s: sizes[k][name] for s, name in names.items() if name in sizes[k] and s in alive}
     statistics = observe(trunk, [as_call(x)])
     able = [s for s in statistics if trunk.spaces[0].spaces[s].legality == "free"]

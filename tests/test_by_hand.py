@@ -26,7 +26,8 @@ def test_by_hand(method, refit, until):
     zipping = plan(trunk, observe(trunk, data("observing")), fxzip.matching.resolve(method))
     zipped = fxzip.refit.refits(refit)(rewrite(zipping), zipping, data("refitting"))
     zipped = record_statistics(zipped, data("recording statistics"))
-    whole = fxzip.compile_zip(*models, X[:2], data=[X], method=method, refit=refit, until=until, progress=False)
+    settings = {"method": method, "refit": refit, "until": until, "hold_out": False, "progress": False}
+    whole = fxzip.compile_zip(*models, X[:2], data=[X], **settings)
     assert all(map(torch.equal, zipped(X), whole(X)))
 
 

@@ -22,7 +22,7 @@ def values(calls):
 
 
 def labelled(calibration):
-    return [(number, call.args[0][0, 0].item()) for number, call in calibration("x").labelled()]
+    return [(number, call.args[0][0, 0].item()) for number, call in calibration("x").by_source()]
 
 
 def test_batches_are_read_as_often_as_stages_ask():

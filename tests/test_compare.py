@@ -169,7 +169,7 @@ def test_the_methods_that_are_compared_by_default(pair):
 
 def test_held_out_inputs_of_ones_own(pair):
     table = fxzip.compare(pair, X, data=DATA, methods=["permute"], held_out=[IMAGES], progress=False)
-    zipped = fxzip.compile_zip(*pair, X, data=DATA, method="permute", progress=False)
+    zipped = fxzip.compile_zip(*pair, X, data=DATA, method="permute", hold_out=False, progress=False)
     agree = [float((y.argmax(1) == m(IMAGES).argmax(1)).double().mean()) for y, m in
              zip(zipped(IMAGES), pair, strict=True)]  # fmt: skip
     assert table[1]["worst"] == min(agree)
@@ -197,7 +197,7 @@ def test_a_sweep_is_the_frontier(pair):
 
     table = fxzip.sweep(pair, X, data=Data(), method="permute", refit=None, score=accuracy, progress=False)
     assert isinstance(table, Table)
-    assert len(reads) == 2  # for the sizes that the data holds, and to observe
+    assert len(reads) == 3  # for the sizes that the data holds, what is held out, and the rest of it
     assert [row["until"] for row in table][1:] == [
         "stem", "layer1_0_relu", "layer1.0", "layer1_1_relu", "layer1", "layer2_0_relu", "layer2.0.bn2", "layer2.0",
         "layer2_1_relu", None]  # fmt: skip

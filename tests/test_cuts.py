@@ -10,6 +10,7 @@ from torch import nn
 from zoo import randomise
 
 import fxzip
+from fxzip.compiler.options import Options
 from fxzip.compiler.survey import survey
 from fxzip.partition.node_names import cut_names
 from fxzip.rewriting.zip_plan import plan
@@ -20,7 +21,7 @@ FRACTIONS = [i / 8 for i in range(1, 9)]
 
 def zips(models, x, cuts=None):
     """The zips by permutation alone, at every cut at which there is one; of those that share the same the first."""
-    found = survey(models, as_call(x[:4]), verify=False)
+    found = survey(models, as_call(x[:4]), Options(verify=False))
     calibration = fxzip.calibration.Calibration.of([x], as_call(x[:4]), len(models), False)
     done = set()
     for cut in cuts or [None, *cut_names(list(found.alignment.programs[0].module.graph.nodes)), *FRACTIONS]:

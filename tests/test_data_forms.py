@@ -24,7 +24,7 @@ def batch(value, rows=4):
 
 
 def read(data, sample=SAMPLE, **options):
-    return [(number, call) for number, call in calibrated(data, sample, **options)("x").labelled()]
+    return [(number, call) for number, call in calibrated(data, sample, **options)("x").by_source()]
 
 
 def calibrated(data, sample=SAMPLE, models=2, **options):

@@ -10,6 +10,7 @@ import fxzip
 from fxzip.analysis.resizing import IrregularLayoutError, resized
 from fxzip.analysis.spaces import Layout
 from fxzip.widths.choose import overspent
+from fxzip.widths.requests import Budget, Scaled
 from fxzip.widths.resizable import stiff_spaces
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -146,12 +147,12 @@ def test_width_by_need_takes_the_flops_that_it_may(cost, until):
 
 def test_what_widths_by_need_do_not_count_is_said():
     report = {"flops": {"total": 141, "originals": [100, 120]}}
-    [note] = overspent(report, "auto", 1.4)
+    [note] = overspent(report, Budget(1.4))
     assert note.startswith(
         "the zip takes 1.410 of the first model's FLOPs, not 1.4: heads read features through a matrix"
     )
-    assert overspent(report, "auto", 1.41) == overspent(report, 1.2, None) == ()
-    assert len(overspent(report, "auto", None)) == 1
+    assert overspent(report, Budget(1.41)) == overspent(report, Scaled(1.2)) == ()
+    assert len(overspent(report, Budget())) == 1
 
 
 def test_width_by_need_spends_on_what_is_read():

@@ -15,7 +15,7 @@ from torch import nn
 import fxzip
 from fxzip.calibration.holdout import HeldOut, hold_out
 from fxzip.calibration.sources import Calibration
-from fxzip.compiler.options import Goal
+from fxzip.compiler.options import BestWithin, DeepestAgreeing, EarliestAffordable, FixedCut, cut_request
 from fxzip.compiler.search import deepest
 from fxzip.compiler.survey import cuts_and_trunks, survey
 from fxzip.tracing import trace
@@ -202,7 +202,9 @@ def test_the_deepest_cut_that_agrees(relatives):
     place = names.index(auto["until"])
     assert auto["evaluations"][names[place + 1]] < minimum
     fit, held = hold_out(Calibration.of(DATA, as_call(X), 2, False), found.alignment.programs)
-    again = fxzip.compile_zip(*pair, X, data=[c.args[0] for c in fit("x")], until=auto["until"], **settings)
+    again = fxzip.compile_zip(
+        *pair, X, data=[c.args[0] for c in fit("x")], hold_out=False, until=auto["until"], **settings
+    )
     torch.testing.assert_close(zipped(X), again(X), rtol=0, atol=0)
     assert held.agreement(again) == auto["agreement"]
     assert f"chose {auto['until']!r} of {len(cuts)} cuts" in str(zipped.report)
@@ -245,7 +247,7 @@ def test_best_of_some_cuts_at_a_cost(pair):
     assert 3 <= len(auto["evaluations"]) <= 8
     mean = {}
     for until in auto["evaluations"]:
-        again = fxzip.compile_zip(*pair, X, data=rest, until=until, **settings)
+        again = fxzip.compile_zip(*pair, X, data=rest, hold_out=False, until=until, **settings)
         mean[until] = sum(held.agreement(again)) / 2
         if until == auto["until"]:
             torch.testing.assert_close(zipped(X), again(X), rtol=0, atol=0)
@@ -280,5 +282,8 @@ def test_goals_that_contradict(pair, settings, message):
 
 
 def test_goals_by_default():
-    assert Goal.of(None, None, None) is None
-    assert Goal.of("auto", None, 1.3) == Goal(None, 1.3)
+    assert cut_request(None, None, None, by_need=False) == FixedCut()
+    assert cut_request("auto", None, None, by_need=False) == DeepestAgreeing(0.98)
+    assert cut_request("auto", None, 1.3, by_need=False) == EarliestAffordable(1.3)
+    assert cut_request("auto", None, 1.3, by_need=True) == BestWithin(1.3)
+    assert cut_request("layer1", None, 1.3, by_need=True) == FixedCut("layer1")

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxzip
 from fxzip.calibration.observer import observe
+from fxzip.compiler.options import Options
 from fxzip.compiler.survey import survey
 from fxzip.refit.least_squares.lockstep import within_memory
 from fxzip.rewriting.zip_plan import plan
@@ -51,7 +52,7 @@ def transformer(classes, seed):
 def fitted(make, shape, memory, batches, **settings):
     models = make(3, 1), make(4, 2)
     sample = torch.randn(2, *shape)
-    trunk = survey(models, as_call(sample), verify=False).trunk()
+    trunk = survey(models, as_call(sample), Options(verify=False)).trunk()
     calls = [as_call(torch.randn(batches[0], *shape)) for _ in range(batches[1])]
     planned = plan(trunk, observe(trunk, calls[:1]), fxzip.Permute())
     zipped = fxzip.rewriting.rewrite(planned)

@@ -7,7 +7,7 @@ import torch
 from networks import Residual, randomise
 
 import fxzip
-from fxzip.rewriting.zip_plan import head_nodes, head_params, plan
+from fxzip.rewriting.zip_plan import head_params, plan
 
 X = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -80,7 +80,7 @@ def test_the_head_is_what_the_trunk_is_not():
     trunk, _ = observed("layer1")
     for k, program in enumerate(trunk.alignment.programs):
         nodes = {node.name for node in program.module.graph.nodes}
-        assert set(head_nodes(trunk, k)) == nodes - set(trunk.names(k).values())
+        assert set(trunk.head_nodes(k)) == nodes - set(trunk.names(k).values())
         assert "linear.weight" in head_params(trunk, k)
         assert not any(name.startswith("layer1.0") for name in head_params(trunk, k))
 

@@ -326,8 +326,19 @@ def test_inputs_that_do_not_belong_together(sample, settings, error, message):
 
 def test_only_some_functions_take_inputs_of_their_own():
     a, b = randomise(Residual(4), 1).double(), randomise(Large(4), 2).double()
-    with pytest.raises(fxzip.InputError, match=r"`compare` needs one sample input that all models take; found a `PerM"):
-        fxzip.compare([a, b], fxzip.PerModel(X, LARGE), data=[(X, LARGE)], methods=["permute"])
+    with pytest.raises(fxzip.InputError, match="`barrier` needs one sample input that all models take; found a `PerM"):
+        fxzip.barrier(a, b, fxzip.PerModel(X, LARGE), loss=lambda net: 0.0)
+
+
+def test_comparing_models_with_inputs_of_their_own():
+    a, b = randomise(Residual(4), 1).double(), randomise(Large(4), 2).double()
+    sample, settings = fxzip.PerModel(X, LARGE), {"methods": ["permute"], "progress": False}
+    with pytest.raises(fxzip.InputError, match="share nothing at the input; say with `start` where"):
+        fxzip.compare([a, b], sample, data=[(X, LARGE)], **settings)
+    table = fxzip.compare([a, b], sample, data=[(X, LARGE)] * 7, start="layer1", **settings)
+    assert [row["method"] for row in table] == ["side by side", "permute"]
+    assert table[0]["agreement"] == 1.0
+    assert table[1]["error"] is None
 
 
 # merge, costs, the result as a module --------------------------------------------------------------------------------
@@ -388,7 +399,8 @@ def test_the_result_is_an_ordinary_module():
 
 def test_cuts_lie_behind_the_start():
     a, b = randomise(Residual(4), 1).double(), randomise(OtherStem(4), 2).double()
-    found = fxzip.compiler.survey.survey([a, b], fxzip.tracing.calls.as_call(X[:2]), start="layer1")
+    call, options = fxzip.tracing.calls.as_call(X[:2]), fxzip.compiler.Options(start="layer1")
+    found = fxzip.compiler.survey.survey([a, b], call, options)
     cuts, trunks = fxzip.compiler.survey.cuts_and_trunks(found)
     clean = [cut.until for cut in cuts if cut.crossing == 1]
     assert clean == ["layer1_0_relu", "layer1.0", "layer1", "layer2.0", None]  # around the first, heads read the stems

@@ -10,6 +10,7 @@ from torchvision.models import VisionTransformer
 
 import fxzip
 from fxzip.analysis import relative_difference
+from fxzip.compiler.options import Options
 from fxzip.compiler.survey import survey
 from fxzip.matching import Problem, Run, Space, Weight, WeightMatching
 from fxzip.matching.weights.descent import Descent
@@ -40,7 +41,7 @@ class Listening:
 def problem(*networks, sample):
     """What the method sees of these networks."""
     heard = Listening()
-    plan(survey(networks, as_call(sample), verify=False).trunk(), {}, heard)
+    plan(survey(networks, as_call(sample), Options(verify=False)).trunk(), {}, heard)
     return heard.problem
 
 

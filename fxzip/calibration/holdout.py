@@ -1,22 +1,21 @@
-"""How far the heads of a zip agree with the originals, on inputs that nothing was fitted on.
+"""Inputs that nothing is fitted on, and how far the heads of a zip agree with the originals on them.
 
-Every fifth input of the calibration data is held out: counted through all batches of a source, inputs 4, 9, 14, … of
-it. Matching and refit see the others only. The data is read once, so that a shuffling loader cannot mix the two up.
+A share 1/n of the calibration inputs is held out: counted through all batches of a source, inputs n-1, 2n-1, … of it.
+All stages see the others only. In later passes the inputs held out are known by a checksum of their content, so that a
+loader that shuffles does not mix the two up, and nothing but them has to be kept. A search, which reads the data again
+and again, keeps all of it. Where a model takes one batch size
+only, whole batches are held out.
 
-Head k is compared with model k output tensor by output tensor, over all held-out inputs:
-
-    [batch, classes ≥ 2], floating point:   the share of inputs with the same argmax
-    other floating point:                   1 - ‖z - y‖ / ‖y‖ for output y and the head's z, at least 0
-    integers and booleans:                  the share of equal entries
-
-The agreement of a head is the mean over its tensors. Where there is one source of data per model, a head is compared on
+Head k is compared with model k (see `agreement.py`). Where there is one source of data per model, a head is compared on
 the inputs of its own model. That is what to give for models of different tasks: what a head says of inputs of another
 task is nearly chance, and agrees much less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +25,11 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..tracing import Program, run_eager
 from ..tracing.calls import Call, batch_size, leaves, select_rows
+from .agreement import Comparison, HeadAgreement
 from .sources import Calibration, as_batch
 
-EVERY = 5
+EVERY_TENTH = 10
+EVERY_FIFTH = 5
 LEAST = 10
 
 
@@ -39,116 +40,171 @@ class HeldOut:
     Attributes:
         calls: the number of the source, and the call.
         expected: per call the tensors of each model's output; None where the model is not asked.
-        size: number of inputs.
+        inputs: number of inputs that each model is compared on.
     """
 
     calls: tuple[tuple[int, Call], ...]
     expected: tuple[tuple[list[Tensor] | None, ...], ...]
-    size: int
+    inputs: tuple[int, ...]
 
     @classmethod
     def of(cls, calls: Sequence[tuple[int, Call]], programs: Sequence[Program]) -> HeldOut:
         """Run the originals."""
-        several = len({source for source, _ in calls}) == len(programs)
-        expected = tuple(
-            tuple(
-                leaves([run_eager(program.module, call)]) if not several or source == k else None
-                for k, program in enumerate(programs)
-            )
-            for source, call in calls
-        )
-        return cls(tuple(calls), expected, sum(batch_size(call) or 1 for _, call in calls))
+        several = len({source for source, _ in calls}) == len(programs) > 1
+        expected, inputs = [], [0] * len(programs)
+        for source, call in calls:
+            outputs: list[list[Tensor] | None] = []
+            for k, program in enumerate(programs):
+                asked = not several or source == k
+                outputs.append(leaves([run_eager(program.module, call)]) if asked else None)
+                inputs[k] += (batch_size(call) or 1) if asked else 0
+            expected.append(tuple(outputs))
+        return cls(tuple(calls), tuple(expected), tuple(inputs))
 
-    def agreement(self, network: nn.Module) -> tuple[float, ...]:
-        """Of each head of a multi-head network."""
-        sums: list[list[_Sum]] = [[] for _ in self.expected[0]]
+    @property
+    def size(self) -> int:
+        """Number of inputs."""
+        return sum(batch_size(call) or 1 for _, call in self.calls)
+
+    def compared(self, network: nn.Module) -> tuple[HeadAgreement, ...]:
+        """How far each head of a multi-head network, that returns a tuple, agrees with its original."""
+        sums = [Comparison() for _ in self.inputs]
         for (_, call), wanted in zip(self.calls, self.expected, strict=True):
             given = run_eager(network, call)
             for own, output, expected in zip(sums, given, wanted, strict=True):
                 if expected is not None:
-                    own.extend(_Sum() for _ in expected[len(own) :])
-                    for total, found, original in zip(own, leaves([output]), expected, strict=True):
-                        total.add(found, original)
-        return tuple(sum(total.result() for total in own) / max(len(own), 1) if own else 1.0 for own in sums)
+                    own.add(leaves([output]), expected, batch_size(call) or 1)
+        return tuple(own.result() for own in sums)
 
-
-def same_class(found: Tensor, original: Tensor) -> Tensor | None:
-    """For each input whether two outputs [batch, classes ≥ 2] name the same class; None for other outputs.
-
-    >>> same_class(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), torch.tensor([[0.0, 2.0], [0.0, 2.0]]))
-    tensor([ True, False])
-    """
-    if original.ndim != 2 or original.shape[1] < 2 or not original.is_floating_point():
-        return None
-    return (found.argmax(1) == original.argmax(1)) & found.isfinite().all(1)
-
-
-@dataclass
-class _Sum:
-    """Agreement of one tensor, under way."""
-
-    hits: float = 0.0
-    count: float = 0.0
-    error: float = 0.0
-    norm: float = 0.0
-
-    def add(self, found: Tensor, original: Tensor) -> None:
-        if not original.is_floating_point() and not original.is_complex():
-            self.hits += float((found == original).sum())
-            self.count += original.numel()
-        elif (same := same_class(found, original)) is not None:
-            self.hits += float(same.sum())
-            self.count += len(original)
-        else:
-            self.error += float((found - original).abs().double().square().sum())
-            self.norm += float(original.abs().double().square().sum())
-
-    def result(self) -> float:
-        if self.count:
-            return self.hits / self.count
-        if self.norm == 0.0:
-            return float(self.error == 0.0)
-        return max(0.0, 1.0 - (self.error / self.norm) ** 0.5) if self.error < float("inf") else 0.0
+    def agreement(self, network: nn.Module) -> tuple[float, ...]:
+        """One score in [0, 1] for each head of a multi-head network."""
+        return tuple(head.score for head in self.compared(network))
 
 
 def hold_out(
-    calibration: Calibration, programs: Sequence[Program], *, name: str = '`until="auto"`'
-) -> tuple[Calibration, HeldOut]:
-    """The calibration without every fifth input, and these. Whole batches where a model takes one batch size only.
+    calibration: Calibration, programs: Sequence[Program], *, every: int = EVERY_FIFTH, needed_by: str = ""
+) -> tuple[Calibration, HeldOut | None]:
+    """The calibration without every n-th input, and these. Whole batches where a model takes one batch size only.
+
+    Args:
+        calibration: of all inputs.
+        programs: the models.
+        every: n, 2 or more.
+        needed_by: what cannot do without them, for the error; it needs ten of every source. Otherwise as many as there
+            are will do; None is returned where there are none.
 
     Raises:
-        DataError: fewer than ten inputs of a source are held out; `name` is what asks for them.
+        DataError: fewer than ten inputs of a source are held out, and `needed_by` says that they are needed.
     """
-    whole = any(not program.batch_axes for program in programs)
-    kept: list[list[Any]] = [[] for _ in calibration.sources]
+    dense = all(value.layout == torch.strided for value in leaves(calibration.sample))
+    whole = not dense or any(not program.batch_axes for program in programs)
     held: list[tuple[int, Call]] = []
-    seen, out = [0] * len(kept), [0] * len(kept)
-    rows, batches_seen = [0] * len(kept), [0] * len(kept)
-    for source, call in calibration("holding out").labelled():
+    rows, out = [Counter[int]() for _ in calibration.sources], [0] * len(calibration.sources)
+    seen, total = [0] * len(out), [0] * len(out)
+    last: dict[int, Call] = {}
+
+    for source, call in calibration("holding out").by_source():
         size = batch_size(call) or 1
-        places = torch.arange(size) + seen[source]
-        if whole:
-            places = torch.full((size,), batches_seen[source])
-        mine = places % EVERY == EVERY - 1
-        for chosen, put in ((~mine, kept[source].append), (mine, lambda part, s=source: held.append((s, part)))):
-            _put(call, chosen, put)
-        seen[source] += size
-        batches_seen[source] += 1
-        out[source] += int(mine.sum())
-        rows[source] += size
-    for found, total in zip(out, rows, strict=True):
-        if found < LEAST:
+        places = torch.full((size,), seen[source]) if whole else torch.arange(size) + seen[source]
+        mine = places % every == every - 1
+        seen[source] += 1 if whole else size
+        total[source] += size
+        last[source] = call
+        if bool(mine.any()):
+            _take(held, rows, out, source, call if whole else _chosen(call, mine), whole=whole)
+
+    for source, call in last.items():
+        if whole and not out[source] and seen[source] > 1:  # at least one batch, if that leaves another
+            _take(held, rows, out, source, call, whole=True)
+    for found, number in zip(out, total, strict=True):
+        if needed_by and found < LEAST:
             raise DataError(
-                f"{name} holds out every fifth input of `data` and measures agreement on at least {LEAST}; found "
-                f"{found} of {total}{' in whole batches' if whole else ''}. Pass at least {EVERY * LEAST} inputs."
+                f"{needed_by} holds out every {_ORDINALS.get(every, f'{every}th')} input of `data` and measures "
+                f"agreement on at least {LEAST}; found {found} of {number}{' in whole batches' if whole else ''}. Pass "
+                f"at least {every * LEAST} inputs."
             )
-    sources = tuple([as_batch(call) for call in calls] for calls in kept)
-    return replace(calibration, sources=sources), HeldOut.of(held, programs)
+    if not held or not all(out):
+        return calibration, None
+    rest = replace(calibration, without=Without(tuple(rows), whole))
+    return (_kept(rest) if needed_by else rest), HeldOut.of(held, programs)
 
 
-def _put(call: Call, chosen: Tensor, put: Callable[[Call], Any]) -> None:
-    """Hand over the chosen rows of a batch, if there are any."""
-    if bool(chosen.all()):
-        put(call)
-    elif bool(chosen.any()):
-        put(select_rows(call, chosen))
+def _kept(calibration: Calibration) -> Calibration:
+    """The calibration with its batches in memory, for what reads them again and again."""
+    kept: list[list[Any]] = [[] for _ in calibration.sources]
+    for source, call in calibration("holding out").by_source():
+        kept[source].append(as_batch(call))
+    return replace(calibration, sources=tuple(kept), without=None)
+
+
+_ORDINALS = {5: "fifth", 10: "tenth"}
+
+
+def _take(
+    held: list[tuple[int, Call]], rows: list[Counter[int]], out: list[int], source: int, call: Call, *, whole: bool
+) -> None:
+    held.append((source, call))
+    rows[source].update([checksum(call)] if whole else checksums(call))
+    out[source] += batch_size(call) or 1
+
+
+@dataclass(frozen=True)
+class Without:
+    """Inputs that are left out of every pass: by source, how often each checksum is; or of whole batches."""
+
+    rows: tuple[Counter[int], ...]
+    whole: bool
+
+    def __call__(self, calls: Iterator[tuple[int, Call]]) -> Iterator[tuple[int, Call]]:
+        """The calls of one pass without them."""
+        left = [counter.copy() for counter in self.rows]
+        for source, call in calls:
+            mine = [checksum(call)] if self.whole else checksums(call)
+            keep = []
+            for own in mine:
+                keep.append(left[source][own] <= 0)
+                left[source][own] -= 1
+            if any(keep):
+                yield source, call if all(keep) else _chosen(call, torch.tensor(keep))
+
+
+def checksum(call: Call) -> int:
+    """Of all tensors of a call.
+
+    >>> checksum(Call((torch.ones(2),), {})) == checksum(Call((torch.ones(2).double(),), {}))
+    False
+    """
+    result = 0
+    for value in leaves(call):
+        result = zlib.crc32(_bytes(value), result)
+    return result
+
+
+def checksums(call: Call) -> list[int]:
+    """Of each row of a call.
+
+    >>> first, second, third = checksums(Call((torch.tensor([[1.0], [2.0], [1.0]]),), {}))
+    >>> first == third != second
+    True
+    """
+    size = batch_size(call) or 1
+    result = [0] * size
+    for value in leaves(call):
+        if value.ndim and value.shape[0] == size:
+            lines = _bytes(value)
+            step = len(lines) // size
+            for row in range(size):
+                result[row] = zlib.crc32(lines[row * step : (row + 1) * step], result[row])
+    return result
+
+
+def _bytes(value: Tensor) -> memoryview:
+    if value.layout != torch.strided:
+        value = value.to_dense()
+    flat = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def _chosen(call: Call, rows: Tensor) -> Call:
+    """The chosen rows of a call."""
+    return call if bool(rows.all()) else select_rows(call, rows)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..analysis.labelling import Site
 from ..analysis.rules import varying
 from ..analysis.spaces import slots
-from ..partition.trunk import Trunk
+from ..partition.region import Trunk
 
 Spot = tuple[str, int]
 """A call inside a node: its name, and which of the calls of that name it is."""

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..matching.moments import SAMPLES, Moments
-from ..partition.trunk import Trunk
+from ..partition.region import Trunk
 from ..tracing import MathAttention, Program, flat_inputs, quiet_execution
 from ..tracing.calls import Call
 from .batches import not_finite, wrong_shape

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import DataError
-from ..tracing.calls import Call, JointCall
+from ..tracing.calls import Call, JointCall, batch_size
 from .batches import batches
 from .data_forms import MAX_BATCHES, PerModel, Source, sources_of
 
@@ -26,13 +26,27 @@ def as_batch(sample: Call) -> Any:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of all sources. Calling it gives a fresh iterable; each stage may iterate as often as it needs."""
+    """Batches of all sources. Calling it gives a fresh iterable; each stage may iterate as often as it needs.
+
+    Attributes:
+        sources: iterables of batches, one, or one per model.
+        sample: the form of a batch.
+        description: for the report.
+        show: a bar for each pass.
+        notes: for the report.
+        without: drops inputs from the calls of a pass (see `holdout.py`); None: nothing is dropped.
+        given: the user gave data; else the sample serves.
+        counts: how many inputs each pass gave that went to its end.
+    """
 
     sources: tuple[Iterable[Any], ...]
     sample: Call
     description: str
     show: bool
     notes: list[str] = field(default_factory=list)
+    without: Callable[[Iterator[tuple[int, Call]]], Iterator[tuple[int, Call]]] | None = None
+    given: bool = True
+    counts: list[int] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -54,7 +68,7 @@ class Calibration:
         if data is None:
             sources_of([], sample, models, max_batches, note)
             note("no `data` was given: `sample_input` served as calibration data, which is far too little to match by")
-            return cls(([as_batch(sample)],), sample, "calibrated on `sample_input`", show, notes)
+            return cls(([as_batch(sample)],), sample, "calibrated on `sample_input`", show, notes, given=False)
         if isinstance(sample, JointCall):
             if isinstance(data, PerModel):
                 raise DataError(
@@ -78,11 +92,24 @@ class Calibration:
             "no `data` was given: features are matched by weights alone, variances of merged features estimated from "
             "those stored in BatchNorms, nothing is measured; a few unlabelled batches (`data=...`) allow a refit"
         )
-        return cls((), sample, "without data", False, [note])
+        return cls((), sample, "without data", False, [note], given=False)
 
     def __call__(self, stage: str) -> Replay:
         """All batches, named `stage` on the bar."""
-        return Replay(lambda: self._calls(stage), max(len(self.sources), 1))
+        return Replay(lambda: self._counted(stage), max(len(self.sources), 1))
+
+    @property
+    def inputs(self) -> int | None:
+        """How many inputs the last pass gave; None before one went to its end."""
+        return self.counts[-1] if self.counts else None
+
+    def _counted(self, stage: str) -> Iterator[tuple[int, Call]]:
+        total = 0
+        calls = self._calls(stage)
+        for number, call in calls if self.without is None else self.without(calls):
+            total += batch_size(call) or 1
+            yield number, call
+        self.counts.append(total)
 
     def _calls(self, stage: str) -> Iterator[tuple[int, Call]]:
         for number, source in enumerate(self.sources):
@@ -102,6 +129,6 @@ class Replay:
     def __iter__(self) -> Iterator[Call]:
         return (call for _, call in self.start())
 
-    def labelled(self) -> Iterator[tuple[int, Call]]:
+    def by_source(self) -> Iterator[tuple[int, Call]]:
         """Each batch with the number of its source."""
         return self.start()

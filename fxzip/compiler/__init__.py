@@ -1,6 +1,7 @@
 """The whole way from models to one network: `compile_zip`, and the parts of it that other tools share."""
 
-from .options import Recipe
+from .options import Options, Recipe
 from .pipeline import assemble, compile_zip
+from .session import Candidate, Session
 
-__all__ = ["Recipe", "assemble", "compile_zip"]
+__all__ = ["Candidate", "Options", "Recipe", "Session", "assemble", "compile_zip"]

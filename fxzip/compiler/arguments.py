@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,34 @@ from ..calibration.sources import PerModel
 from ..errors import InputError
 from ..tracing import check_model, check_placement
 from ..tracing.calls import Call, JointCall, as_call, batch_size
+
+
+@dataclass(frozen=True)
+class Given:
+    """What an entry point was given to zip.
+
+    Attributes:
+        networks: the models.
+        sample: the sample input as it was given.
+        call: the same as a call.
+        tasks: names of the tasks; empty where they have none.
+    """
+
+    networks: tuple[nn.Module, ...]
+    sample: Any
+    call: Call
+    tasks: tuple[str, ...]
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any], name: str = "compile_zip", *, own_inputs: bool = True) -> Given:
+        """Sort out the positional arguments; `name` and `own_inputs` as in `models_and_sample`.
+
+        Raises:
+            InputError: they are not models and a sample input.
+        """
+        tasks = tasks_of(arguments[0] if arguments else None)
+        networks, call = models_and_sample(arguments, name, own_inputs=own_inputs)
+        return cls(tuple(networks), arguments[-1], call, tasks)
 
 
 def models_and_sample(

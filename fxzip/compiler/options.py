@@ -1,4 +1,4 @@
-"""What a user may ask of a compile, checked and with the defaults filled in."""
+"""What a user may ask of a compile, checked and with the defaults filled in: one place for all entry points."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from ..analysis.rules import Rule
+from ..calibration.data_forms import MAX_BATCHES
 from ..errors import OptionError
 from ..matching import Method, resolve
 from ..refit import LeastSquares, Refit, fit_least_squares, refits
-from ..widths.choose import Width
+from ..widths.requests import UNCHANGED, Budget, WidthRequest
 
 MethodName = Literal[
     "auto", "energy", "zip", "permute", "weights", "average", "agglomerative", "c2m3", "cca", "kmeans", "mudsc",
     "optimal", "recover", "transport",
 ]  # fmt: skip
 RefitName = Literal["auto", "lstsq", "repair", "batchnorm", "stored", "regmean"]
+Until = str | float | None
+"""Where the trunk ends, by name or as a share of the FLOPs; None: at the heads."""
 
 
 class CompileOptions(TypedDict, total=False):
@@ -31,6 +34,7 @@ class CompileOptions(TypedDict, total=False):
     max_cost: float | None
     refit: RefitName | Refit | None
     joint: bool
+    hold_out: bool
     verify: bool
     strict: bool
     progress: bool | None
@@ -40,23 +44,36 @@ class CompileOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to merge and to correct. `refit_name` is what the report calls the refit; `sizing` is width and cost, as
-    `choose_widths` takes them."""
+    """How to merge, how wide, and how to correct.
+
+    Attributes:
+        method: what decides which features are merged.
+        refit: what corrects the zipped network.
+        refit_name: what the report calls the refit.
+        width: how many features the spaces keep.
+        data_free: nothing is read from data: the method looks at weights, the refit at stored statistics.
+    """
 
     method: Method
     refit: Refit
     refit_name: Any
-    sizing: tuple[Width, float | None] = (1.0, None)
+    width: WidthRequest = UNCHANGED
+    data_free: bool = False
 
     @property
     def observes(self) -> bool:
         """Whether anything that is to be decided depends on what the data show."""
-        return "moments" in self.method.needs or self.sizing[0] != 1
+        return "moments" in self.method.needs or self.width != UNCHANGED
 
     @property
     def narrows(self) -> bool:
         """Whether heads may keep fewer features: by need, and where least squares mends what that does to them."""
-        return self.sizing[0] == "auto" and _fits(self.refit)
+        return isinstance(self.width, Budget) and _fits(self.refit)
+
+    @property
+    def by_position(self) -> bool:
+        """Whether features that cannot be matched may be averaged place by place."""
+        return self.method.by_position
 
     @classmethod
     def of(
@@ -65,20 +82,33 @@ class Recipe:
         refit: str | Refit | None,
         *,
         calibrated: bool,
-        sizing: tuple[Width, float | None] = (1.0, None),
+        width: WidthRequest = UNCHANGED,
     ) -> Recipe:
-        """The defaults filled in: `refit="auto"` is least squares where there is data, and `method="auto"` is `Energy`
-        under least squares, else ZipIt!.
+        """The defaults filled in.
+
+        `refit="auto"` is least squares where there is data, else REPAIR; where there is none and the method looks at
+        weights only, it is "stored". `method="auto"` is `Energy` under least squares, else ZipIt!.
 
         >>> Recipe.of("auto", "auto", calibrated=True).method, Recipe.of("auto", "repair", calibrated=True).method
         (Energy(floor=0.01, ridge=1e-05), Zip(alpha=1.0, beta=1.0))
+        >>> Recipe.of("weights", "auto", calibrated=False).data_free
+        True
         """
-        if isinstance(refit, str) and refit == "auto":
-            refit = "lstsq" if calibrated else "repair"
+        automatic = isinstance(method, str) and method == "auto"
+        weights_alone = not automatic and "moments" not in resolve(method).needs
+        data_free = not calibrated and weights_alone and _named(refit) in ("auto", "stored", None)
+        if _named(refit) == "auto":
+            refit = "stored" if data_free else "lstsq" if calibrated else "repair"
+
         corrected = refits(refit)
-        if isinstance(method, str) and method == "auto":
+        if automatic:
             method = "energy" if _fits(corrected) else "zip"
-        return cls(resolve(method), corrected, refit, sizing)
+        return cls(resolve(method), corrected, refit, width, data_free)
+
+
+def _named(refit: str | Refit | None) -> str | None:
+    """The name of a refit; "" for one that is an object."""
+    return refit if refit is None or isinstance(refit, str) else ""
 
 
 def _fits(refit: Refit) -> bool:
@@ -86,54 +116,103 @@ def _fits(refit: Refit) -> bool:
 
 
 @dataclass(frozen=True)
-class Goal:
-    """What `until="auto"` is to reach: one of the two is set.
+class FixedCut:
+    """The trunk ends where the user says."""
+
+    until: Until = None
+
+
+@dataclass(frozen=True)
+class DeepestAgreeing:
+    """The trunk ends as late as every head agrees with its original on this share of held-out inputs."""
+
+    min_agreement: float = 0.98
+
+
+@dataclass(frozen=True)
+class EarliestAffordable:
+    """The trunk ends as early as the zip takes at most this many FLOPs, relative to the first model."""
+
+    max_cost: float
+
+
+@dataclass(frozen=True)
+class BestWithin:
+    """Every cut takes `max_cost` FLOPs by its widths; the trunk ends where the heads agree best."""
+
+    max_cost: float
+
+
+CutRequest = FixedCut | DeepestAgreeing | EarliestAffordable | BestWithin
+
+
+def cut_request(until: Until, min_agreement: float | None, max_cost: float | None, *, by_need: bool) -> CutRequest:
+    """What `until` and its goals ask for.
+
+    >>> cut_request("auto", None, 1.3, by_need=False)
+    EarliestAffordable(max_cost=1.3)
+
+    Args:
+        until, min_agreement, max_cost: as in `compile_zip`.
+        by_need: widths are chosen by need, which `max_cost` is for too.
+
+    Raises:
+        OptionError: the arguments contradict each other, or are out of range.
+    """
+    if until != "auto" and by_need:
+        max_cost = None  # it is the widths' then
+    given = {"min_agreement": min_agreement, "max_cost": max_cost}
+    names = [f"`{name}={value!r}`" for name, value in given.items() if value is not None]
+    if until != "auto":
+        if names:
+            raise OptionError(
+                f'{" and ".join(names)} must go with `until="auto"`, which looks for a cut; found `until={until!r}`, '
+                "a fixed one. Leave one of them out."
+            )
+        return FixedCut(until)
+    if len(names) == 2:
+        raise OptionError(
+            f'`until="auto"` takes one goal: `min_agreement` (the deepest cut that agrees) or `max_cost` (the '
+            f"earliest cut that is cheap enough); found {' and '.join(names)}. Leave one of them out."
+        )
+    if min_agreement is not None and not 0 < min_agreement <= 1:
+        raise OptionError(f"`min_agreement` must lie in (0, 1]; found {min_agreement!r}. Try 0.98.")
+    if max_cost is not None and not max_cost > 0:
+        raise OptionError(
+            f"`max_cost` must be positive, FLOPs relative to the first model alone; found {max_cost!r}. Try 1.3."
+        )
+    if by_need and max_cost is None:
+        raise OptionError(
+            '`until="auto"` with `width="auto"` needs `max_cost`: what the zip may take wherever the trunk ends; '
+            f"found {names[0] if names else 'no goal'}. Try `max_cost=1.3`, or leave `width` out."
+        )
+    if max_cost is not None:
+        return BestWithin(max_cost) if by_need else EarliestAffordable(max_cost)
+    return DeepestAgreeing() if min_agreement is None else DeepestAgreeing(min_agreement)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What holds for all zips of one request, whatever their recipes and cuts.
 
     Attributes:
-        min_agreement: of every head with its original, in (0, 1].
-        max_cost: FLOPs relative to the first model alone.
-        by_need: widths are chosen by need, so that every cut takes `max_cost`.
+        start: where the trunk begins; None: at the input.
+        joint: heads of classifiers are to tell their tasks apart.
+        hold_out: every tenth input of the data is kept out of all fits, for the report.
+        verify: the analysis checks itself.
+        strict: a place where features cannot be matched is an error.
+        by_position: features that cannot be matched are averaged place by place.
+        progress: show a bar; None: on a terminal only.
+        max_batches: most batches of each source that are read in a pass.
+        rules: by ATen call; None: `fxzip.RULES`.
     """
 
-    min_agreement: float | None = None
-    max_cost: float | None = None
-    by_need: bool = False
-
-    @classmethod
-    def of(
-        cls, until: object, min_agreement: float | None, max_cost: float | None, *, by_need: bool = False
-    ) -> Goal | None:
-        """The goal, None for a cut that the user fixed.
-
-        >>> Goal.of("auto", None, None)
-        Goal(min_agreement=0.98, max_cost=None, by_need=False)
-
-        Raises:
-            OptionError: the arguments contradict each other, or are out of range.
-        """
-        given = {"min_agreement": min_agreement, "max_cost": max_cost}
-        names = [f"`{name}={value!r}`" for name, value in given.items() if value is not None]
-        if until != "auto":
-            if names:
-                raise OptionError(
-                    f'{" and ".join(names)} must go with `until="auto"`, which looks for a cut; found '
-                    f"`until={until!r}`, a fixed one. Leave one of them out."
-                )
-            return None
-        if len(names) == 2:
-            raise OptionError(
-                f'`until="auto"` takes one goal: `min_agreement` (the deepest cut that agrees) or `max_cost` (the '
-                f"earliest cut that is cheap enough); found {' and '.join(names)}. Leave one of them out."
-            )
-        if min_agreement is not None and not 0 < min_agreement <= 1:
-            raise OptionError(f"`min_agreement` must lie in (0, 1]; found {min_agreement!r}. Try 0.98.")
-        if max_cost is not None and not max_cost > 0:
-            raise OptionError(
-                f"`max_cost` must be positive, FLOPs relative to the first model alone; found {max_cost!r}. Try 1.3."
-            )
-        if by_need and max_cost is None:
-            raise OptionError(
-                '`until="auto"` with `width="auto"` needs `max_cost`: what the zip may take wherever the trunk ends; '
-                f"found {names[0] if names else 'no goal'}. Try `max_cost=1.3`, or leave `width` out."
-            )
-        return cls(0.98, None) if not names else cls(min_agreement, max_cost, by_need)
+    start: str | Sequence[str] | None = None
+    joint: bool = False
+    hold_out: bool = True
+    verify: bool = True
+    strict: bool = False
+    by_position: bool = False
+    progress: bool | None = None
+    max_batches: int = MAX_BATCHES
+    rules: Mapping[str, Rule] | None = None

@@ -1,11 +1,13 @@
 """The driver: a call per stage. Reading this file is reading the architecture.
 
-trace -> align -> label, self-check -> find_trunk -> observe -> plan -> rewrite -> refit -> report
+trace -> label, self-check -> align (`Session.open`) -> find_trunk -> observe (`Candidate`) -> plan -> rewrite -> refit
+-> report
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -13,28 +15,35 @@ from torch import nn
 
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
-from ..calibration.holdout import hold_out
-from ..calibration.observer import observe, observe_all
-from ..calibration.shapes import other_shapes
-from ..calibration.sources import Calibration
-from ..errors import InputError
-from ..matching import Method, resolve
-from ..matching.moments import Moments
-from ..partition.trunk import Trunk
+from ..matching import Method
+from ..partition.cut_points import SharedLayers
 from ..refit import Refit, fit_notes, record_statistics
-from ..refit.joint.logit_shifts import needs_classifiers, needs_tasks, with_shifts
 from ..rewriting.emit import rewrite
 from ..rewriting.module import ZippedModule, reuse_memory
 from ..rewriting.report import Report, make_report
 from ..rewriting.zip_plan import plan
 from ..tracing import plain_context
-from ..tracing.calls import JointCall
-from ..widths.choose import check_width, choose_widths, overspent
-from ..widths.narrow_heads import Alone, narrowed
-from .arguments import data_of, models_and_sample, tasks_of
-from .options import CompileOptions, Goal, MethodName, Recipe, RefitName
-from .search import best_agreeing, deepest_agreeing, earliest_affordable
-from .survey import Survey, cuts_and_trunks, each_alone, survey
+from ..widths.choose import choose_widths, overspent
+from ..widths.narrow_heads import narrowed
+from ..widths.observed import Observed
+from ..widths.requests import width_request
+from .arguments import Given
+from .judging import SMALL_TRUNK, judged
+from .options import (
+    BestWithin,
+    CompileOptions,
+    CutRequest,
+    DeepestAgreeing,
+    EarliestAffordable,
+    FixedCut,
+    MethodName,
+    Options,
+    Recipe,
+    RefitName,
+    cut_request,
+)
+from .search import best_agreeing, deepest_agreeing, earliest_affordable, exactly_shared
+from .session import Candidate, Session
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,6 +70,7 @@ def compile_zip(
     max_cost: float | None = None,
     refit: RefitName | Refit | None = "auto",
     joint: bool = False,
+    hold_out: bool = True,
     verify: bool = True,
     strict: bool = False,
     progress: bool | None = None,
@@ -116,6 +126,8 @@ def compile_zip(
         joint: for classifiers of different tasks whose logits are compared with one another: move each head's logits,
             all of an input by the same amount, such that together the heads tell the tasks apart. Order and softmax of
             a head's own logits stay. Needs data per model; see `refit/joint/logit_shifts.py`.
+        hold_out: keep every tenth input of `data` out of all fits; the report says how far the heads agree with their
+            originals on these. With `until="auto"`, which compares zips on them, it is every fifth.
         verify: check the analysis by relabelling at random.
         strict: raise `BarrierError` where a call without a rule, or features that cannot be matched, stop the sharing.
         progress: show a bar; None: on a terminal only.
@@ -132,78 +144,98 @@ def compile_zip(
         InputError, OptionError, CostError, TraceError, AlignError, CutError, DataError, BarrierError,
             SelfCheckError: see `fxzip.errors`.
     """
-    tasks = tasks_of(models[0] if models else None)
-    given = models if sample_input is None else (*models, sample_input)
-    networks, call = models_and_sample(given, own_inputs=True)
-    data = data_of(data, tasks)
-    if isinstance(call, JointCall) and start is None:
-        raise InputError(
-            "Models with inputs of their own (`sample_input` is a `PerModel`) share nothing at the input; say with "
-            "`start` where the trunk begins."
-        )
-    free = (
-        data is None
-        and method != "auto"
-        and "moments" not in resolve(method).needs
-        and refit in ("auto", "stored", None)
-    )
+    given = Given.of(models if sample_input is None else (*models, sample_input))
     by_need = width == "auto"
-    check_width(width, max_cost if by_need else None, len(networks))
-    recipe = Recipe.of(
-        method,
-        "stored" if free and refit == "auto" else refit,
-        calibrated=data is not None,
-        sizing=(width, max_cost if by_need else None),
-    )
-    goal = Goal.of(until, min_agreement, None if by_need and until != "auto" else max_cost, by_need=by_need)
-    calibration = Calibration.none(call) if free else Calibration.of(data, call, len(networks), progress, max_batches)
-    if joint:
-        needs_tasks(calibration, len(networks))
-    by_position, others = recipe.method.by_position, other_shapes(calibration, call)
-    found = survey(
-        networks, call, start=start, verify=verify, strict=strict, by_position=by_position, rules=rules, others=others
-    )
-    if joint:
-        needs_classifiers(found.alignment.programs)
-    if goal is not None:
-        zipped = _automatic(found, calibration, recipe, goal)
-    else:
-        trunk = found.sound(found.trunk(until)).trunk
-        statistics = observe(trunk, calibration("observing") if recipe.observes else ())
-        zipped = assemble(
-            found, trunk, statistics, calibration, recipe, each_alone(found, [trunk], calibration, recipe)
-        )
-    zipped = with_shifts(zipped, calibration) if joint else zipped
-    if tasks:
-        zipped.name_tasks(tasks)
-        zipped.meta["fxzip_report"] = Report({**zipped.report, "tasks": list(tasks)})
-    return zipped
+    request = width_request(width, max_cost if by_need else None, len(given.networks))
+    recipe = Recipe.of(method, refit, calibrated=data is not None, width=request)
+    cut = cut_request(until, min_agreement, max_cost, by_need=by_need)
+    options = Options(
+        start=start, joint=joint, hold_out=hold_out, verify=verify, strict=strict, by_position=recipe.by_position,
+        progress=progress, max_batches=max_batches, rules=rules,
+    )  # fmt: skip
+    compares = isinstance(cut, (DeepestAgreeing, BestWithin))
+    session = Session.open(given, data, options, fifth='`until="auto"`' if compares else "", data_free=recipe.data_free)
+    return finished(session, _zipped(session, recipe, cut))
+
+
+def _zipped(session: Session, recipe: Recipe, cut: CutRequest) -> ZippedModule:
+    """The zip at the cut that is asked for, or that is found."""
+    match cut:
+        case FixedCut(until):
+            candidate = session.candidate(until, recipe)
+            return assemble(session, candidate, recipe, session.solo([candidate.observed.trunk], recipe))
+        case EarliestAffordable(limit):
+            return earliest_affordable(
+                session.candidates(recipe, observe_now=False),
+                lambda one: assemble(
+                    session, replace(one, observed=session.observed(one.observed.trunk, recipe)), recipe
+                ),
+                limit,
+            )
+    exact = session.survey.shared_layers
+    if isinstance(cut, DeepestAgreeing) and exact is not None and _share(session, exact) >= SMALL_TRUNK:
+        candidate = session.candidate(exact.until, recipe)
+        return exactly_shared(assemble(session, candidate, recipe), exact.until)
+
+    assert session.held is not None  # the session was opened for a search
+    candidates = session.candidates(recipe)
+    solo = session.solo([one.observed.trunk for one in candidates], recipe)
+
+    def build(candidate: Candidate) -> ZippedModule:
+        return assemble(session, candidate, recipe, solo)
+
+    if isinstance(cut, BestWithin):
+        return best_agreeing(candidates, build, session.held, cut.max_cost)
+    return deepest_agreeing(candidates, build, session.held, cut.min_agreement)
+
+
+def _observed_and_assembled(session: Session, recipe: Recipe, candidate: Candidate) -> ZippedModule:
+    observed = session.observed(candidate.observed.trunk, recipe)
+    return assemble(session, replace(candidate, observed=observed), recipe)
 
 
 def assemble(
-    found: Survey, trunk: Trunk, statistics: Mapping[int, Moments], calibration: Calibration, recipe: Recipe,
-    own: Mapping[int, Alone] = MappingProxyType({}),
-) -> ZippedModule:  # fmt: skip
-    """The stages behind the observation: plan -> rewrite -> refit -> report. `own`: what `each_alone` gives."""
-    tried = found.sound(trunk)
-    if tried.trunk is not trunk:
-        trunk, statistics = tried.trunk, observe(tried.trunk, calibration("observing") if recipe.observes else ())
-    widths = choose_widths(trunk, statistics, *recipe.sizing, found.flops, own)
-    zipping = narrowed(plan(trunk, statistics, recipe.method, widths.kept), own, widths.heads, recipe.method)
+    session: Session, candidate: Candidate, recipe: Recipe, solo: Mapping[int, Observed] = MappingProxyType({})
+) -> ZippedModule:
+    """The stages behind the observation: plan -> rewrite -> refit -> report. `solo`: what `Session.solo` gives."""
+    found, calibration, observed = session.survey, session.calibration, candidate.observed
+    tried = found.sound(observed.trunk)
+    if tried.trunk is not observed.trunk:
+        observed = session.observed(tried.trunk, recipe)
+
+    widths = choose_widths(observed, recipe.width, found.flops, solo)
+    whole = plan(observed.trunk, observed.moments, recipe.method, widths.kept)
+    zipping = narrowed(whole, solo, widths.heads, recipe.method)
     zipped = rewrite(zipping)
     zipped = recipe.refit(zipped, zipping, calibration("refitting"))
     zipped = record_statistics(zipped, calibration("recording statistics"))
     reuse_memory(zipped)
+
     settings = {
         "method": repr(recipe.method),
         "refit": recipe.refit_name,
         "data": calibration.description,
         "self_check": list(found.errors),
-        "notes": [*trunk.notes, *found.notes, *tried.notes, *calibration.notes, *widths.notes, *fit_notes(zipped)],
-    }
-    report = make_report(zipped, zipping, settings, statistics, {k: one.statistics for k, one in own.items()})
-    zipped.meta["fxzip_report"] = report.noting(*overspent(report, *recipe.sizing), *_saves_nothing(report))
+        "notes": [
+            *observed.trunk.notes, *found.notes, *tried.notes, *calibration.notes, *widths.notes, *fit_notes(zipped),
+        ],
+    }  # fmt: skip
+    report = make_report(zipped, zipping, settings)
+    zipped.meta["fxzip_report"] = report.noting(*overspent(report, recipe.width), *_saves_nothing(report))
     return zipped
+
+
+def _share(session: Session, exact: SharedLayers) -> float:
+    """Of the first model's FLOPs, those of layers that the models share."""
+    flops = session.survey.flops[0]
+    return sum(flops.get(name, 0) for name in exact.nodes) / max(sum(flops.values()), 1)
+
+
+def finished(session: Session, zipped: ZippedModule) -> ZippedModule:
+    """The zip with what is asked of its heads together, its names, and how good and how fast it is."""
+    zipped = session.shifted(zipped)
+    zipped.meta["fxzip_report"] = judged(session, zipped)
+    return session.named(zipped)
 
 
 def _saves_nothing(report: Report) -> list[str]:
@@ -212,27 +244,3 @@ def _saves_nothing(report: Report) -> list[str]:
     if ratio < 1:
         return []
     return [f"the zip takes {ratio:.2f}x the FLOPs of the models side by side: what they can share saves none"]
-
-
-def _automatic(found: Survey, calibration: Calibration, recipe: Recipe, goal: Goal) -> ZippedModule:
-    """Look for the cut. Observation is done once for all cuts, matching and refit for each that is tried."""
-    if goal.max_cost is not None and not goal.by_need:
-        cuts, trunks = cuts_and_trunks(found)
-
-        def build(place: int) -> ZippedModule:
-            seen = observe(trunks[place], calibration("observing"))
-            return assemble(found, trunks[place], seen, calibration, recipe)  # not by need: heads stay as they are
-
-        return earliest_affordable(cuts, build, goal.max_cost)
-    fit, held = hold_out(calibration, found.alignment.programs)
-    cuts, trunks = cuts_and_trunks(found)
-    statistics = observe_all(trunks, fit("observing"))
-    own = each_alone(found, trunks, fit, recipe)
-
-    def build_on_the_rest(place: int) -> ZippedModule:
-        return assemble(found, trunks[place], statistics[place], fit, recipe, own)
-
-    if goal.max_cost is not None:
-        return best_agreeing(cuts, build_on_the_rest, held, goal.max_cost)
-    assert goal.min_agreement is not None
-    return deepest_agreeing(cuts, build_on_the_rest, held, goal.min_agreement)

@@ -18,9 +18,10 @@ from ..errors import CostError, CutError
 from ..partition.cut_points import Cut
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
+from .session import Candidate
 
-Build = Callable[[int], ZippedModule]
-"""Zips at the cut of that number."""
+Build = Callable[[Candidate], ZippedModule]
+"""Zips at a cut."""
 
 _COARSE = 6
 
@@ -44,7 +45,7 @@ def deepest(count: int, passes: Callable[[int], bool]) -> int:
     return low
 
 
-def deepest_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, minimum: float) -> ZippedModule:
+def deepest_agreeing(candidates: Sequence[Candidate], build: Build, held: HeldOut, minimum: float) -> ZippedModule:
     """The zip of the deepest cut every head of which agrees on `minimum` of the held-out inputs.
 
     `zipped.report["auto"]` holds the cut, the agreement of the heads, and every cut that was tried with what it costs.
@@ -52,12 +53,13 @@ def deepest_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, minimum: 
     Raises:
         CutError: none does.
     """
+    cuts = [candidate.cut for candidate in candidates]
     tried: dict[int, tuple[float, ...]] = {}
     costs: dict[int, float] = {}
     best: list[ZippedModule] = []
 
     def passes(place: int) -> bool:
-        zipped = build(place)
+        zipped = build(candidates[place])
         tried[place], costs[place] = held.agreement(zipped), zipped.report.cost
         if min(tried[place]) < minimum:
             return False
@@ -83,15 +85,16 @@ def deepest_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, minimum: 
     return _noted(best[0], {**values, "frontier": _frontier(cuts, tried, costs)}, note)
 
 
-def earliest_affordable(cuts: Sequence[Cut], build: Build, limit: float) -> ZippedModule:
+def earliest_affordable(candidates: Sequence[Candidate], build: Build, limit: float) -> ZippedModule:
     """The zip of the earliest cut that costs at most `limit`: of those, the one that shares least.
 
     Raises:
         CutError: even the full trunk costs more.
     """
+    cuts = [candidate.cut for candidate in candidates]
     first = next((i for i, cut in enumerate(cuts) if cut.cost <= limit), len(cuts) - 1)
     for place in range(first, len(cuts)):  # unmerging may cost a little more than a cut lets expect
-        zipped = build(place)
+        zipped = build(candidates[place])
         flops = zipped.report["flops"]
         cost = flops["total"] / flops["originals"][0]
         if cost <= limit:
@@ -103,12 +106,13 @@ def earliest_affordable(cuts: Sequence[Cut], build: Build, limit: float) -> Zipp
     )
 
 
-def best_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, limit: float) -> ZippedModule:
+def best_agreeing(candidates: Sequence[Candidate], build: Build, held: HeldOut, limit: float) -> ZippedModule:
     """The zip of the cut whose heads agree best on average, of some; every zip takes at most `limit` by its widths.
 
     Raises:
         CutError: at none of the cuts tried a zip can be had at that cost.
     """
+    cuts = [candidate.cut for candidate in candidates]
     tried: dict[int, tuple[float, ...]] = {}
     costs: dict[int, float] = {}
     best: list[tuple[float, int, ZippedModule]] = []
@@ -117,7 +121,7 @@ def best_agreeing(cuts: Sequence[Cut], build: Build, held: HeldOut, limit: float
         if place in tried:
             return
         try:
-            zipped = build(place)
+            zipped = build(candidates[place])
         except CostError:
             tried[place] = ()
             return
@@ -158,6 +162,15 @@ def _frontier(
     return [
         {"until": cuts[place].until, "cost": costs[place], "agreement": list(tried[place])} for place in sorted(costs)
     ]
+
+
+def exactly_shared(zipped: ZippedModule, until: str) -> ZippedModule:
+    """The zip of the layers that the models have in common, with what the report says of a search."""
+    note = (
+        f'`until="auto"` chose {until!r}, up to where the models agree to the bit: a later cut could only be less '
+        "exact; a fixed `until` or `max_cost` shares more"
+    )
+    return _noted(zipped, {"until": until, "evaluations": {}}, note)
 
 
 def _place(cut: Cut) -> str:

@@ -26,10 +26,10 @@ from ..analysis.rules import Fields
 from ..analysis.sightings import Sightings, Watcher, tensor_difference, watched
 from ..errors import FxzipError
 from ..matching import Merge
-from ..partition.trunk import Trunk
+from ..partition.region import Trunk
 from ..rewriting.emit import rewrite
 from ..rewriting.module import part_of
-from ..rewriting.zip_plan import ZipPlan, head_params, planned, reaches
+from ..rewriting.zip_plan import ZipPlan, head_params, planned
 from ..tracing import Program
 
 _SPREAD = 0.125  # ε; a power of two, so that (1 ± ε) θ and their mean are exact
@@ -160,7 +160,7 @@ class Couple:
     def _miszipped(self, own: Shown, values: Mapping[str, Tensor], perms: Sequence[Tensor]) -> Flaw | None:
         """The first node or output of the zip that is not what it is in the model."""
         trunk = self.trunk
-        plan = planned(trunk, _merges(trunk, perms), reaches(trunk))
+        plan = planned(trunk, _merges(trunk, perms), trunk.reach)
         net = rewrite(plan, self._spread(values))
         stable = [_unwritten(p, nodes) for p, nodes in zip(trunk.alignment.programs, self.watched, strict=True)]
         places = {node.name: place for node in net.graph.nodes if (place := _place(node, stable)) is not None}

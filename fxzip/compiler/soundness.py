@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from ..analysis.random_trial import Trial
 from ..errors import AlignError, PinnedSpaceWarning, SelfCheckError
-from ..partition.trunk import Trunk, shortened
+from ..partition.region import Trunk
+from ..partition.trunk import shortened
 from .selfzip import Couple, Flaw, trunk_params
 
 _ROUNDS = 8

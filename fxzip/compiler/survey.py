@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,21 +12,19 @@ from torch import nn
 from ..analysis import Labelling, check, label
 from ..analysis.flops import flops_by_node
 from ..analysis.random_trial import Trial
-from ..analysis.rules import Rule
-from ..calibration.observer import observe
-from ..calibration.sources import Calibration
 from ..errors import AlignError, BarrierError, CutError
 from ..partition.alignment import Alignment, align
-from ..partition.cut_points import Cut, find_cuts
+from ..partition.cut_points import Cut, SharedLayers, find_cuts, shared_layers
 from ..partition.lifting import lifted
 from ..partition.own import differing
+from ..partition.region import Trunk
 from ..partition.stems import find_stems
-from ..partition.trunk import Trunk, trunk_of
+from ..partition.trunk import trunk_of
 from ..tracing import Program, plain_context
 from ..tracing.calls import Call
 from ..tracing.joint_inputs import trace_all
-from ..widths.narrow_heads import Alone, behind, whole_trunks
-from .options import Recipe
+from ..widths.narrow_heads import whole_trunks
+from .options import Options
 from .soundness import Sound, sound
 
 
@@ -58,6 +56,11 @@ class Survey:
     def flops(self) -> tuple[Mapping[str, int], ...]:
         """FLOPs of every node of every model on its sample."""
         return tuple(flops_by_node(program.module, program.call) for program in self.alignment.programs)
+
+    @cached_property
+    def shared_layers(self) -> SharedLayers | None:
+        """First layers that all models have in common to the bit."""
+        return shared_layers(self.alignment, self.labellings[0])
 
     @cached_property
     def whole_trunks(self) -> dict[int, Trunk]:
@@ -96,28 +99,28 @@ class Survey:
 
 @plain_context()
 def survey(
-    networks: Sequence[nn.Module],
-    call: Call,
-    *,
-    start: str | Sequence[str] | None = None,
-    verify: bool = True,
-    strict: bool = False,
-    by_position: bool = False,
-    rules: Mapping[str, Rule] | None = None,
-    others: Sequence[Call] = (),
+    networks: Sequence[nn.Module], call: Call, options: Options | None = None, *, others: Sequence[Call] = ()
 ) -> Survey:
-    """The stages that depend on neither cut nor method: trace -> label, self-check -> align. `others`: inputs of other
-    shapes, on which the traces have to be right, too."""
+    """The stages that depend on neither cut nor method: trace -> label, self-check -> align.
+
+    Args:
+        networks: the models.
+        call: the sample input.
+        options: of the request; None: the defaults.
+        others: inputs of other shapes, on which the traces have to be right, too.
+    """
+    options = options or Options()
+    rules, start = options.rules, options.start
     programs: Sequence[Program] = trace_all(networks, call, others)
     labellings = tuple(label(program, rules) for program in programs)
-    if strict:
+    if options.strict:
         _no_barriers(labellings)
     alignment = align(programs, () if start is None else find_stems(labellings, start))
     found = _with_lifted(alignment, labellings)
     if found is not None:
         programs, labellings = found, tuple(label(program, rules) for program in found)
         alignment = align(programs, () if start is None else find_stems(labellings, start))
-    checks = [check(labelling) if verify else None for labelling in labellings]
+    checks = [check(labelling) if options.verify else None for labelling in labellings]
     return Survey(
         alignment,
         labellings,
@@ -129,8 +132,8 @@ def survey(
             for note in (*program.notes, *(own.notes if own else ()))
         ),
         trial=None if checks[0] is None else checks[0].trial,
-        strict=strict,
-        by_position=by_position,
+        strict=options.strict,
+        by_position=options.by_position,
     )
 
 
@@ -141,14 +144,6 @@ def _with_lifted(alignment: Alignment, labellings: Sequence[Labelling]) -> list[
         return None
     result = [lifted(own, {alignment.params[name][k] for name in differ}) for k, own in enumerate(labellings)]
     return None if any(program is None for program in result) else [p for p in result if p is not None]
-
-
-def each_alone(found: Survey, trunks: Iterable[Trunk], calibration: Calibration, recipe: Recipe) -> dict[int, Alone]:
-    """The models by themselves and what the data show of them, if heads behind some of the trunks can be narrowed."""
-    own = found.whole_trunks if recipe.narrows else {}
-    if not any(behind(trunk, k, one) for trunk in trunks for k, one in own.items()):
-        return {}
-    return {k: Alone(one, observe(one, calibration("observing heads"))) for k, one in own.items()}
 
 
 def cuts_and_trunks(found: Survey, limit: int = 32) -> tuple[list[Cut], list[Trunk]]:

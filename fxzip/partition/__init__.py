@@ -4,6 +4,7 @@
 """
 
 from .alignment import align
-from .trunk import Trunk, find_trunk
+from .region import Trunk
+from .trunk import find_trunk
 
 __all__ = ["Trunk", "align", "find_trunk"]

@@ -13,8 +13,12 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
+from ..analysis.labelling import Labelling
+from .alignment import Alignment
 from .node_names import module_path, named
-from .trunk import Trunk, before, shareable
+from .own import agreeing, differing
+from .region import Trunk
+from .trunk import before, shareable
 
 _CROSSED = 0.1  # weight of a cut that several tensors cross
 _Entry = tuple[int, float, int, fx.Node]  # FLOPs of the trunk, weight, its nodes as bits, where it ends
@@ -30,9 +34,14 @@ class Cut:
         crossing: how many tensors the trunk hands over.
     """
 
-    until: str | None
+    until: str | float | None
     cost: float
     crossing: int
+
+    @classmethod
+    def of(cls, until: str | float | None) -> Cut:
+        """A cut that the user names; nothing is known of what it costs."""
+        return cls(until, float("nan"), 0)
 
 
 def find_cuts(full: Trunk, flops: Sequence[Mapping[str, int]], *, limit: int = 32) -> list[Cut]:
@@ -59,6 +68,42 @@ def find_cuts(full: Trunk, flops: Sequence[Mapping[str, int]], *, limit: int = 3
     cuts = [cut for entry in chain if (cut := _cut(full, graph, order, entry[3], flops)) is not None]
     members = [node for node in order if node.name in inside]
     return [*cuts, Cut(None, _cost(full, inside, flops), _crossing(full, members))]
+
+
+@dataclass(frozen=True)
+class SharedLayers:
+    """What the models have in common to the bit.
+
+    Attributes:
+        until: where it ends, as `compile_zip` takes it.
+        nodes: of model 0.
+    """
+
+    until: str
+    nodes: frozenset[str]
+
+
+def shared_layers(alignment: Alignment, labelling: Labelling) -> SharedLayers | None:
+    """The last place up to which the models agree in all parameters.
+
+    None where they differ in the first layer already, or nowhere. In: the alignment, and labels of model 0.
+    """
+    differ = differing(alignment)
+    if not differ or alignment.stems:
+        return None
+
+    same = agreeing(alignment, labelling, differ)
+    graph, order = shareable(alignment)
+    weighted = {name for name in same if labelling.touches[name]}
+    best: tuple[int, fx.Node] | None = None
+    for node in order:
+        if node.name not in same or node.name not in labelling.dynamic or node.name not in labelling.program.shapes:
+            continue
+        number = len(before(graph, [node]) & weighted)
+        if number and (best is None or number >= best[0]):
+            best = number, node
+    name = None if best is None else _name(graph, order, best[1])
+    return None if best is None or name is None else SharedLayers(name, frozenset(before(graph, [best[1]])))
 
 
 def _possible(full: Trunk, node: fx.Node, inside: set[str]) -> bool:
@@ -107,15 +152,24 @@ def _chain(found: list[_Entry]) -> list[_Entry]:
 def _cut(
     full: Trunk, graph: nx.DiGraph, order: Sequence[fx.Node], node: fx.Node, flops: Sequence[Mapping[str, int]]
 ) -> Cut | None:
-    """The cut behind a node, under the shortest name that `until` takes for it; None if it has no name."""
+    """The cut behind a node; None if it has no name."""
+    name = _name(graph, order, node)
+    if name is None:
+        return None
+    wanted = before(graph, [node])
+    members = [other for other in order if other.name in wanted]
+    return Cut(name, _cost(full, wanted, flops), _crossing(full, members))
+
+
+def _name(graph: nx.DiGraph, order: Sequence[fx.Node], node: fx.Node) -> str | None:
+    """The shortest name that `until` takes for the place behind a node; None if there is none."""
     wanted = before(graph, [node])
     parts = module_path(node).split(".")
     names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     for name in [*(n for n in names if n), node.name]:
         known = name == node.name or any(module_path(n) == name or module_path(n).startswith(name + ".") for n in order)
         if known and before(graph, named(order, name)) == wanted:
-            members = [other for other in order if other.name in wanted]
-            return Cut(name, _cost(full, wanted, flops), _crossing(full, members))
+            return name
     return None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import networkx as nx
@@ -28,6 +28,7 @@ from .dependencies import dependencies
 from .node_names import cut_names, named
 from .own import heads_begin, weights_behind
 from .pairing import pair_spaces
+from .region import Trunk
 from .unmatched import Common
 
 _LAST_SUM = "what it computes from features by its weights goes into what the model returns"
@@ -35,56 +36,6 @@ _WRITES_OUTPUT = "it writes features that the model returns"
 _ALIKE = "it carries no features that could be given back to each model"
 RETURNED = frozenset([_LAST_SUM, _WRITES_OUTPUT])
 """Of the reasons why a trunk ends those that say where heads begin."""
-
-
-@dataclass(frozen=True, eq=False)
-class Trunk:
-    """The part that is computed once.
-
-    Attributes:
-        alignment: which nodes of the models are the same.
-        labellings: labels of each model.
-        nodes: names of the trunk's nodes in model 0, in order.
-        spaces: feature spaces of each model's trunk; space s of model 0 is space `partners[k][s]` of model k.
-        partners: per model, space numbers.
-        ends: why the trunk goes no further: node name in model 0 -> reason.
-        unmatched: those of `ends` where features cannot be matched.
-        alike: nodes whose values heads read though they have no features that could be given back to each model: all
-            heads get the same one. There are some only where the user has asked for them with `until`.
-        returned: nodes that by default belong to the heads, for what they compute is what the models return.
-    """
-
-    alignment: Alignment
-    labellings: tuple[Labelling, ...]
-    nodes: tuple[str, ...]
-    spaces: tuple[FeatureSpaces, ...]
-    partners: tuple[tuple[int, ...], ...]
-    ends: Mapping[str, str]
-    unmatched: Mapping[str, str] = field(default_factory=dict)
-    alike: tuple[str, ...] = ()
-    returned: tuple[str, ...] = ()
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user has asked for with `until` that would not be shared otherwise."""
-        notes = []
-        if self.returned:
-            names = ", ".join(f"`{name}`" for name in self.returned)
-            notes.append(
-                f"`until` shares {names}, by which the models compute what they return: heads may be much alike"
-            )
-        if self.alike:
-            names = ", ".join(f"`{name}`" for name in self.alike)
-            notes.append(f"{names} carries no features of its own for each model: all heads read the same value")
-        return notes
-
-    def names(self, k: int) -> dict[str, str]:
-        """Node name in model 0 -> node name in model k, over the trunk."""
-        return {name: self.alignment.pairs[name][k] for name in self.nodes}
-
-    def sizes(self, space: int) -> tuple[int, ...]:
-        """How many features each model has in a space of model 0."""
-        return tuple(own.spaces[self.partners[k][space]].size for k, own in enumerate(self.spaces))
 
 
 def find_trunk(

@@ -3,6 +3,6 @@
 from .emit import rewrite
 from .module import ZippedModule
 from .report import Report
-from .zip_plan import ZipPlan, plan, planned, reaches
+from .zip_plan import ZipPlan, plan, planned
 
-__all__ = ["Report", "ZipPlan", "ZippedModule", "plan", "planned", "reaches", "rewrite"]
+__all__ = ["Report", "ZipPlan", "ZippedModule", "plan", "planned", "rewrite"]

@@ -16,7 +16,7 @@ from ..analysis.random_trial import tensors_of
 from ..analysis.resizing import resized
 from ..ops import mix, unmerge
 from ..partition.alignment import attribute
-from ..partition.trunk import Trunk
+from ..partition.region import Trunk
 from ..tracing import Program, guards_at_entry
 from .emit_stems import copied_node, emit_entries, emit_guards, emit_stems
 from .handing import steps
@@ -25,7 +25,7 @@ from .mixed_norms import mix_norms
 from .module import ZippedModule, set_tensor
 from .module_settings import adopt_sizes
 from .parts import Tensors, held_by, parts
-from .zip_plan import ZipPlan, head_nodes, head_params
+from .zip_plan import ZipPlan, head_params
 
 
 def trunk_module(plan: ZipPlan, tensors: Tensors | None = None) -> nn.Module:
@@ -63,7 +63,7 @@ def head_module(plan: ZipPlan, k: int, tensors: Tensors | None = None) -> nn.Mod
 def _head_calls(trunk: Trunk, k: int) -> set[str]:
     """The nodes of head k, and those of the trunk that it may run itself because they do not depend on the input."""
     nodes = trunk.alignment.programs[k].module.graph.nodes
-    return {*head_nodes(trunk, k), *(node.name for node in nodes if node.name not in trunk.labellings[k].dynamic)}
+    return {*trunk.head_nodes(k), *(node.name for node in nodes if node.name not in trunk.labellings[k].dynamic)}
 
 
 def _folded(module: nn.Module, plan: ZipPlan, k: int) -> nn.Module:
@@ -129,7 +129,7 @@ class _Head:
         self.emitter, self.k = emitter, k
         self.graph, self.plan, self.trunk = emitter.graph, emitter.plan, emitter.plan.trunk
         self.program = self.trunk.alignment.programs[k]
-        self.own = set(head_nodes(self.trunk, k))
+        self.own = set(self.trunk.head_nodes(k))
         self.back = {twin: name for name, twin in self.trunk.names(k).items()}
         self.written = self.program.memory.written_by(self.own)
         self.env: dict[str, fx.Node] = {}

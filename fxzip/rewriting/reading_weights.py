@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..analysis.spaces import Layout
 from ..partition.alignment import attribute
-from ..partition.trunk import Trunk
+from ..partition.region import Trunk
 
 
 def readers(trunk: Trunk, reach: Sequence[Tensor]) -> list[tuple[tuple[Tensor, ...], ...]]:

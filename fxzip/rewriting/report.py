@@ -30,7 +30,8 @@ NOTHING: Mapping[int, Any] = MappingProxyType({})
 class Report(Mapping[str, Any]):
     """A read-only dict of plain values; `str(report)` is a text for people.
 
-    Keys: "models", "method", "refit", "data", "cut", "spaces", "narrowed", "flops", "parameters", "unmerges", "mixed",
+    Keys: "models", "method", "refit", "data", "agreement",
+    "latency" (see `compiler/judging.py`), "cut", "spaces", "narrowed", "flops", "parameters", "unmerges", "mixed",
     "barriers", "self_check", "tracing", "notes", "nodes". "narrowed" holds for each head its spaces that keep fewer
     features. A space has, for each model, its "sizes" and its "error", the share of the features' variance that merging
     loses (see `space_facts.py`). "nodes" holds for each node of the graph where it is, what it gives and why it is not
@@ -56,6 +57,11 @@ class Report(Mapping[str, Any]):
     def tasks(self) -> list[str]:
         """The names of the tasks; empty where they have none."""
         return list(self.values_.get("tasks", []))
+
+    @property
+    def headline(self) -> str:
+        """What was gained and what it cost, in one line."""
+        return headline(self.values_)
 
     @property
     def cost(self) -> float:
@@ -240,9 +246,46 @@ def _ratio(part: int, whole: int) -> str:
     return f"{part / whole:.3f}" if whole else "-"
 
 
+def headline(v: Mapping[str, Any]) -> str:
+    """What was gained and what it cost, in one line.
+
+    >>> costs = {"total": 100, "originals": [100, 100], "side_by_side": 200}
+    >>> headline({"models": 2, "flops": costs})
+    '2 networks in one: 1.00x the FLOPs of one, 0.50x of both'
+    """
+    flops, every = v["flops"], "both" if v["models"] == 2 else f"all {v['models']}"
+    one = flops["originals"][0]
+    text = f"{v['models']} networks in one: "
+    if one:
+        text += (
+            f"{flops['total'] / one:.2f}x the FLOPs of one, {flops['total'] / flops['side_by_side']:.2f}x of {every}"
+        )
+    else:
+        text += "FLOPs unknown"
+
+    seconds = v.get("latency")
+    if seconds:
+        ratio, side = seconds["zipped"] / seconds["originals"][0], seconds["zipped"] / seconds["side_by_side"]
+        text += f"; {ratio:.2f}x the latency, {side:.2f}x of {every}"
+    return text + _agreeing(v.get("agreement"))
+
+
+def _agreeing(found: Mapping[str, Any] | None) -> str:
+    """How far the heads agree with their originals, as the headline says it."""
+    if not found:
+        return ""
+    heads, inputs = found["heads"], " / ".join(str(n) for n in dict.fromkeys(found["inputs"]))
+    if all(head["same_class"] is not None for head in heads):
+        shares = " / ".join(f"{100 * head['same_class']:.1f} %" for head in heads)
+        return f"; heads agree with their originals on {shares} of {inputs} held-out inputs"
+    errors = " / ".join(f"{100 * head['relative_error']:.2g} %" for head in heads)
+    fits = " / ".join(f"{head['r_squared']:.3f}" for head in heads)
+    return f"; heads are off their originals by {errors} (R² {fits}) on {inputs} held-out inputs"
+
+
 def _lines(v: Mapping[str, Any]) -> list[str]:
     """The text of a report."""
-    lines = [f"zip of {v['models']} models by {v.get('method')}, refit {v.get('refit')}, {v.get('data')}"]
+    lines = [headline(v), f"zip of {v['models']} models by {v.get('method')}, refit {v.get('refit')}, {v.get('data')}"]
     cut = v["cut"]
     merged = [", ".join(f"`{name}`" for name in twins) for twins in cut.get("merged", [])]
     lines += [f"trunk begins at {names}, merged; what is in front each model computes on its own" for names in merged]

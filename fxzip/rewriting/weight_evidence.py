@@ -16,7 +16,7 @@ from ..analysis.relabelling import dense_kernel
 from ..analysis.spaces import slots
 from ..matching import Run, Weight
 from ..partition.alignment import attribute
-from ..partition.trunk import Trunk
+from ..partition.region import Trunk
 from .batchnorm_folding import FoldedNorm, find_norms, folded_linear, scale_and_shift
 
 Values = dict[str, tuple[Tensor, ...]]  # by parameter of model 0

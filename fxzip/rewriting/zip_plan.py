@@ -10,11 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from ..analysis.spaces import FeatureSpaces, Layout
 from ..errors import InputError
@@ -30,7 +26,7 @@ from ..matching import (
 )
 from ..matching.activations.recover import recovered
 from ..matching.moments import Moments
-from ..partition.trunk import Trunk
+from ..partition.region import Trunk
 from .reading_weights import readers
 from .weight_evidence import weights_of
 
@@ -79,7 +75,7 @@ def problem_of(
     spaces = []
     read: Sequence[tuple[tuple[torch.Tensor, ...], ...]] = [()] * len(trunk.spaces[0].spaces)
     if "readers" in method.needs:
-        read = readers(trunk, reaches(trunk) if reach is None else reach)
+        read = readers(trunk, trunk.reach if reach is None else reach)
     for number, first in enumerate(trunk.spaces[0].spaces):
         own = [found.spaces[trunk.partners[k][number]] for k, found in enumerate(trunk.spaces)]
         seen = statistics.get(number)
@@ -123,7 +119,7 @@ def plan(
         InputError: the method cannot keep another number of features than model 0 has; and as the method does.
     """
     kept = kept or {}
-    reach = reaches(trunk)
+    reach = trunk.reach
     problem = problem_of(trunk, statistics, method, reach, kept)
     merges: dict[int, Merge] = dict(enumerate(method.match(problem))) if problem.spaces else {}
     for number, size in kept.items():
@@ -172,11 +168,6 @@ def _missed(merge: Merge, moments: Moments, own: torch.Tensor) -> float:
     return float(left / covariance.diagonal()[own].sum().clamp(min=torch.finfo(covariance.dtype).tiny))
 
 
-def reaches(trunk: Trunk) -> tuple[torch.Tensor, ...]:
-    """`ZipPlan.reach` of a trunk."""
-    return tuple(_reach(trunk, k) for k in range(len(trunk.spaces)))
-
-
 def planned(
     trunk: Trunk,
     merges: Mapping[int, Merge],
@@ -188,38 +179,6 @@ def planned(
     kept = kept or {}
     folded = tuple(_foldable(trunk, k, same, merges, kept) for k, same in enumerate(reach))
     return ZipPlan(trunk, merges, folded, reach, unobserved, kept)
-
-
-def head_nodes(trunk: Trunk, k: int) -> list[str]:
-    """Names of model k's nodes behind the trunk."""
-    shared = set(trunk.names(k).values()) | trunk.alignment.stem(k)
-    return [node.name for node in trunk.alignment.programs[k].module.graph.nodes if node.name not in shared]
-
-
-def _reach(trunk: Trunk, k: int) -> torch.Tensor:
-    """For each label of model k the label of a trunk feature that the head makes it equal to; -1 where it makes it
-    equal to several different ones, 0 where to none."""
-    labelling, spaces = trunk.labellings[k], trunk.spaces[k]
-    pairs = [pairs.numpy() for name in head_nodes(trunk, k) for pairs in labelling.facts[name].equal]
-    klass = spaces.klass.numpy()
-    edges = np.concatenate([np.zeros((2, 0), np.int64), *pairs], axis=1)
-    own = np.stack([np.arange(len(klass)), _first_of(klass)])
-    rows = np.concatenate([edges, own], axis=1)
-    graph = coo_matrix((np.ones(rows.shape[1], bool), (rows[0], rows[1])), shape=(len(klass), len(klass)))
-    wide = connected_components(graph, directed=False)[1]
-    inside = (spaces.space_of[spaces.klass] >= 0).numpy()
-    result = np.zeros(int(wide.max()) + 1, np.int64)
-    for label in np.unique(_first_of(klass)[inside]).tolist():
-        result[wide[label]] = label if result[wide[label]] == 0 else -1
-    return torch.from_numpy(result[wide])
-
-
-def _first_of(klass: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A representative label for the class of each label."""
-    first = np.full(int(klass.max()) + 1, -1, np.int64)
-    first[klass[::-1]] = np.arange(len(klass) - 1, -1, -1)
-    result: NDArray[np.int64] = first[klass]
-    return result
 
 
 def _foldable(
@@ -250,7 +209,7 @@ def unmerged_spaces(trunk: Trunk, k: int, reach: torch.Tensor) -> set[int]:
         return {numbers[int(s)] for s in here.unique() if s >= 0}
 
     met = set[int]()
-    for name in head_nodes(trunk, k):
+    for name in trunk.head_nodes(k):
         facts = trunk.labellings[k].facts[name]
         for _, labels in facts.touched:
             met |= reached(labels)
@@ -258,7 +217,7 @@ def unmerged_spaces(trunk: Trunk, k: int, reach: torch.Tensor) -> set[int]:
             met |= reached(labels)
     labelling = trunk.labellings[k]
     runs = [run for name in head_params(trunk, k) & set(labelling.params) for run in labelling.params[name].fields]
-    runs += [run for name in head_nodes(trunk, k) for run in (*labelling.seen[name], *labelling.fields.get(name, ()))]
+    runs += [run for name in trunk.head_nodes(k) for run in (*labelling.seen[name], *labelling.fields.get(name, ()))]
     for run in runs:
         layout = spaces.layout(reach[run.reshape(-1)].clamp(min=0))
         held = layout.space[layout.space >= 0]
@@ -272,7 +231,7 @@ def unmerged_spaces(trunk: Trunk, k: int, reach: torch.Tensor) -> set[int]:
 
 def _past_the_trunk(trunk: Trunk, k: int) -> list[torch.Tensor]:
     """Labels of values that head k reads from its own stem: there they are in the model's own basis."""
-    stem, own = trunk.alignment.stem(k), set(head_nodes(trunk, k))
+    stem, own = trunk.alignment.stem(k), set(trunk.head_nodes(k))
     nodes = trunk.alignment.programs[k].module.graph.nodes
     read = {source.name for node in nodes if node.name in own for source in node.all_input_nodes} & stem
     return [labels for name in sorted(read) for labels in trunk.labellings[k].fields.get(name, ())]
@@ -288,7 +247,7 @@ def head_params(trunk: Trunk, k: int) -> set[str]:
     """Parameters and buffers that model k's head reads, itself or through what does not depend on the input."""
     labelling = trunk.labellings[k]
     nodes = {node.name: node for node in trunk.alignment.programs[k].module.graph.nodes}
-    waiting, done = head_nodes(trunk, k), set[str]()
+    waiting, done = trunk.head_nodes(k), set[str]()
     while waiting:
         name = waiting.pop()
         done.add(name)

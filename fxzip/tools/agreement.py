@@ -1,10 +1,6 @@
 """Is a zip good? How far its heads agree with their originals, and how accurate they are on labelled inputs.
 
-Head k with outputs z is compared with model k with outputs y on the same inputs:
-
-    same class       share of inputs with the same argmax, where outputs are [batch, classes ≥ 2]
-    relative error   ‖z - y‖ / ‖y‖, over all entries of all inputs
-    R²               1 - ‖z - y‖² / ‖y - ȳ‖², ȳ the mean of all entries
+Head k is compared with model k on the same inputs, by the figures of `calibration/agreement.py`.
 """
 
 from __future__ import annotations
@@ -16,28 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..calibration.agreement import Comparison, HeadAgreement
 from ..calibration.data_forms import MAX_BATCHES
-from ..calibration.holdout import same_class
 from ..calibration.sources import PerModel
 from ..errors import DataError, InputError
 from ..rewriting.module import ZippedModule
 from ..tracing import modes_kept, plain_context, run_eager
 from ..tracing.calls import Call, batch_size, leaves
-
-
-@dataclass(frozen=True)
-class HeadAgreement:
-    """How far one head agrees with its original.
-
-    Attributes:
-        same_class: share of inputs with the same class, in [0, 1]; None where the output is no [batch, classes].
-        relative_error: 0 for equal outputs.
-        r_squared: 1 for equal outputs, 0 for a constant.
-    """
-
-    same_class: float | None
-    relative_error: float
-    r_squared: float
 
 
 @dataclass(frozen=True)
@@ -58,48 +39,8 @@ class Agreement:
         lines = []
         for k, (head, inputs) in enumerate(zip(self.heads, self.inputs, strict=True)):
             name = self.tasks[k] if self.tasks else f"head {k}"
-            same = "" if head.same_class is None else f"same class {100 * head.same_class:.1f} %, "
-            lines.append(
-                f"{name}: {same}relative error {head.relative_error:.3g}, R² {head.r_squared:.3f} on {inputs} inputs"
-            )
+            lines.append(f"{name}: {head} on {inputs} inputs")
         return "\n".join(lines)
-
-
-@dataclass
-class _Sums:
-    """Of one head, under way."""
-
-    same: int = 0
-    rows: int = 0
-    classes: bool = True
-    error: float = 0.0
-    square: float = 0.0
-    total: float = 0.0
-    entries: int = 0
-    inputs: int = 0
-
-    def add(self, found: Sequence[Tensor], expected: Sequence[Tensor], inputs: int) -> None:
-        self.inputs += inputs
-        for z, y in zip(found, expected, strict=True):
-            same = same_class(z, y) if len(expected) == 1 else None
-            self.classes &= same is not None
-            if same is not None:
-                self.same += int(same.sum())
-                self.rows += len(y)
-            z, y = z.double(), y.double()
-            self.error += float((z - y).square().sum())
-            self.square += float(y.square().sum())
-            self.total += float(y.sum())
-            self.entries += y.numel()
-
-    def result(self) -> HeadAgreement:
-        spread = self.square - self.total**2 / max(self.entries, 1)
-        share = self.same / self.rows if self.classes and self.rows else None
-        return HeadAgreement(share, _ratio(self.error, self.square) ** 0.5, 1.0 - _ratio(self.error, spread))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else (0.0 if part == 0 else float("inf"))
 
 
 @plain_context()
@@ -132,7 +73,7 @@ def agreement(
     originals = list(models.values()) if isinstance(models, Mapping) else list(models)
     if len(originals) != len(network.heads):
         raise InputError(f"`models` must be one for each of the {len(network.heads)} heads; found {len(originals)}.")
-    sums = [_Sums() for _ in originals]
+    sums = [Comparison() for _ in originals]
     with modes_kept(network, *originals):
         for model in (network, *originals):
             model.eval()

@@ -15,23 +15,18 @@ from tqdm import tqdm
 
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
-from ..calibration.holdout import HeldOut, hold_out
-from ..calibration.observer import observe_all
-from ..calibration.shapes import other_shapes
-from ..calibration.sources import Calibration
-from ..compiler.arguments import models_and_sample
-from ..compiler.options import Recipe
+from ..compiler.arguments import Given
+from ..compiler.options import Options, Recipe
 from ..compiler.pipeline import assemble
-from ..compiler.survey import Survey, cuts_and_trunks, each_alone, survey
+from ..compiler.session import Candidate, Session
+from ..compiler.survey import cuts_and_trunks
 from ..errors import CostError, InputError
 from ..matching import FIRST_CLASS, Method
-from ..partition.trunk import Trunk
 from ..refit import Refit
-from ..refit.joint.logit_shifts import needs_classifiers, needs_tasks, with_shifts
 from ..rewriting.module import ZippedModule
 from ..tracing import plain_context
-from ..widths.choose import check_width
-from ..widths.narrow_heads import Alone
+from ..widths.observed import Observed
+from ..widths.requests import Budget, WidthRequest, width_request
 from .table import Table
 from .unmerged import side_by_side
 
@@ -43,7 +38,7 @@ SWEPT = 12
 
 @plain_context()
 def sweep(
-    models: Sequence[nn.Module],
+    models: Sequence[nn.Module] | Mapping[str, nn.Module],
     sample_input: Any,
     *,
     data: Any = None,
@@ -53,8 +48,10 @@ def sweep(
     refit: str | Refit | None = "auto",
     score: Score | None = None,
     held_out: Any = None,
+    start: str | Sequence[str] | None = None,
     joint: bool = False,
     verify: bool = True,
+    strict: bool = False,
     rules: Mapping[str, Rule] | None = None,
     progress: bool | None = None,
     max_batches: int = MAX_BATCHES,
@@ -70,35 +67,40 @@ def sweep(
     1.0
 
     Args:
-        models: two or more.
-        sample_input, data, method, refit, joint, verify, rules, progress, max_batches: as in `compile_zip`.
+        models: two or more, or a dict of them by the names of their tasks.
+        sample_input, data, method, refit, start, joint, verify, strict, rules, progress, max_batches: as in
+            `compile_zip`.
         cuts: what `until` takes, each. None: up to twelve, evenly over the FLOPs, such that one tensor alone crosses
             if there are as many.
         max_costs: widths by need at each of these costs, as `compile_zip` with `width="auto"`: a row for each of them
             at each cut. A cost that cannot be had at a cut is a row with the message.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
-        held_out: batches to measure agreement on. None: every fifth input of `data`, which then serves for nothing
-            else.
+        held_out: batches to measure agreement on, as `data`. None: every fifth input of `data`, which then serves for
+            nothing else; without `data` agreement is not measured.
 
     Raises:
         DataError: fewer than ten inputs can be held out. CutError: a cut names nothing that is shared. And what
         `compile_zip` raises.
     """
-    name = method if isinstance(method, str) else repr(method)
+    given = Given.of((models, sample_input), "sweep")
     recipe = Recipe.of(method, refit, calibrated=data is not None)
-    sizings = [recipe.sizing] if max_costs is None else [("auto", float(cost)) for cost in max_costs]
-    for sizing in sizings:
-        check_width(*sizing, len(models))
-    lines = [_Line(name, _shown(recipe.refit_name), replace(recipe, sizing=sizing)) for sizing in sizings]
-    setting = _Setting.of(models, sample_input, data, held_out, progress, "`sweep`", joint, verify, rules, max_batches)
+    widths: Sequence[WidthRequest] = [recipe.width]
+    if max_costs is not None:
+        widths = [width_request("auto", float(cost), len(given.networks)) for cost in max_costs]
+    lines = [_Line(_shown(method) or "", _shown(recipe.refit_name), replace(recipe, width=width)) for width in widths]
+    options = Options(
+        start=start, joint=joint, verify=verify, strict=strict, by_position=recipe.by_position, progress=progress,
+        max_batches=max_batches, rules=rules,
+    )  # fmt: skip
+    table = _Rows.of(given, data, held_out, options, lines, "`sweep`")
     if cuts is None:
-        cuts = [cut.until for cut in cuts_and_trunks(setting.found, limit=SWEPT)[0]]
-    return setting.table(lines, cuts, score, strict=True)
+        cuts = [cut.until for cut in cuts_and_trunks(table.session.survey, limit=SWEPT)[0]]
+    return table.at(cuts, score, strict=True)
 
 
 @plain_context()
 def compare(
-    models: Sequence[nn.Module],
+    models: Sequence[nn.Module] | Mapping[str, nn.Module],
     sample_input: Any,
     *,
     data: Any = None,
@@ -107,8 +109,10 @@ def compare(
     cuts: Sequence[str | float | None] = (None,),
     refit: str | Refit | None = "auto",
     held_out: Any = None,
+    start: str | Sequence[str] | None = None,
     joint: bool = False,
     verify: bool = True,
+    strict: bool = False,
     rules: Mapping[str, Rule] | None = None,
     progress: bool | None = None,
     max_batches: int = MAX_BATCHES,
@@ -123,8 +127,9 @@ def compare(
     [('side by side', None), ('average', 'lstsq'), ('zip', None)]
 
     Args:
-        models: two or more.
-        sample_input, data, joint, verify, rules, progress, max_batches: as in `compile_zip`; `joint` goes for all rows.
+        models: two or more, or a dict of them by the names of their tasks.
+        sample_input, data, start, joint, verify, strict, rules, progress, max_batches: as in `compile_zip`; for all
+            rows.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
         methods: names, methods with their settings, or pairs (method, refit). None: energy, zip, permute, weights and
             average. One
@@ -138,10 +143,11 @@ def compare(
     """
     entries = FIRST_CLASS if methods is None else methods
     chosen = [_Line.of(entry, refit, calibrated=data is not None) for entry in entries]
-    setting = _Setting.of(
-        models, sample_input, data, held_out, progress, "`compare`", joint, verify, rules, max_batches
-    )
-    return setting.table(chosen, cuts, score, strict=False)
+    given = Given.of((models, sample_input), "compare")
+    options = Options(
+        start=start, joint=joint, verify=verify, strict=strict, progress=progress, max_batches=max_batches, rules=rules,
+    )  # fmt: skip
+    return _Rows.of(given, data, held_out, options, chosen, "`compare`").at(cuts, score, strict=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,104 +162,92 @@ class _Line:
     def of(cls, entry: Any, refit: str | Refit | None, *, calibrated: bool) -> _Line:
         method, own = entry if isinstance(entry, tuple) else (entry, refit)
         recipe = Recipe.of(method, own, calibrated=calibrated)
-        return cls(method if isinstance(method, str) else repr(method), _shown(recipe.refit_name), recipe)
+        return cls(_shown(method) or "", _shown(recipe.refit_name), recipe)
 
 
-def _shown(refit: Any) -> str | None:
-    """A refit as the table shows it."""
-    return refit if refit is None or isinstance(refit, str) else repr(refit)
+def _shown(value: Any) -> str | None:
+    """A method or refit as the table shows it."""
+    return value if value is None or isinstance(value, str) else repr(value)
 
 
 @dataclass(frozen=True, eq=False)
-class _Setting:
-    """What all rows have in common."""
+class _Rows:
+    """The rows of one table: all lines, at cuts of one session."""
 
-    models: Sequence[nn.Module]
-    sample: Any
-    found: Survey
-    calibration: Calibration
-    held: HeldOut
-    joint: bool
+    session: Session
+    lines: Sequence[_Line]
     seconds: float
 
     @classmethod
     def of(
-        cls, models: Sequence[nn.Module], sample: Any, data: Any, held_out: Any, progress: bool | None, name: str,
-        joint: bool, verify: bool, rules: Mapping[str, Rule] | None, max_batches: int,
-    ) -> _Setting:  # fmt: skip
+        cls, given: Given, data: Any, held_out: Any, options: Options, lines: Sequence[_Line], name: str
+    ) -> _Rows:  # fmt: skip
+        """Open the session; `name` is what errors say needs held-out inputs."""
         start = time.perf_counter()
-        models = list(models) if isinstance(models, (list, tuple)) else models
-        networks, call = models_and_sample((models, sample), name.strip("`"))
-        calibration = Calibration.of(data, call, len(networks), progress, max_batches)
-        if joint:
-            needs_tasks(calibration, len(networks))
-        found = survey(networks, call, verify=verify, rules=rules, others=other_shapes(calibration, call))
-        programs = found.alignment.programs
-        if joint:
-            needs_classifiers(programs)
-        if held_out is None:
-            calibration, held = hold_out(calibration, programs, name=name)
-        else:
-            given = Calibration.of(held_out, call, len(networks), progress, max_batches)
-            held = HeldOut.of(list(given("holding out").labelled()), programs)
-        return cls(networks, sample, found, calibration, held, joint, time.perf_counter() - start)
+        data_free = all(line.recipe.data_free for line in lines)
+        fifth = "" if data_free else name
+        session = Session.open(given, data, options, fifth=fifth, held_out=held_out, data_free=data_free)
+        return cls(session, lines, time.perf_counter() - start)
 
-    def table(
-        self, lines: Sequence[_Line], cuts: Sequence[str | float | None], score: Score | None, *, strict: bool
-    ) -> Table:
+    def at(self, cuts: Sequence[str | float | None], score: Score | None, *, strict: bool) -> Table:
         """All lines at all cuts. `strict`: an error ends it, else it is a row."""
         start = time.perf_counter()
-        trunks = [self.found.trunk(cut) for cut in cuts]
-        statistics = observe_all(trunks, self.calibration("observing"))
-        recipe = next((line.recipe for line in lines if line.recipe.narrows), None)
-        alone = {} if recipe is None else each_alone(self.found, trunks, self.calibration, recipe)
+        session, recipes = self.session, [line.recipe for line in self.lines]
+        most = next((recipe for recipe in recipes if recipe.observes), recipes[0])
+        candidates = session.candidates_at(cuts, most)
+        narrowing = next((recipe for recipe in recipes if recipe.narrows), most)
+        solo = session.solo([one.observed.trunk for one in candidates], narrowing)
         seconds = self.seconds + time.perf_counter() - start
+
         rows = [self._bound(score)]
-        places = [(place, line) for place in range(len(cuts)) for line in lines]
-        for place, line in tqdm(places, desc="zipping", unit="zip", disable=not self.calibration.show, leave=False):
-            row = {"method": line.method, "refit": line.refit, "until": cuts[place]}
-            row["max_cost"] = line.recipe.sizing[1]
+        places = [(candidate, line) for candidate in candidates for line in self.lines]
+        show = session.calibration.show
+        for candidate, line in tqdm(places, desc="zipping", unit="zip", disable=not show, leave=False):
+            row = {"method": line.method, "refit": line.refit, "until": candidate.cut.until}
+            row["max_cost"] = line.recipe.width.cost if isinstance(line.recipe.width, Budget) else None
             try:
-                rows.append(row | self._measured(line, trunks[place], statistics[place], alone, score))
+                rows.append(row | self._measured(line, candidate, solo, score))
             except Exception as error:
                 if strict and not isinstance(error, CostError):
                     raise
                 rows.append(row | {"error": f"{type(error).__name__}: {error}"})
-        note = (
-            f"agreement with the originals on {self.held.size} held-out inputs; tracing, checking and observing, once "
-            f"for all rows, took {seconds:.1f} s"
+        return Table(tuple({**dict.fromkeys(("cost", "error")), **row} for row in rows), self._note(seconds))
+
+    def _note(self, seconds: float) -> str:
+        held = self.session.held
+        measured = (
+            "agreement is not measured, since there is neither `data` nor `held_out`"
+            if held is None
+            else f"agreement with the originals on {held.size} held-out inputs"
         )
-        return Table(tuple({**dict.fromkeys(("cost", "error")), **row} for row in rows), note)
+        return f"{measured}; tracing, checking and observing, once for all rows, took {seconds:.1f} s"
 
     def _measured(
-        self, line: _Line, trunk: Trunk, statistics: Any, alone: Mapping[int, Alone], score: Score | None
+        self, line: _Line, candidate: Candidate, solo: Mapping[int, Observed], score: Score | None
     ) -> dict[str, Any]:
         start = time.perf_counter()
-        zipped = self._shifted(assemble(self.found, trunk, statistics, self.calibration, line.recipe, alone))
+        zipped = self.session.shifted(assemble(self.session, candidate, line.recipe, solo))
         return self._values(zipped, score, time.perf_counter() - start)
 
     def _bound(self, score: Score | None) -> dict[str, Any]:
         """The row of the models themselves: nothing merged."""
-        whole = self._shifted(side_by_side(self.models, self.sample))
-        return {
-            "method": "side by side",
-            "refit": None,
-            "until": None,
-            "max_cost": None,
-            **self._values(whole, score, None),
-        }
+        given = self.session.given
+        whole = self.session.shifted(side_by_side(given.networks, given.sample))
+        own = {"method": "side by side", "refit": None, "until": None, "max_cost": None}
+        return own | self._values(whole, score, None)
 
-    def _shifted(self, network: ZippedModule) -> ZippedModule:
-        return with_shifts(network, self.calibration) if self.joint else network
-
-    def _values(self, network: Any, score: Score | None, seconds: float | None) -> dict[str, Any]:
-        heads = self.held.agreement(network)
+    def _values(self, network: ZippedModule, score: Score | None, seconds: float | None) -> dict[str, Any]:
         costs = {
             name: network.report[key]["total"] / max(network.report[key]["originals"][0], 1)
             for name, key in (("cost", "flops"), ("parameters", "parameters"))
         }
-        scores = {} if score is None else dict(_scores(score(network)))
-        return {**costs, "agreement": sum(heads) / len(heads), "worst": min(heads), **scores, "seconds": seconds}
+        held = self.session.held
+        agreement: dict[str, float] = {}
+        if held is not None:
+            heads = held.agreement(network)
+            agreement = {"agreement": sum(heads) / len(heads), "worst": min(heads)}
+        scores = {} if score is None else dict(_scores(score(self.session.named(network))))
+        return {**costs, **agreement, **scores, "seconds": seconds}
 
 
 def _scores(found: Any) -> Iterator[tuple[str, float]]:

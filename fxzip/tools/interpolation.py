@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
 from ..calibration.observer import observe
-from ..calibration.shapes import other_shapes
-from ..calibration.sources import Calibration
-from ..compiler.arguments import models_and_sample
-from ..compiler.survey import survey
+from ..compiler.arguments import Given
+from ..compiler.options import Options
+from ..compiler.session import Session
 from ..errors import InputError, OptionError
 from ..matching import Merge, Method, resolve
-from ..partition.trunk import Trunk
+from ..partition.region import Trunk
 from ..refit import Refit, refits
 from ..rewriting.emit import rewrite
 from ..rewriting.module import set_tensor
@@ -138,9 +137,10 @@ def barrier(
     if points < 3:
         raise OptionError(f"`points` must be at least 3, with both ends; found {points}. The usual number is 11.")
     chosen, corrected = resolve(method), refits(refit)
-    networks, call = models_and_sample((a, b, sample_input), "barrier")
-    calibration = Calibration.of(data, call, 2, progress, max_batches)
-    found = survey(networks, call, verify=verify, rules=rules, others=other_shapes(calibration, call))
+    given = Given.of((a, b, sample_input), "barrier", own_inputs=False)
+    options = Options(hold_out=False, verify=verify, progress=progress, max_batches=max_batches, rules=rules)
+    session = Session.open(given, data, options)
+    found, calibration = session.survey, session.calibration
     if found.alignment.parting[0]:
         raise InputError(
             "`barrier` needs networks that agree from the input to the outputs; they part: the first "

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from ..analysis.relabelling import group_run
 from ..errors import CostError
-from ..matching.moments import Moments
-from ..partition.trunk import Trunk
-from ..rewriting.zip_plan import head_nodes, head_params, reaches, unmerged_spaces
-from .losses import Losses
-from .narrow_heads import Alone
+from ..partition.region import Trunk
+from ..rewriting.zip_plan import head_params, unmerged_spaces
+from .observed import Observed
+from .requests import Budget
 from .resizable import Elastic
 
 Flops = Sequence[Mapping[str, int]]
@@ -36,29 +35,29 @@ _TRUNK = -1
 
 
 def by_need(
-    trunk: Trunk, statistics: Mapping[int, Moments], elastic: Elastic, max_cost: float, flops: Flops,
-    alone: Mapping[int, Alone], narrow: Mapping[int, Elastic],
-) -> tuple[dict[int, int], dict[int, dict[int, int]]]:  # fmt: skip
+    observed: Observed, budget: Budget, flops: Flops, solo: Mapping[int, Observed], narrow: Mapping[int, Elastic]
+) -> tuple[dict[int, int], dict[int, dict[int, int]]]:
     """Give up features where that loses the least per FLOP saved, until the cost is right; then use what is left.
 
     Args:
-        trunk: what is shared, with the moments of its spaces.
-        elastic: its spaces that may have another size, and which must have the same.
-        max_cost: FLOPs of the zipped network relative to the first model.
+        observed: what is shared.
+        budget: what the zipped network may take, relative to the first model.
         flops: of every node of every model.
-        alone: models by themselves; `narrow`: of each what its head may narrow.
+        solo: models by themselves, by number.
+        narrow: of each of them, what its head may narrow.
 
     Returns:
         How many features the free spaces keep, and for each model those of its head.
 
     Raises:
-        CostError: what has to keep its size takes more than `max_cost`.
+        CostError: what has to keep its size takes more than the budget.
     """
-    losses, base, units = _spaces(trunk, statistics, elastic, alone, narrow)
+    losses, base, units = _spaces(observed, solo, narrow)
     chosen = {k: own.spaces for k, own in narrow.items()}
-    costs = _Costs(trunk, flops, elastic.spaces, alone, chosen)
+    costs = _Costs(observed, flops, solo, chosen)
     kept = {s: len(losses[s]) - 1 for s in base}
-    budget, one = max_cost * sum(flops[0].values()), sum(flops[0].values())
+    one = sum(flops[0].values())
+    limit = budget.cost * one
     total = costs.total({s: kept[s] / base[s] for s in base})
 
     def steps(sign: int) -> list[tuple[float, _Unit, int, float]]:
@@ -76,16 +75,16 @@ def by_need(
                 result.append((more / saved, unit, size, total - saved))
         return sorted(result, key=lambda step: step[0], reverse=sign > 0)
 
-    while total > budget:
+    while total > limit:
         possible = steps(-1)
         if not possible:
             raise CostError(
-                f"`max_cost={max_cost}` cannot be reached: what has to keep its size takes {total / one:.2f} of the "
+                f"`max_cost={budget.cost}` cannot be reached: what has to keep its size takes {total / one:.2f} of the "
                 "first model's FLOPs. Raise it, or choose a later cut."
             )
         _, unit, size, total = possible[0]
         kept |= dict.fromkeys(unit, size)
-    while affordable := [step for step in steps(+1) if step[3] <= budget]:
+    while affordable := [step for step in steps(+1) if step[3] <= limit]:
         _, unit, size, total = affordable[0]
         kept |= dict.fromkeys(unit, size)
     parts: dict[int, dict[int, int]] = {part: {} for part in (_TRUNK, *narrow)}
@@ -95,18 +94,20 @@ def by_need(
 
 
 def _spaces(
-    trunk: Trunk, statistics: Mapping[int, Moments], elastic: Elastic, alone: Mapping[int, Alone],
-    narrow: Mapping[int, Elastic],
-) -> tuple[dict[_Key, Floats], dict[_Key, int], list[_Unit]]:  # fmt: skip
+    observed: Observed, solo: Mapping[int, Observed], narrow: Mapping[int, Elastic]
+) -> tuple[dict[_Key, Floats], dict[_Key, int], list[_Unit]]:
     """Losses of the spaces by size, their sizes in the first model, and which of them have one size."""
-    shared = Losses(trunk, statistics)
-    losses = {(_TRUNK, s): shared.of(s) for s in sorted(elastic.spaces)}
-    base = {(_TRUNK, s): trunk.sizes(s)[0] for s in sorted(elastic.spaces)}
-    groups = [[(_TRUNK, s) for s in sorted(group)] for group in elastic.alike]
-    for k, own in narrow.items():
-        losses |= {(k, s): alone[k].losses.of(s) for s in sorted(own.spaces)}
-        base |= {(k, s): alone[k].trunk.sizes(s)[0] for s in sorted(own.spaces)}
-        groups += [[(k, s) for s in sorted(group)] for group in own.alike]
+    losses: dict[_Key, Floats] = {}
+    base: dict[_Key, int] = {}
+    groups: list[list[_Key]] = []
+
+    parts = [(_TRUNK, observed, observed.elastic), *((k, solo[k], elastic) for k, elastic in narrow.items())]
+    for part, own, elastic in parts:
+        for s in sorted(elastic.spaces):
+            losses[part, s] = own.losses.of(s)
+            base[part, s] = own.trunk.sizes(s)[0]
+        groups += [[(part, s) for s in sorted(group)] for group in elastic.alike]
+
     tied = {s for group in groups for s in group}
     units: dict[_Key, _Unit] = {group[0]: tuple(group) for group in groups}
     units |= {s: (s,) for s in base if s not in tied}
@@ -126,9 +127,9 @@ class _Costs:
     """
 
     def __init__(
-        self, trunk: Trunk, flops: Flops, free: Collection[int], alone: Mapping[int, Alone],
-        narrow: Mapping[int, Collection[int]],
-    ) -> None:  # fmt: skip
+        self, observed: Observed, flops: Flops, solo: Mapping[int, Observed], narrow: Mapping[int, Collection[int]]
+    ) -> None:
+        trunk, free = observed.trunk, observed.elastic.spaces
         self.fixed = 0
         self._calls: list[tuple[int, list[_Axis]]] = []
         self._of: dict[_Key, list[int]] = defaultdict(list)
@@ -136,18 +137,18 @@ class _Costs:
         for node, cost in flops[0].items():
             if node in inside:
                 self._add(cost, _lengths(trunk, 0, trunk.labellings[0].touches[node], _TRUNK), given)
-        for k, (own, reach) in enumerate(zip(flops, reaches(trunk), strict=True)):
+        for k, (own, reach) in enumerate(zip(flops, trunk.reach, strict=True)):
             inside, params = set(trunk.names(k).values()), head_params(trunk, k)
             self.fixed += sum(own[name] for name in trunk.alignment.stem(k) if name in own and name not in inside)
             unmerged = unmerged_spaces(trunk, k, reach)
             given = {(_TRUNK, s): trunk.sizes(s)[0] / trunk.sizes(s)[k] for s in free if s not in unmerged}
             given |= {(k, s): 1.0 for s in narrow.get(k, ())}
-            for name in head_nodes(trunk, k):
+            for name in trunk.head_nodes(k):
                 cost = own.get(name, 0)
                 touched = trunk.labellings[k].touches[name] & params if cost else frozenset()
                 lengths = _lengths(trunk, k, touched, _TRUNK, reach)
                 if k in narrow:
-                    mine = _lengths(alone[k].trunk, 0, touched, k)
+                    mine = _lengths(solo[k].trunk, 0, touched, k)
                     lengths = [{**shared, **more} for shared, more in zip(lengths, mine, strict=True)]
                 self._add(cost, lengths, given)
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import InputError, OptionError
-from ..matching.moments import Moments
-from ..partition.trunk import Trunk
+from ..errors import InputError
+from ..partition.region import Trunk
 from .budget import Flops, by_need
-from .narrow_heads import Alone, behind
+from .narrow_heads import behind
+from .observed import Observed
+from .requests import UNCHANGED, Budget, ScaledSpaces, WidthRequest
 from .resizable import elastic_spaces
-
-Width = float | str | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -33,67 +32,52 @@ class Widths:
     heads: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
 
 
-def check_width(width: Width, max_cost: float | None, models: int) -> None:
-    """Raises an InputError for what `choose_widths` would not understand.
-
-    >>> check_width(1.25, None, 2)
-    """
-    if isinstance(width, str):
-        if width != "auto":
-            raise OptionError(f'`width` must be a number, a dict of numbers by space, or "auto"; found {width!r}.')
-        if max_cost is not None and not max_cost > 0:
-            raise OptionError(f"`max_cost` must be positive; found {max_cost!r}. Try 1.3, or 1.0 for the cost of one.")
-        return
-    for value in width.values() if isinstance(width, Mapping) else (width,):
-        if not 0 < value <= models:
-            raise OptionError(
-                f"`width` must lie in (0, {models}], at {models} nothing of {models} models need be merged; found "
-                f"{value!r}. Try 1.25."
-            )
-
-
 def choose_widths(
-    trunk: Trunk,
-    statistics: Mapping[int, Moments],
-    width: Width,
-    max_cost: float | None,
-    flops: Flops,
-    alone: Mapping[int, Alone] = MappingProxyType({}),
+    observed: Observed, request: WidthRequest, flops: Flops, solo: Mapping[int, Observed] = MappingProxyType({})
 ) -> Widths:
     """The numbers of features to keep.
 
     Args:
-        trunk: what is shared.
-        statistics: moments by space number; spaces that were not observed keep their size.
-        width: of every space, relative to the first model; a dict of that by the name of a space; or "auto", by need.
-        max_cost: with "auto": FLOPs of the zipped network relative to the first model; None: 1.
+        observed: what is shared; its spaces that were not observed keep their size.
+        request: what the user asks for.
         flops: of every node of every model.
-        alone: models by themselves; with "auto" its head may keep fewer features too. Without, heads stay as they are.
+        solo: models by themselves, by number; under a budget their heads may keep fewer features too. Without, heads
+            stay as they are.
 
     Raises:
         InputError: a name is no space of the trunk, or cannot have another size.
-        CostError: what has to keep its size takes more than `max_cost`.
+        CostError: what has to keep its size takes more than the budget.
     """
-    if not isinstance(width, (str, Mapping)) and width == 1:
+    if request == UNCHANGED:
         return Widths({})
+
+    trunk = observed.trunk
+    if isinstance(request, Budget):
+        return _within(observed, request, flops, solo)
+
     spaces = trunk.spaces[0].spaces
-    asked = _asked(trunk, width) if isinstance(width, Mapping) else None
-    elastic = elastic_spaces(trunk, statistics, asked)
-    free = elastic.spaces
-    notes, heads = _notes(trunk, elastic.reasons), {}
-    if isinstance(width, str):
-        narrow = {}
-        for k, own in alone.items():
-            names = [space.name for space in own.trunk.spaces[0].spaces]
-            narrow[k] = own.elastic.among(behind(trunk, k, own.trunk), names)
-            notes += _notes(own.trunk, narrow[k].reasons, f" in head {k}")
-        limit = 1.0 if max_cost is None else max_cost
-        kept, found = by_need(trunk, statistics, elastic, limit, flops, alone, narrow)
-        heads = {k: _changed(alone[k].trunk, sizes) for k, sizes in found.items()}
+    if isinstance(request, ScaledSpaces):
+        elastic = elastic_spaces(trunk, observed.moments, _asked(trunk, request.shares))
+        share = {s: float(request.shares[spaces[s].name]) for s in elastic.spaces}
     else:
-        share = {s: float(width[spaces[s].name] if isinstance(width, Mapping) else width) for s in free}
-        kept = {s: min(max(1, round(share[s] * spaces[s].size)), sum(trunk.sizes(s))) for s in free}
-    return Widths(_changed(trunk, kept), tuple(notes), {k: sizes for k, sizes in heads.items() if sizes})
+        elastic = observed.elastic
+        share = dict.fromkeys(elastic.spaces, request.share)
+
+    kept = {s: min(max(1, round(own * spaces[s].size)), sum(trunk.sizes(s))) for s, own in share.items()}
+    return Widths(_changed(trunk, kept), tuple(_notes(trunk, elastic.reasons)))
+
+
+def _within(observed: Observed, budget: Budget, flops: Flops, solo: Mapping[int, Observed]) -> Widths:
+    """The numbers of features by need, in the trunk and in the heads of the models that are looked at by themselves."""
+    notes, narrow = _notes(observed.trunk, observed.elastic.reasons), {}
+    for k, own in solo.items():
+        names = [space.name for space in own.trunk.spaces[0].spaces]
+        narrow[k] = own.elastic.among(behind(observed.trunk, k, own.trunk), names)
+        notes += _notes(own.trunk, narrow[k].reasons, f" in head {k}")
+
+    kept, found = by_need(observed, budget, flops, solo, narrow)
+    heads = {k: _changed(solo[k].trunk, sizes) for k, sizes in found.items()}
+    return Widths(_changed(observed.trunk, kept), tuple(notes), {k: sizes for k, sizes in heads.items() if sizes})
 
 
 def _changed(trunk: Trunk, kept: Mapping[int, int]) -> dict[int, int]:
@@ -108,15 +92,16 @@ def _notes(trunk: Trunk, reasons: Mapping[int, str], where: str = "") -> list[st
     ]
 
 
-def overspent(report: Mapping[str, Any], width: Width, max_cost: float | None) -> tuple[str, ...]:
+def overspent(report: Mapping[str, Any], request: WidthRequest) -> tuple[str, ...]:
     """A note if a zip by need takes more than it may: what heads spend on reading features through a matrix."""
-    flops, limit = report["flops"], 1.0 if max_cost is None else max_cost
+    flops = report["flops"]
     cost = flops["total"] / max(flops["originals"][0], 1)
-    if width != "auto" or cost <= limit * (1 + 1e-9):
+    if not isinstance(request, Budget) or cost <= request.cost * (1 + 1e-9):
         return ()
+
     return (
-        f"the zip takes {cost:.3f} of the first model's FLOPs, not {limit}: heads read features through a matrix, "
-        "which widths by need do not count",
+        f"the zip takes {cost:.3f} of the first model's FLOPs, not {request.cost}: heads read features through a "
+        "matrix, which widths by need do not count",
     )
 
 

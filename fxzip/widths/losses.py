@@ -19,8 +19,8 @@ from ..matching.energy.clusterwise import cluster_losses, energies
 from ..matching.energy.energy import energy_losses, reading
 from ..matching.moments import Moments
 from ..matching.problem import Problem
-from ..partition.trunk import Trunk
-from ..rewriting.zip_plan import problem_of, reaches
+from ..partition.region import Trunk
+from ..rewriting.zip_plan import problem_of
 
 
 class Losses:
@@ -37,7 +37,7 @@ class Losses:
 
     @cached_property
     def _problem(self) -> Problem:
-        return problem_of(self.trunk, self.statistics, Energy(), reaches(self.trunk))
+        return problem_of(self.trunk, self.statistics, Energy(), self.trunk.reach)
 
     def of(self, space: int) -> npt.NDArray[np.float64]:
         """r_s L_s(m) for m = 0, ..., N, falling to 0."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,35 +17,11 @@ from torch import Tensor
 from ..analysis.labelling import Labelling
 from ..errors import AlignError
 from ..matching import Energy, Merge, Method, Problem, Zip
-from ..matching.moments import Moments
 from ..partition.alignment import Alignment, align
-from ..partition.trunk import Trunk, trunk_of
-from ..rewriting.zip_plan import ZipPlan, planned, problem_of, reaches
-from .losses import Losses
-from .resizable import Elastic, elastic_spaces
-
-
-@dataclass(frozen=True, eq=False)
-class Alone:
-    """One model by itself.
-
-    Attributes:
-        trunk: the whole model, up to what it returns.
-        statistics: moments of its spaces, by number.
-    """
-
-    trunk: Trunk
-    statistics: Mapping[int, Moments]
-
-    @cached_property
-    def losses(self) -> Losses:
-        """What its spaces lose with fewer features."""
-        return Losses(self.trunk, self.statistics)
-
-    @cached_property
-    def elastic(self) -> Elastic:
-        """Spaces that may have another size; of others that look like it the reasons why they may not."""
-        return elastic_spaces(self.trunk, self.statistics)
+from ..partition.region import Trunk
+from ..partition.trunk import trunk_of
+from ..rewriting.zip_plan import ZipPlan, planned, problem_of
+from .observed import Observed
 
 
 def whole_trunks(
@@ -80,7 +55,7 @@ def _spaces(own: Trunk, labels: Tensor) -> set[int]:
 
 def narrowed(
     whole: ZipPlan,
-    alone: Mapping[int, Alone],
+    solo: Mapping[int, Observed],
     kept: Mapping[int, Mapping[int, int]],
     method: Method,
 ) -> ZipPlan:
@@ -89,12 +64,12 @@ def narrowed(
     Methods that only match features of several models leave it to `Energy` to match those of one.
     """
     within = method if isinstance(method, (Zip, Energy)) else Energy()
-    return replace(whole, heads={k: _narrowed(alone[k], sizes, within) for k, sizes in kept.items()})
+    return replace(whole, heads={k: _narrowed(solo[k], sizes, within) for k, sizes in kept.items()})
 
 
-def _narrowed(own: Alone, kept: Mapping[int, int], method: Method) -> ZipPlan:
-    reach = reaches(own.trunk)
-    problem = problem_of(own.trunk, own.statistics, method, reach, kept)
+def _narrowed(own: Observed, kept: Mapping[int, int], method: Method) -> ZipPlan:
+    reach = own.trunk.reach
+    problem = problem_of(own.trunk, own.moments, method, reach, kept)
     chosen = sorted(kept)
     found = method.match(Problem(tuple(problem.spaces[s] for s in chosen)))
     sizes = [space.size for space in own.trunk.spaces[0].spaces]

@@ -24,10 +24,10 @@ from ..analysis.sightings import relative_difference
 from ..matching import Merge
 from ..matching.moments import Moments
 from ..partition.alignment import Alignment, attribute
-from ..partition.trunk import Trunk
+from ..partition.region import Trunk
 from ..rewriting.emit import rewrite
 from ..rewriting.merged_parameters import merged_layout
-from ..rewriting.zip_plan import planned, reaches
+from ..rewriting.zip_plan import planned
 from ..tracing import Program
 from ..tracing.calls import Call, batch_size
 
@@ -195,7 +195,7 @@ class _Trials:
         wider = {s: _spread(own[s].size, extra, generator) for s, extra in more.items()}
         merges = {s: wider.get(s) or Merge.identity(space.size, 1) for s, space in enumerate(own)}
         try:
-            net = rewrite(planned(alone, merges, reaches(alone), kept={s: m.size for s, m in wider.items()}))
+            net = rewrite(planned(alone, merges, alone.reach, kept={s: m.size for s, m in wider.items()}))
             values = {**dict(net.named_parameters()), **dict(net.named_buffers())}
             values |= _distinct(alone, wider, values)
             found = run_with(replace(self.trial.program, module=net), values, self.trial.call, self.trial.dtype)

@@ -148,7 +148,7 @@ def _observe(network: ZippedModule, heads: Sequence[Ending], calibration: Calibr
     features: list[list[Tensor]] = [[] for _ in heads]
     scores, tasks, shares = [], [], [True] * len(heads)
     precision = 0.0
-    for index, (task, call) in enumerate(calibration("joint").labelled()):
+    for index, (task, call) in enumerate(calibration("joint").by_source()):
         if index == 0:
             _check_batch(probe, heads, call)
         seen, logits = run_eager(probe, call)

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from ...analysis.rules import varying
 from ...partition.alignment import attribute
-from ...rewriting.zip_plan import ZipPlan, head_nodes
+from ...rewriting.zip_plan import ZipPlan
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def head_layers(plan: ZipPlan) -> list[Layer]:
     """The BatchNorms of the heads that are called once."""
     found = []
     for k, program in enumerate(plan.trunk.alignment.programs):
-        own = set(head_nodes(plan.trunk, k))
+        own = set(plan.trunk.head_nodes(k))
         calls = [n for n in program.module.graph.nodes if n.name in own and n.op == "call_module"]
         for node in calls:
             module = attribute(program.module, str(node.target))

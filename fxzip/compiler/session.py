@@ -1,0 +1,168 @@
+"""What all zips of one request have in common: the models, what is known of them, the data, and what is held out.
+
+`compile_zip`, `sweep`, `compare` and `barrier` each open one session; zips differ in their cut and recipe only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..calibration.holdout import EVERY_FIFTH, EVERY_TENTH, HeldOut, hold_out
+from ..calibration.observer import observe, observe_all
+from ..calibration.shapes import other_shapes
+from ..calibration.sources import Calibration
+from ..errors import InputError
+from ..partition.cut_points import Cut
+from ..partition.region import Trunk
+from ..refit.joint.logit_shifts import needs_classifiers, needs_tasks, with_shifts
+from ..rewriting.module import ZippedModule
+from ..rewriting.report import Report
+from ..tracing.calls import Call, JointCall
+from ..widths.narrow_heads import behind
+from ..widths.observed import Observed
+from .arguments import Given, data_of
+from .options import Options, Recipe
+from .survey import Survey, cuts_and_trunks, survey
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trunk that may be shared, with what the data show of it.
+
+    Attributes:
+        cut: where it ends, and what is known of it without zipping.
+        observed: the trunk and the moments of its spaces.
+    """
+
+    cut: Cut
+    observed: Observed
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """Models and data of one request.
+
+    Attributes:
+        given: the models, the sample input, and the names of the tasks.
+        options: of the request.
+        survey: what is known of the models.
+        calibration: the inputs that are fitted on.
+        held: inputs that nothing is fitted on; None where there are none.
+    """
+
+    given: Given
+    options: Options
+    survey: Survey
+    calibration: Calibration
+    held: HeldOut | None
+
+    @classmethod
+    def open(
+        cls, given: Given, data: Any, options: Options, *, fifth: str = "", held_out: Any = None,
+        data_free: bool = False,
+    ) -> Session:  # fmt: skip
+        """Look at the models, and hold inputs out.
+
+        Args:
+            given: the models and the sample input.
+            data: as in `compile_zip`.
+            options: of the request.
+            fifth: what needs every fifth input held out, and ten at least, for the error; "": a tenth will do.
+            held_out: batches to hold out instead.
+            data_free: nothing is read from data.
+
+        Raises:
+            InputError, OptionError, TraceError, AlignError, DataError, BarrierError, SelfCheckError: see
+                `fxzip.errors`.
+        """
+        models, call = given.networks, given.call
+        _check_start(call, options)
+        if data_free:
+            calibration = Calibration.none(call)
+        else:
+            calibration = _calibration(given, data, options)
+        if options.joint:
+            needs_tasks(calibration, len(models))
+
+        found = survey(models, call, options, others=other_shapes(calibration, call))
+        programs = found.alignment.programs
+        if options.joint:
+            needs_classifiers(programs)
+
+        held: HeldOut | None = None
+        if held_out is not None:
+            batches = _calibration(given, held_out, options)("holding out")
+            held = HeldOut.of(list(batches.by_source()), programs)
+        elif fifth:
+            calibration, held = hold_out(calibration, programs, every=EVERY_FIFTH, needed_by=fifth)
+        elif options.hold_out and data is not None:
+            calibration, held = hold_out(calibration, programs, every=EVERY_TENTH)
+        return cls(given, options, found, calibration, held)
+
+    def candidate(self, until: str | float | None, recipe: Recipe) -> Candidate:
+        """The trunk that ends at `until`, or as late as is sound."""
+        trunk = self.survey.sound(self.survey.trunk(until)).trunk
+        return Candidate(Cut.of(until), self.observed(trunk, recipe))
+
+    def candidates(self, recipe: Recipe, *, limit: int = 32, observe_now: bool = True) -> list[Candidate]:
+        """Every place where the trunk may end, in a row; all are observed in one pass over the data."""
+        cuts, trunks = cuts_and_trunks(self.survey, limit)
+        return self._observed_all(cuts, trunks, recipe) if observe_now else self._unobserved(cuts, trunks)
+
+    def candidates_at(self, cuts: Sequence[str | float | None], recipe: Recipe) -> list[Candidate]:
+        """The trunks that end at these places."""
+        trunks = [self.survey.trunk(cut) for cut in cuts]
+        return self._observed_all([Cut.of(cut) for cut in cuts], trunks, recipe)
+
+    def _observed_all(self, cuts: Sequence[Cut], trunks: Sequence[Trunk], recipe: Recipe) -> list[Candidate]:
+        moments = observe_all(trunks, self.calibration("observing") if recipe.observes else ())
+        return [Candidate(cut, Observed(trunk, own)) for cut, trunk, own in zip(cuts, trunks, moments, strict=True)]
+
+    def _unobserved(self, cuts: Sequence[Cut], trunks: Sequence[Trunk]) -> list[Candidate]:
+        return [Candidate(cut, Observed(trunk, {})) for cut, trunk in zip(cuts, trunks, strict=True)]
+
+    def observed(self, trunk: Trunk, recipe: Recipe) -> Observed:
+        """A trunk with what the data show of it, if the recipe asks for that."""
+        return Observed(trunk, observe(trunk, self.calibration("observing") if recipe.observes else ()))
+
+    def solo(self, trunks: Iterable[Trunk], recipe: Recipe) -> Mapping[int, Observed]:
+        """The models by themselves, by number, if heads behind some of the trunks can be narrowed."""
+        if not recipe.narrows:
+            return {}
+        own = self.survey.whole_trunks
+        if not any(behind(trunk, k, one) for trunk in trunks for k, one in own.items()):
+            return {}
+        return self._solo
+
+    @cached_property
+    def _solo(self) -> Mapping[int, Observed]:
+        own = self.survey.whole_trunks
+        return {k: Observed(one, observe(one, self.calibration("observing heads"))) for k, one in own.items()}
+
+    def shifted(self, network: ZippedModule) -> ZippedModule:
+        """The network with the logits of its heads moved such that they tell the tasks apart, where that is asked."""
+        return with_shifts(network, self.calibration) if self.options.joint else network
+
+    def named(self, network: ZippedModule) -> ZippedModule:
+        """The network with the names of its tasks, where they have any."""
+        tasks = self.given.tasks
+        if tasks:
+            network.name_tasks(tasks)
+            network.meta["fxzip_report"] = Report({**network.report, "tasks": list(tasks)})
+        return network
+
+
+def _calibration(given: Given, data: Any, options: Options) -> Calibration:
+    models = len(given.networks)
+    return Calibration.of(data_of(data, given.tasks), given.call, models, options.progress, options.max_batches)
+
+
+def _check_start(call: Call, options: Options) -> None:
+    if isinstance(call, JointCall) and options.start is None:
+        raise InputError(
+            "Models with inputs of their own (`sample_input` is a `PerModel`) share nothing at the input; say with "
+            "`start` where the trunk begins."
+        )

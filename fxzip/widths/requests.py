@@ -1,0 +1,68 @@
+"""What a user may ask of widths, checked: one share for all spaces, shares by name, or what the budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import OptionError
+
+Width = Literal["auto"] | float | Mapping[str, float]
+"""As users write it: a share, shares by the names of spaces, or "auto"."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Every space keeps this share of the features that the first model has in it."""
+
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScaledSpaces:
+    """The spaces named keep these shares of the features that the first model has in them."""
+
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Features go where they are needed, so that the zip takes at most `cost` times the FLOPs of the first model."""
+
+    cost: float = 1.0
+
+
+WidthRequest = Scaled | ScaledSpaces | Budget
+UNCHANGED = Scaled()
+UNCHANGED = Scaled()
+
+
+def width_request(width: Width, max_cost: float | None, models: int) -> WidthRequest:
+    """What `width` and `max_cost` ask for, of a zip of so many models.
+
+    >>> width_request(1.25, None, 2), width_request("auto", 1.3, 2)
+    (Scaled(share=1.25), Budget(cost=1.3))
+
+    Args:
+        width: a share in (0, models], a dict of them by space name, or "auto".
+        max_cost: with "auto", FLOPs relative to the first model; None: 1. Otherwise it does not concern the widths.
+        models: how many are zipped; with a share of that nothing need be merged.
+
+    Raises:
+        OptionError: a value is none of these, or out of range.
+    """
+    if isinstance(width, str):
+        if width != "auto":
+            raise OptionError(f'`width` must be a number, a dict of numbers by space, or "auto"; found {width!r}.')
+        if max_cost is not None and not max_cost > 0:
+            raise OptionError(f"`max_cost` must be positive; found {max_cost!r}. Try 1.3, or 1.0 for the cost of one.")
+        return Budget(1.0 if max_cost is None else float(max_cost))
+
+    for value in width.values() if isinstance(width, Mapping) else (width,):
+        if not 0 < value <= models:
+            raise OptionError(
+                f"`width` must lie in (0, {models}], at {models} nothing of {models} models need be merged; found "
+                f"{value!r}. Try 1.25."
+            )
+    return ScaledSpaces(dict(width)) if isinstance(width, Mapping) else Scaled(float(width))
