@@ -19,7 +19,7 @@ STAGES = {
     "partition": ["align", "find_trunk"],
     "calibration": ["Calibration", "observe"],
     "matching": ["Merge", "Method", "Moments", "SpaceMethod", "resolve"],
-    "rewriting": ["plan", "planned", "reaches", "rewrite"],
+    "rewriting": ["plan", "planned", "rewrite"],
     "refit": ["record_statistics", "refits"],
     "compiler": ["Recipe", "assemble"],
 }
@@ -74,7 +74,7 @@ def test_the_page_of_pipelines_runs_and_equals_compile_zip():
         warnings.simplefilter("error", DeprecationWarning)
         exec(compile(program, str(PAGE), "exec"), names)
     a, b, x, data = (names[key] for key in ("a", "b", "x", "data"))
-    whole = fxzip.compile_zip(a, b, x, data=data, method="permute", refit="repair", progress=False)
+    whole = fxzip.compile_zip(a, b, x, data=data, method="permute", refit="repair", hold_out=False, progress=False)
     assert all(map(torch.equal, names["network"](x), whole(x)))
     state = whole.state_dict()
     assert state.keys() == names["network"].state_dict().keys()
