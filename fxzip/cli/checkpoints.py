@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import RecipeError
+from .packages import first_line
 
 WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "net", "weights")
 """Entries of training checkpoints that hold the weights."""
@@ -40,10 +41,10 @@ def read(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise RecipeError(
             f"A checkpoint must hold weights alone, since code in files is not run; `{path.name}` holds more: "
-            f"{str(error).splitlines()[0]} Save it again with `torch.save(model.state_dict(), ...)`."
+            f"{first_line(error)} Save it again with `torch.save(model.state_dict(), ...)`."
         ) from error
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise RecipeError(f"`{path}` cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"`{path}` cannot be read as a checkpoint: {first_line(error)}") from error
     return _unwrapped(held, path.name, entry)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from fxzip.rewriting.module import ZippedModule
 
 from ..errors import RecipeError
-from .packages import needed
+from .packages import first_line, needed
 from .sources import Moved, Source
 
 
@@ -102,7 +102,7 @@ def onnx_network(path: Path) -> ZippedModule:
     try:
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has exceptions of its own
-        raise RecipeError(f"`{path}` cannot be read as ONNX: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"`{path}` cannot be read as ONNX: {first_line(error)}") from error
     root = nn.Module()
     root.add_module("session", module := _Session(session))
     graph = fx.Graph()

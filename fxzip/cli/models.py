@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +79,7 @@ def network(model: Model, where: str, *, weights: bool = True) -> Network:
             f"`{where}.architecture` must give a `torch.nn.Module`; `{model.architecture.relative}` gives a "
             f"`{type(own.module).__name__}`."
         )
-    if model.checkpoint is not None and model.checkpoint.relative != "random":
+    if kind != "transformers" and model.checkpoint is not None and model.checkpoint.relative != "random":
         own.notes.extend(_loaded(own.module, model, where))
     own.module.eval()
     return own
@@ -145,18 +147,53 @@ def _of_transformers(model: Model, name: str, where: str) -> Network:
     config = called(transformers.AutoConfig.from_pretrained, arguments, "AutoConfig.from_pretrained", where)
     kinds = [getattr(transformers, kind, None) for kind in config.architectures or ()]
     kind: Any = kinds[0] if kinds and kinds[0] is not None else transformers.AutoModel
-    if model.checkpoint is not None:
-        build = kind if kind is not transformers.AutoModel else kind.from_config
-        module = called(build, {"config": config}, kind.__name__, where)
+    if model.checkpoint is not None and model.checkpoint.relative == "random":
+        build = kind.from_config if kind is transformers.AutoModel else kind
+        module = called(lambda: build(config), {}, kind.__name__, where)
     else:
-        arguments = {"config": config, "output_loading_info": True, "local_files_only": True}
-        loaded = {"pretrained_model_name_or_path": folder, **arguments}
-        module, found = called(kind.from_pretrained, loaded, f"{kind.__name__}.from_pretrained", where)
-        lines = [f"\n  {what}: {', '.join(map(str, names))}" for what, names in found.items() if names]
-        if lines:
-            raise RecipeError(f"`{where}`: the weights in `{folder}` do not fit its `config.json`:{''.join(lines)}")
+        module = called(lambda: _pretrained(kind, folder, config, model, where), {}, kind.__name__, where)
     own = of_transformers(folder)
     return Network(module, own, None if own is None else (len(own.mean), *own.size))
+
+
+def _pretrained(kind: Any, folder: Path, config: Any, model: Model, where: str) -> Any:
+    """The network of a folder of transformers with its weights, or those of a checkpoint. transformers loads them, for
+    the names in its files need not be those of the network.
+
+    Raises:
+        RecipeError: the weights are not all that the network has. What differs is listed.
+    """
+    state, source = None, folder
+    if model.checkpoint is not None:
+        source = path_of(model.checkpoint)
+        state = checkpoints.read(source, model.entry)
+        state = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state.items()}
+    module, found = kind.from_pretrained(
+        folder if state is None else None,
+        state_dict=state,
+        config=config,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    unexpected = [
+        name
+        for name in found.get("unexpected_keys", ())
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in model.ignore or ())
+    ]
+    problems = [f"missing in the checkpoint: `{name}`" for name in sorted(found.get("missing_keys", ()))]
+    problems += [f"not in the network: `{name}`" for name in sorted(unexpected)]
+    problems += [
+        f"another shape: `{name}` is {list(given)} in the checkpoint, {list(own)} in the network"
+        for name, given, own in sorted(found.get("mismatched_keys", ()))
+    ]
+    problems += [str(text) for text in found.get("error_msgs", ())]
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise RecipeError(
+            f"`{where}`: the weights in `{source}` do not fit `{folder}/config.json` and `arguments`:{lines}"
+        )
+    return module
 
 
 def _of_function(model: Model, name: str, where: str) -> Network:

@@ -54,6 +54,15 @@ def function_of(name: str, where: str) -> Any:
     return found
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error, which may have none.
+
+    >>> first_line(ValueError("wrong\\nat 3")), first_line(EOFError())
+    ('wrong', 'EOFError')
+    """
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def called(function: Any, arguments: dict[str, Any], name: str, where: str) -> Any:
     """What a function that a recipe names returns.
 
@@ -62,6 +71,8 @@ def called(function: Any, arguments: dict[str, Any], name: str, where: str) -> A
     """
     try:
         return function(**arguments)
+    except RecipeError:
+        raise
     except Exception as error:  # code of the user's, or of a model's package
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise RecipeError(f"`{where}`: `{name}({given})` raised {type(error).__name__}: {error}") from error

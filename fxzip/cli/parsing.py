@@ -11,7 +11,7 @@ import argparse
 import difflib
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,11 +20,10 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from ..errors import RecipeError
+from .messages import readable
 from .options import options, with_settings
+from .reading import override, read, with_paths
 from .recipe import Data, Location, Model, ZipRecipe
-
-LOCATIONS = ("architecture", "checkpoint", "path", "labels", "classes", "sample_input")
-"""Keys whose text is a path, or a name that may hold one; a relative path is relative to where it is written."""
 
 
 @dataclass(frozen=True)
@@ -161,90 +160,6 @@ def parse(flags: Flags, keys: ArgumentParser | None, arguments: Sequence[str], r
     return Settings(found, _typed(keys, values))
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What stands in a recipe. Relative paths are relative to it.
-
-    Raises:
-        RecipeError: it is missing, or no mapping in YAML.
-    """
-    try:
-        held = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError as error:
-        raise RecipeError(f"There is no recipe `{path}`.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe `{path}` cannot be read: {error}.") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"The recipe `{path}` is no YAML: {error}") from error
-    if not isinstance(held, dict) or not all(isinstance(key, str) for key in held):
-        raise RecipeError(f"The recipe `{path}` must hold `models`, `data` and options by name, as `key: value`.")
-    return _located(held, str(path.absolute().parent))  # type: ignore[no-any-return]
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML in which no key stands twice, and `1e-3` is a number."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = next((name for name in names if isinstance(name, str) and names.count(name) > 1), None)
-        if twice is not None:
-            raise yaml.MarkedYAMLError(problem=f"`{twice}` stands twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _located(value: Any, folder: str, key: str = "") -> Any:
-    """Values with the folder that relative paths in them start from. Arguments of functions stay as they are."""
-    if isinstance(value, dict):
-        inside = {name: own if name == "arguments" else _located(own, folder, name) for name, own in value.items()}
-        return inside
-    if isinstance(value, str) and key in LOCATIONS:
-        return Location(value, cwd=folder)
-    return value
-
-
-def override(values: dict[str, Any], name: str, text: str) -> None:
-    """Put a value of the command line in the place of the recipe's. In place.
-
-    >>> values = {"models": {"pets": {"arguments": {"num_classes": 3}}}}
-    >>> override(values, "models.pets.arguments.num_classes", "37")
-    >>> values["models"]["pets"]["arguments"]
-    {'num_classes': 37}
-
-    Raises:
-        RecipeError: the value is no YAML, or the name leads into something that has no keys.
-    """
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"`--{name}` must be a value in YAML; found {text!r}: {error}") from error
-    *path, last = name.split(".")
-    if isinstance(value, str) and _names_data(path, last):
-        path, last = [*path, last], "path"  # `--data images`, `--test.pets images`
-        whole = values.get(path[0])
-        if len(path) == 1 and isinstance(whole, dict) and "path" not in whole:
-            values[path[0]] = {}  # by task so far, of all from now on
-    held = values
-    for place, part in enumerate(path):
-        if held.get(part) is None:
-            held[part] = {}
-        held = held[part]
-        if not isinstance(held, dict):
-            raise RecipeError(f"`--{name}`: `{'.'.join(path[: place + 1])}` is {held!r}, which has no `{last}`.")
-    in_arguments = "arguments" in path
-    held[last] = value if in_arguments else _located(value, str(Path.cwd()), last)
-
-
-def _names_data(path: Sequence[str], last: str) -> bool:
-    """Whether a key is a whole source of data: `data`, or one task of it."""
-    whole = (*path, last)
-    own = {field.name for field in fields(Data)}
-    return whole[0] in ("data", "test") and (len(whole) == 1 or (len(whole) == 2 and last not in own))
-
-
 def _separated(flags: Flags, arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Arguments of the command line alone, and overrides of keys with their values."""
     rest: list[str] = []
@@ -274,19 +189,8 @@ def _typed(keys: ArgumentParser, values: Mapping[str, Any], *, make: bool = True
     Raises:
         RecipeError: a key is missing or unknown, or a value is of another type.
     """
-    for name in ("data", "test"):
-        values = {**values, **({name: _shorthand(values[name])} if name in values else {})}
-    found: Namespace = keys.parse_object(dict(values))
+    found: Namespace = keys.parse_object(with_paths(values))
     return keys.instantiate(found) if make else found
-
-
-def _shorthand(data: Any) -> Any:
-    """Data as a mapping, where only a path is given: `data: images`."""
-    if isinstance(data, (str, Location)):
-        return {"path": data}
-    if isinstance(data, dict) and "path" not in data:
-        return {task: {"path": own} if isinstance(own, (str, Location)) else own for task, own in data.items()}
-    return data
 
 
 def _plain(value: Any) -> Any:
@@ -324,38 +228,3 @@ def option_values(keys: Namespace) -> dict[str, Any]:
 def changed(values: Mapping[str, Any]) -> list[str]:
     """Names of the options whose value is not the default."""
     return [option.name for option in options() if values[option.name] != option.default]
-
-
-def readable(message: str) -> str:
-    """An error of jsonargparse without the names of its classes.
-
-    >>> readable("Parser key \\"joint\\": Expected a <class 'bool'>. Got value: 3")
-    '`joint`: expected a bool. Got value: 3.'
-    """
-    if "Union subtypes" in message:
-        message = _of_union(message)
-    text = re.sub(r'Parser key "([^"]*)":', r"`\1`:", message)
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    text = re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)':\s*", "", text)
-    text = re.sub(r"Option '([^']*)' is not accepted", r"there is no key `\1`", text)
-    text = text.replace("typing.Literal", "one of ").replace("a NoneType", "null").replace(": Expected", ": expected")
-    return re.sub(r"\.*\s*$", ".", text, count=1)
-
-
-def _of_union(message: str) -> str:
-    """What each of several types has against a value, without the value's insides."""
-    head, _, body = message.partition("Does not validate")
-    return f"{head.strip()} {'; '.join(dict.fromkeys(_reasons(body)))}"
-
-
-def _reasons(body: str) -> Iterator[str]:
-    skipped = (
-        "against any of", "Does not validate", "Subtypes:", "Errors:", "Problem with given class_path", "Given value",
-        "Expected a <class 'NoneType'>", "Not of type Path_", "Expected a dot import path",
-    )  # fmt: skip
-    for line in body.splitlines():
-        text = line.strip().removeprefix("- ").rstrip(".")
-        if text.startswith("Given value: ") and "Namespace(" not in text and len(text) < 120:
-            yield f"found {text.removeprefix('Given value: ')}"
-        elif text and not text.startswith(skipped):
-            yield text
