@@ -271,7 +271,7 @@ def test_errors_are_one_message_and_debug_shows_where(made, tmp_path, monkeypatc
     def fail(*_, **__):
         raise ZeroDivisionError("what")
 
-    monkeypatch.setattr(zipping, "session", fail)
+    monkeypatch.setattr(zipping, "prepare", fail)
     arguments = ["zip", made / "recipe.yaml", "--out", tmp_path / "zipped"]
     assert run(*arguments) == 1
     assert capsys.readouterr().err == "fxzip: ZeroDivisionError: what `--debug` shows where it came from.\n"
@@ -282,10 +282,10 @@ def test_errors_are_one_message_and_debug_shows_where(made, tmp_path, monkeypatc
 def test_json_is_all_of_stdout(made, tmp_path, monkeypatch, capsys):
     def loud(recipe, *rest):
         print("a package says hello")
-        return session(recipe, *rest)
+        return prepare(recipe, *rest)
 
-    session = zipping.session
-    monkeypatch.setattr(zipping, "session", loud)
+    prepare = zipping.prepare
+    monkeypatch.setattr(zipping, "prepare", loud)
     assert run("zip", made / "recipe.yaml", "--out", tmp_path / "zipped", "--json") == 0
     printed = capsys.readouterr()
     json.loads(printed.out)

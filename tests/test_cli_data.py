@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from fxzip.cli import session
+from fxzip.cli import preparing
 from fxzip.cli.judging import labelled_batches
 from fxzip.cli.models import Network, network
 from fxzip.cli.preprocessing import Preprocessing, of_timm, of_torchvision, of_transformers
@@ -265,7 +265,7 @@ def prepared(**options):
         "a": Model(Location("cli_models:small"), {"classes": 2}),
         "b": Model(Location("cli_models:small"), {"classes": 3}),
     }
-    return session.session(ZipRecipe(models, **options))
+    return preparing.prepare(ZipRecipe(models, **options))
 
 
 def test_data_by_task_is_in_the_order_of_the_models(tmp_path):
@@ -284,12 +284,12 @@ def test_data_of_models_that_preprocess_differently(tmp_path):
     other = Preprocessing((8, 8), 9, "bilinear", (0.1,), (0.5,))
     made = {"a": Network(nn.Identity(), GREY, None), "b": Network(nn.Identity(), other, None)}
     with pytest.raises(RecipeError, match=r"The models preprocess images differently(?s:.*)\n  b: .*'resize': 9"):
-        session.sources(data(tmp_path), made, "data", labels=False)
+        preparing.sources(data(tmp_path), made, "data", labels=False)
     same = data(tmp_path, size=8, mean=[0.3], std=[1.0])
-    assert session.sources(same, made, "data", labels=False)[None].preprocessing.mean == (0.3,)
-    own = session.sources({"a": data(tmp_path), "b": data(tmp_path)}, made, "data", labels=False)
-    whole = session.Session(made, own, {}, None, torch.device("cpu"))
-    (note,) = session._differing(whole)
+    assert preparing.sources(same, made, "data", labels=False)[None].preprocessing.mean == (0.3,)
+    own = preparing.sources({"a": data(tmp_path), "b": data(tmp_path)}, made, "data", labels=False)
+    whole = preparing.Prepared(made, own, {}, None, torch.device("cpu"))
+    (note,) = preparing._differing(whole)
     assert "preprocessed differently, while an input of the zip goes to all heads: a: {" in note
 
 
@@ -298,15 +298,15 @@ def test_without_data_nothing_is_matched_by_random_numbers():
         prepared(sample_input=[2, 3, 8, 8])
     models = {name: Model(Location("cli_models:small")) for name in "ab"}
     recipe = ZipRecipe(models, sample_input=[2, 3, 8, 8])
-    assert session.session(recipe, "weights").sample.shape == (2, 3, 8, 8)
+    assert preparing.prepare(recipe, "weights").sample.shape == (2, 3, 8, 8)
     with pytest.raises(RecipeError, match="`refit: repair` matches and fits"):
-        session.session(recipe, "weights", "repair")
+        preparing.prepare(recipe, "weights", "repair")
     with pytest.raises(RecipeError, match="`sample_input` must say what the networks take, since there is no `data`"):
-        session.session(ZipRecipe(models), "weights")
+        preparing.prepare(ZipRecipe(models), "weights")
     with pytest.raises(RecipeError, match="a shape of positive sizes"):
-        session.session(ZipRecipe(models, sample_input=[0, 3]), "weights")
+        preparing.prepare(ZipRecipe(models, sample_input=[0, 3]), "weights")
     with pytest.raises(RecipeError, match="`device` must be one that is there; found `gpu`"):
-        session.session(ZipRecipe(models, sample_input=[2, 3, 8, 8], device="gpu"), "weights")
+        preparing.prepare(ZipRecipe(models, sample_input=[2, 3, 8, 8], device="gpu"), "weights")
 
 
 def test_classes_must_be_those_of_the_head(tmp_path):
@@ -330,5 +330,5 @@ def test_classes_must_be_those_of_the_head(tmp_path):
 def test_a_network_of_timm_reads_images_as_its_package_does(tmp_path):
     write_image(tmp_path / "a.png", (200, 300))
     made = network(Model(Location("timm:test_resnet"), {"num_classes": 2}, Location("random")), "models.a")
-    (batch,) = session.sources(data(tmp_path), {"a": made}, "data", labels=False)[None].batches
+    (batch,) = preparing.sources(data(tmp_path), {"a": made}, "data", labels=False)[None].batches
     assert batch.shape == (1, 3, 160, 160)

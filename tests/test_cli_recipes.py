@@ -139,7 +139,7 @@ def recorded(monkeypatch):
         seen.append(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(zipping, "session", stop)
+    monkeypatch.setattr(zipping, "prepare", stop)
     return seen
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 import fxzip
+from fxzip.tools.table import FIXED
 
 from ..errors import RecipeError
 from .judging import labelled_batches
@@ -17,7 +18,7 @@ from .options import with_settings
 from .output import Result, as_csv, check_target, write_whole
 from .parsing import Settings, changed, option_values, parse, recipe_flags, recipe_keys, recipe_of
 from .recipe import ZipRecipe
-from .session import Session, note, session
+from .preparing import Prepared, note, prepare
 
 COMPARE = "zip the networks of a recipe by several methods, in one table"
 SWEEP = "zip the networks of a recipe at several cuts or costs, in one table"
@@ -71,7 +72,7 @@ def _table(asked: Settings, recipe: ZipRecipe, function: Callable[..., fxzip.Tab
     unused = [name for name in changed(values) if name not in known]
     if recipe.data is None:
         raise RecipeError(f"`fxzip {function.__name__}` needs `data`: a fifth of it is held out to compare on.")
-    made = session(recipe)
+    made = prepare(recipe)
     for text in [*made.notes, *_unused(function.__name__, unused)]:
         note(text, quiet=quiet)
     options = {name: value for name, value in values.items() if name in known}
@@ -81,7 +82,7 @@ def _table(asked: Settings, recipe: ZipRecipe, function: Callable[..., fxzip.Tab
     )  # fmt: skip
     result = Result(str(table), {"rows": list(table), "note": table.note})
     if target is not None:
-        columns = list(dict.fromkeys(key for row in table for key in row))
+        columns = [*FIXED[:-2], *table.scores, *FIXED[-2:]]
         write_whole(target, as_csv(table, columns) if target.suffix == ".csv" else result.as_json() + "\n")
     return result
 
@@ -103,7 +104,7 @@ def _in_order(batches: Any) -> Any:
     return fxzip.PerModel(*batches.values()) if isinstance(batches, dict) else batches
 
 
-def _score(made: Session) -> Callable[[nn.Module], dict[str, float]] | None:
+def _score(made: Prepared) -> Callable[[nn.Module], dict[str, float]] | None:
     """The accuracy of each head on `test` data, where they are labelled."""
     if not made.test or not all(own.labelled for own in made.test.values()):
         return None

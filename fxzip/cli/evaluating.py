@@ -21,7 +21,7 @@ from .packages import function_of
 from .parsing import Flags, Settings, keys_of, parse, recipe_in
 from .preprocessing import Preprocessing, chosen
 from .recipe import Data, ZipRecipe, by_task
-from .session import note, sources
+from .preparing import note, sources
 from .sources import Source
 
 SUMMARY = "judge a zipped network: a folder of `fxzip zip`, or a file .onnx of `fxzip export`"

@@ -14,7 +14,7 @@ from .models import network
 from .output import Result
 from .parsing import Flags, Settings, keys_of, parse
 from .recipe import Location, Model, ZipRecipe
-from .session import note, traced_with
+from .preparing import note, traced_with
 
 SUMMARY = "show which features of a network belong together, and where `until` may cut; or the report of a zipped one"
 

@@ -10,7 +10,7 @@ import fxzip
 
 from .output import Result, check_target
 from .parsing import Settings, option_values, parse, recipe_flags, recipe_keys, recipe_of
-from .session import note, session
+from .preparing import note, prepare
 
 SUMMARY = "zip the networks of a recipe, and save the zipped network in a folder"
 
@@ -30,7 +30,7 @@ def run(asked: Settings) -> Result:
     folder, quiet = asked.flags.out, asked.flags.quiet
     check_target(folder, force=asked.flags.force, folder=True)
     values = option_values(asked.keys)
-    made = session(recipe_of(asked.keys), values["method"], values["refit"])
+    made = prepare(recipe_of(asked.keys), values["method"], values["refit"])
     for text in made.notes:
         note(text, quiet=quiet)
     progress = False if quiet else None

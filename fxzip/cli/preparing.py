@@ -23,7 +23,7 @@ _TRACED = 4  # inputs of a batch that networks are traced and checked with
 
 
 @dataclass(frozen=True, eq=False)
-class Session:
+class Prepared:
     """A recipe made. Nothing has been computed yet.
 
     Attributes:
@@ -69,7 +69,7 @@ class Session:
         return found
 
 
-def session(recipe: ZipRecipe, method: Any = "auto", refit: Any = "auto") -> Session:
+def prepare(recipe: ZipRecipe, method: Any = "auto", refit: Any = "auto") -> Prepared:
     """Make what a recipe names. `method`, `refit`: to see whether data are needed.
 
     Raises:
@@ -84,7 +84,7 @@ def session(recipe: ZipRecipe, method: Any = "auto", refit: Any = "auto") -> Ses
     device = torch.device(recipe.device)
     sample = Moved([traced_with(recipe, made, data)], device)
     notes = [note for own in made.values() for note in own.notes]
-    result = Session(made, data, sources(recipe.test, made, "test", labels=True), next(iter(sample)), device, notes)
+    result = Prepared(made, data, sources(recipe.test, made, "test", labels=True), next(iter(sample)), device, notes)
     notes.extend(_differing(result))
     return result
 
@@ -130,7 +130,7 @@ def _common(data: Data, made: Mapping[str, Network], where: str) -> Preprocessin
     return next(own for own in owns.values() if own is not None)
 
 
-def _differing(made: Session) -> list[str]:
+def _differing(made: Prepared) -> list[str]:
     """A note where tasks with data of their own preprocess it differently."""
     found = made.preprocessing
     if len({str(own) for own in found.values()}) < 2:
