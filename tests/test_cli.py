@@ -182,8 +182,6 @@ def test_compare_and_sweep_give_tables(made, tmp_path, capsys):
     assert not printed.err
     assert run("sweep", made / "recipe.yaml", "--cuts=['3']", "--until=0.5", "--width=0.5") == 0
     assert "`fxzip sweep` does not go by `until`, `width` of the recipe" in capsys.readouterr().err
-    assert run("sweep", made / "recipe.yaml", "--start='3'") == 2
-    assert "knows no `start`" in capsys.readouterr().err
 
 
 def test_inspect_shows_spaces_and_cuts(made, capsys):

@@ -17,8 +17,8 @@ from .judging import labelled_batches
 from .options import with_settings
 from .output import Result, as_csv, check_target, write_whole
 from .parsing import Settings, changed, option_values, parse, recipe_flags, recipe_keys, recipe_of
-from .recipe import ZipRecipe
 from .preparing import Prepared, note, prepare
+from .recipe import ZipRecipe
 
 COMPARE = "zip the networks of a recipe by several methods, in one table"
 SWEEP = "zip the networks of a recipe at several cuts or costs, in one table"
@@ -88,13 +88,7 @@ def _table(asked: Settings, recipe: ZipRecipe, function: Callable[..., fxzip.Tab
 
 
 def _unused(command: str, names: Sequence[str]) -> list[str]:
-    """A note where a recipe says something that a command does not go by.
-
-    Raises:
-        RecipeError: what is said changes which networks could be zipped at all.
-    """
-    if "start" in names:
-        raise RecipeError(f"`fxzip {command}` knows no `start`: its zips begin at the input.")
+    """A note where a recipe says something that a command does not go by."""
     listed = ", ".join(f"`{name}`" for name in names)
     return [f"`fxzip {command}` does not go by {listed} of the recipe"] if names else []
 

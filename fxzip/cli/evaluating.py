@@ -19,9 +19,9 @@ from .models import Network, networks
 from .output import Result
 from .packages import function_of
 from .parsing import Flags, Settings, keys_of, parse, recipe_in
+from .preparing import note, sources
 from .preprocessing import Preprocessing, chosen
 from .recipe import Data, ZipRecipe, by_task
-from .preparing import note, sources
 from .sources import Source
 
 SUMMARY = "judge a zipped network: a folder of `fxzip zip`, or a file .onnx of `fxzip export`"

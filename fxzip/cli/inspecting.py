@@ -13,8 +13,8 @@ from .evaluating import opened
 from .models import network
 from .output import Result
 from .parsing import Flags, Settings, keys_of, parse
-from .recipe import Location, Model, ZipRecipe
 from .preparing import note, traced_with
+from .recipe import Location, Model, ZipRecipe
 
 SUMMARY = "show which features of a network belong together, and where `until` may cut; or the report of a zipped one"
 
