@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fxzip
-from fxzip.refit.least_squares.kernels import effective, install, module_kernel, sampled_places, take
 from fxzip.refit.least_squares.ridge import affine_solution, best_ridge, ridge_solution
+from fxzip.refit.linear_calls.kernels import effective, install, module_kernel, sampled_places, take
 
 
 def test_ridge_is_least_squares_where_lambda_vanishes() -> None:

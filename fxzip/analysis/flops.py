@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..tracing import flat_inputs, quiet_execution
+from ..tracing import quiet_execution
+from ..tracing.aten_calls import run
 from ..tracing.calls import Call
 from ..tracing.containers import leaves
 from .rules import RULES, is_pointwise
@@ -54,10 +55,25 @@ def count_flops(module: fx.GraphModule, call: Call) -> Flops:
     >>> count_flops(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU())), Call((torch.ones(5, 2),), {})).total
     60
     """
-    run = _Counting(module)
-    with quiet_execution():
-        run.run(*flat_inputs(module, call))
-    return Flops(run.flops, run.unknown, run.shapes, frozenset(run.plain))
+    flops: dict[str, int] = {}
+    unknown: dict[str, tuple[str, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    plain: set[str] = set()
+
+    def file(node: fx.Node, value: Any) -> Any:
+        flops[node.name] = counter.total
+        if counter.unknown:
+            unknown[node.name] = tuple(counter.unknown)
+        counter.total, counter.unknown = 0, {}
+        if isinstance(value, Tensor):
+            shapes[node.name] = tuple(value.shape)
+        elif node.op != "output" and not leaves(value):
+            plain.add(node.name)
+        return value
+
+    with quiet_execution(), _Counter() as counter:
+        run(module, call, on_node=file)
+    return Flops(flops, unknown, shapes, frozenset(plain))
 
 
 def flops_by_node(module: fx.GraphModule, call: Call) -> Mapping[str, int]:
@@ -65,30 +81,11 @@ def flops_by_node(module: fx.GraphModule, call: Call) -> Mapping[str, int]:
     return count_flops(module, call).by_node
 
 
-class _Counting(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False
-        self.flops: dict[str, int] = {}
-        self.unknown: dict[str, tuple[str, ...]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.plain: set[str] = set()
-
-    def run_node(self, n: fx.Node) -> Any:
-        with _Counter() as counter:
-            value = super().run_node(n)
-        self.flops[n.name] = counter.total
-        if counter.unknown:
-            self.unknown[n.name] = tuple(counter.unknown)
-        if isinstance(value, Tensor):
-            self.shapes[n.name] = tuple(value.shape)
-        elif n.op != "output" and not leaves(value):
-            self.plain.add(n.name)
-        return value
-
-
 class _Counter(TorchDispatchMode):
-    """Counts the calls of a thread, as torch's `FlopCounterMode` does, which hooks the modules of all threads."""
+    """Counts the calls of a thread, as torch's `FlopCounterMode` does, which hooks the modules of all threads.
+
+    Not by `run`'s numbered calls: attention counts as one kernel here, and calls of a higher order by their parts.
+    """
 
     supports_higher_order_operators = True
 

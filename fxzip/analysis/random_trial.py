@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..tracing import Program, flat_inputs, quiet_execution
+from ..tracing.aten_calls import run
 from ..tracing.calls import Call, batch_size, map_tensors, with_batch
 from ..tracing.containers import leaves
 from .labelling import Labelling
@@ -220,16 +221,7 @@ class _Visited(nn.Module):
         self.module, self.visit, self.graph = module, visit, graph
 
     def forward(self, *inputs: Any) -> Any:
-        return _Visiting(self.module, self.visit, self.graph).run(*inputs)
-
-
-class _Visiting(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, visit: Visit, graph: fx.Graph | None) -> None:
-        super().__init__(module, graph=graph)
-        self.visit, self.extra_traceback = visit, False
-
-    def run_node(self, n: fx.Node) -> Any:
-        return self.visit(n, super().run_node(n))
+        return run(self.module, inputs, on_node=self.visit, graph=self.graph)
 
 
 _WIDER = {

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..matching.moments import SAMPLES, Moments
 from ..partition.region import Trunk
-from ..tracing import MathAttention, Program, flat_inputs, quiet_execution
+from ..tracing import Program, quiet_execution
+from ..tracing.aten_calls import AtenCall, run
 from ..tracing.calls import Call
 from .batches import not_finite, wrong_shape
 from .hook_points import VALUE, Spot, Watch, watches
@@ -74,32 +74,45 @@ def _positions(watch: Watch) -> int:
     return max(least, min(most, int(_COST / features**2)))
 
 
-class _Watcher(TorchDispatchMode):
+class _Watcher:
     """Takes the watched tensors of one model as they pass; sampled positions only."""
 
     def __init__(self, places: list[Watch], k: int) -> None:
-        super().__init__()
         self.k = k
         self.wanted: dict[tuple[str, Spot], list[tuple[int, Watch]]] = defaultdict(list)
         for number, watch in enumerate(places):
             self.wanted[watch.node[k], watch.call].append((number, watch))
         tally = Counter(watch.space for watch in places if not watch.sample)
         self.positions = [SAMPLES_A_BATCH if w.sample else -(-_positions(w) // tally[w.space]) for w in places]
-        self.node = ""
-        self.calls: Counter[str] = Counter()
+        self.nodes = {node for node, _ in self.wanted}
+        self.calls: Counter[tuple[str, str]] = Counter()  # by node and name
         self.taken: dict[int, Tensor] = {}
         self.done: set[int] = set()  # watches of which enough has been taken
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.split("::")[-1]
-        self.take((name, self.calls[name]), args, out)
-        self.calls[name] += 1
-        return out
+    def run(self, program: Program, call: Call) -> None:
+        """Run the model on a batch, as far as there is something to watch."""
+        self.taken = {}
+        self.calls.clear()
+        left = set(self.nodes)
 
-    def take(self, call: Spot, args: Sequence[Any], out: Any) -> None:
-        """What is watched of a call of the node that runs, or of its value (`VALUE`)."""
-        for number, watch in self.wanted.get((self.node, call), ()):
+        def on_call(made: AtenCall) -> Any:
+            out = made.make()
+            name = made.func._schema.name.split("::")[-1]
+            self._take(made.node.name, (name, self.calls[made.node.name, name]), made.args, out)
+            self.calls[made.node.name, name] += 1
+            return out
+
+        def on_node(node: fx.Node, value: Any) -> Any:
+            self._take(node.name, VALUE, (), value)
+            left.discard(node.name)
+            return value
+
+        with quiet_execution():
+            run(program.module, call, on_node=on_node, on_call=on_call, only=lambda _: bool(left))
+
+    def _take(self, node: str, call: Spot, args: Sequence[Any], out: Any) -> None:
+        """What is watched of a call of a node, or of its value (`VALUE`)."""
+        for number, watch in self.wanted.get((node, call), ()):
             if number in self.done:
                 continue
             value = out if watch.arg < 0 else args[watch.arg]
@@ -150,25 +163,6 @@ def _unravel(places: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     return tuple(reversed(result))
 
 
-class _WatchedRun(fx.Interpreter):
-    """Runs one model as far as there is something to watch."""
-
-    def __init__(self, module: fx.GraphModule, watcher: _Watcher) -> None:
-        super().__init__(module)
-        self.watcher = watcher
-        self.extra_traceback = False
-        self.left = {name for name, _ in watcher.wanted}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if not self.left and n.op != "placeholder":
-            return None
-        self.watcher.node, self.watcher.calls = n.name, Counter()
-        value = super().run_node(n)
-        self.watcher.take(VALUE, (), value)
-        self.left.discard(n.name)
-        return value
-
-
 def observe(trunk: Trunk, data: Iterable[Call]) -> dict[int, Moments]:
     """Moments of every space of the trunk, all models side by side, over calibration data.
 
@@ -214,10 +208,8 @@ def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[C
     sums: dict[int, _Sums] = {}
     for index, call in enumerate(data):
         for program, watcher in zip(programs, watchers, strict=True):
-            watcher.taken = {}
             try:
-                with quiet_execution(), watcher, MathAttention():
-                    _WatchedRun(program.module, watcher).run(*flat_inputs(program.module, call))
+                watcher.run(program, call)
             except RuntimeError as error:
                 raise wrong_shape(call, index, program.call, error) from error
         _check_finite(places, watchers, index, call)

@@ -25,16 +25,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..rewriting.module import ZippedModule, part_of
-from ..tracing import TOLERANCE, flat_inputs, quiet_execution
+from ..rewriting.batchnorm_affine import restate
+from ..rewriting.module import ZippedModule
+from ..tracing import TOLERANCE, quiet_execution
+from ..tracing.aten_calls import run
 from ..tracing.calls import Call
+from .linear_calls.norms import norms_of
 from .spread import Sums
 
 _FEW = 16  # values of a feature, below which its variance is hardly known
 _CONSTANT = 1e-12  # a variance below this share of the mean square is rounding
-_NEAR = (
-    0.01  # share of the deviation; statistics that are as near are left, where scale and shift would have to be made
-)
+_NEAR = 0.01  # share of the standard deviation, see `restate`
 
 
 @dataclass(eq=False)
@@ -77,17 +78,16 @@ def record_statistics(zipped: ZippedModule, data: Iterable[Call]) -> ZippedModul
     One pass over `data`. What keeps other statistics is named in `zipped.meta["fxzip_statistics"]`.
     """
     result = copy.deepcopy(zipped)
-    found = _norms(result)
+    found = [_Seen(norm, name) for norm, name in norms_of(result).items()]
     result.meta["fxzip_statistics"] = notes = []
     if not found:
         return result
     hooks = [own.norm.register_forward_pre_hook(_taking(own), with_kwargs=True) for own in found]
     batches = 0
     try:
-        run = fx.Interpreter(result)
         with quiet_execution():
             for call in data:
-                run.run(*flat_inputs(result, call))
+                run(result, call)
                 batches += 1
     finally:
         for hook in hooks:
@@ -100,17 +100,6 @@ def record_statistics(zipped: ZippedModule, data: Iterable[Call]) -> ZippedModul
             own.wrong = own.wrong or _record(own, shared, batches)
     notes += _notes(found)
     return result
-
-
-def _norms(network: ZippedModule) -> list[_Seen]:
-    """The normalisations with statistics that trunk and heads call; stems are the models' own, and as they were."""
-    result: dict[_NormBase, _Seen] = {}
-    for node in network.graph.nodes:
-        if node.op == "call_module" and not part_of(node).startswith("stem "):
-            for path, module in network.get_submodule(str(node.target)).named_modules():
-                if isinstance(module, _NormBase) and module.running_mean is not None and module not in result:
-                    result[module] = _Seen(module, f"{node.target}.{path}".rstrip("."))
-    return list(result.values())
 
 
 def _taking(own: _Seen) -> Callable[..., None]:
@@ -176,24 +165,10 @@ def _normalises(norm: _NormBase, rows: Tensor) -> bool:
 
 
 def _move(norm: _NormBase, mean: Tensor, variance: Tensor) -> None:
-    """Other statistics, with scale and shift that make the same map of them. New tensors in the place of the old."""
-    old_mean, old_variance, kept = norm.running_mean, norm.running_var, norm.weight
-    assert old_mean is not None
-    assert old_variance is not None
-    start, spread = old_mean.double(), old_variance.double()
-    constant = variance <= _CONSTANT * (variance + mean.square())  # such a feature is only shifted
-    variance = torch.where(constant, spread, variance)
-    scale = ((variance + norm.eps) / (spread + norm.eps)).sqrt()
-    away = (mean - start) / (spread + norm.eps).sqrt()
-    if kept is None and bool(((scale - 1).abs() < _NEAR).all() and (away.abs() < _NEAR).all()):
-        return
-    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
-    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
-    grad = any(p.requires_grad for p in norm.parameters()) or kept is None
-    norm.weight = nn.Parameter((weight * scale).to(old_mean if kept is None else kept), requires_grad=grad)
-    norm.bias = nn.Parameter((bias + weight * away).to(norm.weight), requires_grad=grad)
-    norm.running_mean, norm.running_var = mean.to(old_mean), variance.to(old_variance)
-    norm.affine = True
+    """Store these statistics, but for the variance of features that do not vary: those are only shifted."""
+    assert norm.running_var is not None
+    constant = variance <= _CONSTANT * (variance + mean.square())
+    restate(norm, mean, torch.where(constant, norm.running_var.double(), variance), near=_NEAR)
 
 
 def _unmeasured(network: ZippedModule) -> ZippedModule:

@@ -5,9 +5,10 @@ For inputs X_k that model k sees in its own run, with Gram matrix G_k = X_kᵀ X
 
     W* = (Σ_k G̃_k)⁻¹ Σ_k G̃_k W_k,        G̃_k = α G_k + (1 - α) diag(G_k)
 
-with the off-diagonal entries shrunk by α < 1. Linear calls and convolutions (through their patches); everything else,
-biases too, is the mean, as the zip has it. It asks for networks whose features correspond one to one: fine-tunes of one
-initialisation (method "average"), or networks aligned by permutations.
+with the off-diagonal entries shrunk by α < 1. Linear calls and convolutions (through their patches), wherever they are
+made, inside leaf modules too; everything else, biases too, is the mean, as the zip has it. It asks for networks whose
+features correspond one to one: fine-tunes of one initialisation (method "average"), or networks aligned by
+permutations.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from ..errors import OptionError
 from ..matching.linalg import ridged_cholesky
-from ..partition.alignment import attribute
 from ..rewriting.module import ZippedModule, part_of, set_tensor
 from ..rewriting.paired_parameters import aligned_tensors, check_paired
 from ..rewriting.zip_plan import ZipPlan
-from ..tracing import flat_inputs, quiet_execution
+from ..tracing import quiet_execution
+from ..tracing.aten_calls import AtenCall, run
 from ..tracing.calls import Call
-from .least_squares.kernels import as_rows, module_kernel, sampled_places
+from .linear_calls.kernels import Kernel, sampled_places
+from .linear_calls.parameter_uses import survey
+from .linear_calls.units import Unit, find_units
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class RegMean:
     """The refit with its settings.
 
     >>> import fxzip
+    >>> from torch import nn
     >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
     >>> x = torch.randn(64, 4)
     >>> fxzip.compile_zip(a, b, x, data=[x], method="average", refit=RegMean(alpha=0.5), progress=False).report["refit"]
@@ -60,8 +64,9 @@ class RegMean:
         """
         check_paired(plan, "`RegMean`")
         result, own = copy.deepcopy(zipped), copy.deepcopy(zipped)
-        found: dict[str, _Sum] = {}
+        found: dict[_Place, _Sum] = {}
         labelled = getattr(data, "labelled", None)
+        sample = plan.trunk.alignment.programs[0].call
         models = len(plan.trunk.alignment.programs)
         with quiet_execution():
             for k in range(models):
@@ -69,18 +74,16 @@ class RegMean:
                     set_tensor(own, f"trunk.{name}", value)
                 numbered = list(labelled() if labelled is not None else ((0, call) for call in data))
                 several = len({source for source, _ in numbered}) == models
-                run = _Grams(own, self.positions)
+                units = _units(own, sample)
+                grams = _Grams(own, units.values(), self.positions)
                 for source, call in numbered:
                     if not several or source == k:
-                        run.run(*flat_inputs(own, call))
-                for target, gram in run.grams.items():
-                    kernel = module_kernel(attribute(own, target))
-                    assert kernel is not None
-                    found.setdefault(target, _Sum()).add(self._shrunk(gram), kernel.flat)
-            for target, total in found.items():
-                kernel = module_kernel(attribute(result, target))
-                assert kernel is not None
-                kernel.put(total.solution())
+                        grams.take(call)
+                for place, gram in grams.found.items():
+                    found.setdefault(place, _Sum()).add(self._shrunk(gram), _kernel(units[place]).flat)
+            for place, unit in _units(result, sample).items():
+                if place in found:
+                    _kernel(unit).put(found[place].solution())
         return result
 
     def _shrunk(self, gram: Tensor) -> Tensor:
@@ -114,28 +117,46 @@ class _Sum:
         return torch.cholesky_solve(self.product + ridge * scale * mean, factor).transpose(1, 2)
 
 
-class _Grams(fx.Interpreter):
+_Place = tuple[str, int]
+"""The first call of a unit: name of the node, and the call's number inside it."""
+
+
+def _units(net: ZippedModule, sample: Call) -> dict[_Place, Unit]:
+    """The linear calls of the trunk, inside leaf modules too."""
+    nodes = {node for node in net.graph.nodes if part_of(node) == "trunk"}
+    units, _ = find_units(net, survey(net, sample), nodes, still=True)
+    return {(unit.sites[0].node.name, unit.sites[0].call): unit for unit in units if unit.kernel is not None}
+
+
+def _kernel(unit: Unit) -> Kernel:
+    assert unit.kernel is not None
+    return unit.kernel
+
+
+class _Grams:
     """Runs the trunk and sums up the Gram matrix of the inputs of every linear call."""
 
-    def __init__(self, module: fx.GraphModule, positions: int) -> None:
-        super().__init__(module)
-        self.positions = positions
+    def __init__(self, module: ZippedModule, units: Iterable[Unit], positions: int) -> None:
+        self.module, self.positions = module, positions
         self.generator = torch.Generator().manual_seed(0)
-        self.grams: dict[str, Tensor] = {}
+        self.sites = {(site.node.name, site.call): (unit, site) for unit in units for site in unit.sites}
+        self.found: dict[_Place, Tensor] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op != "placeholder" and part_of(n) != "trunk":
-            return None
-        value = super().run_node(n)
-        module: nn.Module | None = attribute(self.module, str(n.target)) if n.op == "call_module" else None
-        kernel = module_kernel(module)
-        if kernel is not None:
-            source, out = self.env[n.all_input_nodes[0]], value
-            if isinstance(module, nn.Linear):
-                source, out = as_rows(source), as_rows(out)
-            places = sampled_places(out.shape, kernel.axes, self.positions, self.generator)
-            x = kernel.patches(source, places).transpose(0, 1)  # [groups, places, inputs]
-            gram = (x.transpose(1, 2) @ x).double()
-            target = str(n.target)
-            self.grams[target] = self.grams[target] + gram if target in self.grams else gram
-        return value
+    def take(self, call: Call) -> None:
+        """A batch."""
+        trunk = {node for node in self.module.graph.nodes if part_of(node) == "trunk"}
+        run(self.module, call, on_call=self._see, only=trunk.__contains__)
+
+    def _see(self, call: AtenCall) -> Any:
+        out = call.make()
+        unit, site = self.sites.get((call.node.name, call.number), (None, None))
+        if unit is None or site is None or call.name != site.name:
+            return out
+
+        kernel, first = _kernel(unit), unit.sites[0]
+        places = sampled_places(out.shape, kernel.axes, self.positions, self.generator)
+        x = kernel.patches(call.args[site.at], places).transpose(0, 1)  # [groups, places, inputs]
+        gram = (x.transpose(1, 2) @ x).double()
+        place = first.node.name, first.call
+        self.found[place] = self.found[place] + gram if place in self.found else gram
+        return out

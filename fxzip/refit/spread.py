@@ -23,10 +23,10 @@ class Sums:
     square: Tensor | None = None
 
     def add(self, value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """Take in a batch; returns its mean and standard deviation per feature."""
+        """Take in a batch, features along `axis`; returns its mean and standard deviation per feature."""
         exact = value.detach() if value.dtype in (torch.float32, torch.float64) else value.detach().float()
         # A value without a batch, as one computed from parameters alone, is one place; torch takes no axes for all.
-        exact, axis = (exact, axis) if exact.ndim > 1 else (exact[None], 1)
+        exact, axis = (exact, axis % exact.ndim) if exact.ndim > 1 else (exact[None], 1)
         variance, mean = torch.var_mean(exact, [a for a in range(exact.ndim) if a != axis], correction=0)
         variance, mean, count = variance.double(), mean.double(), exact.numel() / exact.shape[axis]
         total, square = mean * count, (variance + mean.square()) * count

@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..partition.alignment import attribute
+from .batchnorm_affine import affine_of
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -75,14 +77,8 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     assert norm.running_mean is not None
-    assert norm.running_var is not None
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
-    scale = (variance + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -scale * mean
-    shift = shift if norm.bias is None else shift + norm.bias.detach().double()
-    return scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype)
+    affine, dtype = affine_of(norm), norm.running_mean.dtype
+    return affine.scale.to(dtype), affine.behind(torch.zeros_like(affine.mean)).to(dtype)
 
 
 def folded_linear(module: nn.Module, found: FoldedNorm) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .aten_calls import run
 from .calls import Call, map_tensors
 from .containers import leaves
-from .execution import Writes, flat_inputs, quiet_execution, storage_of
+from .execution import Writes, quiet_execution, storage_of
 
 _STATE = 0  # numbers up to it are memory of parameters and buffers, which outlives a call
 _MAYBE_COPIES = frozenset(["reshape", "flatten", "contiguous", "to", "type", "type_as", "float", "double", "half"])
@@ -65,27 +66,24 @@ class _Value:
     storages: dict[int, int] = field(default_factory=dict)  # address -> number of the memory; while the value lives
 
 
-class Memory(fx.Interpreter):
+class Memory:
     """Runs a graph once and notes where each node's value lies."""
 
     def __init__(self, module: fx.GraphModule, call: Call) -> None:
-        super().__init__(module)
-        self.extra_traceback = False
         self.values: dict[fx.Node, _Value] = {}
         self.writes: dict[fx.Node, frozenset[int]] = {}
         self.count = _STATE
         held = dict.fromkeys(storage_of(t) for t in (*module.parameters(), *module.buffers()))
         self.state = {storage: _STATE - place for place, storage in enumerate(held)}
         own = map_tensors(lambda value: value.detach().clone(), call)
-        with quiet_execution():
-            self.run(*flat_inputs(module, own))
+        with quiet_execution(), Writes() as self._seen:
+            run(module, own, on_node=self._place)
 
-    def run_node(self, n: fx.Node) -> Any:
-        with Writes() as writes:
-            result = super().run_node(n)
+    def _place(self, n: fx.Node, result: Any) -> Any:
+        written = self._seen.since_last()
         inputs = [self.values[node] for node in n.all_input_nodes]
         known = self.state | {key: number for value in inputs for key, number in value.storages.items()}
-        self.writes[n] = frozenset(known[key] for key in writes.written if key in known)
+        self.writes[n] = frozenset(known[key] for key in written if key in known)
         value = self.values[n] = _Value()
         for tensor in _tensors(result):
             key = storage_of(tensor)
@@ -152,15 +150,15 @@ def sharing(module: fx.GraphModule, call: Call, mutators: Collection[str]) -> Sh
     >>> found.writes["relu_"] == found.values["x"], found.values["add"] == found.values["x"]
     (True, False)
     """
-    run = Memory(module, call)
-    values = {n.name: frozenset(piece.memory for piece in value.pieces) for n, value in run.values.items()}
+    memory = Memory(module, call)
+    values = {n.name: frozenset(piece.memory for piece in value.pieces) for n, value in memory.values.items()}
     sees, writes = {}, {}
-    for node in run.values:
+    for node in memory.values:
         seen = values[node.name].union(*(values[source.name] for source in node.all_input_nodes))
         if node.op == "call_module":
             held = module.get_submodule(str(node.target))
-            seen |= {run.state[storage_of(t)] for t in (*held.parameters(), *held.buffers())}
+            seen |= {memory.state[storage_of(t)] for t in (*held.parameters(), *held.buffers())}
         sees[node.name] = seen
         if node.name in mutators:
-            writes[node.name] = run.writes[node] or seen  # one that did not write on this input may do so on another
-    return Sharing(values, sees, writes, {n.name: tuple(value.pieces) for n, value in run.values.items()})
+            writes[node.name] = memory.writes[node] or seen  # one that did not write on this input may do so on another
+    return Sharing(values, sees, writes, {n.name: tuple(value.pieces) for n, value in memory.values.items()})

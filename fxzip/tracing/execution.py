@@ -173,12 +173,17 @@ class _Recorder(fx.Interpreter):
 
 
 class Writes(TorchDispatchMode):
-    """Sees which memory is written into that was there before this mode was entered."""
+    """Sees which memory is written into that was there before: before this mode was entered, or since it was asked."""
 
     def __init__(self) -> None:
         super().__init__()
         self.written: set[int] = set()
         self._born: dict[int, Any] = {}
+
+    def since_last(self) -> set[int]:
+        """What was written since the last time it was asked; what has come about since then is old from now on."""
+        found, self.written, self._born = self.written, set(), {}
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ...analysis.rules import RULES, elementwise, is_pointwise, reduction
-from ...tracing import flat_inputs, quiet_execution
+from ...tracing import quiet_execution
+from ...tracing.aten_calls import AtenCall, run, tensors_in
 from ...tracing.calls import Call
-from .parameter_uses import Run, name_of
 
 Function = Callable[[Tensor], Tensor]
 Site = tuple[fx.Node, int]
@@ -178,50 +176,45 @@ def _composed(chain: Collection[Function]) -> Function:
     return function
 
 
-class _Follow(TorchDispatchMode):
+class _Follow:
     """Files every call on activations."""
 
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__()
+    def __init__(self) -> None:
         self.flow = Flow()
-        self.node, self.calls = node, 0
         self.numbers: dict[int, int] = {}
         self.kept: list[Any] = []  # so that no number is given twice
 
-    def leave(self, value: Any) -> None:
+    def on_node(self, node: fx.Node, value: Any) -> Any:
         """The node is done and has returned this."""
-        tensors = [own for own in tree_leaves(value) if isinstance(own, Tensor)]
-        if self.node.op == "placeholder":
+        tensors = tensors_in(value)
+        if node.op == "placeholder":
             self.numbers |= {id(own): -1 for own in tensors}
         if isinstance(value, Tensor):
-            self.flow.returned[self.node] = self.numbers.get(id(value), -1)
-        if self.node.op == "output":
+            self.flow.returned[node] = self.numbers.get(id(value), -1)
+        if node.op == "output":
             self.flow.final |= {self.numbers.get(id(own), -1) for own in tensors}
-        self.calls = 0
+        return value
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        moving = [value for value in tensors if id(value) in self.numbers]
-        results = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+    def on_call(self, call: AtenCall) -> Any:
+        """Make a call, and file it if activations take part."""
+        out = call.make()
+        moving = [value for value in call.tensors() if id(value) in self.numbers]
+        results = tensors_in(out)
         if moving and results:
-            self._file(func, args, kwargs, tensors, moving, results)
+            self._file(call, moving, results)
         self.kept.append(out)
-        self.calls += 1
         return out
 
-    def _file(
-        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], moving: list[Tensor], results: list[Tensor]
-    ) -> None:
-        name, number = name_of(func), len(self.flow.steps)
+    def _file(self, call: AtenCall, moving: list[Tensor], results: list[Tensor]) -> None:
+        func, args, kwargs, tensors = call.func, call.args, call.kwargs, call.tensors()
+        name, number = call.name, len(self.flow.steps)
         single = len(tensors) == 1 and bool(args) and args[0] is tensors[0]
         known = RULES.get(name) is elementwise.first_operand or (name not in RULES and is_pointwise(func))
         rest = args[1:]
 
         def apply(value: Tensor) -> Tensor:
             result = func(value.clone(), *rest, **kwargs)
-            return next(own for own in tree_leaves(result) if isinstance(own, Tensor))
+            return tensors_in(result)[0]
 
         dim = args[1] if len(args) > 1 and isinstance(args[1], int) else 0
         inputs = tuple(self.numbers[id(value)] for value in moving)
@@ -230,7 +223,7 @@ class _Follow(TorchDispatchMode):
             given = args[1] if len(args) > 1 else kwargs.get("dim")
             reduced = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (int(given),)
         self.flow.steps.append(
-            Step(self.node, self.calls, name, inputs, single, single and known, apply, dim, results[0].shape, reduced)
+            Step(call.node, call.number, name, inputs, single, single and known, apply, dim, results[0].shape, reduced)
         )
         for source in inputs:
             self.flow.readers[source].append(number)
@@ -253,7 +246,7 @@ def follow(net: fx.GraphModule, sample: Call) -> Flow:
     >>> flow.freedom(first, 1, set()) is None  # what reads it stays as it is
     True
     """
-    mode = _Follow(next(iter(net.graph.nodes)))
-    with quiet_execution(), mode:
-        Run(net, mode).run(*flat_inputs(net, sample))
-    return mode.flow
+    following = _Follow()
+    with quiet_execution():
+        run(net, sample, on_node=following.on_node, on_call=following.on_call)
+    return following.flow

@@ -12,13 +12,13 @@ from torch import Tensor, fx
 from ...analysis import Labelling
 from ...analysis.rules import varying
 from ...rewriting.zip_plan import ZipPlan
-from ..counterparts import Counterparts
+from ..linear_calls.counterparts import Counterparts, labels_at
+from ..linear_calls.kernels import Places, as_rows, take
+from ..linear_calls.units import Site, Unit
 from ..unfit import Unfit
-from .kernels import Places, as_rows, take
 from .lockstep import Env, Lockstep
 from .node_interior import result
-from .targets import Targets, find_targets, labels_at
-from .units import Site, Unit
+from .targets import Targets, find_targets
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ...tracing import MathAttention, Program, flat_inputs, run_recorded
+from ...tracing.aten_calls import OnCall, watched
 from ...tracing.calls import Call, batch_size, leaves, map_tensors, select_rows
 
 Env = dict[fx.Node, Any]
@@ -36,10 +37,13 @@ class Lockstep:
             if node not in env and node.op != "placeholder":
                 env[node] = self.call(env, node)
 
-    def call(self, env: Env, node: fx.Node) -> Any:
-        """What a node whose inputs are there gives, by calls as the analysis has seen them; nothing is kept."""
+    def call(self, env: Env, node: fx.Node, on_call: OnCall | None = None) -> Any:
+        """What a node whose inputs are there gives, by calls as the analysis has seen them; nothing is kept.
+
+        With `on_call` that makes them, see `tracing.aten_calls`.
+        """
         self._interpreter.env = env
-        with MathAttention():
+        with MathAttention() if on_call is None else watched(node, on_call):
             return self._interpreter.run_node(node)
 
     def value(self, env: Env, node: fx.Node) -> Any:

@@ -7,49 +7,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ...rewriting.module import part_of
+from ...tracing.aten_calls import AtenCall, tensors_in
+from ..linear_calls.parameter_uses import Survey, is_move
+from ..linear_calls.units import only_user
 from ..unfit import Unfit
 from .lockstep import Env, Lockstep
-from .parameter_uses import Survey, is_move, name_of
-from .units import only_user
 
 
 class _Stop(BaseException):
     """Ends the run of a node once its call of interest has been reached."""
 
-
-class _Until(TorchDispatchMode):
-    """Runs to a call, takes its arguments (and its result, if asked to), and stops."""
-
-    def __init__(self, call: int, result: bool) -> None:
+    def __init__(self, call: AtenCall) -> None:
         super().__init__()
-        self.call, self.result = call, result
-        self.calls = 0
-        self.kept: list[Any] = []  # results that are held on to may cost a further call, as they do in the analysis
-        self.taken: Any = None
-        self.name = ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.calls == self.call:
-            self.taken = func(*args, **(kwargs or {})) if self.result else args
-            self.name = name_of(func)
-            raise _Stop
-        self.calls += 1
-        self.kept.append(func(*args, **(kwargs or {})))
-        return self.kept[-1]
+        self.call = call
 
 
-def _until(net: Lockstep, env: Env, node: fx.Node, call: int, *, result: bool) -> _Until:
+def _reach(net: Lockstep, env: Env, node: fx.Node, number: int) -> AtenCall:
+    """Run a node as far as its call of that number, which is not made.
+
+    Raises:
+        Unfit: on these inputs the node makes fewer calls.
+    """
+
+    def on_call(call: AtenCall) -> Any:
+        if call.number == number:
+            raise _Stop(call)
+        return call.make()
+
     net.inputs(env, node)
-    mode = _Until(call, result)
     try:
-        with mode:
-            net.call(env, node)
-    except _Stop:
-        return mode
+        net.call(env, node, on_call)
+    except _Stop as stop:
+        return stop.call
     raise Unfit("it is made of fewer calls on other inputs")
 
 
@@ -59,10 +50,10 @@ def arguments(net: Lockstep, env: Env, node: fx.Node, call: int, name: str) -> A
     Raises:
         Unfit: on these inputs the node makes other calls.
     """
-    found = _until(net, env, node, call, result=False)
+    found = _reach(net, env, node, call)
     if found.name != name:
         raise Unfit("it is made of other calls on other inputs")
-    return found.taken
+    return found.args
 
 
 def result(net: Lockstep, env: Env, node: fx.Node, call: int) -> Tensor:
@@ -71,8 +62,7 @@ def result(net: Lockstep, env: Env, node: fx.Node, call: int) -> Tensor:
     Raises:
         Unfit: on these inputs the node makes fewer calls.
     """
-    taken = _until(net, env, node, call, result=True).taken
-    return next(value for value in tree_leaves(taken) if isinstance(value, Tensor))
+    return tensors_in(_reach(net, env, node, call).make())[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +89,9 @@ class _NoSum(BaseException):
 class _Sum(BaseException):
     """The result meets the sum."""
 
-    def __init__(self, moved: _Moved, other: Tensor) -> None:
+    def __init__(self, number: int, moved: _Moved, other: Tensor) -> None:
         super().__init__()
-        self.moved, self.other = moved, other
+        self.number, self.moved, self.other = number, moved, other
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,18 +109,20 @@ class _Moved:
     scale: Tensor | None
 
 
-class _Follow(TorchDispatchMode):
-    """Runs a node as it is, and follows where the places of a result are moved.
+class _Follow:
+    """Sees a node run as it is, and follows where the places of a result are moved.
 
     The places are moved beside the values, never in their stead: what a module asks of its input (a dtype, a size, a
     sign) is true of the values alone.
+
+    Args:
+        found: what a run of the network showed.
+        start: the number of the call whose result is followed; -1 if it is there already.
     """
 
     def __init__(self, found: Survey, start: int) -> None:
-        super().__init__()
         self.found, self.start = found, start
-        self.calls, self.size = -1, 0
-        self.kept: list[Any] = []
+        self.size = 0
         self.held: dict[int, _Moved] = {}
 
     def hold(self, value: Tensor) -> None:
@@ -139,67 +131,66 @@ class _Follow(TorchDispatchMode):
         index = torch.arange(1, self.size + 1, device=value.device).reshape(value.shape)
         self.held[id(value)] = _Moved(value, index, None)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.calls += 1
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        mine = [self.held[id(value)] for value in tensors if id(value) in self.held]
-        name = name_of(func)
+    def on_call(self, call: AtenCall) -> Any:
+        """Make a call, and move the places likewise.
 
-        if name == "add" and len(args) == len(tensors) == 2 and len(mine) == 1 and not kwargs:
+        Raises:
+            _Sum: it is the sum. _NoSum: it is neither that nor a move nor a product with a parameter.
+        """
+        args, tensors = call.args, call.tensors()
+        mine = [self.held[id(value)] for value in tensors if id(value) in self.held]
+        if call.name == "add" and len(args) == len(tensors) == 2 and len(mine) == 1 and not call.kwargs:
             other = args[1] if args[0] is mine[0].value else args[0]
             if other.shape == mine[0].value.shape and not self.found.holds(other):
-                raise _Sum(mine[0], other)
-        factor = self._factor(name, args, kwargs)
-        moves = bool(args) and id(args[0]) in self.held and (is_move(name) or name == "constant_pad_nd")
+                raise _Sum(call.number, mine[0], other)
+        factor = self._factor(call)
+        moves = bool(args) and id(args[0]) in self.held and (is_move(call.name) or call.name == "constant_pad_nd")
         # What writes in place would change values that the walk still needs.
-        if mine and (func._schema.is_mutable or not (moves or factor is not None)):
+        if mine and (call.func._schema.is_mutable or not (moves or factor is not None)):
             raise _NoSum
 
-        out = func(*args, **kwargs)
-        self.kept.append(out)
-        if self.calls == self.start:
-            self.hold(next(value for value in tree_leaves(out) if isinstance(value, Tensor)))
+        out = call.make()
+        if call.number == self.start:
+            self.hold(tensors_in(out)[0])
         elif factor is not None:
             (moved,) = mine
             scale = factor.expand(out.shape) * (1 if moved.scale is None else moved.scale)
             self.held[id(out)] = _Moved(out, moved.index, scale)
         elif moves:
-            self._move(func, args, kwargs, out)
+            self._move(call, out)
         return out
 
-    def _factor(self, name: str, args: Any, kwargs: Any) -> Tensor | None:
+    def _factor(self, call: AtenCall) -> Tensor | None:
         """The parameter that a call multiplies the result by, in whose shape it stays; None if it does not."""
-        if name != "mul" or len(args) != 2 or kwargs or not all(isinstance(value, Tensor) for value in args):
+        tensors = call.tensors()
+        if call.name != "mul" or len(call.args) != 2 or len(tensors) != 2 or call.kwargs:
             return None
-        mine = [value for value in args if id(value) in self.held]
-        others = [value for value in args if id(value) not in self.held and self.found.holds(value)]
+        mine = [value for value in tensors if id(value) in self.held]
+        others = [value for value in tensors if id(value) not in self.held and self.found.holds(value)]
         if len(mine) != 1 or len(others) != 1:
             return None
-        factor: Tensor = others[0]
-        return factor if torch.broadcast_shapes(factor.shape, mine[0].shape) == mine[0].shape else None
+        fits = torch.broadcast_shapes(others[0].shape, mine[0].shape) == mine[0].shape
+        return others[0] if fits else None
 
-    def _move(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _move(self, call: AtenCall, out: Any) -> None:
         """A call that moves the result moves its places and scales."""
-        given, rest = self.held[id(args[0])], args[1:]
-        results = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
-        index = self._beside(func, given.index, rest, kwargs)
-        scales = [None] * len(index) if given.scale is None else self._beside(func, given.scale, rest, kwargs)
-        for value, places, scale in zip(results, index, scales, strict=True):
+        given = self.held[id(call.args[0])]
+        index = _beside(call, given.index)
+        scales = [None] * len(index) if given.scale is None else _beside(call, given.scale)
+        for value, places, scale in zip(tensors_in(out), index, scales, strict=True):
             self.held[id(value)] = _Moved(value, places, scale)
 
-    def _beside(self, func: Any, value: Tensor, rest: Any, kwargs: Any) -> list[Tensor]:
-        """The same call on places or scales.
 
-        Raises:
-            _NoSum: they do not take it, as integers do not take a padding by infinities.
-        """
-        try:
-            out = func(value, *rest, **kwargs)
-        except RuntimeError as error:
-            raise _NoSum from error
-        self.kept.append(out)
-        return [own for own in tree_leaves(out) if isinstance(own, Tensor)]
+def _beside(call: AtenCall, value: Tensor) -> list[Tensor]:
+    """What a call makes of places or scales.
+
+    Raises:
+        _NoSum: they do not take it, as integers do not take a padding by infinities.
+    """
+    try:
+        return tensors_in(call.func(value, *call.args[1:], **call.kwargs))
+    except RuntimeError as error:
+        raise _NoSum from error
 
 
 def find_tail(net: Lockstep, env: Env, found: Survey, start: tuple[fx.Node, int], shape: torch.Size) -> Tail | None:
@@ -226,15 +217,14 @@ def find_tail(net: Lockstep, env: Env, found: Survey, start: tuple[fx.Node, int]
         if any(source not in scratch for source in node.all_input_nodes):  # a summand that comes later
             return None
         try:
-            with follow:
-                scratch[node] = net.call(scratch, node)
+            scratch[node] = net.call(scratch, node, follow.on_call)
         except _Sum as met:
-            if found.calls[node] != follow.calls + 1 or follow.size != shape.numel():
+            if found.calls[node] != met.number + 1 or follow.size != shape.numel():
                 return None
             return Tail(node, met.moved.index, met.moved.scale, met.other)
         except _NoSum:
             return None
-        follow.start, follow.calls = -1, -1
+        follow.start = -1
         node = _next(node)
     return None
 

@@ -11,13 +11,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ...calibration.batches import not_finite
+from ..linear_calls.kernels import Kernel, Places, as_rows, effective, sampled_places, take, unravelled
+from ..linear_calls.parameter_uses import Survey
+from ..linear_calls.units import Site, Unit, called
 from ..unfit import Unfit
 from .goals import Goal, Wanted
-from .kernels import Kernel, Places, as_rows, effective, sampled_places, take, unravelled
 from .lockstep import Env, Lockstep
 from .node_interior import Tail, arguments, find_tail, result
-from .parameter_uses import Survey
-from .units import Site, Unit, called
 
 _RELUS = (F.relu, torch.relu, torch.ops.aten.relu.default)
 _CHECKED = 256  # places at which it is checked that a call computes what its kernel says

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ...errors import OptionError
 from ...rewriting.module import ZippedModule
+from ..linear_calls.kernels import effective, install
+from ..linear_calls.units import Unit, called
 from .alternating import Wish
-from .kernels import effective, install
 from .ridge import affine_solution, best_ridge, ridge_solution
 from .samples import Sample
-from .units import Unit, called
 
 
 @dataclass

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...analysis import Labelling
 from ...analysis.rules import varying
 from ...analysis.spaces import Layout, slots
 from ...rewriting.merged_parameters import merged_layout
 from ...rewriting.zip_plan import ZipPlan
-from .kernels import Places, take
+from ..linear_calls.counterparts import labels_at
+from ..linear_calls.kernels import Places, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +67,6 @@ def find_targets(plan: ZipPlan, places: Sequence[tuple[str, int | None]], source
         for source in range(sources)
     ]
     return Targets(axes[0], tuple(matrices), tuple(layouts))
-
-
-def labels_at(label: Labelling, node: str, call: int | None) -> Sequence[Tensor]:
-    """The fields of what a node returns, or of the result of a linear call inside it."""
-    if call is None:
-        return label.fields.get(node, ())
-    found = {id(s.labels): s.labels for s in label.sites if (s.node, s.call, s.arg) == (node, call, -1)}
-    return list(found.values())
 
 
 def _merge_matrix(plan: ZipPlan, merged: Layout, layouts: Sequence[Layout], k: int, source: int | None) -> Tensor:

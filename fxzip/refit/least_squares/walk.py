@@ -12,17 +12,17 @@ from torch import fx
 from ...rewriting.module import ZippedModule, part_of
 from ...rewriting.zip_plan import ZipPlan
 from ...tracing.calls import Call, batch_size
-from ..counterparts import Counterparts
+from ..linear_calls.counterparts import Counterparts
+from ..linear_calls.parameter_uses import survey
+from ..linear_calls.units import Unit, find_units
 from ..unfit import Unfit
 from .alternating import Wish
 from .dataflow import Function, follow
 from .free_features import Freedom
 from .goals import HeadGoals, NarrowGoals, TrunkGoals
 from .lockstep import Lockstep
-from .parameter_uses import survey
 from .samples import Sample, Sampler
 from .solving import Fit, Settings, offset_of, solve
-from .units import Unit, find_units
 
 
 @dataclass(eq=False)

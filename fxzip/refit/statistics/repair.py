@@ -5,7 +5,8 @@ standard deviation that its members have on average in their own networks: y* �
 σ̄ = Σ_k M_k σ_k and μ̄ = Σ_k M_k μ_k. The correction is affine, so it is folded into the BatchNorm or the linear call
 that gives y*. Layers are corrected in one pass over the data, each seeing inputs that are corrected already: on every
 batch a layer is given the statistics that its members have on that batch, and the statistics are accumulated. The
-heads read merged features too: their BatchNorms are corrected to what they give in their own networks.
+heads read merged features too: their BatchNorms are corrected to what they give in their own networks. Linear calls are
+found wherever they are made, inside leaf modules too.
 
 That deviation is the right one for features that are copied to their readers. Where a method unmerges them by a matrix
 U (x_k ≈ U_k y*), U was found for features that vary as the mixture does: there σ̄ is the deviation of Σ_k M_k y_k.
@@ -14,23 +15,21 @@ U (x_k ≈ U_k y*), U was found for features that vary as the mixture does: ther
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from ...analysis.spaces import slots
 from ...calibration.batches import not_finite
-from ...partition.alignment import attribute
 from ...rewriting.merged_parameters import merged_layout
 from ...rewriting.module import ZippedModule
 from ...rewriting.zip_plan import ZipPlan
-from ...tracing import flat_inputs, quiet_execution
+from ...tracing import Program, quiet_execution
 from ...tracing.calls import Call
 from ..spread import Sums
-from .rescalable import Layer, head_layers, trunk_layers
+from .rescalable import HookPoint, Layer, at_hook_points, find_layers
 
 _MeanStd = tuple[Tensor, Tensor]
 _TINY = 1e-6  # a standard deviation below this share of the feature's size counts as none
@@ -41,25 +40,32 @@ def _check_finite(mean: Tensor, node: str, network: str, batch: int) -> None:
         raise not_finite(bad, node, network, batch)
 
 
-class _Original(fx.Interpreter):
-    """Runs an original and takes in what its layers give: in all, and on the last batch."""
+class _Original:
+    """An original, and what its layers gave: in all, and on the last batch.
 
-    def __init__(self, module: fx.GraphModule, axes: dict[str, int], network: str) -> None:
-        super().__init__(module)
-        self.axes, self.network, self.number = axes, network, 0
-        self.sums = {name: Sums() for name in axes}
-        self.batch: dict[str, _MeanStd] = {}
-        self.values: dict[str, Tensor] = {}  # of the batch, features last; of layers in `kept`
-        self.kept: set[str] = set()
+    Attributes:
+        axes: where its layers have their outputs, and along which axis the features lie there.
+        kept: those whose values are needed.
+        values: of the batch, features last.
+    """
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.axes:
-            mean, _ = self.batch[n.name] = self.sums[n.name].add(value, self.axes[n.name])
-            _check_finite(mean, n.name, self.network, self.number)
-            if n.name in self.kept:
-                self.values[n.name] = value.detach().movedim(self.axes[n.name], -1).clone()
-        return value
+    def __init__(self, program: Program, name: str, axes: Mapping[HookPoint, int], kept: Collection[HookPoint]) -> None:
+        self.program, self.name, self.axes, self.kept = program, name, axes, kept
+        self.sums = {point: Sums() for point in axes}
+        self.batch: dict[HookPoint, _MeanStd] = {}
+        self.values: dict[HookPoint, Tensor] = {}
+
+    def run(self, call: Call, batch: int) -> None:
+        """Run it on a batch."""
+
+        def see(point: HookPoint, value: Tensor) -> Tensor:
+            mean, _ = self.batch[point] = self.sums[point].add(value, self.axes[point])
+            _check_finite(mean, point[0], self.name, batch)
+            if point in self.kept:
+                self.values[point] = value.detach().movedim(self.axes[point], -1).clone()
+            return value
+
+        at_hook_points(self.program.module, call, self.axes, see)
 
 
 @dataclass(frozen=True)
@@ -81,19 +87,19 @@ class _Move:
 
 
 @dataclass(frozen=True)
-class _Goal:
-    """What a layer of the zipped network should give: Σ_k M_k v_k, of values v_k that its twins give."""
+class _Target:
+    """The statistics that a layer of the zipped network should have: of Σ_k M_k v_k, of values v_k of its twins."""
 
     layer: Layer
     moves: tuple[_Move, ...]
 
     @classmethod
-    def of(cls, plan: ZipPlan, layer: Layer) -> _Goal:
+    def of(cls, plan: ZipPlan, layer: Layer) -> _Target:
         if layer.part != "trunk":
             return cls(layer, ())
         trunk = plan.trunk
-        layouts = [trunk.spaces[k].layout(trunk.labellings[k].fields[twin][0]) for k, twin in layer.twins.items()]
-        merged = merged_layout(trunk.spaces[0], trunk.labellings[0].fields[layer.twins[0]][0], plan.merges)
+        layouts = [trunk.spaces[k].layout(labels) for k, labels in layer.labels.items()]
+        merged = merged_layout(trunk.spaces[0], layer.labels[0], plan.merges)
         moves = []
         for space in merged.space.unique().tolist():
             sources = tuple(slots(layout, trunk.partners[k][space]) for k, layout in enumerate(layouts))
@@ -136,37 +142,14 @@ class _Goal:
         return mean, spread
 
 
-class _Zipped(fx.Interpreter):
-    """Runs the zipped network with every layer given the statistics of its goal on the batch (`targets`)."""
-
-    def __init__(self, module: ZippedModule, layers: list[Layer]) -> None:
-        super().__init__(module)
-        self.layers = {layer.key: layer for layer in layers}
-        self.sums = {key: Sums() for key in self.layers}
-        self.targets: dict[tuple[str, str], _MeanStd] = {}
-        self.number = 0  # of the batch
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output":
-            return None
-        value = super().run_node(n)
-        made = n.meta.get("fxzip", {})
-        layer = self.layers.get((made.get("part", ""), made.get("from", [""])[0]))
-        if layer is not None:
-            mean, std = self.sums[layer.key].add(value, layer.axis)
-            _check_finite(mean, n.name, "the zipped network", self.number)
-            scale, shift = _correction(mean, std, *self.targets[layer.key])
-            shape = [1] * value.ndim
-            shape[layer.axis] = -1
-            value = value * scale.to(value.dtype).reshape(shape) + shift.to(value.dtype).reshape(shape)
-        return value
-
-
-def _correction(mean: Tensor, std: Tensor, target_mean: Tensor, target_std: Tensor) -> tuple[Tensor, Tensor]:
-    """scale, shift with scale · (mean, std) + shift = target; features that do not vary are only shifted."""
+def _correction(
+    layer: Layer, mean: Tensor, std: Tensor, target_mean: Tensor, target_std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """scale, shift with scale · (mean, std) + shift = target; features that do not vary are only shifted, and those of
+    a layer that has no place for a bias only scaled."""
     alive = std > _TINY * (mean.abs() + target_std)
     scale = torch.where(alive, target_std / std.clamp(min=torch.finfo(std.dtype).tiny), torch.ones_like(std))
-    return scale, target_mean - scale * mean
+    return scale, target_mean - scale * mean if layer.shifts else torch.zeros_like(scale)
 
 
 def repair(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
@@ -174,46 +157,51 @@ def repair(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedM
 
     Originals and zipped network run side by side, once over the data.
     """
-    layers = trunk_layers(plan) + head_layers(plan)
     result = copy.deepcopy(zipped)
-    if not layers:
-        return result
-    goals = [_Goal.of(plan, layer) for layer in layers]
-    originals = [
-        _Original(program.module, {layer.twins[k]: layer.axis for layer in layers if k in layer.twins}, f"model {k}")
-        for k, program in enumerate(plan.trunk.alignment.programs)
-    ]
-    for goal in goals:
-        if goal.mixed:
-            for k, name in goal.layer.twins.items():
-                originals[k].kept.add(name)
-    run = _Zipped(result, layers)
     with quiet_execution():
-        for run.number, call in enumerate(data):
-            for original, program in zip(originals, plan.trunk.alignment.programs, strict=True):
-                original.number = run.number
-                original.run(*flat_inputs(program.module, call))
-            for goal in goals:
-                run.targets[goal.layer.key] = goal.on_batch(originals)
-            run.run(*flat_inputs(result, call))
-    for goal in goals:
-        _fold(result, goal.layer, *_correction(*run.sums[goal.layer.key].result(), *goal.in_all(originals)))
+        layers = find_layers(result, plan)
+        if not layers:
+            return result
+        targets = [_Target.of(plan, layer) for layer in layers]
+        originals = _originals(plan, targets)
+        sums = {layer.at: Sums() for layer in layers}
+        for number, call in enumerate(data):
+            for original in originals:
+                original.run(call, number)
+            _correct(result, call, targets, originals, sums, number)
+
+    for target in targets:
+        layer = target.layer
+        with torch.no_grad():
+            layer.rescale(*_correction(layer, *sums[layer.at].result(), *target.in_all(originals)))
     return result
 
 
-def _fold(result: ZippedModule, layer: Layer, scale: Tensor, shift: Tensor) -> None:
-    """Put y ← scale · y + shift into the layer's weight and bias."""
-    owner = attribute(result, layer.weight.rpartition(".")[0])
-    weight = attribute(result, layer.weight)
-    with torch.no_grad():
-        rows = 1 if getattr(owner, "transposed", False) and getattr(owner, "groups", 1) == 1 else 0
-        if getattr(owner, "transposed", False) and owner.groups > 1:
-            return
-        shape = [1] * weight.ndim
-        shape[rows] = -1
-        weight.mul_(scale.to(weight).reshape(shape))
-        bias = getattr(owner, "bias", None)
-        if bias is not None:
-            bias.copy_(scale.to(bias) * bias + shift.to(bias))
-        elif "bias" in owner._parameters:
-            owner.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
+def _originals(plan: ZipPlan, targets: Sequence[_Target]) -> list[_Original]:
+    result = []
+    for k, program in enumerate(plan.trunk.alignment.programs):
+        mine = [target for target in targets if k in target.layer.twins]
+        axes = {target.layer.twins[k]: target.layer.axis for target in mine}
+        kept = {target.layer.twins[k] for target in mine if target.mixed}
+        result.append(_Original(program, f"model {k}", axes, kept))
+    return result
+
+
+def _correct(
+    net: ZippedModule, call: Call, targets: Sequence[_Target], originals: Sequence[_Original],
+    sums: Mapping[HookPoint, Sums], batch: int,
+) -> None:  # fmt: skip
+    """Run the zipped network with every layer given the statistics of its target on the batch, and sum up what it has
+    without."""
+    wanted = {target.layer.at: (target.layer, target.on_batch(originals)) for target in targets}
+
+    def see(point: HookPoint, value: Tensor) -> Tensor:
+        layer, goal = wanted[point]
+        mean, std = sums[point].add(value, layer.axis)
+        _check_finite(mean, point[0], "the zipped network", batch)
+        scale, shift = _correction(layer, mean, std, *goal)
+        shape = [1] * value.ndim
+        shape[layer.axis] = -1
+        return value * scale.to(value.dtype).reshape(shape) + shift.to(value.dtype).reshape(shape)
+
+    at_hook_points(net, call, wanted, see, only=lambda node: node.op != "output")

@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...partition.alignment import attribute
-from ...rewriting.batchnorm_folding import FoldedNorm, find_norms
 from ...rewriting.merged_parameters import share
-from ...rewriting.module import ZippedModule
+from ...rewriting.module import ZippedModule, part_of
 from ...rewriting.zip_plan import ZipPlan
+from ...tracing import quiet_execution
 from ...tracing.calls import Call
+from ..linear_calls.parameter_uses import storage_of, survey
+from ..linear_calls.units import find_units
 
 
 def stored_statistics(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
@@ -35,32 +38,55 @@ def stored_statistics(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call])
     """
     del data
     result = copy.deepcopy(zipped)
-    trunk = plan.trunk
-    module = trunk.alignment.programs[0].module
-    norms = [
-        norm
-        for norm in find_norms(module, set(trunk.nodes))
-        if norm.linear and f"{norm.norm}.running_var" in trunk.labellings[0].params
-    ]
+    norms = _norms(result, plan)
     for norm in norms:
-        held = attribute(result, f"trunk.{norm.norm}").running_var
+        held = attribute(result, f"trunk.{norm.variance}")
         held.copy_(_variance(plan, norm).to(held))
     if not norms:
         result.meta["fxzip_fit"] = "no BatchNorm has stored the statistics of a linear call: the refit changed nothing"
     return result
 
 
-def _variance(plan: ZipPlan, norm: FoldedNorm) -> Tensor:
+@dataclass(frozen=True)
+class _Norm:
+    """A BatchNorm with the linear call in front of it: names of model 0's parameters, and the axis of the weight that
+    its outputs lie along."""
+
+    variance: str
+    weight: str
+    axis: int
+
+
+def _norms(net: ZippedModule, plan: ZipPlan) -> list[_Norm]:
+    """The BatchNorms of the trunk behind linear calls with whole parameters as their weights."""
+    trunk = plan.trunk
+    nodes = {node for node in net.graph.nodes if part_of(node) == "trunk"}
+    with quiet_execution():
+        units, _ = find_units(net, survey(net, trunk.alignment.programs[0].call), nodes, still=True)
+    names = {storage_of(param): name.removeprefix("trunk.") for name, param in net.named_parameters()}
+    found = []
+    for unit in units:
+        if unit.norm is None or unit.kernel is None:
+            continue
+        variance = f"{str(unit.norm.target).removeprefix('trunk.')}.running_var"
+        weight = names.get(storage_of(unit.kernel.weight), "")
+        axis = unit.kernel.outputs_along(attribute(net, f"trunk.{weight}")) if weight else None
+        # What has no labels, or is computed from others, has no counterpart in the models.
+        if axis is not None and variance in trunk.labellings[0].params and weight in trunk.labellings[0].params:
+            found.append(_Norm(variance, weight, axis))
+    return found
+
+
+def _variance(plan: ZipPlan, norm: _Norm) -> Tensor:
     """σ*², [features]."""
     trunk = plan.trunk
-    weight, variance = f"{norm.linear}.weight", f"{norm.norm}.running_var"
     total = torch.zeros(())
     for k, program in enumerate(trunk.alignment.programs):
-        names = [trunk.alignment.params[name][k] for name in (weight, variance)]
+        names = [trunk.alignment.params[name][k] for name in (norm.weight, norm.variance)]
         kernel, own = (attribute(program.module, name).detach().double() for name in names)
         size = kernel.square().sum([a for a in range(kernel.ndim) if a != norm.axis], keepdim=True).sqrt()
         deviation = own.sqrt().reshape([-1 if a == norm.axis else 1 for a in range(kernel.ndim)])
         rows = deviation * kernel / size.clamp(min=torch.finfo(size.dtype).tiny)
-        part = share(rows, names[0], weight, trunk.spaces[k], trunk.spaces[0], trunk.partners[k], plan.merges, k)
+        part = share(rows, names[0], norm.weight, trunk.spaces[k], trunk.spaces[0], trunk.partners[k], plan.merges, k)
         total = part.value + total.to(part.value)
     return total.square().sum([a for a in range(total.ndim) if a != norm.axis])

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import fx
+from torch import Tensor, fx
 
-from ..tracing import Program
-from .least_squares.parameter_uses import Survey, survey
-from .least_squares.units import Site, biases_apart
-from .unfit import Unfit
+from ...analysis import Labelling
+from ...tracing import Program
+from ..unfit import Unfit
+from .parameter_uses import Survey, survey
+from .units import Site, biases_apart
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,11 @@ class Counterparts:
         if len(mine) != len(own) or not ranks or own[ranks[0]].biased != biased:
             raise Unfit("an original makes other linear calls there")
         return own[ranks[0]]
+
+
+def labels_at(label: Labelling, node: str, call: int | None) -> Sequence[Tensor]:
+    """The fields of what a node returns, or of the result of a linear call inside it."""
+    if call is None:
+        return label.fields.get(node, ())
+    found = {id(s.labels): s.labels for s in label.sites if (s.node, s.call, s.arg) == (node, call, -1)}
+    return list(found.values())

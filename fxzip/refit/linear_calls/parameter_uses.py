@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ...analysis.rules import RULES, movement
-from ...tracing import MathAttention, flat_inputs, quiet_execution
+from ...tracing import quiet_execution
+from ...tracing.aten_calls import AtenCall, run, tensors_in
 from ...tracing.calls import Call
 from .kernels import Kernel, call_kernel
 
@@ -34,12 +33,10 @@ _NORMS = {  # name -> places of scale and shift
 }
 
 
+_FIRST = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "convolution": 0} | dict.fromkeys(_NORMS, 0)
+"""Where the activations of a call are taken to be if nothing in it depends on the input."""
+
 _RECENT = 16  # a bias is looked for behind so many linear calls
-
-
-def name_of(func: Any) -> str:
-    """The name of an ATen call, in-place variants under that of the others."""
-    return str(func._schema.name).split("::")[-1].rstrip("_")
 
 
 def is_move(name: str) -> bool:
@@ -62,6 +59,7 @@ class Use:
         shape: of the result.
         returned: the shape in which its node returns the result, as the same run of values; None: it does not.
         follows: number of the use whose result this one reads, moved at most.
+        still: whether no input has an influence: its activations are computed from parameters alone, or are one.
     """
 
     node: fx.Node
@@ -76,6 +74,7 @@ class Use:
     sums: bool = False
     returned: torch.Size | None = None
     follows: int = -1
+    still: bool = False
 
 
 @dataclass
@@ -120,47 +119,55 @@ def _same_run(value: Tensor, result: Tensor) -> bool:
     return same and (value.stride() == result.stride() or (value.is_contiguous() and result.is_contiguous()))
 
 
-class _Spy(TorchDispatchMode):
+class _Uses:
     """Files every call that reads a parameter."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__()
         self.found = Survey()
         self.static: dict[int, Tensor] = {id(t): t for t in (*module.parameters(), *module.buffers())}
         self.written: list[Tensor] = []
         self.learned = {id(t) for t in module.parameters()}
         self.found.held = {storage_of(t) for t in module.parameters()}
-        self.node: fx.Node = next(iter(module.graph.nodes))
         self.made: dict[int, tuple[Tensor, int]] = {}  # storage -> result of a linear use, and the use's number
         self.results: list[tuple[int, Tensor]] = []  # of the uses in the node under way
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = name_of(func)
-        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    def on_call(self, call: AtenCall) -> Any:
+        """Make a call, and file it if parameters take part."""
+        inputs = call.tensors()
         moving = [value for value in inputs if id(value) not in self.static]
         learned = [value for value in inputs if id(value) in self.learned]
-        out = func(*args, **kwargs)
-        results = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+        out = call.make()
+        results = tensors_in(out)
+
         if moving:
             self._written(results)
         if not moving:
-            for value in results:
-                self.static[id(value)] = value
-            if learned:
-                self.learned |= {id(value) for value in results}
-                if not all(self.found.holds(value) for value in results):
-                    reads = [extent(value) for value in learned if self.found.holds(value)]
-                    self.found.static_reads += [(self.node, own) for own in reads]
+            self._still(call, learned, results)
         elif learned and results:
-            plain = all(value == 1 for value in kwargs.values()) if name in ("addmm", "add") else True
-            self._file(name, args if plain else (), moving, learned, results)
-        elif results and (is_move(name) or name == "clone") and storage_of(moving[0]) in self.made:
+            self._file(call, moving, learned, results)
+        elif results and (is_move(call.name) or call.name == "clone") and storage_of(moving[0]) in self.made:
             _, number = self.made[storage_of(moving[0])]
             for value in results:
                 self.made[storage_of(value)] = value, number
-        self.found.calls[self.node] += 1
+        self.found.calls[call.node] += 1
         return out
+
+    def _still(self, call: AtenCall, learned: list[Tensor], results: list[Tensor]) -> None:
+        """A call on which no input has an influence."""
+        for value in results:
+            self.static[id(value)] = value
+        if not learned:
+            return
+        self.learned |= {id(value) for value in results}
+
+        first = call.args[_FIRST[call.name]] if call.name in _FIRST and results else None
+        # Of two tables of parameters either may be the other's weight; one row of them is what a weight is applied to.
+        if first is not None and (not self.found.holds(first) or first.numel() == first.shape[-1]):
+            self._file(call, [first], [value for value in learned if value is not first], results)
+            learned = [value for value in learned if value is first]
+        if not all(self.found.holds(value) for value in results):
+            reads = [extent(value) for value in learned if self.found.holds(value)]
+            self.found.static_reads += [(call.node, own) for own in reads]
 
     def _written(self, results: list[Tensor]) -> None:
         """What depends on the input now, because it was written into, is not static any more."""
@@ -169,11 +176,13 @@ class _Spy(TorchDispatchMode):
                 self.written.append(self.static.pop(key))  # held on to, so that no other tensor gets its number
                 self.learned.discard(key)
 
-    def _file(self, name: str, args: Any, moving: list[Tensor], learned: list[Tensor], results: list[Tensor]) -> None:
-        number, call = len(self.found.uses), self.found.calls[self.node]
+    def _file(self, call: AtenCall, moving: list[Tensor], learned: list[Tensor], results: list[Tensor]) -> None:
+        number, name = len(self.found.uses), call.name
+        plain = name not in ("addmm", "add") or all(value == 1 for value in call.kwargs.values())
+        args: tuple[Any, ...] = call.args if plain else ()
         at = next((place for place, value in enumerate(args) if any(value is m for m in moving)), -1)
         reads = tuple(extent(value) for value in learned if self.found.holds(value))
-        given: dict[str, Any] = {"sums": name in _SUMS}
+        given: dict[str, Any] = {"sums": name in _SUMS, "still": id(moving[0]) in self.static}
         real = not any(value.is_complex() for value in (*moving, *learned))
         if not real:
             pass
@@ -189,40 +198,19 @@ class _Spy(TorchDispatchMode):
         elif name in ("mul", "add") and len(args) == 2 and self.found.holds(args[1 - at]) and len(moving) == 1:
             given["scale" if name == "mul" else "shift"] = args[1 - at]
         _, follows = self.made.get(storage_of(moving[0]), (None, -1))
-        self.found.uses.append(Use(self.node, call, name, at, reads, results[0].shape, follows=follows, **given))
+        shape = results[0].shape
+        self.found.uses.append(Use(call.node, call.number, name, at, reads, shape, follows=follows, **given))
         self.results.append((number, results[0]))
         if given["sums"]:
             self.made = {key: held for key, held in self.made.items() if held[1] > number - _RECENT}
             self.made[storage_of(results[0])] = results[0], number
 
-    def leave(self, value: Any) -> None:
+    def on_node(self, _node: fx.Node, value: Any) -> Any:
         """The node is done and has returned this."""
         for number, result in self.results:
             if isinstance(value, Tensor) and _same_run(value, result):
                 self.found.uses[number] = replace(self.found.uses[number], returned=value.shape)
         self.results = []
-
-
-class Watcher(Protocol):
-    """A mode that is told where the run is: `node` is the one under way, `leave` gets what it returned."""
-
-    node: fx.Node
-
-    def leave(self, value: Any) -> None: ...
-
-
-class Run(fx.Interpreter):
-    """Runs the network under a mode, calls as the analysis has seen and counted them, and tells it where it is."""
-
-    def __init__(self, module: fx.GraphModule, spy: Watcher) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.spy = spy
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.spy.node = n
-        with MathAttention():
-            value = super().run_node(n)
-        self.spy.leave(value)
         return value
 
 
@@ -234,7 +222,7 @@ def survey(net: fx.GraphModule, sample: Call) -> Survey:
     >>> [(use.name, use.sums) for use in survey(net, Call((torch.ones(1, 2),), {})).uses]
     [('addmm', True), ('native_layer_norm', False)]
     """
-    spy = _Spy(net)
-    with quiet_execution(), spy:
-        Run(net, spy).run(*flat_inputs(net, sample))
-    return spy.found
+    uses = _Uses(net)
+    with quiet_execution():
+        run(net, sample, on_node=uses.on_node, on_call=uses.on_call)
+    return uses.found

@@ -92,9 +92,14 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def find_units(net: fx.GraphModule, found: Survey, nodes: Collection[fx.Node]) -> tuple[list[Unit], dict[str, str]]:
-    """The units whose calls all lie in `nodes`, in order of their first calls; and what is left, with the reason."""
-    uses = {number: use for number, use in enumerate(found.uses) if use.node in nodes}
+def find_units(
+    net: fx.GraphModule, found: Survey, nodes: Collection[fx.Node], *, still: bool = False
+) -> tuple[list[Unit], dict[str, str]]:
+    """The units whose calls all lie in `nodes`, in order of their first calls; and what is left, with the reason.
+
+    `still`: those on values that no input has an influence on, too.
+    """
+    uses = {n: use for n, use in enumerate(found.uses) if use.node in nodes and (still or not use.still)}
     names = _names(net, uses)
     left = {names[number]: why for number, use in uses.items() if (why := _why_not(use))}
     groups: dict[Hashable, list[int]] = defaultdict(list)
@@ -199,17 +204,32 @@ def _leads_to(node: fx.Node, other: fx.Node) -> bool:
 def _norms_behind(
     net: fx.GraphModule, uses: dict[int, Use], numbers: Sequence[int], inside: Collection[fx.Node]
 ) -> dict[int, fx.Node]:
-    """The BatchNorm that alone reads the result of a linear module, both called once."""
+    """The BatchNorm that alone reads the result of a linear call, both called once.
+
+    The call may be a module, a function, or the last call of a leaf module; its features must lie where those of the
+    BatchNorm do.
+    """
     use = uses[numbers[0]]
     behind = only_user(use.node)
-    if len(numbers) > 1 or behind is None or behind not in inside or use.returned is None:
+    if len(numbers) > 1 or behind is None or behind not in inside or behind.op != "call_module":
         return {}
-    if not isinstance(called(net, use.node), _OWNERS) or behind.op != "call_module":
+    if not _is_returned_as_features(use):
         return {}
     found = called(net, behind)
     twice = sum(node.op == "call_module" and node.target == behind.target for node in net.graph.nodes) > 1
     usable = isinstance(found, _NORMS) and found.running_mean is not None and found.affine and not twice
     return {numbers[0]: behind} if usable else {}
+
+
+def _is_returned_as_features(use: Use) -> bool:
+    """Whether a node returns the result of a linear call, with its outputs along axis 1, where a BatchNorm has its
+    features."""
+    assert use.kernel is not None
+    if use.returned is None or len(use.kernel.axes) > 1:
+        return False
+    if use.returned == use.shape:
+        return use.kernel.axes == (1,)
+    return len(use.returned) == 2 and use.kernel.axes == (len(use.shape) - 1,)
 
 
 def _unit(

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...rewriting.batchnorm_affine import affine_of, set_to_shift
 
 Places = tuple[Tensor, ...]
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def sampled_places(shape: Sequence[int], axes: Sequence[int], count: int, generator: torch.Generator) -> Places:
@@ -154,6 +153,36 @@ class Kernel:
             return split.transpose(1, 2).flatten(2)
         return weight.reshape(self.groups, -1, math.prod(weight.shape[1:]))
 
+    def outputs_along(self, param: Tensor) -> int | None:
+        """The axis of a parameter that the outputs lie along, where the weight is the whole of it, moved at most.
+
+        None where it is a part of it, or where several outputs share a row, as in a grouped transposed convolution.
+        """
+        if self.form == "convolution":
+            shared = self.transposed and self.groups > 1
+            return int(self.transposed) if param.shape == self.weight.shape and not shared else None
+        if self.weight.ndim != 2 or param.ndim != 2 or param.numel() != self.weight.numel():
+            return None
+        own = int(self.form == "columns")
+        return own if param.shape == self.weight.shape and param.stride() == self.weight.stride() else 1 - own
+
+    def rescale(self, scale: Tensor, shift: Tensor) -> None:
+        """Let the call give scale · y + shift, [outputs] each, where it gave y. In place; no shift without a bias.
+
+        For outputs along one axis.
+        """
+        own = self.weight[0] if self.form == "batched columns" else self.weight
+        if self.transposed:
+            own = own.unflatten(0, (self.groups, -1))  # [groups, inputs, outputs, *kernel]
+            shape = [self.groups, 1, -1, *[1] * (own.ndim - 3)]
+        else:
+            shape = [1, -1] if self.form.endswith("columns") else [-1, *[1] * (own.ndim - 1)]
+        own.mul_(scale.to(own).reshape(shape))
+
+        if self.bias is not None:
+            factor, summand = (value.to(self.bias).reshape(self.bias.shape) for value in (scale, shift))
+            self.bias.copy_(factor * self.bias + summand)
+
     def put(self, flat: Tensor) -> None:
         """Write a weight in the form of `flat` back."""
         own = self.weight
@@ -166,26 +195,6 @@ class Kernel:
             inputs = own.shape[0] // self.groups
             flat = flat.reshape(self.groups, -1, inputs, *own.shape[2:]).transpose(1, 2)
         own.copy_(flat.reshape(own.shape).to(own))
-
-
-def module_kernel(module: nn.Module | None) -> Kernel | None:
-    """The kernel of a linear or convolutional module with zero padding; None for other modules.
-
-    Its inputs are those of the module, with a linear module's positions in one run.
-    """
-    if isinstance(module, nn.Linear):
-        return Kernel(module.weight.T, module.bias, "columns", (1,))
-    if not isinstance(module, (*_CONVS, *_TRANSPOSED)) or module.padding_mode != "zeros":
-        return None
-    moved = isinstance(module, _TRANSPOSED)
-    if module.padding == "same":
-        taps = zip(module.dilation, module.kernel_size, strict=True)
-        padding = tuple(dilation * (size - 1) // 2 for dilation, size in taps)
-    else:
-        padding = tuple(0 if isinstance(module.padding, str) else int(p) for p in module.padding)
-    return Kernel(
-        module.weight, module.bias, "convolution", (1,), module.groups, module.stride, padding, module.dilation, moved
-    )
 
 
 def call_kernel(name: str, args: Sequence[Any], at: int) -> Kernel | None:
@@ -230,25 +239,17 @@ def effective(kernel: Kernel, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     flat = kernel.flat.clone()
     outputs = flat.shape[0] * flat.shape[1]
     bias = flat.new_zeros(outputs) if kernel.bias is None else kernel.bias.detach().double().flatten().clone()
-    if isinstance(norm, _NORMS):
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-        flat = flat * scale.reshape(*flat.shape[:2], 1)
-        bias = (bias - norm.running_mean.double()) * scale + norm.bias.detach().double()
+    if isinstance(norm, _BatchNorm):
+        affine = affine_of(norm)
+        flat, bias = flat * affine.scale.reshape(*flat.shape[:2], 1), affine.behind(bias)
     return flat, bias
 
 
 def install(kernel: Kernel, norm: nn.Module | None, flat: Tensor, bias: Tensor) -> None:
     """Write a solution: the weight into the call, the bias into the BatchNorm (made the identity) or into the call."""
     kernel.put(flat)
-    if isinstance(norm, _NORMS):
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        norm.running_mean.zero_()
-        norm.running_var.fill_(1.0)
-        norm.weight.fill_(math.sqrt(1 + norm.eps))
-        norm.bias.copy_(bias.to(norm.bias))
+    if isinstance(norm, _BatchNorm):
+        set_to_shift(norm, bias)
         if kernel.bias is not None:
             kernel.bias.zero_()
     elif kernel.bias is not None:
