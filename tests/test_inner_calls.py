@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.refit.linear_calls.parameter_uses import survey
 from fxzip.refit.linear_calls.units import find_units
-from fxzip.tracing import quiet_execution
+from fxzip.tracing import quiet_execution, trace
 from fxzip.tracing.aten_calls import run
 from fxzip.tracing.calls import Call, as_call
 
@@ -126,7 +126,7 @@ def test_repair_restores_the_statistics_of_calls_that_are_no_modules(kind, node,
     a, b = pair(kind)
     x = random(32, *kind.shape)
     zipped = fxzip.compile_zip(a, b, x, data=[x], method="average", refit="repair", progress=False)
-    theirs = [statistics(fxzip.trace(model, x).module, as_call(x)) for model in (a, b)]
+    theirs = [statistics(trace(model, x).module, as_call(x)) for model in (a, b)]
     mine = {where: own for where, own in statistics(zipped, as_call(x)).items() if where[0] == node}
     assert len(mine) == calls
     for where, (mean, spread) in mine.items():
@@ -164,7 +164,7 @@ def test_a_zip_with_a_relabelled_copy_stays_exact(kind, refit):
 def test_a_batchnorm_behind_a_function_is_found():
     """Least squares and the stored statistics then take it with the call."""
     net, x = randomise(Convolved(), 1).double(), random(4, *Convolved.shape)
-    program = fxzip.trace(net, x)
+    program = trace(net, x)
     units, _ = find_units(program.module, survey(program.module, program.call), set(program.module.graph.nodes))
     behind = {unit.sites[0].node.name: unit.norm.name for unit in units if unit.norm is not None}
     assert behind == {"conv2d": "norm"}
@@ -188,6 +188,6 @@ def test_a_batchnorm_over_another_axis_than_that_of_the_features_is_not():
         def forward(self, x: Tensor) -> Tensor:
             return self.head(torch.relu(self.norm(self.a(x))).mean(1))
 
-    program = fxzip.trace(randomise(Tokens()).double(), random(4, 6, 5))
+    program = trace(randomise(Tokens()).double(), random(4, 6, 5))
     units, _ = find_units(program.module, survey(program.module, program.call), set(program.module.graph.nodes))
     assert all(unit.norm is None for unit in units)

@@ -6,11 +6,13 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxzip
 from fxzip.refit.least_squares.ridge import affine_solution, best_ridge, ridge_solution
-from fxzip.refit.linear_calls.kernels import effective, install, module_kernel, sampled_places, take
+from fxzip.refit.linear_calls.kernels import effective, install, sampled_places, take
+from fxzip.refit.linear_calls.parameter_uses import survey
+from fxzip.tracing.calls import Call
 
 
 def test_ridge_is_least_squares_where_lambda_vanishes() -> None:
@@ -95,13 +97,20 @@ LINEAR = {
 }
 
 
+def kernel_of(module: nn.Module, x: Tensor):
+    """The kernel of the one linear call that a module makes."""
+    net = fx.symbolic_trace(nn.Sequential(module))
+    (found,) = (use.kernel for use in survey(net, Call((x,), {})).uses if use.kernel is not None)
+    return found
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_patches_times_weight_is_the_call(name: str) -> None:
     module, shape = LINEAR[name]
     module = module.double()
     x = torch.randn(*shape, dtype=torch.float64)
     x, y = (x, module(x)) if name != "linear" else (x.flatten(0, -2), module(x.flatten(0, -2)))
-    kernel = module_kernel(module)
+    kernel = kernel_of(module, x)
     places = sampled_places(y.shape, kernel.axes, 50, torch.Generator().manual_seed(0))
     flat, bias = effective(kernel, None)
     found = torch.einsum("pgd,gnd->pgn", kernel.patches(x, places), flat).flatten(1) + bias
@@ -110,14 +119,14 @@ def test_patches_times_weight_is_the_call(name: str) -> None:
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_install_writes_what_effective_reads(name: str) -> None:
-    module, _ = LINEAR[name]
-    module = module.double()
-    kernel = module_kernel(module)
+    module, shape = LINEAR[name]
+    module, x = module.double(), torch.randn(*shape, dtype=torch.float64)
+    kernel = kernel_of(module, x)
     flat, bias = (torch.randn_like(v) for v in effective(kernel, None))
     bias = bias if kernel.bias is not None else torch.zeros_like(bias)
     with torch.no_grad():
         install(kernel, None, flat, bias)
-    for found, wanted in zip(effective(module_kernel(module), None), (flat, bias), strict=True):
+    for found, wanted in zip(effective(kernel_of(module, x), None), (flat, bias), strict=True):
         torch.testing.assert_close(found, wanted)
 
 
@@ -129,7 +138,7 @@ def test_install_makes_the_batchnorm_the_identity() -> None:
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     wanted = norm(conv(x))
     with torch.no_grad():
-        install(module_kernel(conv), norm, *effective(module_kernel(conv), norm))
+        install(kernel_of(conv, x), norm, *effective(kernel_of(conv, x), norm))
     torch.testing.assert_close(norm(conv(x)), wanted)
     torch.testing.assert_close(norm.running_mean, torch.zeros(5, dtype=torch.float64))
 
