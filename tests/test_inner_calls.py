@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
+from fxzip.refit import repair
 from fxzip.refit.linear_calls.parameter_uses import survey
 from fxzip.refit.linear_calls.units import find_units
 from fxzip.tracing import quiet_execution, trace
@@ -93,6 +94,17 @@ def pair(kind):
     return randomise(kind(3), 1).double(), randomise(kind(4), 2).double()
 
 
+def repaired(a: nn.Module, b: nn.Module, x: Tensor) -> nn.Module:
+    """The zip of two models by averages, repaired on all of a batch; stage by stage, since `compile_zip` holds out."""
+    programs = [trace(model, x) for model in (a, b)]
+    trunk = fxzip.partition.find_trunk(
+        fxzip.partition.align(programs), [fxzip.analysis.label(program) for program in programs]
+    )
+    moments = fxzip.calibration.observe(trunk, [as_call(x)])
+    plan = fxzip.rewriting.plan(trunk, moments, fxzip.matching.resolve("average"))
+    return repair(fxzip.rewriting.rewrite(plan), plan, [as_call(x)])
+
+
 def linear_results(module, call: Call) -> dict[tuple[str, int], Tensor]:
     """What products, with their bias, and convolutions give, features last, by node and number in it."""
     found: dict[tuple[str, int], Tensor] = {}
@@ -125,7 +137,7 @@ def test_repair_restores_the_statistics_of_calls_that_are_no_modules(kind, node,
     mean where no bias can hold it."""
     a, b = pair(kind)
     x = random(32, *kind.shape)
-    zipped = fxzip.compile_zip(a, b, x, data=[x], method="average", refit="repair", progress=False)
+    zipped = repaired(a, b, x)
     theirs = [statistics(trace(model, x).module, as_call(x)) for model in (a, b)]
     mine = {where: own for where, own in statistics(zipped, as_call(x)).items() if where[0] == node}
     assert len(mine) == calls
@@ -138,7 +150,9 @@ def test_repair_restores_the_statistics_of_calls_that_are_no_modules(kind, node,
 def test_regmean_fits_calls_inside_leaf_modules():
     a, b = pair(Attended)
     x = random(64, *Attended.shape)
-    zipped = fxzip.compile_zip(a, b, x, data=[x], method="average", refit=fxzip.RegMean(alpha=1.0), progress=False)
+    zipped = fxzip.compile_zip(
+        a, b, x, data=[x], method="average", refit=fxzip.baselines.RegMean(1.0), hold_out=False, progress=False
+    )
     inputs = [torch.tanh(model.a(x)).flatten(0, 1).detach() for model in (a, b)]
     grams = [own.T @ own for own in inputs]
     weights = [model.attention.in_proj_weight.T for model in (a, b)]
@@ -169,9 +183,9 @@ def test_a_batchnorm_behind_a_function_is_found():
     behind = {unit.sites[0].node.name: unit.norm.name for unit in units if unit.norm is not None}
     assert behind == {"conv2d": "norm"}
 
-    a, b = pair(Convolved)
+    (a, b), x = pair(Convolved), random(32, *Convolved.shape)
     plain, stored = (
-        fxzip.compile_zip(a, b, x, data=[x], method="permute", refit=refit, progress=False)
+        fxzip.compile_zip(a, b, x, data=[x], method="permute", refit=refit, hold_out=False, progress=False)
         for refit in (None, "stored")
     )
     assert not torch.allclose(plain(x)[0], stored(x)[0])

@@ -83,7 +83,9 @@ def test_repair_shifts_what_does_not_vary():
     """Such a value gets its target exactly: the mean of the models' own."""
     a, b = pair(Conditioned)
     data = [random(64, 5)]
-    zipped = fxzip.compile_zip(a, b, data[0], data=data, method="average", refit="repair", progress=False)
+    zipped = fxzip.compile_zip(
+        a, b, data[0], data=data, method="average", refit="repair", hold_out=False, progress=False
+    )
     seen = []
     hooks = [net.c.register_forward_hook(lambda _, __, y: seen.append(y)) for net in (a, b, zipped.trunk)]
     for net in (a, b, zipped):

@@ -49,7 +49,7 @@ def test_linear_calls_are_those_of_the_formula(alpha, per_model):
     data = fxzip.PerModel([x], [y]) if per_model else [x, y]
     seen = (x, y) if per_model else (torch.cat([x, y]),) * 2
     zipped = fxzip.compile_zip(
-        a, b, x, data=data, method="average", refit=fxzip.baselines.RegMean(alpha), progress=False
+        a, b, x, data=data, method="average", refit=fxzip.baselines.RegMean(alpha), hold_out=False, progress=False
     )
     found = dict(zipped.named_parameters())
     for depth in (0, 2):
@@ -68,7 +68,7 @@ def test_convolutions_by_their_patches(groups):
 
     a, b = pair(make)
     x = torch.randn(20, 4, 8, 8, generator=G).double()
-    zipped = fxzip.compile_zip(a, b, x, data=[x], method="average", refit="regmean", progress=False)
+    zipped = fxzip.compile_zip(a, b, x, data=[x], method="average", refit="regmean", hold_out=False, progress=False)
     unfolded = nn.functional.unfold(x, 3, padding=1, stride=2).transpose(1, 2).reshape(-1, 36)
     for g in range(groups):
         own = unfolded.reshape(-1, groups, 36 // groups)[:, g]
@@ -90,7 +90,7 @@ def test_a_twin_is_left_as_it_is():
 def test_inputs_that_are_always_zero_keep_the_mean():
     a, b = pair(lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
     x = torch.randn(20, 3, generator=G).double() * torch.tensor([1.0, 0.0, 1.0])
-    zipped = fxzip.compile_zip(a, b, x, data=[x], method="average", refit="regmean", progress=False)
+    zipped = fxzip.compile_zip(a, b, x, data=[x], method="average", refit="regmean", hold_out=False, progress=False)
     weight = dict(zipped.named_parameters())["trunk.0.weight"]
     torch.testing.assert_close(weight[:, 1], (a[0].weight + b[0].weight)[:, 1] / 2)
 

@@ -132,3 +132,15 @@ class Replay:
     def by_source(self) -> Iterator[tuple[int, Call]]:
         """Each batch with the number of its source."""
         return self.start()
+
+
+def with_sources(data: Iterable[Call]) -> tuple[Iterator[tuple[int, Call]], int]:
+    """Batches with the number of their source, and how many sources there are; what knows of none is one.
+
+    >>> calls, sources = with_sources([Call((1,), {}), Call((2,), {})])
+    >>> [number for number, _ in calls], sources
+    ([0, 0], 1)
+    """
+    if isinstance(data, Replay):
+        return data.by_source(), data.sources
+    return ((0, call) for call in data), 1

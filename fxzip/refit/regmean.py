@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.sources import with_sources
 from ..errors import OptionError
 from ..matching.linalg import ridged_cholesky
 from ..rewriting.module import ZippedModule, part_of, set_tensor
@@ -65,14 +66,13 @@ class RegMean:
         check_paired(plan, "`RegMean`")
         result, own = copy.deepcopy(zipped), copy.deepcopy(zipped)
         found: dict[_Place, _Sum] = {}
-        labelled = getattr(data, "labelled", None)
         sample = plan.trunk.alignment.programs[0].call
         models = len(plan.trunk.alignment.programs)
         with quiet_execution():
             for k in range(models):
                 for name, value in aligned_tensors(plan, k).items():
                     set_tensor(own, f"trunk.{name}", value)
-                numbered = list(labelled() if labelled is not None else ((0, call) for call in data))
+                numbered = list(with_sources(data)[0])
                 several = len({source for source, _ in numbered}) == models
                 units = _units(own, sample)
                 grams = _Grams(own, units.values(), self.positions)

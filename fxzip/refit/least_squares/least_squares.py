@@ -15,6 +15,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ...calibration.sources import with_sources
 from ...rewriting.module import ZippedModule
 from ...rewriting.zip_plan import ZipPlan
 from ...tracing import quiet_execution
@@ -36,14 +37,13 @@ class LeastSquares(Settings):
 
     def __call__(self, zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
         """Refit trunk and heads. A new module; no labels, no gradients. One pass over `data`."""
-        labelled = getattr(data, "labelled", None)
-        numbered = labelled() if labelled is not None else ((0, call) for call in data)
+        numbered, sources = with_sources(data)
         programs = plan.trunk.alignment.programs
         samples = min(sample_bytes(zipped, self.positions, self.least), self.memory / 2)
         sample = programs[0].call
         laid = ((source, laid_out(call, sample)) for source, call in numbered)
         batches, inputs = within_memory(
-            laid, bytes_per_row(zipped, programs), _SHARE * (self.memory - samples), getattr(data, "sources", 1),
+            laid, bytes_per_row(zipped, programs), _SHARE * (self.memory - samples), sources,
             whole=any(not program.batch_axes for program in programs),
         )  # fmt: skip
         with quiet_execution():
