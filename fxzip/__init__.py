@@ -39,6 +39,7 @@ from .errors import (
     TrunkWarning,
 )
 from .matching import METHODS, Average, Energy, Permute, WeightMatching, Zip
+from .matching.registry import LEFT
 from .ops import answer_to_former_names
 from .refit import REFITS, LeastSquares
 from .refit.joint.logit_shifts import calibrate_joint
@@ -120,7 +121,7 @@ __all__ = [
 _MOVED = {
     "fxzip.analysis": ("label", "self_check", "solve"),
     "fxzip.baselines": (
-        "CCA", "Agglomerative", "CycleConsistent", "KMeans", "MuDSC", "Optimal", "Recover", "RegMean", "Transport",
+        "Agglomerative", "CycleConsistent", "KMeans", "MuDSC", "Optimal", "Recover", "RegMean", "Transport",
     ),
     "fxzip.calibration": ("Calibration", "observe"),
     "fxzip.compiler": ("Recipe", "assemble"),
@@ -139,5 +140,8 @@ def __getattr__(name: str) -> Any:
         if name in names:
             warnings.warn(f"`fxzip.{name}` has moved: use `{module}.{name}`.", DeprecationWarning, stacklevel=2)
             return getattr(importlib.import_module(module), name)
+
+    if name in LEFT:
+        raise AttributeError(LEFT[name])
 
     raise AttributeError(f"module 'fxzip' has no attribute {name!r}")

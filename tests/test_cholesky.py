@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import fxzip
-from fxzip.matching import CCA
 from fxzip.matching.linalg import MOST, ridged_cholesky
-from fxzip.matching.moments import moments
 
 
 def test_the_factor_is_of_the_matrix_and_its_ridge():
@@ -42,17 +40,3 @@ def test_a_matrix_must_be_finite(value):
 def test_looking_for_a_ridge_ends(matrix, ridge, scale):
     with pytest.raises(fxzip.DataError, match="needs a matrix that is positive semidefinite up to rounding"):
         ridged_cholesky(matrix, ridge, scale)
-
-
-@pytest.mark.parametrize("ridge", [math.nan, math.inf, -1.0])
-def test_cca_needs_a_finite_ridge(ridge):
-    with pytest.raises(fxzip.OptionError, match=r"^`CCA` needs a finite ridge >= 0; got ridge="):
-        CCA(ridge=ridge)
-
-
-def test_cca_refuses_magnitudes_that_overflow():
-    x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(fxzip.DataError, match=r"^`cca` needs features of comparable magnitude; .* 1\.\de-320, "):
-        CCA()(moments([x * 1e-160, x * 1e150]))
-    merge = CCA()(moments([x * 1e-60, x * 1e60]))
-    assert all(bool(matrix.isfinite().all()) for matrix in (merge.merge, merge.unmerge))

@@ -91,3 +91,24 @@ def test_planning_twice_gives_the_same():
     for number, merge in first.merges.items():
         assert torch.equal(merge.merge, second.merges[number].merge)
         assert torch.equal(merge.unmerge, second.merges[number].unmerge)
+
+
+@pytest.mark.parametrize(
+    ("factor", "entries"), [(-1.0, "-0.5, and sums run from -1 to 1"), (0.5, "0, and sums run from 0.5")]
+)
+def test_a_merge_that_is_no_average_is_refused(factor, entries):
+    """Running variances take M alone: with a sign or a scale in it they would be no variances."""
+    trunk, statistics = observed(models=[randomise(Residual(4), seed).double() for seed in (1, 2)])
+
+    class Signed(fxzip.matching.SpaceMethod):
+        name = "signed"
+
+        def __call__(self, moments, size):
+            merge = fxzip.Average()(moments, size)
+            merge.merge[0] *= factor
+            return merge
+
+    with pytest.raises(
+        fxzip.InputError, match=f"must be a weighted mean: .* in the space of `.*` the least entry is {entries}"
+    ):
+        plan(trunk, statistics, Signed())

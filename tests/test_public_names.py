@@ -56,6 +56,13 @@ def test_a_name_that_never_was_is_an_attribute_error():
         fxzip.tracee  # noqa: B018
 
 
+def test_what_has_left_says_why():
+    with pytest.raises(AttributeError, match=r"CCA Merge has left fxzip: .* Use `method=\"permute\"`"):
+        fxzip.CCA  # noqa: B018
+    with pytest.raises(fxzip.OptionError, match="CCA Merge has left fxzip"):
+        fxzip.matching.resolve("cca")
+
+
 def test_importing_fxzip_warns_of_nothing():
     code = "import fxzip; from fxzip import *; from fxzip.baselines import KMeans; import fxzip.baselines"
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], check=True)

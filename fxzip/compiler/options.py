@@ -14,7 +14,7 @@ from ..refit import LeastSquares, Refit, fit_least_squares, refits
 from ..widths.requests import UNCHANGED, Budget, WidthRequest
 
 MethodName = Literal[
-    "auto", "energy", "zip", "permute", "weights", "average", "agglomerative", "c2m3", "cca", "kmeans", "mudsc",
+    "auto", "energy", "zip", "permute", "weights", "average", "agglomerative", "c2m3", "kmeans", "mudsc",
     "optimal", "recover", "transport",
 ]  # fmt: skip
 RefitName = Literal["auto", "lstsq", "repair", "batchnorm", "stored", "regmean"]

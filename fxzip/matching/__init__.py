@@ -19,7 +19,6 @@ if it `needs` them. To use one of your own, pass an instance, or give it a name,
 from __future__ import annotations
 
 from .activations.average import Average
-from .activations.cca import CCA
 from .activations.clustering import Agglomerative, KMeans
 from .activations.optimal import Optimal
 from .activations.permute import Permute
@@ -41,7 +40,6 @@ from .weights.dual_space import MuDSC
 from .weights.weight_matching import WeightMatching
 
 __all__ = [
-    "CCA",
     "ENTRIES",
     "FIRST_CLASS",
     "METHODS",

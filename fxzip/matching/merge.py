@@ -136,15 +136,25 @@ class Merge:
         models = range(len(self.sizes))
         return tuple(Entries.of(self.M(k)) for k in models), tuple(Entries.of(self.U(k)) for k in models)
 
-    @cached_property
-    def averages(self) -> bool:
-        """Whether every row of M is a weighted mean: no entry below zero, and a sum of 1.
+    def check_averages(self, space: str) -> None:
+        """Rows of M must be weighted means: scales and variances take M alone, and what is no mean of the models'
+        variances is no variance.
 
-        >>> Merge.identity(2, models=2).averages
-        True
+        >>> Merge.identity(2, models=2).check_averages("0.weight")
+
+        Raises:
+            InputError: a row has an entry below zero, or another sum than 1.
         """
-        sums = self.merge.sum(1)
-        return bool((self.merge >= 0).all()) and bool(((sums - 1).abs() < 1e-9).all())
+        sums, least = self.merge.sum(1), float(self.merge.min())
+        if least >= 0 and bool(((sums - 1).abs() < 1e-9).all()):
+            return
+
+        raise InputError(
+            "Every merged feature must be a weighted mean: rows of `Merge.merge` have no entry below 0 and sum to 1; "
+            f"in the space of `{space}` the least entry is {least:.3g}, and sums run from {float(sums.min()):.3g} to "
+            f"{float(sums.max()):.3g}. Divide each row by its sum, or put what is no mean into `Merge.unmerge`, which "
+            "may be any matrix."
+        )
 
     def assignment(self, k: int) -> Tensor | None:
         """U_k as a gather: x_k ≈ x*[assignment]. int64 [n_k]; None where a row of U_k is more than a single 1.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from ..errors import OptionError
 from .activations.average import Average
-from .activations.cca import CCA
 from .activations.clustering import Agglomerative, KMeans
 from .activations.optimal import Optimal
 from .activations.permute import Permute
@@ -108,12 +107,6 @@ ENTRIES: dict[str, Entry] = {
         "results.md, all tables: equals `permute` between equal widths",
         extra="ot",
     ),
-    "cca": Entry(
-        CCA,
-        "Horoi et al., Harmony in Diversity, ICML 2024",
-        "arXiv 2407.05385",
-        "results.md, all tables: below `permute`",
-    ),
     "optimal": Entry(
         Optimal,
         "Stoica et al., ZipIt!, ICLR 2024, ablation of matching algorithms",
@@ -148,6 +141,13 @@ FIRST_CLASS = tuple(name for name, entry in ENTRIES.items() if entry.first_class
 """Those that a user decides between; the others are there to compare with."""
 
 
+LEFT = {
+    "CCA": "CCA Merge has left fxzip: of all methods it alone did worse than averaging under least squares, in every "
+    'table of docs/results.md. Use `method="permute"`, which it is compared with there.'
+}
+"""Methods that are no longer here, by class, and why."""
+
+
 def resolve(method: str | Method) -> Method:
     """The method of that name, or the method itself.
 
@@ -160,6 +160,9 @@ def resolve(method: str | Method) -> Method:
         OptionError: the name is unknown, or `method` is neither a name nor a method.
     """
     if isinstance(method, str):
+        if method.upper() in LEFT:
+            raise OptionError(LEFT[method.upper()])
+
         if method not in METHODS:
             near = difflib.get_close_matches(method, METHODS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -3,7 +3,7 @@
     s = γ / √(σ² + ε),   t = β - s μ,      s · (W x + b) + t = (s W) x + (s b + t)
 
 Two networks whose BatchNorms are set differently may compute the same features, and running variances are on another
-scale than weights. So weights are compared, and mixed by maps that are no relabellings, with BatchNorm folded away.
+scale than weights. So weights are compared with BatchNorm folded away.
 """
 
 from __future__ import annotations

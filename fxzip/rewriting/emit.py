@@ -21,7 +21,6 @@ from ..tracing import Program, guards_at_entry
 from .emit_stems import copied_node, emit_entries, emit_guards, emit_stems
 from .handing import steps
 from .merged_parameters import PlaceMap, merged_param
-from .mixed_norms import mix_norms
 from .module import ZippedModule, set_tensor
 from .module_settings import adopt_sizes
 from .parts import Tensors, held_by, parts
@@ -42,7 +41,6 @@ def trunk_module(plan: ZipPlan, tensors: Tensors | None = None) -> nn.Module:
         twins = trunk.alignment.params[name]
         values = [tensors[k][twin] for k, twin in enumerate(twins)]
         set_tensor(module, name, merged_param(twins, values, trunk.spaces, trunk.partners, plan.merges))
-    mix_norms(module, plan)
     adopt_sizes(module)
     return module
 

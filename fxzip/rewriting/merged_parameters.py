@@ -7,7 +7,6 @@ embedding over two labelled axes) an entry is the mean over all tuples of member
     W*[i, j] = Σ_k Σ_{a, b} M_k[i, a] M_k[j, b] W_k[a, b]  /  Σ_k Σ_{a, b} M_k[i, a] M_k[j, b],
 
 and a place that carries no feature counts with weight 1 in each model, so with no written axis models are averaged.
-Where rows of M_k are no means (a linear map T_k / K), the sums of M_k in the denominator are 1 / K.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from ..analysis.relabelling import dense_kernel, group_run
 from ..analysis.resizing import resized
 from ..analysis.spaces import FeatureSpaces, Layout, slots
 from ..matching import Entries, Merge
-from ..matching.activations.cca import shares
 
 Merges = Mapping[int, Merge]  # by space number of model 0
 
@@ -169,8 +167,6 @@ def share(
             value = places.apply(value, axis)
             if not consumed:
                 weights[axis] = places.totals
-                for s in spaces:
-                    weights[axis][slots(wanted, s)] = shares(merges[s], k).to(places.weights)
     if labels.groups > 1:
         value = _grouped(value, len(group_run(target)) // target.groups)
         if 1 in weights:  # a transposed one

@@ -14,16 +14,7 @@ import torch
 
 from ..analysis.spaces import FeatureSpaces, Layout
 from ..errors import InputError
-from ..matching import (
-    Energy,
-    Merge,
-    Method,
-    Problem,
-    Space,
-    Weight,
-    marks,
-    match_unseen,
-)
+from ..matching import Energy, Merge, Method, Problem, Space, Weight, marks, match_unseen
 from ..matching.activations.recover import recovered
 from ..matching.moments import Moments
 from ..partition.region import Trunk
@@ -175,8 +166,14 @@ def planned(
     unobserved: frozenset[int] = frozenset(),
     kept: Mapping[int, int] | None = None,
 ) -> ZipPlan:
-    """The plan for given merges: which unmerges fold."""
+    """The plan for given merges: which unmerges fold.
+
+    Raises:
+        InputError: a merge is no average.
+    """
     kept = kept or {}
+    for number, merge in merges.items():
+        merge.check_averages(trunk.spaces[0].spaces[number].name)
     folded = tuple(_foldable(trunk, k, same, merges, kept) for k, same in enumerate(reach))
     return ZipPlan(trunk, merges, folded, reach, unobserved, kept)
 

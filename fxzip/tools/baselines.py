@@ -8,7 +8,6 @@ They go in by name, too (`method="kmeans"`, `refit="regmean"`). `fxzip.matching.
 what it needs, and what its figures are (`docs/methods.md` shows the table).
 """
 
-from ..matching.activations.cca import CCA
 from ..matching.activations.clustering import Agglomerative, KMeans
 from ..matching.activations.optimal import Optimal
 from ..matching.activations.recover import Recover
@@ -19,7 +18,6 @@ from ..refit.regmean import RegMean
 from ..refit.statistics.batchnorm import reset_batchnorm
 
 __all__ = [
-    "CCA",
     "Agglomerative",
     "CycleConsistent",
     "KMeans",
