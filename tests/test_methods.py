@@ -372,7 +372,7 @@ def test_what_the_registry_says_of_a_method_is_so():
         assert (method.name, type(method).__name__ in entry.method.__name__) == (name, True)
         assert entry.paper
         assert re.fullmatch(r"|arXiv \d{4}\.\d{5}|doi:10\.\S+", entry.source)
-        assert (method.relabelling() is method) == method.one_to_one or name in ("mudsc", "recover")
+        assert (method.relabelling() is method) == method.one_to_one or name in ("mudsc", "transport")
     assert FIRST_CLASS == ("energy", "zip", "permute", "weights", "average")
     assert tuple(ENTRIES)[: len(FIRST_CLASS)] == FIRST_CLASS
 

@@ -96,10 +96,11 @@ def test_inputs_that_are_always_zero_keep_the_mean():
 
 
 def test_features_must_be_paired():
-    a, b = pair(lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)))
+    widths = iter((8, 11))
+    a, b = pair(lambda: nn.Sequential(nn.Linear(3, n := next(widths)), nn.Tanh(), nn.Linear(n, 2)))
     x = torch.randn(20, 3, generator=G).double()
     with pytest.raises(fxzip.InputError, match=r"`RegMean` needs features that are paired one to one; the method does "
                                                r"not in 1 of 1 spaces, first in that of `0.weight`\."):  # fmt: skip
-        fxzip.compile_zip(a, b, x, data=[x], method="zip", refit="regmean", progress=False)
+        fxzip.compile_zip(a, b, x, data=[x], method="permute", refit="regmean", progress=False)
     with pytest.raises(fxzip.OptionError, match="`RegMean` needs 0 <= alpha <= 1; found alpha=2"):
         fxzip.baselines.RegMean(2)

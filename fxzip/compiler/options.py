@@ -10,8 +10,9 @@ from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
 from ..errors import OptionError
 from ..matching import Method, resolve
-from ..refit import LeastSquares, Refit, fit_least_squares, refits
+from ..refit import Refit, refits
 from ..widths.requests import UNCHANGED, Budget, WidthRequest
+from .pairs import check_pair, is_least_squares, method_for
 
 MethodName = Literal[
     "auto", "energy", "zip", "permute", "weights", "average", "agglomerative", "c2m3", "kmeans", "mudsc",
@@ -68,7 +69,7 @@ class Recipe:
     @property
     def narrows(self) -> bool:
         """Whether heads may keep fewer features: by need, and where least squares mends what that does to them."""
-        return isinstance(self.width, Budget) and _fits(self.refit)
+        return isinstance(self.width, Budget) and is_least_squares(self.refit)
 
     @property
     def by_position(self) -> bool:
@@ -87,12 +88,16 @@ class Recipe:
         """The defaults filled in.
 
         `refit="auto"` is least squares where there is data, else REPAIR; where there is none and the method looks at
-        weights only, it is "stored". `method="auto"` is `Energy` under least squares, else ZipIt!.
+        weights only, it is "stored". `method="auto"` is `Energy` under least squares, `Permute` under RegMean, else
+        ZipIt!.
 
         >>> Recipe.of("auto", "auto", calibrated=True).method, Recipe.of("auto", "repair", calibrated=True).method
         (Energy(floor=0.01, ridge=1e-05), Zip(alpha=1.0, beta=1.0))
         >>> Recipe.of("weights", "auto", calibrated=False).data_free
         True
+
+        Raises:
+            OptionError: one of them is unknown, or they do not go together (see `pairs`).
         """
         automatic = isinstance(method, str) and method == "auto"
         weights_alone = not automatic and "moments" not in resolve(method).needs
@@ -102,17 +107,16 @@ class Recipe:
 
         corrected = refits(refit)
         if automatic:
-            method = "energy" if _fits(corrected) else "zip"
-        return cls(resolve(method), corrected, refit, width, data_free)
+            method = method_for(corrected)
+
+        chosen = resolve(method)
+        check_pair(chosen, corrected)
+        return cls(chosen, corrected, refit, width, data_free)
 
 
 def _named(refit: str | Refit | None) -> str | None:
     """The name of a refit; "" for one that is an object."""
     return refit if refit is None or isinstance(refit, str) else ""
-
-
-def _fits(refit: Refit) -> bool:
-    return refit is fit_least_squares or isinstance(refit, LeastSquares)
 
 
 @dataclass(frozen=True)

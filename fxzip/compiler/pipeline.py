@@ -100,10 +100,11 @@ def compile_zip(
             `calibration/data_forms.py`). None: the sample input serves; a method
             that looks at weights only ("weights") then runs without any data, with the refit "stored" unless another
             is asked for.
-        method: "auto" ("energy" under least squares, else "zip"), "energy" (features merged within and across models
-            that lose the least if all others may stand in for them), "zip" (ZipIt!, arXiv 2305.03053), "permute" (Git
-            Re-Basin, arXiv 2209.04836), "average", "weights" (Git Re-Basin on weights, no data needed), another of
-            `fxzip.METHODS`, or an object with its settings such as `fxzip.Zip(alpha=0.1, beta=0.5)`.
+        method: "auto" ("energy" under least squares, "permute" under RegMean, else "zip"), "energy" (features merged
+            within and across models that lose the least if all others may stand in for them), "zip" (ZipIt!, arXiv
+            2305.03053), "permute" (Git Re-Basin, arXiv 2209.04836), "average", "weights" (Git Re-Basin on weights, no
+            data needed), another of `fxzip.METHODS`, or an object with its settings such as
+            `fxzip.Zip(alpha=0.1, beta=0.5)`. `docs/methods.md` has the table of those that go with each refit.
         start: where the trunk begins: None (at the input), or a module path or node name of all models, or one name
             for each. What is in front each model computes on its own, a stem for another kind of input say; the
             features that enter the trunk are merged.

@@ -30,19 +30,21 @@ class Method(ABC):
 
     Attributes:
         name: in `fxzip.METHODS`, in messages.
-        one_to_one: whether it pairs features of models of equal widths one to one, and so never does anything but
-            relabel.
         by_position: whether it takes feature i of every model for the same feature, whatever the evidence.
     """
 
     name: ClassVar[str]
-    one_to_one: ClassVar[bool] = False
     by_position: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[Evidence]:
         """The evidence that it asks for."""
         return frozenset({"moments"})
+
+    @property
+    def one_to_one(self) -> bool:
+        """Whether it pairs the features of models of equal widths one to one, and so does nothing but relabel."""
+        return False
 
     @abstractmethod
     def match(self, problem: Problem) -> Sequence[Merge]:

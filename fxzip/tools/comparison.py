@@ -139,7 +139,8 @@ def compare(
         held_out: as in `sweep`.
 
     Raises:
-        DataError, CutError: as in `sweep`. InputError: a method or refit is unknown.
+        DataError, CutError: as in `sweep`. OptionError: a method or refit is unknown, or they do not go
+            together (`docs/methods.md`).
     """
     entries = FIRST_CLASS if methods is None else methods
     chosen = [_Line.of(entry, refit, calibrated=data is not None) for entry in entries]

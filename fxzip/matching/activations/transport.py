@@ -26,6 +26,7 @@ from ..merge import Merge
 from ..method import SpaceMethod
 from ..moments import Moments
 from ..similarities import similarity
+from .permute import Permute
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ class Transport(SpaceMethod):
             raise OptionError(
                 f"`Transport` needs a finite entropy >= 0; got entropy={self.entropy}. The exact coupling is 0."
             )
+
+    @property
+    def one_to_one(self) -> bool:
+        """Whether the coupling of equal widths is a relabelling: without an entropic term."""
+        return not self.entropy
+
+    def relabelling(self) -> Permute:
+        """`Permute`, for couplings of different widths are none."""
+        return Permute()
 
     def __call__(self, moments: Moments, size: int | None = None) -> Merge:
         """The merge to the n_0 features of the first model.

@@ -67,6 +67,11 @@ class MuDSC(Method):
                 f"`inner` must be a method that matches one space by its moments, such as `Zip()`; got {self.inner!r}."
             )
 
+    @property
+    def one_to_one(self) -> bool:
+        """As the inner method."""
+        return self.inner.one_to_one
+
     def match(self, problem: Problem) -> list[Merge]:
         """A merge for every space.
 

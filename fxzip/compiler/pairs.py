@@ -1,0 +1,69 @@
+"""Which methods and refits go together: one table, looked up before anything is traced.
+
+RegMean takes the linear calls of all models for calls on the same features, so it stands behind methods that pair
+features one to one. Every other refit takes whatever merges there are. `docs/methods.md` prints the table.
+"""
+
+from __future__ import annotations
+
+from ..errors import OptionError
+from ..matching import ENTRIES, Method
+from ..refit import REFITS, LeastSquares, Refit, RegMean, fit_least_squares
+
+
+def is_least_squares(refit: Refit) -> bool:
+    """Whether the refit solves every linear call anew, and so makes the best of whatever features there are."""
+    return refit is fit_least_squares or isinstance(refit, LeastSquares)
+
+
+def needs_pairs(refit: Refit) -> bool:
+    """Whether the refit asks for features that are paired one to one."""
+    return isinstance(refit, RegMean)
+
+
+def method_for(refit: Refit) -> str:
+    """What `method="auto"` is in front of a refit.
+
+    >>> [method_for(REFITS[name]) for name in ("lstsq", "repair", "regmean")]
+    ['energy', 'zip', 'permute']
+    """
+    if is_least_squares(refit):
+        return "energy"
+    return "permute" if needs_pairs(refit) else "zip"
+
+
+def check_pair(method: Method, refit: Refit) -> None:
+    """A method and a refit must go together.
+
+    Raises:
+        OptionError: they do not.
+    """
+    if needs_pairs(refit) and not method.one_to_one:
+        raise OptionError(
+            f"`{refit!r}` needs a method that pairs features one to one; found `{method!r}`, which does not. Use "
+            '`method="permute"`, or `method="average"` for networks fine-tuned from one initialisation.'
+        )
+
+
+def go_together(method: Method, refit: Refit) -> bool:
+    """Whether `check_pair` has nothing to say."""
+    try:
+        check_pair(method, refit)
+    except OptionError:
+        return False
+    return True
+
+
+def table_of_pairs() -> str:
+    """All methods by all refits, as Markdown. Bold: what `method="auto"` is in front of the refit."""
+    head = "| method | " + " | ".join("none" if name is None else f"`{name}`" for name in REFITS) + " |"
+    lines = [head, "|---" * (len(REFITS) + 1) + "|"]
+
+    for name, entry in ENTRIES.items():
+        cells = []
+        for refit in REFITS.values():
+            good = "yes" if go_together(entry.method(), refit) else "no"
+            cells.append(f"**{good}**" if method_for(refit) == name else good)
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+
+    return "\n".join(lines)
