@@ -9,6 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxzip
 from fxzip.analysis.flops import flops_by_node
+from fxzip.matching import Merge
+from fxzip.matching.moments import moments
+from fxzip.rewriting.space_facts import lost
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -49,6 +52,37 @@ def test_spaces_name_their_size_and_correlation(zipped):
     assert spaces["layer1.0.conv1.weight"]["size"] == len(zipped.get_parameter("trunk.layer1.0.conv1.weight"))
     assert all(-1 <= space["correlation"] <= 1 for space in spaces.values())
     assert {space["legality"] for space in spaces.values()} == {"free"}
+
+
+@pytest.mark.parametrize("kind", ["clusters", "dense"])
+def test_the_error_of_a_space_is_what_its_features_lose(kind):
+    generator = torch.Generator().manual_seed(0)
+    mixed = [torch.randn(30, n, generator=generator) for n in (40, 50)]
+    x = [(torch.randn(500, 30, generator=generator) @ own + own[0]).double() for own in mixed]
+    if kind == "clusters":
+        merge = Merge.from_clusters(torch.arange(90) % 45, (40, 50))
+    else:
+        matrices = (torch.randn(shape, generator=generator).double() for shape in ((7, 90), (90, 7)))
+        merge = Merge(*matrices, (40, 50), 0.0)
+    both = torch.cat(x, 1)
+    both = both - both.mean(0)
+    rest = (both - both @ merge.merge.T @ merge.unmerge.T).square().sum(0).split([40, 50])
+    whole = both.square().sum(0).split([40, 50])
+    expected = [float(a.sum() / b.sum()) for a, b in zip(rest, whole, strict=True)]
+    assert lost(merge, moments(x)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_features_that_do_not_vary_lose_nothing_that_can_be_told():
+    x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    error = lost(Merge.identity(3, models=2), moments([x, torch.full((100, 3), 0.1)]))
+    assert error[1] is None
+    assert error[0] == pytest.approx(0.25)
+
+
+def test_every_space_has_its_error(zipped):
+    for space in zipped.report["spaces"]:
+        assert space["sizes"] == [space["size"]] * 2
+        assert all(0 <= error < 2 for error in space["error"])
 
 
 def test_the_cut_is_where_it_was_asked_for(zipped):

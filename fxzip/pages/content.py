@@ -84,7 +84,7 @@ class Space:
     legality: str = ""
     reason: str = ""
     correlation: float | None = None
-    errors: tuple[float, ...] | None = None
+    errors: tuple[float | None, ...] | None = None
     folded: tuple[bool, ...] = ()
     head: int | None = None
 

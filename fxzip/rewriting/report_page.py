@@ -128,8 +128,8 @@ def _facts(report: Report) -> dict[str, str]:
     inputs = [f"{own['name']} {own['shape']} {own['dtype']}" for own in report.get("inputs", [])]
     if inputs:
         facts["sample input"] = "; ".join(inputs)
-    if "auto" in report:
-        facts["held-out inputs"] = str(report["auto"].get("held_out", "none"))
+    if "held_out" in report.get("auto", {}):
+        facts["held-out inputs"] = str(report["auto"]["held_out"])
     return facts
 
 

@@ -267,7 +267,7 @@
       ["had", space.sizes.length === names.length ? space.sizes.map((n, k) => `${n} in ${names[k]}`).join(", ") : space.sizes.join(", ")],
       ["kept", String(space.kept)],
       ["correlation", space.correlation === null ? "not observed" : space.correlation.toFixed(3)],
-      ["variance lost", space.errors === null ? "not observed" : space.errors.map((e, k) => `${percent(e)} in ${names[k]}`).join(", ")],
+      ["variance lost", space.errors === null ? "not observed" : space.errors.map((e, k) => `${e === null ? "nothing varies" : percent(e)} in ${names[k]}`).join(", ")],
       ["may be merged", space.legality + (space.reason ? `: ${space.reason}` : "")],
       ["folded into", space.folded.length ? tasks.filter((_, k) => space.folded[k]).join(", ") || "no head" : undefined],
     ]);
