@@ -186,6 +186,7 @@ def test_narrowed_heads_carry_spaces_of_their_own(tmp_path):
     data = data_of(page(made("narrowed"), tmp_path))
     own = [n for n, space in enumerate(data["spaces"]) if space["head"] is not None]
     assert own
+    assert all(data["spaces"][n]["errors"][0] > 0 for n in own)
     for n in own:
         carriers = {node["part"] for node in data["nodes"] if n in node["spaces"]}
         assert carriers == {f"head {data['spaces'][n]['head']}"}
@@ -219,6 +220,21 @@ def test_a_barrier_is_marked_with_its_reason(tmp_path):
     kinds = {node["stop"]["kind"] for node in zipped.report["nodes"].values() if node["stop"]}
     assert kinds & {"barrier", "unmatched"}
     assert reasons <= {*zipped.report["cut"]["ends"].values(), *zipped.report["barriers"]}
+
+
+@pytest.mark.parametrize("name", ["plain", "three", "bert"])
+def test_it_shows_how_good_and_how_fast_the_zip_is(name, tmp_path):
+    zipped = made(name)
+    text = re.sub(r"\s+", " ", "".join(page(zipped, tmp_path).text))
+    report = zipped.report
+    assert report.headline in text
+    seconds = report["latency"]
+    assert f"{seconds['zipped'] / seconds['side_by_side']:.2f}× latency of" in text
+    heads = [] if report["agreement"] is None else report["agreement"]["heads"]
+    for head in heads:
+        same = head["same_class"]
+        assert (f"off by {100 * head['relative_error']:.1f} %" if same is None else f"{100 * same:.1f} %") in text
+    assert bool(heads) == (name != "bert")  # which has no data
 
 
 def test_it_is_the_same_behind_save_and_load(tmp_path):
@@ -344,7 +360,7 @@ def test_an_inspection_in_a_notebook():
 def test_a_network_in_a_notebook():
     zipped = made("three")
     html = zipped._repr_html_()
-    for told in (str(zipped.report).partition("\n")[0], *zipped.tasks, *(s["name"] for s in zipped.report["spaces"])):
+    for told in (zipped.report.headline, *zipped.tasks, *(s["name"] for s in zipped.report["spaces"])):
         assert told in html
     single = zipped.single(0)
     assert not hasattr(single, "_repr_html_")

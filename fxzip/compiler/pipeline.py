@@ -221,7 +221,8 @@ def assemble(
             *observed.trunk.notes, *found.notes, *tried.notes, *calibration.notes, *widths.notes, *fit_notes(zipped),
         ],
     }  # fmt: skip
-    report = make_report(zipped, zipping, settings)
+    moments = {k: one.moments for k, one in solo.items()}
+    report = make_report(zipped, zipping, settings, observed.moments, moments)
     zipped.meta["fxzip_report"] = report.noting(*overspent(report, recipe.width), *_saves_nothing(report))
     return zipped
 

@@ -97,7 +97,9 @@ class Task:
         original, own: FLOPs of its network, and of those in the zip what it does not share.
         parameters: that it does not share.
         unmerges, mixed: how many values are given back to it, and how many of these by a matrix product.
-        agreement: with its original on held-out inputs; None where it was not measured.
+        agreement: the share of held-out inputs on which it gives the class that its original gives, None if unknown.
+        error: where it gives no classes, how far it is off its original, ‖z - y‖ / ‖y‖.
+        held_out: how many inputs these were.
         stops: why sharing stops.
     """
 
@@ -108,6 +110,8 @@ class Task:
     unmerges: int
     mixed: int
     agreement: float | None = None
+    error: float | None = None
+    held_out: int = 0
     stops: tuple[Stop, ...] = ()
 
 
@@ -124,7 +128,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Page:
-    """All that is on the page of a zipped network."""
+    """All that is on the page of a zipped network. `latency`: seconds of the zip, of the first network, and of all."""
 
     title: str
     headline: str
@@ -138,4 +142,5 @@ class Page:
     points: tuple[Point, ...] = ()
     measure: str = "agreement"
     text: str = ""
+    latency: tuple[float, float, float] | None = None
     version: str = ""

@@ -83,7 +83,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    result.filters |= {"count": _count, "percent": _percent, "ratio": _ratio, "prose": _prose}
+    result.filters |= {"count": _count, "percent": _percent, "ratio": _ratio, "prose": _prose, "seconds": _seconds}
     return result
 
 
@@ -115,6 +115,15 @@ def _prose(text: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _seconds(time: float) -> str:
+    """A time in milliseconds.
+
+    >>> _seconds(0.01234)
+    '12.3 ms'
+    """
+    return f"{1000 * time:.3g} ms"
 
 
 def _ratio(part: float, whole: float) -> str:

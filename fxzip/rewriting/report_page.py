@@ -36,10 +36,9 @@ def page_of(zipped: ZippedModule, report: Report, table: Sequence[Mapping[str, A
     groups, inside = grouped(places.placed())
     nodes = Nodes(zipped, facts, first, places, inside).nodes()
     nodes, spaces = _in_order(nodes, spaces)
-    lines = str(report).splitlines()
     return Page(
         title=" + ".join(names) if report.tasks else f"{report['models']} networks in one",
-        headline=lines[0],
+        headline=report.headline,
         costs=tuple(_costs(name, report[key]) for name, key in _COSTS),
         tasks=tuple(_task(k, name, report, zipped, nodes) for k, name in enumerate(names)),
         nodes=nodes,
@@ -49,7 +48,8 @@ def page_of(zipped: ZippedModule, report: Report, table: Sequence[Mapping[str, A
         facts=_facts(report),
         points=(*(_tried(report) if measure == WORST else ()), *points),
         measure=measure,
-        text="\n".join(lines),
+        text=str(report),
+        latency=_latency(report),
         version=str(getattr(sys.modules[__name__.partition(".")[0]], "__version__", "")),
     )
 
@@ -95,14 +95,30 @@ def _task(k: int, name: str, report: Report, zipped: ZippedModule, nodes: Sequen
     stem = flops.get("stems", [0] * len(flops["heads"]))[k]
     targets = {node.name: node.target for node in zipped.graph.nodes}
     given = [targets[node.name] for node in own if node.role == "unmerge"]
-    auto = report.get("auto", {}).get("agreement")
     parameters = report["parameters"]
     stops = dict.fromkeys(node.stop for node in own if node.begins and node.stop is not None)
     return Task(
         name, flops["originals"][k], flops["heads"][k] + stem,
         parameters["heads"][k] + parameters.get("stems", [0] * len(flops["heads"]))[k], len(given),
-        sum(target is mix for target in given), None if auto is None else auto[k], tuple(stops),
+        sum(target is mix for target in given), *_agreement(report, k), tuple(stops),
     )  # fmt: skip
+
+
+def _agreement(report: Report, k: int) -> tuple[float | None, float | None, int]:
+    """How far a head agrees with its original: share of the same class, else relative error; and on how many inputs."""
+    found, auto = report.get("agreement"), report.get("auto", {})
+    if found:
+        same = found["heads"][k]["same_class"]
+        return same, None if same is not None else found["heads"][k]["relative_error"], found["inputs"][k]
+    if "agreement" in auto:
+        return auto["agreement"][k], None, auto["held_out"]
+    return None, None, 0
+
+
+def _latency(report: Report) -> tuple[float, float, float] | None:
+    """Seconds of the zip, of the first network, and of all side by side."""
+    found = report.get("latency")
+    return None if not found else (found["zipped"], found["originals"][0], found["side_by_side"])
 
 
 def _tried(report: Report) -> list[Point]:
@@ -128,8 +144,8 @@ def _facts(report: Report) -> dict[str, str]:
     inputs = [f"{own['name']} {own['shape']} {own['dtype']}" for own in report.get("inputs", [])]
     if inputs:
         facts["sample input"] = "; ".join(inputs)
-    if "held_out" in report.get("auto", {}):
-        facts["held-out inputs"] = str(report["auto"]["held_out"])
+    if report.get("agreement"):
+        facts["held-out inputs"] = ", ".join(str(n) for n in dict.fromkeys(report["agreement"]["inputs"]))
     return facts
 
 
@@ -176,7 +192,7 @@ def network_brief(zipped: ZippedModule) -> str:
 
 def _in_brief(report: Report) -> dict[str, Any]:
     return {
-        "headline": str(report).partition("\n")[0],
+        "headline": report.headline,
         "names": task_names(report),
         "notes": report.notes,
         "spaces": _spaces(report)[0],
