@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FxzipError(Exception):
     """Base of all errors of fxzip."""
@@ -66,6 +68,20 @@ class LoadError(FxzipError):
 
 class SaveError(FxzipError):
     """A network holds what a saved folder cannot hold, or the folder holds something else."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a search or a table, with what was done by then.
+
+    Attributes:
+        zipped: the best network so far; None where a table was being made.
+        table: the rows so far; None where a search was going on.
+    """
+
+    def __init__(self, message: str, *, zipped: Any = None, table: Any = None) -> None:
+        super().__init__(message)
+        self.zipped = zipped
+        self.table = table
 
 
 class FxzipWarning(UserWarning):

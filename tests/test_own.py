@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo import randomise
 
 import fxzip
 from fxzip.analysis import relative_difference
@@ -269,3 +270,28 @@ def test_weights_read_through_a_call_are_weights():
     assert len(zipped.report["spaces"]) == 2
     for found, model in zip(zipped(X), (a, b), strict=True):
         assert relative_difference(model(X), found) <= 1e-9
+
+
+class GatedParts(nn.Module):
+    """A scalar gate, behind a write in place and a Python loop over parts, whose number is guarded."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+        self.alpha = nn.Parameter(torch.rand(()) + 0.5)
+
+    def forward(self, x):
+        h = self.first(x)
+        h[h < 0.1] = 0
+        h = sum(self.second(part) for part in h.chunk(2, 1))
+        return self.head(torch.relu(self.alpha.reshape(1, 1) * h))
+
+
+def test_lifting_keeps_guards_and_what_is_known_of_memory():
+    models = [randomise(GatedParts(), seed).double() for seed in range(2)]
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)).double()
+    zipped = fxzip.compile_zip(models, x[:4], data=[x], progress=False)
+    assert "second" in " ".join(zipped.report["cut"]["modules"]) or "relu" in " ".join(zipped.report["cut"]["after"])
+    twin = fxzip.compile_zip(models[0], fxzip.relabel(models[0], x[:4]), x[:4], data=[x], progress=False)
+    for found in twin(x):
+        torch.testing.assert_close(found, models[0](x), rtol=1e-6, atol=1e-6)

@@ -42,6 +42,7 @@ class Labelling:
     rewritten: Mapping[str, Mapping[str, Fields]] = field(
         default_factory=dict
     )  # writer -> node -> its fields from then
+    discrete: frozenset[str] = frozenset()  # nodes that give a tensor of booleans or integers
 
     def fields_after(self, node: str, done: Collection[str]) -> Fields:
         """The fields of a node's value once the calls in `done` have written into its memory."""
@@ -65,6 +66,7 @@ class _Run(fx.Interpreter):
         self.touches: dict[str, frozenset[str]] = {}
         self.seen: dict[str, tuple[Tensor, ...]] = {}
         self.dynamic: set[str] = set()
+        self.discrete: set[str] = set()
         self.numbers: set[fx.Node] = set()  # what depends on numbers among the arguments
         self.rewritten: dict[str, dict[str, Fields]] = {}
 
@@ -86,6 +88,8 @@ class _Run(fx.Interpreter):
         self.seen[n.name] = tuple(state.seen.values())
         if isinstance(value, Tensor):
             self.fields[n.name] = state.entry(value).fields
+            if not value.is_floating_point() and not value.is_complex():
+                self.discrete.add(n.name)
         if self._reads_numbers(n, value):
             self.numbers.add(n)
             for tensor in leaves(value):
@@ -167,5 +171,5 @@ def label(program: Program, rules: Mapping[str, Rule] | None = None) -> Labellin
     return Labelling(
         program, state.ledger.size, dict(state.params), run.facts, run.fields, run.touches,
         frozenset(run.dynamic), run.seen, tuple(state.sites), tuple(state.barriers), tuple(state.probed),
-        run.rewritten,
+        run.rewritten, frozenset(run.discrete),
     )  # fmt: skip

@@ -24,6 +24,10 @@ def as_batch(sample: Call) -> Any:
     return sample.kwargs or sample.args
 
 
+Watch = Callable[[str, Iterator[tuple[int, Call]], int | None], Iterator[tuple[int, Call]]]
+"""Gives the batches of a pass on: name of the stage, the batches, how many there are if that is known."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Batches of all sources. Calling it gives a fresh iterable; each stage may iterate as often as it needs.
@@ -36,7 +40,8 @@ class Calibration:
         notes: for the report.
         without: drops inputs from the calls of a pass (see `holdout.py`); None: nothing is dropped.
         given: the user gave data; else the sample serves.
-        counts: how many inputs each pass gave that went to its end.
+        watch: shows each batch of a pass as it comes; None: a bar of its own for each pass, if `show`.
+        counts: how many inputs and batches each pass gave that went to its end.
     """
 
     sources: tuple[Iterable[Any], ...]
@@ -46,7 +51,8 @@ class Calibration:
     notes: list[str] = field(default_factory=list)
     without: Callable[[Iterator[tuple[int, Call]]], Iterator[tuple[int, Call]]] | None = None
     given: bool = True
-    counts: list[int] = field(default_factory=list)
+    watch: Watch | None = None
+    counts: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -101,21 +107,25 @@ class Calibration:
     @property
     def inputs(self) -> int | None:
         """How many inputs the last pass gave; None before one went to its end."""
-        return self.counts[-1] if self.counts else None
+        return self.counts[-1][0] if self.counts else None
 
     def _counted(self, stage: str) -> Iterator[tuple[int, Call]]:
-        total = 0
-        calls = self._calls(stage)
+        inputs = passed = 0
+        calls = self._shown(stage)
         for number, call in calls if self.without is None else self.without(calls):
-            total += batch_size(call) or 1
+            inputs += batch_size(call) or 1
+            passed += 1
             yield number, call
-        self.counts.append(total)
+        self.counts.append((inputs, passed))
 
-    def _calls(self, stage: str) -> Iterator[tuple[int, Call]]:
+    def _shown(self, stage: str) -> Iterator[tuple[int, Call]]:
+        if self.watch is not None:
+            return self.watch(stage, self._calls(), self.counts[-1][1] if self.counts else None)
+        return iter(tqdm(self._calls(), desc=stage, unit="batch", disable=not self.show, leave=False))
+
+    def _calls(self) -> Iterator[tuple[int, Call]]:
         for number, source in enumerate(self.sources):
-            for call in tqdm(
-                batches(source, self.sample), desc=stage, unit="batch", disable=not self.show, leave=False
-            ):
+            for call in batches(source, self.sample):
                 yield number, call
 
 

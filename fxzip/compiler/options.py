@@ -206,7 +206,6 @@ class Options:
         verify: the analysis checks itself.
         strict: a place where features cannot be matched is an error.
         by_position: features that cannot be matched are averaged place by place.
-        progress: show a bar; None: on a terminal only.
         max_batches: most batches of each source that are read in a pass.
         rules: by ATen call; None: `fxzip.RULES`.
     """
@@ -217,6 +216,5 @@ class Options:
     verify: bool = True
     strict: bool = False
     by_position: bool = False
-    progress: bool | None = None
     max_batches: int = MAX_BATCHES
     rules: Mapping[str, Rule] | None = None

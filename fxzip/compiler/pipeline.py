@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
+from ..errors import Interrupted
 from ..matching import Method
 from ..partition.cut_points import SharedLayers
 from ..refit import Refit, fit_notes, record_statistics
@@ -42,6 +44,7 @@ from .options import (
     RefitName,
     cut_request,
 )
+from .progress import Display
 from .search import best_agreeing, deepest_agreeing, earliest_affordable, exactly_shared
 from .session import Candidate, Session
 
@@ -131,7 +134,8 @@ def compile_zip(
             originals on these. With `until="auto"`, which compares zips on them, it is every fifth.
         verify: check the analysis by relabelling at random.
         strict: raise `BarrierError` where a call without a rule, or features that cannot be matched, stop the sharing.
-        progress: show a bar; None: on a terminal only.
+        progress: show a bar; None: on a terminal or in a notebook only. Without one each stage is a line in the log
+            `fxzip`, at the level INFO.
         max_batches: most batches of `data` (of each source) that are read in a pass, since a loader may have no end;
             the report says so if there may have been more.
         rules: rule table for ATen calls, `fxzip.RULES | {...}`; None: `fxzip.RULES`.
@@ -143,7 +147,8 @@ def compile_zip(
 
     Raises:
         InputError, OptionError, CostError, TraceError, AlignError, CutError, DataError, BarrierError,
-            SelfCheckError: see `fxzip.errors`.
+            SelfCheckError: see `fxzip.errors`. Interrupted: Ctrl-C during `until="auto"`, once there is a zip that
+            will do: `error.zipped` is the best so far.
     """
     given = Given.of(models if sample_input is None else (*models, sample_input))
     by_need = width == "auto"
@@ -152,42 +157,47 @@ def compile_zip(
     cut = cut_request(until, min_agreement, max_cost, by_need=by_need)
     options = Options(
         start=start, joint=joint, hold_out=hold_out, verify=verify, strict=strict, by_position=recipe.by_position,
-        progress=progress, max_batches=max_batches, rules=rules,
+        max_batches=max_batches, rules=rules,
     )  # fmt: skip
-    compares = isinstance(cut, (DeepestAgreeing, BestWithin))
-    session = Session.open(given, data, options, fifth='`until="auto"`' if compares else "", data_free=recipe.data_free)
-    return finished(session, _zipped(session, recipe, cut))
+    fifth = '`until="auto"`' if isinstance(cut, (DeepestAgreeing, BestWithin)) else ""
+    with Display(show=progress) as display:
+        session = Session.open(given, data, options, display, fifth=fifth, data_free=recipe.data_free)
+        try:
+            return finished(session, _zipped(session, recipe, cut))
+        except Interrupted as stop:
+            stop.zipped = None if stop.zipped is None else session.named(session.shifted(stop.zipped))
+            raise
 
 
 def _zipped(session: Session, recipe: Recipe, cut: CutRequest) -> ZippedModule:
     """The zip at the cut that is asked for, or that is found."""
-    match cut:
-        case FixedCut(until):
-            candidate = session.candidate(until, recipe)
-            return assemble(session, candidate, recipe, session.solo([candidate.observed.trunk], recipe))
-        case EarliestAffordable(limit):
-            return earliest_affordable(
-                session.candidates(recipe, observe_now=False),
-                lambda one: assemble(
-                    session, replace(one, observed=session.observed(one.observed.trunk, recipe)), recipe
-                ),
-                limit,
-            )
+    if isinstance(cut, FixedCut):
+        return _at(session, recipe, cut.until)
+    if isinstance(cut, EarliestAffordable):
+        return earliest_affordable(
+            session, session.candidates(recipe, observe_now=False), partial(_observed_and_assembled, session, recipe),
+            cut.max_cost,
+        )  # fmt: skip
+
     exact = session.survey.shared_layers
     if isinstance(cut, DeepestAgreeing) and exact is not None and _share(session, exact) >= SMALL_TRUNK:
-        candidate = session.candidate(exact.until, recipe)
-        return exactly_shared(assemble(session, candidate, recipe), exact.until)
+        return exactly_shared(_at(session, recipe, exact.until), exact.until)
 
-    assert session.held is not None  # the session was opened for a search
     candidates = session.candidates(recipe)
     solo = session.solo([one.observed.trunk for one in candidates], recipe)
-
-    def build(candidate: Candidate) -> ZippedModule:
-        return assemble(session, candidate, recipe, solo)
-
+    build = partial(_assembled, session, recipe, solo)
     if isinstance(cut, BestWithin):
-        return best_agreeing(candidates, build, session.held, cut.max_cost)
-    return deepest_agreeing(candidates, build, session.held, cut.min_agreement)
+        return best_agreeing(session, candidates, build, cut.max_cost)
+    return deepest_agreeing(session, candidates, build, cut.min_agreement)
+
+
+def _at(session: Session, recipe: Recipe, until: str | float | None) -> ZippedModule:
+    candidate = session.candidate(until, recipe)
+    return assemble(session, candidate, recipe, session.solo([candidate.observed.trunk], recipe))
+
+
+def _assembled(session: Session, recipe: Recipe, solo: Mapping[int, Observed], candidate: Candidate) -> ZippedModule:
+    return assemble(session, candidate, recipe, solo)
 
 
 def _observed_and_assembled(session: Session, recipe: Recipe, candidate: Candidate) -> ZippedModule:
@@ -200,16 +210,21 @@ def assemble(
 ) -> ZippedModule:
     """The stages behind the observation: plan -> rewrite -> refit -> report. `solo`: what `Session.solo` gives."""
     found, calibration, observed = session.survey, session.calibration, candidate.observed
+    stage = session.display.stage
     tried = found.sound(observed.trunk)
     if tried.trunk is not observed.trunk:
         observed = session.observed(tried.trunk, recipe)
 
-    widths = choose_widths(observed, recipe.width, found.flops, solo)
-    whole = plan(observed.trunk, observed.moments, recipe.method, widths.kept)
-    zipping = narrowed(whole, solo, widths.heads, recipe.method)
-    zipped = rewrite(zipping)
-    zipped = recipe.refit(zipped, zipping, calibration("refitting"))
-    zipped = record_statistics(zipped, calibration("recording statistics"))
+    with stage("matching"):
+        widths = choose_widths(observed, recipe.width, found.flops, solo)
+        whole = plan(observed.trunk, observed.moments, recipe.method, widths.kept)
+        zipping = narrowed(whole, solo, widths.heads, recipe.method)
+    with stage("rewriting"):
+        zipped = rewrite(zipping)
+    with stage("refitting"):
+        zipped = recipe.refit(zipped, zipping, calibration("refitting"))
+    with stage("recording statistics"):
+        zipped = record_statistics(zipped, calibration("recording statistics"))
     reuse_memory(zipped)
 
     settings = {
@@ -235,8 +250,9 @@ def _share(session: Session, exact: SharedLayers) -> float:
 
 def finished(session: Session, zipped: ZippedModule) -> ZippedModule:
     """The zip with what is asked of its heads together, its names, and how good and how fast it is."""
-    zipped = session.shifted(zipped)
-    zipped.meta["fxzip_report"] = judged(session, zipped)
+    with session.display.stage("judging"):
+        zipped = session.shifted(zipped)
+        zipped.meta["fxzip_report"] = judged(session, zipped)
     return session.named(zipped)
 
 

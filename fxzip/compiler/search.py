@@ -10,15 +10,18 @@ it, then those halfway between the best and its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import ceil, log2
 from typing import Any
 
 from ..calibration.holdout import HeldOut
-from ..errors import CostError, CutError
+from ..errors import CostError, CutError, Interrupted
 from ..partition.cut_points import Cut
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
-from .session import Candidate
+from .session import Candidate, Session
 
 Build = Callable[[Candidate], ZippedModule]
 """Zips at a cut."""
@@ -45,29 +48,103 @@ def deepest(count: int, passes: Callable[[int], bool]) -> int:
     return low
 
 
-def deepest_agreeing(candidates: Sequence[Candidate], build: Build, held: HeldOut, minimum: float) -> ZippedModule:
+@dataclass(eq=False)
+class _Trials:
+    """The zips of one search, each cut tried once at most.
+
+    Attributes:
+        session: has the inputs that are held out.
+        candidates: in a row, from the least shared to the most.
+        build: makes a zip.
+        agreement: of every head, by the number of the cut; empty where no zip can be had.
+        costs: by the number of the cut, relative to the first model.
+        best: the best zip so far, and the number of its cut.
+    """
+
+    session: Session
+    candidates: Sequence[Candidate]
+    build: Build
+    agreement: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    costs: dict[int, float] = field(default_factory=dict)
+    best: tuple[int, ZippedModule] | None = None
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """Where the trunk may end."""
+        return [candidate.cut for candidate in self.candidates]
+
+    @property
+    def held(self) -> HeldOut:
+        """Inputs that nothing was fitted on."""
+        assert self.session.held is not None  # the session was opened for a search
+        return self.session.held
+
+    def made(self, place: int) -> ZippedModule:
+        """The zip at a cut, judged."""
+        self.session.display.about(f"cut {_place(self.cuts[place])}, {len(self.agreement) + 1}. try")
+        zipped = self.build(self.candidates[place])
+        self.agreement[place], self.costs[place] = self.held.agreement(zipped), zipped.report.cost
+        return zipped
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Ctrl-C gives the best zip so far back, if there is one."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            if self.best is None:
+                raise
+            place = self.best[0]
+            done, cut = len(self.costs), _place(self.cuts[place])
+            text = f"the search was interrupted after {done} zips; {cut} is the best of them"
+            noted = self.noted({"until": self.cuts[place].until, "interrupted": True}, text)
+            raise Interrupted(f"{text}: `error.zipped` holds it.", zipped=noted) from stop
+
+    def noted(self, values: dict[str, Any], note: str) -> ZippedModule:
+        """The best zip, with what its report says of the search."""
+        assert self.best is not None
+        place, zipped = self.best
+        found = {"agreement": self.agreement[place], "held_out": self.held.size, "frontier": self.frontier}
+        evaluations = {self.cuts[i].until: min(heads) for i, heads in sorted(self.agreement.items()) if heads}
+        return _noted(zipped, {**values, **found, "evaluations": evaluations}, note)
+
+    @property
+    def frontier(self) -> list[dict[str, Any]]:
+        """Every zip that was tried: its cut, its cost relative to the first model, the agreement of its heads."""
+        return [
+            {"until": self.cuts[place].until, "cost": self.costs[place], "agreement": list(self.agreement[place])}
+            for place in sorted(self.costs)
+        ]
+
+    @property
+    def agreeing(self) -> str:
+        """The agreement of the best zip's heads, in words."""
+        assert self.best is not None
+        heads = ", ".join(f"{value:.3f}" for value in self.agreement[self.best[0]])
+        return f"{heads} of {self.held.size} held-out inputs, on which nothing was fitted"
+
+
+def deepest_agreeing(session: Session, candidates: Sequence[Candidate], build: Build, minimum: float) -> ZippedModule:
     """The zip of the deepest cut every head of which agrees on `minimum` of the held-out inputs.
 
     `zipped.report["auto"]` holds the cut, the agreement of the heads, and every cut that was tried with what it costs.
 
     Raises:
-        CutError: none does.
+        CutError: none does. Interrupted: Ctrl-C, once one does.
     """
-    cuts = [candidate.cut for candidate in candidates]
-    tried: dict[int, tuple[float, ...]] = {}
-    costs: dict[int, float] = {}
-    best: list[ZippedModule] = []
+    trials = _Trials(session, candidates, build)
+    session.display.expect(1 + ceil(log2(max(len(candidates), 1))))
 
     def passes(place: int) -> bool:
-        zipped = build(candidates[place])
-        tried[place], costs[place] = held.agreement(zipped), zipped.report.cost
-        if min(tried[place]) < minimum:
-            return False
-        best[:] = [zipped]
-        return True
+        zipped = trials.made(place)
+        agrees = min(trials.agreement[place]) >= minimum
+        if agrees:
+            trials.best = place, zipped
+        return agrees
 
-    place = deepest(len(cuts), passes)
-    evaluations = {cuts[i].until: min(heads) for i, heads in tried.items()}
+    with trials.interruptible():
+        place = deepest(len(candidates), passes)
+    cuts, tried = trials.cuts, trials.agreement
     if place < 0:
         first = min(tried)
         raise CutError(
@@ -76,16 +153,14 @@ def deepest_agreeing(candidates: Sequence[Candidate], build: Build, held: HeldOu
             '`min_agreement`, pass more `data`, try `refit="lstsq"`, or keep the models apart with '
             "`fxzip.side_by_side`."
         )
-    heads = ", ".join(f"{value:.3f}" for value in tried[place])
     note = (
         f'`until="auto"` chose {_place(cuts[place])} of {len(cuts)} cuts by {len(tried)} evaluations: the heads agree '
-        f"on {heads} of {held.size} held-out inputs, on which nothing was fitted"
+        f"on {trials.agreeing}"
     )
-    values = {"until": cuts[place].until, "agreement": tried[place], "held_out": held.size, "evaluations": evaluations}
-    return _noted(best[0], {**values, "frontier": _frontier(cuts, tried, costs)}, note)
+    return trials.noted({"until": cuts[place].until}, note)
 
 
-def earliest_affordable(candidates: Sequence[Candidate], build: Build, limit: float) -> ZippedModule:
+def earliest_affordable(session: Session, candidates: Sequence[Candidate], build: Build, limit: float) -> ZippedModule:
     """The zip of the earliest cut that costs at most `limit`: of those, the one that shares least.
 
     Raises:
@@ -94,9 +169,9 @@ def earliest_affordable(candidates: Sequence[Candidate], build: Build, limit: fl
     cuts = [candidate.cut for candidate in candidates]
     first = next((i for i, cut in enumerate(cuts) if cut.cost <= limit), len(cuts) - 1)
     for place in range(first, len(cuts)):  # unmerging may cost a little more than a cut lets expect
+        session.display.about(f"cut {_place(cuts[place])}")
         zipped = build(candidates[place])
-        flops = zipped.report["flops"]
-        cost = flops["total"] / flops["originals"][0]
+        cost = zipped.report.cost
         if cost <= limit:
             note = f'`until="auto"` chose {_place(cuts[place])} of {len(cuts)} cuts: cost {cost:.3f} of at most {limit}'
             return _noted(zipped, {"until": cuts[place].until, "cost": cost}, note)
@@ -106,62 +181,53 @@ def earliest_affordable(candidates: Sequence[Candidate], build: Build, limit: fl
     )
 
 
-def best_agreeing(candidates: Sequence[Candidate], build: Build, held: HeldOut, limit: float) -> ZippedModule:
+def best_agreeing(session: Session, candidates: Sequence[Candidate], build: Build, limit: float) -> ZippedModule:
     """The zip of the cut whose heads agree best on average, of some; every zip takes at most `limit` by its widths.
 
     Raises:
-        CutError: at none of the cuts tried a zip can be had at that cost.
+        CutError: at none of the cuts tried a zip can be had at that cost. Interrupted: Ctrl-C, once there is one.
     """
-    cuts = [candidate.cut for candidate in candidates]
-    tried: dict[int, tuple[float, ...]] = {}
-    costs: dict[int, float] = {}
-    best: list[tuple[float, int, ZippedModule]] = []
+    trials = _Trials(session, candidates, build)
+    session.display.expect(_COARSE + 2)
 
     def attempt(place: int) -> None:
-        if place in tried:
+        if place in trials.agreement:
             return
         try:
-            zipped = build(candidates[place])
+            zipped = trials.made(place)
         except CostError:
-            tried[place] = ()
+            trials.agreement[place] = ()
             return
-        tried[place], costs[place] = held.agreement(zipped), zipped.report.cost
-        score = sum(tried[place]) / len(tried[place])
-        if not best or (score, place) > best[0][:2]:
-            best[:] = [(score, place, zipped)]
+        if trials.best is None or (_mean(trials, place), place) > (_mean(trials, trials.best[0]), trials.best[0]):
+            trials.best = place, zipped
 
-    last = len(cuts) - 1
+    last = len(candidates) - 1
     coarse = sorted({round(last * i / (_COARSE - 1)) for i in range(_COARSE)})
-    for place in coarse:
-        attempt(place)
-    if not best:
-        raise CutError(
-            f"`max_cost={limit}` must be in reach; what has to keep its size takes more at each of {len(cuts)} cuts. "
-            "Raise it."
-        )
-    middle = best[0][1]
-    for place in (coarse[i] for i in (coarse.index(middle) - 1, coarse.index(middle) + 1) if 0 <= i < len(coarse)):
-        attempt((place + middle) // 2)
-    _, place, zipped = best[0]
-    cost = costs[place]
-    heads = ", ".join(f"{value:.3f}" for value in tried[place])
-    evaluations = {cuts[i].until: min(found) for i, found in sorted(tried.items()) if found}
+    with trials.interruptible():
+        for place in coarse:
+            attempt(place)
+        if trials.best is None:
+            raise CutError(
+                f"`max_cost={limit}` must be in reach; what has to keep its size takes more at each of "
+                f"{len(candidates)} cuts. Raise it."
+            )
+        middle = trials.best[0]
+        here = coarse.index(middle)
+        for place in coarse[max(here - 1, 0) : here] + coarse[here + 1 : here + 2]:
+            attempt((place + middle) // 2)
+
+    place = trials.best[0]
+    cut, cost = trials.cuts[place], trials.costs[place]
     note = (
-        f'`until="auto"` chose {_place(cuts[place])} of {len(cuts)} cuts by {len(evaluations)} evaluations: cost '
-        f"{cost:.3f} of at most {limit}, the heads agree on {heads} of {held.size} held-out inputs, on which nothing "
-        "was fitted"
+        f'`until="auto"` chose {_place(cut)} of {len(candidates)} cuts by {len(trials.costs)} evaluations: cost '
+        f"{cost:.3f} of at most {limit}, the heads agree on {trials.agreeing}"
     )
-    values = {"until": cuts[place].until, "cost": cost, "agreement": tried[place], "held_out": held.size}
-    return _noted(zipped, {**values, "evaluations": evaluations, "frontier": _frontier(cuts, tried, costs)}, note)
+    return trials.noted({"until": cut.until, "cost": cost}, note)
 
 
-def _frontier(
-    cuts: Sequence[Cut], tried: dict[int, tuple[float, ...]], costs: dict[int, float]
-) -> list[dict[str, Any]]:
-    """Every zip that was tried: its cut, its cost relative to the first model, the agreement of its heads."""
-    return [
-        {"until": cuts[place].until, "cost": costs[place], "agreement": list(tried[place])} for place in sorted(costs)
-    ]
+def _mean(trials: _Trials, place: int) -> float:
+    heads = trials.agreement[place]
+    return sum(heads) / len(heads)
 
 
 def exactly_shared(zipped: ZippedModule, until: str) -> ZippedModule:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..widths.narrow_heads import behind
 from ..widths.observed import Observed
 from .arguments import Given, data_of
 from .options import Options, Recipe
+from .progress import Display
 from .survey import Survey, cuts_and_trunks, survey
 
 
@@ -48,6 +49,7 @@ class Session:
     Attributes:
         given: the models, the sample input, and the names of the tasks.
         options: of the request.
+        display: shows how far the request is.
         survey: what is known of the models.
         calibration: the inputs that are fitted on.
         held: inputs that nothing is fitted on; None where there are none.
@@ -55,13 +57,14 @@ class Session:
 
     given: Given
     options: Options
+    display: Display
     survey: Survey
     calibration: Calibration
     held: HeldOut | None
 
     @classmethod
     def open(
-        cls, given: Given, data: Any, options: Options, *, fifth: str = "", held_out: Any = None,
+        cls, given: Given, data: Any, options: Options, display: Display, *, fifth: str = "", held_out: Any = None,
         data_free: bool = False,
     ) -> Session:  # fmt: skip
         """Look at the models, and hold inputs out.
@@ -70,6 +73,7 @@ class Session:
             given: the models and the sample input.
             data: as in `compile_zip`.
             options: of the request.
+            display: shows how far the request is.
             fifth: what needs every fifth input held out, and ten at least, for the error; "": a tenth will do.
             held_out: batches to hold out instead.
             data_free: nothing is read from data.
@@ -83,24 +87,25 @@ class Session:
         if data_free:
             calibration = Calibration.none(call)
         else:
-            calibration = _calibration(given, data, options)
+            calibration = _calibration(given, data, options, display)
         if options.joint:
             needs_tasks(calibration, len(models))
 
-        found = survey(models, call, options, others=other_shapes(calibration, call))
+        found = survey(models, call, options, others=other_shapes(calibration, call), display=display)
         programs = found.alignment.programs
         if options.joint:
             needs_classifiers(programs)
 
         held: HeldOut | None = None
-        if held_out is not None:
-            batches = _calibration(given, held_out, options)("holding out")
-            held = HeldOut.of(list(batches.by_source()), programs)
-        elif fifth:
-            calibration, held = hold_out(calibration, programs, every=EVERY_FIFTH, needed_by=fifth)
-        elif options.hold_out and data is not None:
-            calibration, held = hold_out(calibration, programs, every=EVERY_TENTH)
-        return cls(given, options, found, calibration, held)
+        with display.stage("holding out"):
+            if held_out is not None:
+                batches = _calibration(given, held_out, options, display)("holding out")
+                held = HeldOut.of(list(batches.by_source()), programs)
+            elif fifth:
+                calibration, held = hold_out(calibration, programs, every=EVERY_FIFTH, needed_by=fifth)
+            elif options.hold_out and data is not None:
+                calibration, held = hold_out(calibration, programs, every=EVERY_TENTH)
+        return cls(given, options, display, found, calibration, held)
 
     def candidate(self, until: str | float | None, recipe: Recipe) -> Candidate:
         """The trunk that ends at `until`, or as late as is sound."""
@@ -118,7 +123,8 @@ class Session:
         return self._observed_all([Cut.of(cut) for cut in cuts], trunks, recipe)
 
     def _observed_all(self, cuts: Sequence[Cut], trunks: Sequence[Trunk], recipe: Recipe) -> list[Candidate]:
-        moments = observe_all(trunks, self.calibration("observing") if recipe.observes else ())
+        with self.display.stage("observing"):
+            moments = observe_all(trunks, self.calibration("observing") if recipe.observes else ())
         return [Candidate(cut, Observed(trunk, own)) for cut, trunk, own in zip(cuts, trunks, moments, strict=True)]
 
     def _unobserved(self, cuts: Sequence[Cut], trunks: Sequence[Trunk]) -> list[Candidate]:
@@ -126,7 +132,8 @@ class Session:
 
     def observed(self, trunk: Trunk, recipe: Recipe) -> Observed:
         """A trunk with what the data show of it, if the recipe asks for that."""
-        return Observed(trunk, observe(trunk, self.calibration("observing") if recipe.observes else ()))
+        with self.display.stage("observing"):
+            return Observed(trunk, observe(trunk, self.calibration("observing") if recipe.observes else ()))
 
     def solo(self, trunks: Iterable[Trunk], recipe: Recipe) -> Mapping[int, Observed]:
         """The models by themselves, by number, if heads behind some of the trunks can be narrowed."""
@@ -155,9 +162,10 @@ class Session:
         return network
 
 
-def _calibration(given: Given, data: Any, options: Options) -> Calibration:
-    models = len(given.networks)
-    return Calibration.of(data_of(data, given.tasks), given.call, models, options.progress, options.max_batches)
+def _calibration(given: Given, data: Any, options: Options, display: Display) -> Calibration:
+    own = data_of(data, given.tasks)
+    found = Calibration.of(own, given.call, len(given.networks), False, options.max_batches)
+    return replace(found, watch=display.watch)
 
 
 def _check_start(call: Call, options: Options) -> None:

@@ -25,6 +25,7 @@ from ..tracing.calls import Call
 from ..tracing.joint_inputs import trace_all
 from ..widths.narrow_heads import whole_trunks
 from .options import Options
+from .progress import Display
 from .soundness import Sound, sound
 
 
@@ -99,8 +100,9 @@ class Survey:
 
 @plain_context()
 def survey(
-    networks: Sequence[nn.Module], call: Call, options: Options | None = None, *, others: Sequence[Call] = ()
-) -> Survey:
+    networks: Sequence[nn.Module], call: Call, options: Options | None = None, *, others: Sequence[Call] = (),
+    display: Display | None = None,
+) -> Survey:  # fmt: skip
     """The stages that depend on neither cut nor method: trace -> label, self-check -> align.
 
     Args:
@@ -108,11 +110,13 @@ def survey(
         call: the sample input.
         options: of the request; None: the defaults.
         others: inputs of other shapes, on which the traces have to be right, too.
+        display: shows how far it is.
     """
-    options = options or Options()
+    options, display = options or Options(), display or Display(show=False)
     rules, start = options.rules, options.start
-    programs: Sequence[Program] = trace_all(networks, call, others)
-    labellings = tuple(label(program, rules) for program in programs)
+    with display.stage("tracing"):
+        programs: Sequence[Program] = trace_all(networks, call, others)
+        labellings = tuple(label(program, rules) for program in programs)
     if options.strict:
         _no_barriers(labellings)
     alignment = align(programs, () if start is None else find_stems(labellings, start))
@@ -120,7 +124,8 @@ def survey(
     if found is not None:
         programs, labellings = found, tuple(label(program, rules) for program in found)
         alignment = align(programs, () if start is None else find_stems(labellings, start))
-    checks = [check(labelling) if options.verify else None for labelling in labellings]
+    with display.stage("checking"):
+        checks = [check(labelling) if options.verify else None for labelling in labellings]
     return Survey(
         alignment,
         labellings,

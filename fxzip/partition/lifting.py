@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from ..analysis.labelling import Labelling
 from ..analysis.rules import varying
 from ..tracing import Program, quiet_execution
+from ..tracing.aliasing import sharing
 from .own import weights_behind
 
 _MEET = frozenset(
@@ -55,13 +56,21 @@ def lifted(labelling: Labelling, differ: Collection[str]) -> Program | None:
         value = values[place.constant] if place.constant else _slope(program, place)
         module.register_parameter(name, nn.Parameter(_expanded(value, place)))
         _replace(module.graph, nodes[place.node], name, place)
-    for node in reversed(module.graph.nodes):  # what computed the constants, from parameters, has no readers left
-        still = node.name in nodes and node.op != "output" and node.name not in labelling.dynamic
-        if still and not node.users and node.op != "placeholder" and node.name not in program.mutators:
-            module.graph.erase_node(node)
+    _drop_unread(module.graph, labelling)
     module.graph.lint()
     module.recompile()
-    return replace(program, module=module, shapes={**program.shapes, **_new_shapes(module, program.shapes)})
+    memory = sharing(module, program.call, program.mutators) if program.mutators else program.memory
+    shapes = {**program.shapes, **_new_shapes(module, program.shapes)}
+    return replace(program, module=module, shapes=shapes, memory=memory)
+
+
+def _drop_unread(graph: fx.Graph, labelling: Labelling) -> None:
+    """Erase what computed the constants, from parameters, and has lost its readers. Guards never had any."""
+    read = {node.name for node in labelling.program.module.graph.nodes if node.users}
+    for node in reversed(graph.nodes):
+        still = node.name in read and node.name not in labelling.dynamic
+        if still and not node.users and node.op != "placeholder" and node.name not in labelling.program.mutators:
+            graph.erase_node(node)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ _WRITES_OUTPUT = "it writes features that the model returns"
 _ALIKE = "it carries no features that could be given back to each model"
 RETURNED = frozenset([_LAST_SUM, _WRITES_OUTPUT])
 """Of the reasons why a trunk ends those that say where heads begin."""
+_DISCRETE = "it gives booleans or integers that go by features, of which heads cannot be given their own"
 
 
 def find_trunk(
@@ -144,11 +145,14 @@ class _Search:
             spaces = self.common.solved(names)
             found = self.common.unmatched(names, spaces)
             unmatched |= found
-            alike = [] if found else self.common.in_order(self.common.alike(names, spaces))
-            if not found and not alike:
+            kept: dict[str, str] = {}  # values that no model could be given back
+            if not found:
+                kept = dict.fromkeys(self.common.in_order(self.common.alike(names, spaces)), _ALIKE)
+                kept |= dict.fromkeys(self.common.in_order(self.common.discrete(names, spaces)), _DISCRETE)
+            if not found and not kept:
                 return self._trunk(names, spaces, ends, unmatched=unmatched)
-            ends = {**ends, **dict.fromkeys(alike, _ALIKE)}
-            names = self.closed(names - found.keys() - set(alike))
+            ends = {**ends, **kept}
+            names = self.closed(names - found.keys() - kept.keys())
 
     def up_to(self, until: str) -> Trunk:
         """The trunk that the user asks for.
@@ -170,6 +174,13 @@ class _Search:
         if found:
             first = next(node for node in self.order if node.name in found)
             raise CutError(_beyond(until, first, self.alignment, found, self.closed(wanted - found.keys())))
+        discrete = self.common.in_order(self.common.discrete(wanted, spaces))
+        if discrete:
+            raise CutError(
+                f"`until` must end at values that each model can be given back; at {until!r} node `{discrete[0]}` "
+                "hands over booleans or integers that go by features. Choose the node in front of it, or one behind "
+                "what reads it."
+            )
         alike = self.common.in_order(self.common.alike(wanted, spaces))
         returned = self.common.in_order(self.returned & wanted)
         return self._trunk(wanted, spaces, ends, alike=alike, returned=returned)

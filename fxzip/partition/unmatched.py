@@ -141,6 +141,20 @@ class Common:
         why = why or "they may not change places with one another"
         return {own[high - 1]: f"features of `{names[0] if names else own[high - 1]}` cannot be matched: {why}"}
 
+    def discrete(self, names: set[str], spaces: Sequence[FeatureSpaces]) -> set[str]:
+        """Values that something behind the trunk reads, booleans or integers that go by features: of a weighted mean of
+        features each model's own cannot be told."""
+        label = self.labellings[0]
+        result: set[str] = set()
+        if self.by_position:
+            return result
+        for node in self.order:
+            if node.name in names & label.discrete - self.same and node.name in label.dynamic:
+                readers = {u.name for u in node.users if u.op == "output" or u.name in label.dynamic}
+                if not names.issuperset(readers) and carries_features(label, spaces[0], node.name):
+                    result.add(node.name)
+        return result
+
     def alike(self, names: set[str], spaces: Sequence[FeatureSpaces]) -> set[str]:
         """Values that something behind the trunk reads and that carry no features to be given back to each model."""
         label = self.labellings[0]

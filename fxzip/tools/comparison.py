@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
 from ..compiler.arguments import Given
 from ..compiler.options import Options, Recipe
 from ..compiler.pipeline import assemble
+from ..compiler.progress import Display
 from ..compiler.session import Candidate, Session
 from ..compiler.survey import cuts_and_trunks
-from ..errors import CostError, InputError
+from ..errors import CostError, InputError, Interrupted
 from ..matching import FIRST_CLASS, Method
 from ..refit import Refit
 from ..rewriting.module import ZippedModule
@@ -89,13 +89,14 @@ def sweep(
         widths = [width_request("auto", float(cost), len(given.networks)) for cost in max_costs]
     lines = [_Line(_shown(method) or "", _shown(recipe.refit_name), replace(recipe, width=width)) for width in widths]
     options = Options(
-        start=start, joint=joint, verify=verify, strict=strict, by_position=recipe.by_position, progress=progress,
+        start=start, joint=joint, verify=verify, strict=strict, by_position=recipe.by_position,
         max_batches=max_batches, rules=rules,
     )  # fmt: skip
-    table = _Rows.of(given, data, held_out, options, lines, "`sweep`")
-    if cuts is None:
-        cuts = [cut.until for cut in cuts_and_trunks(table.session.survey, limit=SWEPT)[0]]
-    return table.at(cuts, score, strict=True)
+    with Display(show=progress) as display:
+        table = _Rows.of(given, data, held_out, options, lines, display, "`sweep`")
+        if cuts is None:
+            cuts = [cut.until for cut in cuts_and_trunks(table.session.survey, limit=SWEPT)[0]]
+        return table.at(cuts, score, strict=True)
 
 
 @plain_context()
@@ -146,9 +147,11 @@ def compare(
     chosen = [_Line.of(entry, refit, calibrated=data is not None) for entry in entries]
     given = Given.of((models, sample_input), "compare")
     options = Options(
-        start=start, joint=joint, verify=verify, strict=strict, progress=progress, max_batches=max_batches, rules=rules,
+        start=start, joint=joint, verify=verify, strict=strict, max_batches=max_batches, rules=rules,
     )  # fmt: skip
-    return _Rows.of(given, data, held_out, options, chosen, "`compare`").at(cuts, score, strict=False)
+    with Display(show=progress) as display:
+        table = _Rows.of(given, data, held_out, options, chosen, display, "`compare`")
+        return table.at(cuts, score, strict=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,13 +184,14 @@ class _Rows:
 
     @classmethod
     def of(
-        cls, given: Given, data: Any, held_out: Any, options: Options, lines: Sequence[_Line], name: str
+        cls, given: Given, data: Any, held_out: Any, options: Options, lines: Sequence[_Line], display: Display,
+        name: str,
     ) -> _Rows:  # fmt: skip
         """Open the session; `name` is what errors say needs held-out inputs."""
         start = time.perf_counter()
         data_free = all(line.recipe.data_free for line in lines)
         fifth = "" if data_free else name
-        session = Session.open(given, data, options, fifth=fifth, held_out=held_out, data_free=data_free)
+        session = Session.open(given, data, options, display, fifth=fifth, held_out=held_out, data_free=data_free)
         return cls(session, lines, time.perf_counter() - start)
 
     def at(self, cuts: Sequence[str | float | None], score: Score | None, *, strict: bool) -> Table:
@@ -202,17 +206,24 @@ class _Rows:
 
         rows = [self._bound(score)]
         places = [(candidate, line) for candidate in candidates for line in self.lines]
-        show = session.calibration.show
-        for candidate, line in tqdm(places, desc="zipping", unit="zip", disable=not show, leave=False):
+        session.display.expect(len(places))
+        for number, (candidate, line) in enumerate(places, 1):
+            session.display.about(f"{line.method} at {candidate.cut.until or 'the heads'}, {number} of {len(places)}")
             row = {"method": line.method, "refit": line.refit, "until": candidate.cut.until}
             row["max_cost"] = line.recipe.width.cost if isinstance(line.recipe.width, Budget) else None
             try:
                 rows.append(row | self._measured(line, candidate, solo, score))
+            except KeyboardInterrupt as stop:
+                text = f"interrupted after {number - 1} of {len(places)} zips: `error.table` holds their rows"
+                raise Interrupted(text, table=self._table(rows, f"{self._note(seconds)}; {text}")) from stop
             except Exception as error:
                 if strict and not isinstance(error, CostError):
                     raise
                 rows.append(row | {"error": f"{type(error).__name__}: {error}"})
-        return Table(tuple({**dict.fromkeys(("cost", "error")), **row} for row in rows), self._note(seconds))
+        return self._table(rows, self._note(seconds))
+
+    def _table(self, rows: Sequence[Mapping[str, Any]], note: str) -> Table:
+        return Table(tuple({**dict.fromkeys(("cost", "error")), **row} for row in rows), note)
 
     def _note(self, seconds: float) -> str:
         held = self.session.held

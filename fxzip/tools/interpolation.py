@@ -25,6 +25,7 @@ from ..calibration.data_forms import MAX_BATCHES
 from ..calibration.observer import observe
 from ..compiler.arguments import Given
 from ..compiler.options import Options
+from ..compiler.progress import Display
 from ..compiler.session import Session
 from ..errors import InputError, OptionError
 from ..matching import Merge, Method, resolve
@@ -138,8 +139,9 @@ def barrier(
         raise OptionError(f"`points` must be at least 3, with both ends; found {points}. The usual number is 11.")
     chosen, corrected = resolve(method), refits(refit)
     given = Given.of((a, b, sample_input), "barrier", own_inputs=False)
-    options = Options(hold_out=False, verify=verify, progress=progress, max_batches=max_batches, rules=rules)
-    session = Session.open(given, data, options)
+    options = Options(hold_out=False, verify=verify, max_batches=max_batches, rules=rules)
+    with Display(show=progress) as display:
+        session = Session.open(given, data, options, display)
     found, calibration = session.survey, session.calibration
     if found.alignment.parting[0]:
         raise InputError(

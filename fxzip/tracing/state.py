@@ -49,9 +49,12 @@ def restored_state() -> Iterator[None]:
 
 
 def _alone() -> bool:
-    """Whether this is the only thread that may draw random numbers; that of progress bars does not."""
+    """Whether this is the only thread that may draw random numbers; those of progress displays do not."""
     current = threading.current_thread()
-    return all(isinstance(thread, TMonitor) or thread is current for thread in threading.enumerate())
+    return all(
+        thread is current or isinstance(thread, TMonitor) or getattr(thread, "leaves_random_state", False)
+        for thread in threading.enumerate()
+    )
 
 
 def _autocast() -> tuple[Any, ...]:
