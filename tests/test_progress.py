@@ -124,12 +124,12 @@ class Pressed:
 
 def test_a_search_gives_back_the_best_zip_so_far(pair):
     settings = {"data": DATA, "method": "zip", "until": "auto", "width": "auto", "max_cost": 1.6, "progress": False}
-    text = r"interrupted after 1 zips; 'stem' is the best of them: `error.zipped` holds it"
+    text = r"interrupted after 1 zips; 'layer1.0' is the best of them: `error.zipped` holds it"
     with pytest.raises(fxzip.Interrupted, match=text) as e:
         fxzip.compile_zip({"low": pair[0], "high": pair[1]}, X[:4], refit=Pressed(2), **settings)
     auto = e.value.zipped.report["auto"]
     assert auto["interrupted"]
-    assert auto["until"] == "stem"
+    assert auto["until"] == "layer1.0"
     assert list(e.value.zipped(X[:2])) == ["low", "high"]
     assert isinstance(e.value, KeyboardInterrupt)
 
