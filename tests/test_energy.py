@@ -9,9 +9,9 @@ from networks import Residual, randomise
 from torch import nn
 
 import fxzip
-from fxzip.matching.energy.clusterwise import Clusters, cluster_losses, energies
+from fxzip.matching.energy.clusterwise import Clusters, reconstruction_errors, variance_shares
 from fxzip.matching.energy.elimination import Elimination
-from fxzip.matching.energy.energy import Energy, energy_losses, energy_merge, reading
+from fxzip.matching.energy.energy import Energy, downstream_metric, energy_merge, unexplained_variance
 from fxzip.matching.moments import moments
 from fxzip.matching.problem import Problem, Space
 from fxzip.rewriting.zip_plan import problem_of
@@ -131,17 +131,17 @@ def test_what_others_tell_together_may_go():
     x = torch.randn(4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[:, 2] = (x[:, 0] + x[:, 1]) / 2**0.5
     seen = moments([x])
-    read = reading(seen, [[torch.eye(3)[:, None]]])
-    losses = energy_losses(seen, read, 0.0, 1e-6)
+    read = downstream_metric(seen, [[torch.eye(3)[:, None]]])
+    losses = unexplained_variance(seen, read, 0.0, 1e-6)
     assert losses[2] < 1e-4
     assert losses[1] > 0.2
-    assert cluster_losses(seen, energies(seen, [[torch.eye(3)[:, None]]]), 0.0)[2] > 0.05
+    assert reconstruction_errors(seen, variance_shares(seen, [[torch.eye(3)[:, None]]]), 0.0)[2] > 0.05
 
 
 def test_reading_by_hand():
     x = torch.randn(500, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * torch.tensor([1, 2, 3.0])
     W = torch.rand(4, 2, 3, dtype=torch.float64)
-    found, seen = reading(moments([x[:, :3]]), [[W]]), torch.corrcoef(x.T)
+    found, seen = downstream_metric(moments([x[:, :3]]), [[W]]), torch.corrcoef(x.T)
     wanted = torch.zeros(3, 3, dtype=torch.float64)
     for output in W * x.std(0, correction=0):
         wanted += output.T @ output / sum(tap @ seen @ tap for tap in output)
@@ -206,7 +206,7 @@ def test_what_nobody_reads_is_lost_first():
     x = torch.randn(2000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[:, 1] = x[:, 0] + x[:, 1]
     seen = moments([x])
-    read = reading(seen, [[torch.tensor([[[1.0, 1.0, 1e-9]], [[1.0, -1.0, 1e-9]]])]])
+    read = downstream_metric(seen, [[torch.tensor([[[1.0, 1.0, 1e-9]], [[1.0, -1.0, 1e-9]]])]])
     assert len(set(energy_merge(seen, read, 2, 0.0).labels().tolist()[:2])) == 2
     assert len(set(fxzip.Zip()(seen, 2).labels().tolist()[:2])) == 1
 
@@ -216,7 +216,7 @@ def test_rows_of_the_merge_are_averages():
     x = torch.randn(300, 12, generator=torch.Generator().manual_seed(1)).relu()
     x[:, 3] = 0
     seen = moments([x[:, :6], x[:, 6:]])
-    merge = energy_merge(seen, reading(seen, [[torch.rand(5, 2, 6)]] * 2), 6, 0.01)
+    merge = energy_merge(seen, downstream_metric(seen, [[torch.rand(5, 2, 6)]] * 2), 6, 0.01)
     assert bool((merge.merge >= 0).all())
     torch.testing.assert_close(merge.merge @ merge.unmerge, torch.eye(6, dtype=torch.float64))
     assert merge.labels() is not None
@@ -227,17 +227,17 @@ def test_energies_do_not_depend_on_the_scale_of_outputs():
     x = torch.randn(100, 4, dtype=torch.float64)
     weight = torch.rand(3, 2, 4, dtype=torch.float64)
     scaled = weight * torch.tensor([[[1.0]], [[100.0]], [[0.01]]])
-    for share in (energies, reading):
+    for share in (variance_shares, downstream_metric):
         torch.testing.assert_close(share(moments([x]), [[weight]]), share(moments([x]), [[scaled]]))
 
 
 def test_without_readers_all_count_the_same():
     x = torch.randn(50, 4)
     torch.testing.assert_close(
-        energies(moments([x[:, :1], x[:, 1:]]), ()), torch.tensor([1, 1 / 3, 1 / 3, 1 / 3]).double()
+        variance_shares(moments([x[:, :1], x[:, 1:]]), ()), torch.tensor([1, 1 / 3, 1 / 3, 1 / 3]).double()
     )
     torch.testing.assert_close(
-        reading(moments([x[:, :1], x[:, 1:]]), ()), torch.tensor([1, 1 / 3, 1 / 3, 1 / 3]).double().diag()
+        downstream_metric(moments([x[:, :1], x[:, 1:]]), ()), torch.tensor([1, 1 / 3, 1 / 3, 1 / 3]).double().diag()
     )
 
 
@@ -249,7 +249,7 @@ def test_readers_are_the_weights_that_sum_over_a_space():
 
     trunk = survey(nets, as_call(torch.ones(1, 1, 4, 4))).trunk()
     [space] = problem_of(trunk, {}, Energy()).spaces
-    for net, (weights,) in zip(nets, space.readers, strict=True):
+    for net, (weights,) in zip(nets, space.downstream, strict=True):
         torch.testing.assert_close(weights, net[3].weight.detach().reshape(5, 4, 4).mT)
 
 

@@ -366,6 +366,14 @@ def test_a_method_without_the_base_class_is_told_which(kind, base, monkeypatch):
     assert (whole.needs, whole.relabelling(), whole.by_position) == ({"moments"}, Permute(), False)
 
 
+def test_evidence_that_there_is_none_of_is_refused():
+    asking = type("Asking", (Matching, Method), {"needs": frozenset({"moments", "readers"})})()
+    with pytest.raises(
+        fxzip.OptionError, match="names evidence, 'moments', 'weights', 'downstream'; found 'readers' in"
+    ):
+        resolve(asking)
+
+
 def test_what_the_registry_says_of_a_method_is_so():
     for name, entry in ENTRIES.items():
         method = entry.method()

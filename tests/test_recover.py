@@ -67,7 +67,7 @@ def test_what_it_leaves_alone():
 
 def test_it_needs_what_the_inner_method_needs():
     assert Recover(WeightMatching()).needs == {"moments", "weights"}
-    assert Recover(Energy()).needs == {"moments", "readers"}
+    assert Recover(Energy()).needs == {"moments", "downstream"}
     assert Recover(Zip(0.1, 0.5)).relabelling() == Permute()
     with pytest.raises(fxzip.OptionError, match=r"`Recover` needs `ridge` > 0; got ridge=0. The default is 1e-3."):
         Recover(ridge=0)

@@ -94,10 +94,12 @@ def match_blocks(spaces: Sequence[BlockMoments], method: SpaceMethod) -> tuple[l
             "Blocks are matched one to one, so all spaces of a tie group need the same number of them in all models; "
             f"got {counts} (spaces × models)."
         )
+
     alike = [similarity(space.moments) if space.moments.count else None for space in spaces]
     models = range(len(spaces[0].blocks))
     partners = [torch.arange(counts[0][0])] + [_match_model(spaces, alike, k) for k in models[1:]]
     merges = [_merge_space(space, table, partners, method) for space, table in zip(spaces, alike, strict=True)]
+
     return merges, partners
 
 
@@ -118,6 +120,7 @@ def best_blocks(tables: Sequence[Tensor]) -> Tensor:
     n = len(tables[0])
     score = torch.stack([_bound(table) for table in tables]).sum(0)
     solved = torch.tensor([all(1 in (t.shape[2], t.shape[3]) for t in tables)]).expand(n, n).clone()
+
     while True:
         rows, columns = best_pairs(score)
         for a, b in zip(rows.tolist(), columns.tolist(), strict=True):
@@ -157,8 +160,10 @@ def _merge_space(space: BlockMoments, alike: Tensor | None, partners: Sequence[T
             "A space that was never observed can only be merged position by position, which needs blocks of one size; "
             f"got blocks of {widths} features. Pass `data` that reaches this space."
         )
+
     if alike is None or max(widths) == 1:
         return _merge_by_position(space, alike, matched)
+
     inner = method.relabelling() if space.relabel_only else method
     return _merge_inside(space, alike, matched, inner)
 
@@ -191,4 +196,5 @@ def _merge_inside(space: BlockMoments, alike: Tensor, matched: Sequence[Tensor],
     unmerge[columns.mT, rows.mT] = torch.stack([part.unmerge for part in parts])
     whole = Merge(merge, unmerge, moments.sizes, sum(part.correlation for part in parts) / len(parts))
     labels = whole.labels()
+
     return whole if labels is None else replace(whole, correlation=mean_similarity(labels, alike))

@@ -54,4 +54,5 @@ def in_first_layout(clusters: Tensor, sizes: Sequence[int]) -> Tensor:
     slots = first.clone()
     standing = (~seated).nonzero().flatten()
     slots[standing[first[standing].argsort()]] = free.nonzero().flatten()
+
     return slots[dense]

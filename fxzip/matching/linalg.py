@@ -36,6 +36,7 @@ def ridged_cholesky(matrix: Tensor, ridge: float, scale: Tensor | float = 1.0) -
             f"A Cholesky factor needs a finite matrix; {bad} of {matrix.numel()} entries are not. Look for overflow or "
             "NaN in the features, or in `data`."
         )
+
     while math.isfinite(ridge) and ridge <= max(MOST, first):
         regular = matrix.clone()
         regular.diagonal(dim1=-2, dim2=-1).add_(ridge * scale)
@@ -43,6 +44,7 @@ def ridged_cholesky(matrix: Tensor, ridge: float, scale: Tensor | float = 1.0) -
         if not bool(info.any()) and bool(factor.isfinite().all()):
             return factor, ridge
         ridge = max(ridge, 1e-12) * 10
+
     raise DataError(
         f"A Cholesky factor needs a matrix that is positive semidefinite up to rounding; none was found for one of "
         f"{matrix.shape[-1]} rows with a ridge of {first:.1e} to {ridge / 10:.1e} times its scale. Look for features "

@@ -146,7 +146,7 @@ class Merge:
             InputError: a row has an entry below zero, or another sum than 1.
         """
         sums, least = self.merge.sum(1), float(self.merge.min())
-        if least >= 0 and bool(((sums - 1).abs() < 1e-9).all()):
+        if least >= 0 and bool(((sums - 1).abs() < 1e-6).all()):
             return
 
         raise InputError(
@@ -192,16 +192,19 @@ def cluster_merge(labels: Tensor, sizes: Sequence[int], alike: Tensor | None) ->
     sizes = tuple(sizes)
     if len(labels) != sum(sizes):
         raise InputError(f"`labels` must hold one cluster per feature: {len(labels)} labels for sizes {sizes}.")
+
     counts = torch.bincount(labels)
     if (counts == 0).any():
         empty = int((counts == 0).nonzero()[0])
         raise InputError(f"Cluster ids must run from 0 without a gap; of {len(counts)} ids, {empty} has no member.")
+
     index = torch.arange(len(labels), device=labels.device)
     merge = torch.zeros(len(counts), len(labels), dtype=torch.float64, device=labels.device)
     merge[labels, index] = 1 / counts[labels].double()
     unmerge = torch.zeros(len(labels), len(counts), dtype=torch.float64, device=labels.device)
     unmerge[index, labels] = 1
     correlation = 1.0 if alike is None else mean_similarity(labels, alike)
+
     return Merge(merge, unmerge, sizes, correlation)
 
 

@@ -98,6 +98,7 @@ class SpaceMethod(Method):
             else:
                 legal = self if first.legality == "free" else self.relabelling()
                 merges[together[0]] = legal(first.moments, first.size)
+
         return [merges[number] for number in range(len(problem.spaces))]
 
 

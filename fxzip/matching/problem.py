@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .moments import Moments
 
-Evidence = Literal["moments", "weights", "readers"]
+Evidence = Literal["moments", "weights", "downstream"]
 """What a method may ask for: what the data showed, all parameters of the trunk, the weights that read each space."""
 
 Assignment = Mapping[int, Tensor]
@@ -37,8 +37,8 @@ class Space:
         tie: number of the tie group whose blocks move together, or None.
         blocks: for every model the features of its blocks, int64 [n_blocks, s_k]; empty without a tie.
         moments: what was observed; None if nothing was.
-        readers: for every model the weights of each parameter that sums over the space, [outputs, taps, n_k]; empty
-            unless the method `needs` readers.
+        downstream: for every model the weights of each parameter that sums over the space, [outputs, taps, n_k]; empty
+            unless the method `needs` them.
         kept: how many features to keep; 0: those of the first model.
     """
 
@@ -47,7 +47,7 @@ class Space:
     tie: int | None = None
     blocks: tuple[Tensor, ...] = ()
     moments: Moments | None = None
-    readers: tuple[tuple[Tensor, ...], ...] = ()
+    downstream: tuple[tuple[Tensor, ...], ...] = ()
     kept: int = 0
 
     @property

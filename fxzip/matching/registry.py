@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 from ..errors import OptionError
 from .activations.average import Average
@@ -16,6 +17,7 @@ from .activations.transport import Transport
 from .activations.zipit import Zip
 from .energy.energy import Energy
 from .method import Method
+from .problem import Evidence
 from .weights.cycle_consistent import CycleConsistent
 from .weights.dual_space import MuDSC
 from .weights.weight_matching import WeightMatching
@@ -48,8 +50,11 @@ class Entry:
     def needs(self) -> str:
         """The evidence that it matches by, in words."""
         method = self.method()
-        words = {"moments": "moments", "readers": "downstream weights", "weights": "weights"}
-        return "nothing" if method.by_position else " and ".join(words[one] for one in sorted(method.needs))
+        words = {"moments": "moments", "weights": "weights", "downstream": "downstream weights"}
+        if method.by_position:  # what it asks for serves the report alone
+            return "nothing"
+
+        return " and ".join(word for one, word in words.items() if one in method.needs)
 
 
 ENTRIES: dict[str, Entry] = {
@@ -185,6 +190,11 @@ def resolve(method: str | Method) -> Method:
         method = METHODS[method]()
 
     if isinstance(method, Method):
+        if unknown := method.needs - set(get_args(Evidence)):
+            raise OptionError(
+                f"`needs` of a method names evidence, {', '.join(map(repr, get_args(Evidence)))}; found "
+                f"{', '.join(map(repr, sorted(unknown)))} in `{method!r}`."
+            )
         return method
 
     # A class in the place of an object is a slip; an object with a call or `match` of its own lacks the base class.

@@ -33,12 +33,14 @@ def similarity(moments: Moments) -> Tensor:
         raise DataError(
             "Matching needs observed features; these moments hold 0 positions. Pass `data` that reaches them."
         )
+
     broken = int((~(moments.total + moments.outer.diagonal()).isfinite()).sum())
     if broken:
         raise DataError(
             f"Matching needs finite moments; those of {broken} of {len(moments.total)} features are not. "
             "Look for overflow or NaN in the features, or in `data`."
         )
+
     correlation = moments.correlation
     unclear = moments.unclear(correlation).nonzero().flatten()
     still = (~moments.alive).nonzero().flatten()
@@ -50,8 +52,10 @@ def similarity(moments: Moments) -> Tensor:
         model = model_index(moments.sizes, still.device)[still]
         pair = (still[:, None], still[None, :])
         correlation[pair] = torch.where(model[:, None] == model[None, :], correlation[pair], alike)
+
     if moments.samples is not None:
         correlation = _tie_broken(correlation, moments.samples)
+
     return _told_apart(correlation, moments, unclear) if len(unclear) else correlation
 
 
@@ -104,11 +108,13 @@ def mean_similarity(labels: Tensor, alike: Tensor) -> float:
     counts = torch.bincount(labels)
     order = labels.argsort(stable=True)
     total = torch.zeros(len(counts), dtype=torch.float64, device=labels.device)
+
     for gap in range(1, int(counts.max())):
         first, second = order[:-gap], order[gap:]
         same = labels[first] == labels[second]
         first, second = first[same], second[same]
         total.index_add_(0, labels[first], alike[first, second].double())
+
     pairs = counts * (counts - 1) / 2
     shared = pairs > 0
     return float((total[shared] / pairs[shared]).mean()) if shared.any() else 1.0

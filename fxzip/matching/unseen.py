@@ -37,9 +37,11 @@ def match_unseen(problem: Problem, merges: Mapping[int, Merge]) -> dict[int, Mer
     near = {s for weight in weights for s in weight.spaces} - unseen
     seen = _relabelled(problem, near, merges)
     matchings = [identity(problem, 0)]
+
     for k in range(1, problem.models):
         matching = identity(problem, k) | {s: _placed(merge, k) for s, merge in seen.items()}
         matchings.append(_settled(Problem(problem.spaces, tuple(weights)), unseen, k, matching, merges))
+
     return {s: merge_of(problem, s, matchings) for s in sorted(unseen)}
 
 

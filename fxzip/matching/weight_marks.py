@@ -35,6 +35,7 @@ def marks(weights: Sequence[Weight], space: int) -> Tensor | None:
     ]
     if not columns:
         return None
+
     joint = torch.cat(columns, 1)
     joint = joint - joint.mean(0)
     return joint / joint.square().mean(0).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
@@ -47,7 +48,9 @@ def _numbers(weight: Weight, place: int, space: int, k: int) -> Tensor:
         moved = columns_first(value, weight.groups)
     else:
         moved = value.movedim(run.axis, 0)
+
     flat = moved.reshape(len(moved), -1)
     wide = flat.double()
     each = torch.stack([wide.mean(1), wide.square().mean(1).sqrt(), wide.pow(3).mean(1), wide.amin(1), wide.amax(1)], 1)
+
     return each[run.slots[space][k].to(each.device)].mean(0).cpu()

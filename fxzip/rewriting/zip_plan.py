@@ -18,7 +18,7 @@ from ..matching import Energy, Merge, Method, Problem, Space, Weight, marks, mat
 from ..matching.activations.recover import recovered
 from ..matching.moments import Moments
 from ..partition.region import Trunk
-from .reading_weights import readers
+from .downstream import downstream_weights
 from .weight_evidence import weights_of
 
 
@@ -59,14 +59,14 @@ def problem_of(
     reach: Sequence[torch.Tensor] | None = None,
     kept: Mapping[int, int] | None = None,
 ) -> Problem:
-    """What the method gets to see: every space with its moments, and readers and weights if it asks for them.
+    """What the method gets to see: every space with its moments, and the weights that it asks for.
 
     `kept`: how many features a space is to keep, where that is not the number of model 0.
     """
     spaces = []
     read: Sequence[tuple[tuple[torch.Tensor, ...], ...]] = [()] * len(trunk.spaces[0].spaces)
-    if "readers" in method.needs:
-        read = readers(trunk, trunk.reach if reach is None else reach)
+    if "downstream" in method.needs:
+        read = downstream_weights(trunk, trunk.reach if reach is None else reach)
     for number, first in enumerate(trunk.spaces[0].spaces):
         own = [found.spaces[trunk.partners[k][number]] for k, found in enumerate(trunk.spaces)]
         seen = statistics.get(number)
@@ -77,7 +77,7 @@ def problem_of(
                 first.tie,
                 tuple(space.blocks for space in own if space.blocks is not None),
                 seen if seen is not None and seen.count else None,
-                readers=read[number],
+                downstream=read[number],
                 kept=(kept or {}).get(number, 0),
             )
         )

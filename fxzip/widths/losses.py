@@ -1,9 +1,9 @@
 """What is lost if a feature space keeps fewer features, for the choice of widths.
 
-Space s with m features kept loses the energy L_s(m), the geometric mean of what is lost if readers make the best of all
-features that are left (`fxzip.matching.energy`: what a refit could get in a linear network) and if they read each
-feature back from its own cluster (`clusterwise.py` there: what they have at least). It counts r_s times, once for each
-of the weights that read the space and see the loss.
+Space s with m features kept has the loss L_s(m), the geometric mean of the unexplained variance if downstream weights
+make the best of all features that are left (`fxzip.matching.energy`: what a refit could get in a linear network) and of
+the reconstruction error of each feature from its own cluster (`clusterwise.py` there: what they have at least). It
+counts r_s times, once for each weight downstream that sees the loss.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..matching import Energy
-from ..matching.energy.clusterwise import cluster_losses, energies
-from ..matching.energy.energy import energy_losses, reading
+from ..matching.energy.clusterwise import reconstruction_errors, variance_shares
+from ..matching.energy.energy import downstream_metric, unexplained_variance
 from ..matching.moments import Moments
 from ..matching.problem import Problem
 from ..partition.region import Trunk
@@ -44,8 +44,8 @@ class Losses:
         if space not in self._known:
             own, floor = self._problem.spaces[space], Energy().floor
             assert own.moments is not None
-            readers = max((len(read) for read in own.readers), default=1)
-            told = energy_losses(own.moments, reading(own.moments, own.readers), floor)
-            kept = cluster_losses(own.moments, energies(own.moments, own.readers), floor)
-            self._known[space] = max(readers, 1) * np.sqrt(told * kept)
+            count = max((len(weights) for weights in own.downstream), default=1)
+            unexplained = unexplained_variance(own.moments, downstream_metric(own.moments, own.downstream), floor)
+            lost = reconstruction_errors(own.moments, variance_shares(own.moments, own.downstream), floor)
+            self._known[space] = max(count, 1) * np.sqrt(unexplained * lost)
         return self._known[space]

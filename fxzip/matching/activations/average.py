@@ -44,6 +44,8 @@ class Average(SpaceMethod):
                 f"`average` needs models of equal width; this space has {list(sizes)} features. "
                 'Use `method="permute"` or `method="zip"`, which match features of different widths.'
             )
+
         if size not in (None, sizes[0]):
             raise OptionError(f"`average` keeps every feature: `size` must be {sizes[0]}; got {size}.")
+
         return Merge.identity(sizes[0], len(sizes), moments)

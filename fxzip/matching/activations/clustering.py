@@ -56,6 +56,7 @@ class KMeans(SpaceMethod):
         size = kept(size, moments, self.name)
         labels = torch.arange(len(alike), device=alike.device).clamp(max=size - 1)
         labels[size:] = alike[size:, :size].argmax(1)
+
         for _ in range(self.rounds):
             distance = _distances(alike, labels, size)
             new = distance.argmin(1)
@@ -67,6 +68,7 @@ class KMeans(SpaceMethod):
             if torch.equal(new, labels):
                 break
             labels = new
+
         return cluster_merge(in_first_layout(labels, moments.sizes), moments.sizes, alike)
 
 

@@ -58,10 +58,13 @@ class Permute(SpaceMethod):
                 f"`permute` keeps the features of the first model, and apart what matches badly: `size` must be "
                 f'{n} to {sum(moments.sizes)}; got {size}. Use `method="zip"` to merge to fewer.'
             )
+
         alike = similarity(moments)
         labels = [torch.arange(n, device=alike.device)]
+
         for start, end in pairwise(moments.offsets()[1:]):
             labels.append(_align(alike[:n, start:end], alike[start:end, start:end]))
+
         return cluster_merge(_apart(torch.cat(labels), alike, n, (size or n) - n), moments.sizes, alike)
 
 
@@ -74,12 +77,14 @@ def _apart(labels: Tensor, alike: Tensor, first: int, count: int) -> Tensor:
     """
     if not count:
         return labels
+
     same = labels[:, None] == labels[None, :]
     same.fill_diagonal_(False)
     fit = torch.where(same, alike, 0).sum(1) / same.sum(1).clamp(min=1)
     lone = fit[first:].argsort(stable=True)[:count].sort().values + first
     labels = labels.clone()
     labels[lone] = int(labels.max()) + 1 + torch.arange(count, device=labels.device)
+
     return labels
 
 
@@ -94,4 +99,5 @@ def _align(cross: Tensor, own: Tensor) -> Tensor:
         placed = torch.cat([cross, own[columns]])
         slot = torch.cat([torch.arange(n, device=cross.device), rows])
         labels[rest] = slot[placed[:, rest].argmax(0)]
+
     return labels

@@ -93,13 +93,16 @@ def recovered(merge: Merge, moments: Moments, ridge: float) -> Merge:
     """
     if merge.labels() is None or merge.size == sum(merge.sizes):
         return merge
+
     M, U, C = (value.to(moments.outer.device) for value in (merge.merge, merge.unmerge, moments.covariance))
     passed = C @ M.T
     kept = M @ passed
     scale = float(kept.diagonal().mean())
     if scale <= 0:
         return merge
+
     missed = passed - U @ kept
     ridged = kept + ridge * scale * torch.eye(len(kept), dtype=kept.dtype, device=kept.device)
     factor, info = torch.linalg.cholesky_ex(ridged)
+
     return merge if int(info) else replace(merge, unmerge=U + torch.cholesky_solve(missed.T, factor).T)

@@ -71,9 +71,11 @@ class Transport(SpaceMethod):
         n, count = moments.sizes[0], len(moments.sizes)
         if size not in (None, n):
             raise OptionError(f"`transport` keeps the features of the first model: `size` must be {n}; got {size}.")
+
         library = _library()
         alike = similarity(moments)
         merge, unmerge = [torch.eye(n).double()], [torch.eye(n).double()]
+
         value = 0.0
         for start, end in pairwise(moments.offsets()[1:]):
             cross = alike[:n, start:end].cpu()
@@ -81,6 +83,7 @@ class Transport(SpaceMethod):
             merge.append(_tidy(coupling / coupling.sum(1, keepdim=True)))
             unmerge.append(_tidy((coupling / coupling.sum(0)).T))
             value += float((coupling * cross).sum()) / (count - 1)
+
         joint, back = torch.cat(merge, 1) / count, torch.cat(unmerge)
         return Merge(joint.to(alike.device), back.to(alike.device), moments.sizes, value if count > 1 else 1.0)
 

@@ -111,6 +111,7 @@ def zip_clusters(alike: Floats, sizes: tuple[int, ...], size: int, alpha: float,
         zipper = _Zipper(least, np.arange(len(ids)), alpha, [])
         zipper.run(left)
         clusters = ids[zipper.cluster[clusters]]
+
     return clusters
 
 
@@ -128,9 +129,11 @@ class _Zipper:
         self.best = np.full(n, -np.inf)  # max over j > i of S[i, j], or an upper bound of it where `stale`
         self.partner = np.full(n, n)  # the first j that attains it
         self.stale = np.zeros(n, dtype=bool)
+
         for model, allowed in enumerate(budget):
             if allowed == 0:
                 self._forbid(model)
+
         for i in range(n - 1):
             self._look(i)
 

@@ -1,1 +1,1 @@
-"""Methods that choose what to keep by how much of all features it tells."""
+"""Methods that choose what to keep by how much variance it leaves unexplained."""

@@ -1,13 +1,13 @@
-"""What is lost of features that are read back from their own cluster alone, for the choice of widths.
+"""The reconstruction error of features that are taken from their own cluster alone, for the choice of widths.
 
-A weight W that reads the space makes an output o of it, to which feature j, of variance σ_j², adds the energy
-σ_j² W_oj²; e_j is the share of j in the energy of an output, averaged over all outputs of all readers. Features are
-vectors v_j = √e_j z_j (z: standardised), and a cluster keeps one direction of its members, the principal one:
+A downstream weight W makes an output o, to which feature j, of variance σ_j², adds the variance σ_j² W_oj²; e_j is the
+share of j in the variance of an output, averaged over all outputs of all weights. Features are vectors v_j = √e_j z_j
+(z: standardised), and a cluster keeps one direction of its members, the principal one:
 
-    energy lost by merging clusters r, s  =  λ_r + λ_s - λ_max [[λ_r, c], [c, λ_s]],      c = max(0, <r, s>)
+    error of merging clusters r, s  =  λ_r + λ_s - λ_max [[λ_r, c], [c, λ_s]],      c = max(0, <r, s>)
 
-with λ_r the energy that cluster r has kept. The pair that loses the least goes first. What other clusters tell of a
-feature too makes the loss smaller: that is what `matching/energy/energy.py` counts, and clusters are chosen by.
+with λ_r the variance that cluster r has kept. The pair with the least error goes first. What other clusters explain
+of a feature makes the error smaller: that is what `matching/energy/energy.py` counts, and clusters are chosen by.
 """
 
 from __future__ import annotations
@@ -26,37 +26,38 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-def energies(moments: Moments, readers: Sequence[Sequence[Tensor]]) -> Tensor:
-    """e_j, float64 [N]: shares in the energy that each model's features pass on, each model's summing to 1.
+def variance_shares(moments: Moments, downstream: Sequence[Sequence[Tensor]]) -> Tensor:
+    """e_j, float64 [N]: shares in the variance that each model's features pass on, each model's summing to 1.
 
     >>> from fxzip.matching.moments import moments
     >>> x = torch.tensor([[1.0, 2.0], [-1.0, -2.0]])
-    >>> energies(moments([x]), [[torch.tensor([[[1.0, 0.5]]])]])
+    >>> variance_shares(moments([x]), [[torch.tensor([[[1.0, 0.5]]])]])
     tensor([0.5000, 0.5000], dtype=torch.float64)
 
     Args:
         moments: of the space.
-        readers: for each model the weights of every parameter that reads the space, [outputs, taps, n_k]. Without any,
-            each feature of a model gets the same share.
+        downstream: for each model the weights of every parameter that sums over the space, [outputs, taps, n_k].
+            Without any, each feature of a model gets the same share.
     """
     parts, tiny = [], torch.finfo(torch.float64).tiny
     for k, variance in enumerate(moments.covariance.diagonal().clamp(min=0).split(list(moments.sizes))):
         total = torch.zeros_like(variance)
-        for weights in readers[k] if readers else ():
+        for weights in downstream[k] if downstream else ():
             passed = variance * weights.to(variance).square().sum(1)
             share = (passed / passed.sum(1, keepdim=True).clamp(min=tiny)).sum(0)
             total += share / share.sum().clamp(min=tiny)
         alive = float(total.sum())
         parts.append(total / alive if alive > 0 else torch.full_like(variance, 1 / max(len(variance), 1)))
+
     return torch.cat(parts)
 
 
-def cluster_losses(moments: Moments, share: Tensor, floor: float) -> Floats:
-    """Energy lost with m features kept, for m = 0, ..., N: float64 [N + 1], falling to 0; of K models all is K.
+def reconstruction_errors(moments: Moments, share: Tensor, floor: float) -> Floats:
+    """Reconstruction error with m features kept, for m = 0, ..., N: float64 [N + 1], falling to 0; for m = 0 it is K.
 
     >>> from fxzip.matching.moments import moments
     >>> x = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])
-    >>> cluster_losses(moments([x, x]), torch.full((4,), 0.5), 0.01).round(6).tolist()  # two pairs, uncorrelated
+    >>> reconstruction_errors(moments([x, x]), torch.full((4,), 0.5), 0.01).round(6).tolist()  # two pairs, uncorrelated
     [2.0, 1.0, 0.0, 0.0, 0.0]
     """
     alike = similarity(moments).cpu().numpy()
@@ -86,7 +87,7 @@ def pair_losses(own: float, other: Floats, inner: Floats) -> Floats:
 
 
 class Clusters:
-    """The greedy loop: S[r, s] = <r, s>; each row remembers the partner with which it loses the least.
+    """The greedy loop: S[r, s] = <r, s>; each row remembers the partner with which its error is least.
 
     A remembered loss whose pair is gone is a lower bound of the row's present one, so it is looked up anew only when it
     comes first in line.
@@ -101,11 +102,12 @@ class Clusters:
         self.coefficients = np.ones(n)
         self.gone = np.zeros(n, dtype=bool)
         self.loss, self.partner, self.stale = np.full(n, np.inf), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
+
         for r in range(n):
             self._look(r)
 
     def step(self) -> float:
-        """Merge the pair that loses the least. Out: the energy that this loses."""
+        """Merge the pair with the least error. Out: the error."""
         while True:
             r = int(self.loss.argmin())
             if not self.stale[r]:
@@ -115,7 +117,7 @@ class Clusters:
             self._look(r)
 
     def _losses(self, r: int) -> Floats:
-        """Energy lost by merging r with each cluster, inf with itself and those that are gone."""
+        """The error of merging r with each cluster, inf with itself and those that are gone."""
         loss = pair_losses(self.S[r, r], self.S.diagonal(), self.S[r])
         loss[self.gone] = np.inf
         loss[r] = np.inf

@@ -9,9 +9,9 @@ from .clusterwise import Floats, Ints, pair_losses
 
 
 class Elimination:
-    """Clusters of N features, and what merging two of them loses of what can be told of the outputs.
+    """Clusters of N features, and the variance of the outputs that merging two of them leaves unexplained.
 
-    A row stands for a cluster, and remembers the partner with which it loses the least; what is remembered is looked up
+    A row stands for a cluster, and remembers the partner with which it costs the least; what is remembered is looked up
     anew when it comes first in line, for losses hardly ever fall as features go. A pair goes if it loses at most a
     twentieth more than what any other row remembers. Pairs that are equal but for float32's rounding go before all
     others, whatever the ridge and however much they are read: the more alike the sooner, to which unlike `samples` of
@@ -55,7 +55,7 @@ class Elimination:
                 self._look(r)
 
     def step(self) -> float:
-        """Merge the pair that loses the least. Out: the energy that this loses."""
+        """Merge the pair that costs the least. Out: the variance that this leaves unexplained."""
         while True:
             r = int(self.loss.argmin())
             if self.seen[r] != self.steps:
@@ -83,6 +83,7 @@ class Elimination:
         Q *= scale
         p, q = self.p, self.q
         a, b, c = q * P - p * Q, q * p[r] - p * q[r], Q * p[r] - P * q[r]
+
         with np.errstate(all="ignore"):
             alone = q[r] / p[r]
             root = np.sqrt(np.maximum(b * b - 4 * a * c, 0.0))
@@ -90,11 +91,14 @@ class Elimination:
             t = np.where(positive, -2 * c, root - b) / np.where(positive, root + b, 2 * a)
             losses = (q[r] + (2 * Q + q * t) * t) / (p[r] + (2 * P + p * t) * t)
             better = (t <= 0) & (losses >= 0) & (losses < alone * (1 - 1e-6))
+
         losses = np.where(better, losses, alone)
         apart = self._apart(r)
         total = np.minimum(losses, apart) + self._ALONE * apart
+
         with np.errstate(all="ignore"):
             share = apart / np.minimum(self.kept, self.kept[r])
+
         total = np.where(share < self._ROUNDING, 1e-20 * share, total)
         total[self.gone] = np.inf
         total[r] = np.inf
@@ -115,6 +119,7 @@ class Elimination:
         grows by more than a factor of two, and with it the rounding of what is left of P and Q."""
         if p > 1 + 1e-6:
             r, s, p = s, r, 1 / p
+
         v_r, v_s = self.scale[r], -p * self.scale[s]
         (P_r, Q_r), (P_s, Q_s) = self._row(r), self._row(s)
         Pv, Qv = v_r * P_r + v_s * P_s, v_r * Q_r + v_s * Q_s
@@ -140,6 +145,7 @@ class Elimination:
         id_s = self.ids[s]
         if self.waiting == self._TOGETHER:
             self._settle()
+
         square = self.scale * self.scale
         self.p, self.q = self.dP * square, self.dQ * square
         self._look(int(np.searchsorted(self.ids, id_s)))
@@ -152,11 +158,14 @@ class Elimination:
         self.waiting = 0
         if 4 * int(self.gone.sum()) < len(self.gone):
             return
+
         keep = np.flatnonzero(~self.gone)
         both = np.ix_(keep, keep)
         self.P, self.Q, self.alike = self.P[both], self.Q[both], _odd_rows(self.alike[both])
+
         for name in ("ids", "dP", "dQ", "scale", "kept", "gone", "seen", "loss", "lost", "slope", "partner"):
             setattr(self, name, getattr(self, name)[keep])
+
         self.x, self.y = self.x[keep], self.y[keep]
 
 

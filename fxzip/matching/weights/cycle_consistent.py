@@ -82,6 +82,7 @@ class CycleConsistent(Method):
         first = [identity(problem, 0)] + [begin(problem, k, self.start) for k in range(1, problem.models)]
         relaxed: Relaxed = [{s: _vertex(held) for s, held in own.items()} for own in first]
         value = objective(weights, relaxed)
+
         for _ in range(self.steps):
             slopes = gradients(problem, weights, relaxed)
             aims = [{s: _vertex(held) for s, held in _rounded(problem, own, k).items()} for k, own in enumerate(slopes)]
@@ -90,6 +91,7 @@ class CycleConsistent(Method):
             if now <= value + 1e-6 * abs(value):
                 break
             relaxed, value = moved, now
+
         ends = [_rounded(problem, own, k) for k, own in enumerate(relaxed)]
         return [based_on_first(own, ends[0]) for own in ends]
 
@@ -156,4 +158,5 @@ def gradients(problem: Problem, weights: Sequence[Weight], relaxed: Relaxed) -> 
                 for s, slots in run.slots.items():
                     others = slices(joint - placed[k], run.axis, slots[0])
                     result[k][s] += (others @ slices(value, run.axis, slots[k]).T).cpu()
+
     return result

@@ -59,6 +59,7 @@ class Descent:
                         due |= {c} if self.curved[c] else set()
             if not due:
                 break
+
         return self
 
     def _step(self, c: int) -> bool:
@@ -73,6 +74,7 @@ class Descent:
         found = self.matching | assigned(self.problem, spaces, tables, products, self.k, self.matching)
         if all(torch.equal(found[s], self.matching[s]) for s in spaces):
             return False
+
         placed: dict[int, Tensor] = {}
         if self.curved[c]:
             placed = {w: self.problem.weights[w].aligned(self.k, found) for w in held}
@@ -80,11 +82,14 @@ class Descent:
             before = [_inner(self.reference[w], self.placed[w]) for w in held]
         else:
             after, before = ([_total(tables[s], held[s]) for s in spaces] for held in (found, self.matching))
+
         if sum(after) - sum(before) <= _LEAST * sum(map(abs, after)):
             return False
+
         self.matching, self.steps = found, self.steps + 1
         for w in held:
             self.placed[w] = placed[w] if placed else self.problem.weights[w].aligned(self.k, found)
+
         return True
 
     def _table(self, space: int, held: Sequence[int]) -> Tensor:
@@ -160,15 +165,18 @@ def assigned(
     if first.tie is None:
         rows, columns = best_pairs(tables[spaces[0]])
         return {spaces[0]: torch.full((first.sizes[0],), -1).scatter_(0, rows, columns)}
+
     blocks = {s: (problem.spaces[s].blocks[0].cpu(), problem.spaces[s].blocks[k].cpu()) for s in spaces}
     cut = {s: tables[s][a][:, :, b].permute(0, 2, 1, 3) for s, (a, b) in blocks.items()}
     found = match_tie(cut, products, _by_blocks(blocks, now))
+
     result = {}
     for s, (a, b) in blocks.items():
         mine = b[found.partner].gather(1, found.inner[s].clamp(min=0))
         held = torch.full((problem.spaces[s].sizes[0],), -1)
         held[a] = torch.where(found.inner[s] >= 0, mine, -1)
         result[s] = held
+
     return result
 
 
@@ -182,6 +190,7 @@ def _by_blocks(blocks: Mapping[int, tuple[Tensor, Tensor]], now: Mapping[int, Te
         at = place[held.clamp(min=0)]
         partner = torch.where(held >= 0, at // b.shape[1], -1).amax(1)
         inner[s] = torch.where(held >= 0, at % b.shape[1], -1)
+
     return BlockAssignment(partner, inner)
 
 
@@ -215,4 +224,5 @@ def transformed(weight: Weight, k: int, matrix: Callable[[int, Run], Tensor], sk
             for first, own in zip(slots[0], slots[k], strict=True):
                 result[first] = (mixing @ moved[own].reshape(len(own), -1)).reshape(len(first), *moved.shape[1:])
         value = result.movedim(0, run.axis)
+
     return value

@@ -83,6 +83,7 @@ class MuDSC(Method):
         best, value, idle = list(merges), -torch.inf, 0
         generator = torch.Generator().manual_seed(self.seed)
         coordinates = problem.ties()
+
         for _ in range(self.sweeps if self.balance else 0):
             for c in torch.randperm(len(coordinates), generator=generator).tolist():
                 for s, merge in self._matched(problem, coordinates[c], seen, merges).items():
@@ -94,6 +95,7 @@ class MuDSC(Method):
                 idle += 1
                 if idle == _PATIENCE:
                     break
+
         return best
 
     def relabelling(self) -> MuDSC:
@@ -128,6 +130,7 @@ def weight_cosines(problem: Problem, space: int, merges: Sequence[Merge]) -> Ten
     """Cosines of the slices of a space, of all models side by side, [N, N] in float64, 1 on the diagonal."""
     total = sum(problem.spaces[space].sizes)
     inner = torch.zeros(total, total, dtype=torch.float64)
+
     for weight in problem.weights:
         for run in weight.runs if weight.groups == 1 else ():
             if space in run.slots:
@@ -136,6 +139,7 @@ def weight_cosines(problem: Problem, space: int, merges: Sequence[Merge]) -> Ten
                 ]
                 joint = torch.cat(parts)
                 inner += (joint @ joint.T).cpu()
+
     size = inner.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     return (inner / size[:, None] / size).clamp(-1, 1).fill_diagonal_(1.0)
 

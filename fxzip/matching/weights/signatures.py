@@ -32,6 +32,7 @@ def signature_table(weights: Sequence[Weight], space: int, k: int) -> Tensor:
                     other = F.interpolate(other[:, None], first.shape[1], mode="linear", align_corners=True)[:, 0]
                 first, other = first - first.mean(0), other - other.mean(0)
                 total = total + (first @ other.T).double().cpu()
+
     return total
 
 
@@ -53,6 +54,7 @@ def signature(weight: Weight, place: int, space: int, k: int) -> Tensor:
             if other is not run:
                 value = _sorted(value, other, k)
         moved = value.movedim(run.axis, 0)
+
     taken = moved.index_select(0, slots.reshape(-1)).reshape(*slots.shape, -1)
     return taken.transpose(0, 1).reshape(slots.shape[1], -1)
 

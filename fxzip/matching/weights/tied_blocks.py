@@ -62,10 +62,13 @@ def match_tie(tables: Mapping[int, Tensor], products: Sequence[Product], now: Bl
         partner = best_blocks(weighed)
         index = torch.arange(len(partner))
         return BlockAssignment(partner, {g: _pairs(table[index, partner]) for g, table in tables.items()})
+
     inner = {g: _pairs(table) for g, table in tables.items()}
     index = torch.arange(len(now.partner))
+
     for g, held in now.inner.items():
         inner[g][index, now.partner] = held
+
     value = _value(tables, products, inner)
     for _ in range(_ROUNDS):
         for g in tables:
@@ -73,6 +76,7 @@ def match_tie(tables: Mapping[int, Tensor], products: Sequence[Product], now: Bl
         value, before = _value(tables, products, inner), value
         if bool((value <= before + 1e-9 * before.abs()).all()):
             break
+
     partner = best_pairs(value)[1]
     return BlockAssignment(partner, {g: held[index, partner] for g, held in inner.items()})
 

@@ -109,6 +109,7 @@ def match_weights(problem: Problem, settings: WeightMatching) -> list[Matching]:
         ]
         best = max(ends, key=lambda end: end.objective())
         return [identity(problem, 0), best.matching]
+
     found = [merge_many(problem, start, generator, settings.sweeps) for start in settings.starts]
     return max(found, key=lambda matchings: agreement(problem, matchings))
 
@@ -125,6 +126,7 @@ def identity(problem: Problem, k: int) -> Matching:
             index = torch.full((n,), -1)
             index[first[:, :width]] = mine[:, :width]
         result[number] = torch.where(index < own, index, -1)
+
     return result
 
 
@@ -142,6 +144,7 @@ def merge_many(problem: Problem, start: str, generator: torch.Generator, sweeps:
     """Each model in turn is matched with the mean of the others (Git Re-Basin, algorithm 2), until none moves."""
     matchings = [begin(problem, k, start) if k else identity(problem, 0) for k in range(problem.models)]
     placed = [[weight.aligned(k, own) for weight in problem.weights] for k, own in enumerate(matchings)]
+
     still = 0
     for _ in range(sweeps):
         for k in torch.randperm(problem.models, generator=generator).tolist():
@@ -154,6 +157,7 @@ def merge_many(problem: Problem, start: str, generator: torch.Generator, sweeps:
                 placed[k] = [weight.aligned(k, end.matching) for weight in problem.weights]
         if still >= problem.models:
             break
+
     return [based_on_first(own, matchings[0]) for own in matchings]
 
 
@@ -180,6 +184,7 @@ def merge_of(problem: Problem, number: int, matchings: Sequence[Mapping[int, Ten
     space = problem.spaces[number]
     weights = [weight for weight in problem.weights if number in weight.spaces]
     labels, cosines = [torch.arange(space.sizes[0])], []
+
     for k, matching in enumerate(matchings[1:], 1):
         here = (matching[number] >= 0).nonzero().flatten()
         own = torch.full((space.sizes[k],), -1).scatter_(0, matching[number][here], here)
@@ -188,6 +193,7 @@ def merge_of(problem: Problem, number: int, matchings: Sequence[Mapping[int, Ten
             own[rest] = _likest(space, weights, number, k, matching)[rest]
         labels.append(own)
         cosines.append(_cosines(space, weights, number, k, matching)[here])
+
     merge = cluster_merge(torch.cat(labels), space.sizes, None)
     return replace(merge, correlation=float(torch.cat(cosines).mean()))
 
@@ -202,6 +208,7 @@ def _cosines(space: Space, weights: Sequence[Weight], number: int, k: int, match
                 slots = run.slots[number][0]
                 for total, value in zip(sums, (first * other, first.square(), other.square()), strict=True):
                     total += _along(value, weight, place).cpu()[slots].sum(0)
+
     size = (sums[1] * sums[2]).sqrt()
     return torch.where(size > 0, sums[0] / size.clamp(min=torch.finfo(size.dtype).tiny), (sums[1] == sums[2]).double())
 
@@ -222,10 +229,12 @@ def _likest(space: Space, weights: Sequence[Weight], number: int, k: int, matchi
     """
     alike = table(weights, [weight.values[0] for weight in weights], number, k, matching, space)
     size = torch.zeros(space.sizes[0], dtype=torch.float64)
+
     for weight in weights:
         for place, run in enumerate(weight.runs if weight.groups == 1 else ()):
             if number in run.slots:
                 size += _along(weight.values[0].square(), weight, place).cpu()[run.slots[number][0]].sum(0)
+
     alike = alike / size.sqrt().clamp(min=torch.finfo(size.dtype).tiny)[:, None]
     if space.blocks:
         block = torch.empty(space.sizes[k], dtype=torch.int64)
@@ -235,4 +244,5 @@ def _likest(space: Space, weights: Sequence[Weight], number: int, k: int, matchi
         for slots in space.blocks[0].cpu():
             home[slots] = mine[slots].amax()
         alike = alike.masked_fill(home[:, None] != block, -torch.inf)
+
     return alike.argmax(0)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from ...analysis.spaces import Layout
-from ...matching.energy.energy import reading
+from ...matching.energy.energy import downstream_metric
 from ...matching.moments import moments
-from ...rewriting.reading_weights import readers
+from ...rewriting.downstream import downstream_weights
 from ...rewriting.zip_plan import ZipPlan
 from .dataflow import Flow, Function, Site
 from .goals import Goal, TrunkGoals
@@ -30,7 +30,7 @@ class Freedom:
 
     def __init__(self, plan: ZipPlan, goals: TrunkGoals, flow: Flow, fitted: Collection[Site]) -> None:
         self.plan, self.goals, self.flow, self.fitted = plan, goals, flow, fitted
-        self._readers = readers(plan.trunk, plan.reach)
+        self._downstream = downstream_weights(plan.trunk, plan.reach)
         self._found: dict[fx.Node, Function | None] = {}
 
     def function(self, node: fx.Node) -> Function | None:
@@ -61,7 +61,7 @@ class Freedom:
         assert goal.targets is not None
         every = max(1, len(features[0]) // (_ROWS * sum(own.shape[1] for own in features)))
         seen = moments([own[::every] for own in features])
-        read = reading(seen, [self._weights(layout, k) for k, layout in enumerate(goal.targets.layouts)])
+        read = downstream_metric(seen, [self._weights(layout, k) for k, layout in enumerate(goal.targets.layouts)])
         scale = seen.covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
         scale = torch.where(seen.alive, scale, 0.0)
         return read * scale[:, None] * scale
@@ -72,7 +72,7 @@ class Freedom:
         result = []
         for space in layout.space.unique().tolist():
             here = (layout.space == space).nonzero().flatten()
-            for weight in self._readers[numbers[space]][k]:
+            for weight in self._downstream[numbers[space]][k]:
                 full = weight.new_zeros(*weight.shape[:2], len(layout.space))
                 full[:, :, here.to(weight.device)] = weight[:, :, layout.feature[here].to(weight.device)]
                 result.append(full)

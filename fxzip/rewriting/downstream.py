@@ -1,4 +1,5 @@
-"""Who reads a space: the parameters that sum over its features, in the trunk and right behind it in the heads.
+"""The weights downstream of a space: parameters that sum over its features, in the trunk and right behind it in the
+heads.
 
 It is what matching needs to know about the importance of features: a feature that no weight reads may be lost.
 """
@@ -16,8 +17,8 @@ from ..partition.alignment import attribute
 from ..partition.region import Trunk
 
 
-def readers(trunk: Trunk, reach: Sequence[Tensor]) -> list[tuple[tuple[Tensor, ...], ...]]:
-    """For each space and each model k the weights of its readers, [outputs, taps, n_k] each.
+def downstream_weights(trunk: Trunk, reach: Sequence[Tensor]) -> list[tuple[tuple[Tensor, ...], ...]]:
+    """For each space and each model k the weights that sum over it, [outputs, taps, n_k] each.
 
     Taps are all places at which a feature is read: those of a kernel, and those that were flattened. Grouped kernels
     are left out: their features are tied in blocks, which are matched as they are.
@@ -34,7 +35,7 @@ def readers(trunk: Trunk, reach: Sequence[Tensor]) -> list[tuple[tuple[Tensor, .
 
 
 def _of_model(trunk: Trunk, k: int, reach: Tensor) -> dict[int, list[Tensor]]:
-    """Readers of model k by its own spaces."""
+    """Downstream weights of model k by its spaces."""
     spaces, labelling = trunk.spaces[k], trunk.labellings[k]
     module = trunk.alignment.programs[k].module
     summed = torch.zeros(len(spaces.klass), dtype=torch.bool)
