@@ -53,6 +53,7 @@ from .tools.comparison import compare, sweep
 from .tools.exporting import export
 from .tools.inspection import inspect
 from .tools.interpolation import Barrier, barrier
+from .tools.narrowing import narrow
 from .tools.relabelled import relabel
 from .tools.soups import soup
 from .tools.table import Table
@@ -112,6 +113,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "narrow",
     "relabel",
     "save",
     "side_by_side",

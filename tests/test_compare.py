@@ -164,7 +164,7 @@ def test_scores_that_are_no_numbers(pair, score, found):
 @pytest.mark.slow
 def test_the_methods_that_are_compared_by_default(pair):
     table = fxzip.compare(pair, X, data=DATA, progress=False)
-    assert [row["method"] for row in table][1:] == ["energy", "zip", "permute", "weights", "average"]
+    assert [row["method"] for row in table][1:] == ["energy", "zip", "permute", "weights", "average", "alone"]
 
 
 def test_held_out_inputs_of_ones_own(pair):

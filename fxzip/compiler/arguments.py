@@ -41,6 +41,22 @@ class Given:
         networks, call = models_and_sample(arguments, name, own_inputs=own_inputs)
         return cls(tuple(networks), arguments[-1], call, tasks)
 
+    @classmethod
+    def one(cls, model: Any, sample: Any, name: str) -> Given:
+        """One model; `name` is who asks.
+
+        Raises:
+            InputError: it is no eager module, or the sample no input.
+        """
+        if isinstance(sample, (nn.Module, PerModel)):
+            raise InputError(
+                f"`{name}` takes one model and `sample_input`, a tensor, or a tuple or dict of tensors; found a "
+                f"{'module' if isinstance(sample, nn.Module) else '`PerModel`'} as `sample_input`."
+            )
+        checked = check_model(model, "model")
+        check_placement([checked])
+        return cls((checked,), sample, as_call(sample), ())
+
 
 def models_and_sample(
     arguments: Sequence[Any], name: str = "compile_zip", *, own_inputs: bool = False

@@ -70,6 +70,18 @@ class EmittedModule(fx.GraphModule):
         kind = next(base for base in type(self).__mro__ if "<locals>" not in base.__qualname__)  # each has its own
         return restored, (kind, _holder(self), written(self.graph), dict(self.meta), FORMAT)
 
+    @property
+    def report(self) -> Report:
+        """What was merged, what was not and why.
+
+        Raises:
+            AttributeError: there is none, as for one network of several (`single`).
+        """
+        if "fxzip_report" not in self.meta:
+            raise AttributeError("this network has no report of its own; that of the zip it comes from is there")
+        found: Report = self.meta["fxzip_report"]
+        return found
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the network to a folder, which `fxzip.load` reads; see `fxzip.save`."""
         from .serialization import save

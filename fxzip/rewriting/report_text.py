@@ -19,18 +19,18 @@ def headline(v: Mapping[str, Any]) -> str:
     """
     flops, every = v["flops"], "both" if v["models"] == 2 else f"all {v['models']}"
     one = flops["originals"][0]
-    text = f"{v['models']} networks in one: "
+    several = v["models"] > 1
+    text = f"{v['models']} networks in one: " if several else "one network, narrowed: "
     if one:
-        text += (
-            f"{flops['total'] / one:.2f}x the FLOPs of one, {flops['total'] / flops['side_by_side']:.2f}x of {every}"
-        )
+        text += f"{flops['total'] / one:.2f}x the FLOPs" + (" of one" if several else "")
+        text += f", {flops['total'] / flops['side_by_side']:.2f}x of {every}" if several else ""
     else:
         text += "FLOPs unknown"
 
     seconds = v.get("latency")
     if seconds:
-        ratio, side = seconds["zipped"] / seconds["originals"][0], seconds["zipped"] / seconds["side_by_side"]
-        text += f"; {ratio:.2f}x the latency, {side:.2f}x of {every}"
+        text += f"; {seconds['zipped'] / seconds['originals'][0]:.2f}x the latency"
+        text += f", {seconds['zipped'] / seconds['side_by_side']:.2f}x of {every}" if several else ""
     return text + _agreeing(v.get("agreement"))
 
 
@@ -39,12 +39,16 @@ def _agreeing(found: Mapping[str, Any] | None) -> str:
     if not found:
         return ""
     heads, inputs = found["heads"], " / ".join(str(n) for n in dict.fromkeys(found["inputs"]))
+    if len(heads) == 1:
+        agree, off = "it agrees with its original", "it is off its original"
+    else:
+        agree, off = "heads agree with their originals", "heads are off their originals"
     if all(head["same_class"] is not None for head in heads):
         shares = " / ".join(f"{100 * head['same_class']:.1f} %" for head in heads)
-        return f"; heads agree with their originals on {shares} of {inputs} held-out inputs"
+        return f"; {agree} on {shares} of {inputs} held-out inputs"
     errors = " / ".join(f"{100 * head['relative_error']:.2g} %" for head in heads)
     fits = " / ".join(f"{head['r_squared']:.3f}" for head in heads)
-    return f"; heads are off their originals by {errors} (R² {fits}) on {inputs} held-out inputs"
+    return f"; {off} by {errors} (R² {fits}) on {inputs} held-out inputs"
 
 
 def lines(v: Mapping[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ from ..rewriting.module import ZippedModule
 from ..tracing import plain_context
 from ..widths.observed import Observed
 from ..widths.requests import Budget, WidthRequest, width_request
+from .narrowing import narrowed_apart
 from .table import Table
 from .unmerged import side_by_side
 
@@ -34,6 +35,8 @@ Score = Callable[[nn.Module], float | Mapping[str, float]]
 """Of a network that returns a tuple with each model's output; greater is better, or several numbers with names."""
 
 SWEPT = 12
+ALONE = "alone"
+"""The row of the networks narrowed each by itself, side by side."""
 
 
 @plain_context()
@@ -132,9 +135,9 @@ def compare(
         sample_input, data, start, joint, verify, strict, rules, progress, max_batches: as in `compile_zip`; for all
             rows.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
-        methods: names, methods with their settings, or pairs (method, refit). None: energy, zip, permute, weights and
-            average. One
-            that fails is a row with its message.
+        methods: names, methods with their settings, or pairs (method, refit); "alone" is each network narrowed by
+            itself to its share of the first one's cost (`fxzip.narrow`), and nothing shared. None: energy, zip,
+            permute, weights, average and alone. One that fails is a row with its message.
         cuts: what `until` takes, each.
         refit: of the methods that come without one.
         held_out: as in `sweep`.
@@ -143,7 +146,7 @@ def compare(
         DataError, CutError: as in `sweep`. OptionError: a method or refit is unknown, or they do not go
             together (`docs/methods.md`).
     """
-    entries = FIRST_CLASS if methods is None else methods
+    entries = (*FIRST_CLASS, *([ALONE] if data is not None else [])) if methods is None else methods
     chosen = [_Line.of(entry, refit, calibrated=data is not None) for entry in entries]
     given = Given.of((models, sample_input), "compare")
     options = Options(
@@ -165,6 +168,8 @@ class _Line:
     @classmethod
     def of(cls, entry: Any, refit: str | Refit | None, *, calibrated: bool) -> _Line:
         method, own = entry if isinstance(entry, tuple) else (entry, refit)
+        if isinstance(method, str) and method == ALONE:
+            return cls(method, "lstsq", Recipe.of("energy", "lstsq", calibrated=calibrated))
         recipe = Recipe.of(method, own, calibrated=calibrated)
         return cls(_shown(method) or "", _shown(recipe.refit_name), recipe)
 
@@ -238,7 +243,10 @@ class _Rows:
         self, line: _Line, candidate: Candidate, solo: Mapping[int, Observed], score: Score | None
     ) -> dict[str, Any]:
         start = time.perf_counter()
-        zipped = self.session.shifted(assemble(self.session, candidate, line.recipe, solo))
+        if line.method == ALONE:
+            zipped = self.session.shifted(narrowed_apart(self.session))
+        else:
+            zipped = self.session.shifted(assemble(self.session, candidate, line.recipe, solo))
         return self._values(zipped, score, time.perf_counter() - start)
 
     def _bound(self, score: Score | None) -> dict[str, Any]:
