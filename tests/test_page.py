@@ -19,6 +19,7 @@ import fxzip
 from fxzip.pages.grouping import MOST_AT_FIRST, MOST_SIDE_BY_SIDE, Placed, grouped
 from fxzip.rewriting.module import is_unmerge, part_of, sources_of
 from fxzip.rewriting.report import Report
+from fxzip.rewriting.stored_facts import check_facts
 from fxzip.tools.pages import write_page
 
 X = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -84,7 +85,9 @@ def bert():
     return fxzip.compile_zip({"topic": models[0], "mood": models[1]}, {"input_ids": ids}, **FAST)
 
 
+SLOW = {"bert": pytest.mark.slow}
 MAKERS = {make.__name__: make for make in (plain, evil, automatic, three, stem, narrowed, apart, bert)}
+NAMES = [pytest.param(name, marks=SLOW.get(name, ())) for name in MAKERS]
 _made = {}
 
 
@@ -125,7 +128,7 @@ def data_of(parsed):
     return next(json.loads("".join(text)) for attrs, text in parsed.scripts if attrs.get("id") == "data")
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_node_is_on_the_page_as_the_graph_and_the_report_have_it(name, tmp_path):
     zipped = made(name)
     report = zipped.report
@@ -148,7 +151,7 @@ def test_every_node_is_on_the_page_as_the_graph_and_the_report_have_it(name, tmp
     assert len({own["path"] for own in parameters if own["parameters"]}) <= len(parameters)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_spaces_are_those_of_the_report(name, tmp_path):
     zipped = made(name)
     data = data_of(page(zipped, tmp_path))
@@ -222,14 +225,14 @@ def test_a_barrier_is_marked_with_its_reason(tmp_path):
     assert reasons <= {*zipped.report["cut"]["ends"].values(), *zipped.report["barriers"]}
 
 
-@pytest.mark.parametrize("name", ["plain", "three", "bert"])
+@pytest.mark.parametrize("name", ["plain", "three", pytest.param("bert", marks=pytest.mark.slow)])
 def test_it_shows_how_good_and_how_fast_the_zip_is(name, tmp_path):
     zipped = made(name)
     text = re.sub(r"\s+", " ", "".join(page(zipped, tmp_path).text))
     report = zipped.report
     assert report.headline in text
     seconds = report["latency"]
-    assert f"{seconds['zipped'] / seconds['side_by_side']:.2f}× latency of" in text
+    assert f"{seconds['zipped'] / seconds['side_by_side']:.2f}× latency" in text
     heads = [] if report["agreement"] is None else report["agreement"]["heads"]
     for head in heads:
         same = head["same_class"]
@@ -260,6 +263,28 @@ def test_a_report_of_an_older_file_has_a_page(tmp_path):
     data = data_of(page(zipped, tmp_path))
     assert len(data["nodes"]) == len(zipped.graph.nodes)
     assert any(group["label"] == "layer1" for group in data["groups"])
+
+
+FALSE = {
+    "a node that is none": lambda v: v["nodes"].update(x=5),
+    "no nodes": lambda v: v.update(nodes=[1]),
+    "a space that there is not": lambda v: v["nodes"]["stem_0"].update(spaces=[99]),
+    "a shape of text": lambda v: v["nodes"]["stem_0"].update(shape=["2"]),
+    "a stop without a reason": lambda v: v["nodes"]["stem_0"].update(stop={"kind": "cut"}),
+    "an error of text": lambda v: v["spaces"][0].update(error=["0.5"]),
+    "no sizes": lambda v: v["spaces"][0].update(sizes=[]),
+    "folds that are none": lambda v: v["spaces"][0].update(folded=[1]),
+    "a correlation of text": lambda v: v["spaces"][0].update(correlation="0.5"),
+}
+
+
+@pytest.mark.parametrize("change", FALSE)
+def test_facts_of_a_file_that_are_none_are_refused(change):
+    values = json.loads(json.dumps(made("plain").report.as_dict()))
+    check_facts(values)
+    FALSE[change](values)
+    with pytest.raises(fxzip.LoadError, match="is not as a report has it"):
+        check_facts(values)
 
 
 def test_nothing_is_read_as_html(tmp_path):

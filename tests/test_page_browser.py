@@ -77,7 +77,10 @@ def number_of(zipped, name):
     return [node.name for node in zipped.graph.nodes].index(name)
 
 
-@pytest.mark.parametrize("name", ["plain", "evil", "automatic", "three", "stem", "narrowed", "apart", "bert"])
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "automatic", "narrowed", "apart", "bert")]
+
+
+@pytest.mark.parametrize("name", ["evil", "three", "stem", *LONG])
 def test_all_nodes_can_be_seen(opened, name):
     zipped = made(name)
     browser = opened(zipped)
@@ -172,9 +175,11 @@ def test_hostile_module_names_are_text(opened):
 
 
 def test_a_search_opens_what_holds_the_node(opened):
-    zipped = made("bert")
+    zipped = made("three")
     browser = opened(zipped)
-    name = next(n.name for n in zipped.graph.nodes if n.name.endswith("_layer_1_attention_self_value"))
+    browser.find_element("id", "close").click()
+    name = "layer1_1_conv2"
+    assert f"n{number_of(zipped, name)}" not in boxes(browser)
     box = browser.find_element("id", "find")
     box.send_keys(name + "\n")
     assert f"n{number_of(zipped, name)}" in boxes(browser)
@@ -190,6 +195,7 @@ def test_nothing_is_loaded(opened):
     assert [url.partition(":")[0] for url in urls if not url.startswith("data:")] == ["file"]
 
 
+@pytest.mark.slow
 def test_a_thousand_nodes_stay_usable(opened):
     layers = [[nn.Linear(4, 4), nn.ReLU()] for _ in range(260)]
     deep = nn.Sequential(*(layer for pair in layers for layer in pair))
@@ -200,6 +206,34 @@ def test_a_thousand_nodes_stay_usable(opened):
     assert len(boxes(browser)) < 60
     assert time.perf_counter() - start < 10
     assert browser.execute_script("return fxzip.cy.zoom()") > 0.3
+    browser.find_element("id", "open").click()
+    assert {f"n{n}" for n in range(len(zipped.graph.nodes))} <= boxes(browser)
+
+
+@pytest.mark.slow
+def test_what_is_too_much_to_draw_stays_closed(opened):
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.ModuleList(nn.ModuleList(nn.Linear(4, 4) for _ in range(24)) for _ in range(4))
+
+        def forward(self, x):
+            for stage in self.stages:
+                values = [x]
+                for layer in stage:
+                    values.append(layer(torch.stack(values).sum(0)))
+                x = values[-1]
+            return x
+
+    zipped = fxzip.side_by_side([Dense(), Dense()], torch.randn(2, 4))
+    browser = opened(zipped)
+    browser.find_element("id", "open").click()
+    panel = browser.find_element("id", "panel")
+    assert "too much to draw at once" in panel.get_property("textContent")
+    assert len(boxes(browser)) < len(zipped.graph.nodes)
+    number = number_of(zipped, "stages_3_23")
+    browser.execute_script("fxzip.reveal(arguments[0])", number)
+    assert f"n{number}" in boxes(browser)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def graph_data(page: Page) -> dict[str, Any]:
 def _hues(page: Page) -> list[int]:
     """Enough of them for all heads and lines."""
     most = max(len(page.tasks), len({point.line for point in page.points}), 1)
-    return [_HUES[n % len(_HUES)] for n in range(most)]
+    return [_HUES[n] if n < len(_HUES) else round(n * 137.508) % 360 for n in range(most)]  # then by the golden angle
 
 
 def fragment(template: str, **values: Any) -> str:

@@ -30,6 +30,7 @@ from .json_values import decoded, encoded, fields, plain
 from .model_card import card
 from .module import EmittedModule, ZippedModule
 from .report import Report
+from .stored_facts import check_facts
 from .stored_names import Names
 
 FORMAT = 1
@@ -166,6 +167,7 @@ def _report(stored: Any) -> Report | None:
     if not isinstance(values, dict):
         raise LoadError("a report is an object")
     report = Report(values)
+    check_facts(report)
     _ = str(report), report.tasks, report.notes, report.cost
     if not all(isinstance(lost, str) for traced in report["tracing"] for lost in traced.get("lost", ())):
         raise LoadError("`tracing` is no list of how the models were traced")

@@ -100,6 +100,37 @@
     return { boxes: [...boxes.values()], edges: [...edges.values()], frames: [...frames.values()] };
   }
 
+  // What a layout would cost: how many rows all edges together cross. Beyond this a browser would stand still.
+  const MOST = 3000;
+  function fits() {
+    const { boxes, edges } = visible();
+    const before = new Map(boxes.map((own) => [own.id, []]));
+    edges.forEach((own) => before.get(own.target).push(own.source));
+    const rows = new Map();
+    const row = (id) => {
+      if (!rows.has(id)) {
+        rows.set(id, 0); // stages may read one another
+        rows.set(id, before.get(id).reduce((most, source) => Math.max(most, row(source) + 1), 0));
+      }
+      return rows.get(id);
+    };
+    boxes.forEach((own) => row(own.id));
+    return edges.reduce((total, own) => total + Math.max(1, Math.abs(row(own.target) - row(own.source))), 0) <= MOST;
+  }
+
+  // Opens stages, outermost first, as far as all that is drawn fits; returns whether all of them are open.
+  function openAll() {
+    for (let level = groups.map((_, n) => n).filter((n) => groups[n].parent < 0); level.length; level = groups.map((_, n) => n).filter((n) => level.includes(groups[n].parent))) {
+      const closed = level.filter((n) => !open[n]);
+      closed.forEach((n) => { open[n] = true; });
+      if (!fits()) {
+        closed.forEach((n) => { open[n] = false; });
+        return false;
+      }
+    }
+    return true;
+  }
+
   // ---- layout: dagre, with its own points for the edges, so that they go round boxes
 
   function laidOut({ boxes, edges, frames }) {
@@ -208,6 +239,10 @@
 
   function reveal(number) {
     above(nodes[number].group).forEach((group) => { open[group] = true; });
+    if (!fits()) {
+      open.fill(false);
+      above(nodes[number].group).forEach((group) => { open[group] = true; });
+    }
     minor.checked = minor.checked || nodes[number].minor;
     redraw();
     const found = cy.getElementById(`n${number}`);
@@ -303,6 +338,8 @@
     if (own.length > 12) add(panel, "p", `… and ${own.length - 12} more spaces`, "what");
   }
 
+  const TOO_MUCH = "All of it open would be too much to draw at once: close other stages to open more.";
+
   function greet() {
     panel.replaceChildren();
     add(panel, "h3", "The whole network");
@@ -319,7 +356,10 @@
     show(id);
     if (id[0] === "g") {
       open[number] = !open[number];
-      redraw(id);
+      if (open[number] && !fits()) {
+        open[number] = false;
+        add(panel, "p", TOO_MUCH, "why hard");
+      } else redraw(id);
     }
     cy.getElementById(id).select();
   });
@@ -331,7 +371,13 @@
 
   const press = (id, act) => document.getElementById(id).addEventListener("click", act);
   const zoomBy = (factor) => cy.zoom({ level: cy.zoom() * factor, renderedPosition: { x: cy.width() / 2, y: cy.height() / 2 } });
-  press("open", () => { open.fill(true); redraw(); cy.fit(undefined, 12); });
+  press("open", () => {
+    const all = openAll();
+    redraw();
+    cy.fit(undefined, 12);
+    greet();
+    if (!all) add(panel, "p", TOO_MUCH, "why hard");
+  });
   press("close", () => { open.fill(false); redraw(); start(); });
   press("fit", () => cy.fit(undefined, 12));
   press("in", () => zoomBy(1.3));
