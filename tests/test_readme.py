@@ -1,4 +1,4 @@
-"""Every block of Python in the README runs, in order, as one program."""
+"""Every block of Python in the README and in the guide runs, in order, as one program each."""
 
 import re
 from pathlib import Path
@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
 
 
-def blocks():
-    """The Python blocks of the README, each with the number of its first line."""
-    text = README.read_text(encoding="utf-8")
+def blocks(page):
+    """The Python blocks of a page, each with the number of its first line."""
+    text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [(text[: match.start(1)].count("\n"), match[1]) for match in found]
 
@@ -23,16 +24,29 @@ def _seeded():
         yield
 
 
-def test_the_blocks_run_in_order_as_one_program(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", [README, GUIDE], ids=lambda page: page.name)
+def test_the_blocks_run_in_order_as_one_program(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    found = blocks()
-    assert len(found) == README.read_text(encoding="utf-8").count("```python")
+    found = blocks(page)
+    assert len(found) == page.read_text(encoding="utf-8").count("```python")
     for line, block in found:
-        exec(compile("\n" * line + block, str(README), "exec"), names)
+        exec(compile("\n" * line + block, str(page), "exec"), names)
     printed = capsys.readouterr().out
-    assert "trunk ends after" in printed
-    assert "self-check" in printed
+    assert re.search(r"2 networks in one: \d\.\d\dx the FLOPs of one, .* of \d+ held-out inputs", printed)
+    if page == README:
+        assert printed.splitlines()[-1] in README.read_text(encoding="utf-8")
+    else:
+        assert "trunk ends after" in printed
+        assert "self-check" in printed
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split()) < 900
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert links
+    assert all((ROOT / link).exists() for link in links if not link.startswith("http"))
 
 
 def test_the_first_two_commands_are_those_of_the_installation():

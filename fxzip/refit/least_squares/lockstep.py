@@ -32,7 +32,7 @@ class Lockstep:
         return len(self.envs)
 
     def run(self, node: fx.Node) -> None:
-        """Compute a node on all batches where it is not there yet; inputs are there from the start, until released."""
+        """Compute a node on all batches where it is not there yet; inputs are there from the start, and stay."""
         for env in self.envs:
             if node not in env and node.op != "placeholder":
                 env[node] = self.call(env, node)
@@ -73,10 +73,13 @@ class Lockstep:
             env.pop(node, None)
 
     def release(self, node: fx.Node) -> None:
-        """The node is done: free those of its inputs that no later node needs."""
+        """The node is done: free those of its inputs that no later node needs.
+
+        What the network is given stays: a value that is asked for once more is computed from it.
+        """
         for source in node.all_input_nodes:
             self._waiting[source] -= 1
-            if self._waiting[source] == 0:
+            if self._waiting[source] == 0 and source.op != "placeholder":
                 for env in self.envs:
                     env.pop(source, None)
 
