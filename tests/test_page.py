@@ -195,6 +195,21 @@ def test_narrowed_heads_carry_spaces_of_their_own(tmp_path):
         assert carriers == {f"head {data['spaces'][n]['head']}"}
 
 
+@pytest.mark.slow
+def test_a_narrowed_network_has_a_page(tmp_path):
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    model = randomise(nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)), 0)
+    found = fxzip.narrow(model, x[:2], data=[x], max_cost=0.6, progress=False)
+    parsed = page(found, tmp_path)
+    data = data_of(parsed)
+    assert [node["name"] for node in data["nodes"]] == [node.name for node in found.graph.nodes]
+    text = "".join(parsed.text)
+    assert found.report.headline in text
+    assert "side by side" not in text.partition("The report as text")[0]
+    found.save_pretrained(tmp_path / "folder")
+    assert data_of(page(fxzip.load(tmp_path / "folder"), tmp_path)) == data
+
+
 KINDS = {"plain": {"cut", "output"}, "three": {"differ"}, "stem": {"output"}, "apart": set()}
 
 
@@ -388,7 +403,7 @@ def test_a_network_in_a_notebook():
     for told in (zipped.report.headline, *zipped.tasks, *(s["name"] for s in zipped.report["spaces"])):
         assert told in html
     single = zipped.single(0)
-    assert not hasattr(single, "_repr_html_")
+    assert f"{len(single.graph.nodes)} nodes, without a report" in single._repr_html_()
     bare = copy.deepcopy(zipped)
     del bare.meta["fxzip_report"]
     assert f"{len(bare.graph.nodes)} nodes, without a report" in bare._repr_html_()

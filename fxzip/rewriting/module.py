@@ -72,7 +72,7 @@ class EmittedModule(fx.GraphModule):
 
     @property
     def report(self) -> Report:
-        """What was merged, what was not and why.
+        """What was shared and merged, what was not and why.
 
         Raises:
             AttributeError: there is none, as for one network of several (`single`).
@@ -80,7 +80,12 @@ class EmittedModule(fx.GraphModule):
         if "fxzip_report" not in self.meta:
             raise AttributeError("this network has no report of its own; that of the zip it comes from is there")
         found: Report = self.meta["fxzip_report"]
-        return found
+        return found.of(self)
+
+    def _repr_html_(self) -> str:
+        from .report_page import network_brief
+
+        return network_brief(self)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the network to a folder, which `fxzip.load` reads; see `fxzip.save`."""
@@ -92,17 +97,6 @@ class EmittedModule(fx.GraphModule):
 class ZippedModule(EmittedModule):
     """A multi-task network: an ordinary `torch.fx.GraphModule` that returns a tuple with each model's output, or a dict
     of them by the names of the tasks."""
-
-    @property
-    def report(self) -> Report:
-        """What was shared, what was not and why."""
-        found: Report = self.meta["fxzip_report"]
-        return found.of(self)
-
-    def _repr_html_(self) -> str:
-        from .report_page import network_brief
-
-        return network_brief(self)
 
     def train(self, mode: bool = True) -> ZippedModule:
         """Switch to train mode. Warns where the models draw random numbers there and this network does not."""

@@ -11,7 +11,7 @@ from ..ops import merge, mix, require, unmerge
 from ..pages import Node, Placed, Stop
 from ..pages.grouping import common
 from ..partition.alignment import attribute
-from .module import ZippedModule, is_unmerge, part_of, sources_of
+from .module import EmittedModule, is_unmerge, part_of, sources_of
 from .node_facts import path_of
 
 _GIVEN_BACK: Mapping[Any, str] = {unmerge: "gather", mix: "matrix product", merge: "weighted means"}
@@ -30,7 +30,7 @@ class Places:
     """In which part, stage and bundle the nodes of a graph are. `facts`: what the report says of nodes; `names`: of the
     tasks."""
 
-    def __init__(self, zipped: ZippedModule, facts: Mapping[str, Any], names: Sequence[str]) -> None:
+    def __init__(self, zipped: EmittedModule, facts: Mapping[str, Any], names: Sequence[str]) -> None:
         self.order = list(zipped.graph.nodes)
         self.names, self.facts = names, facts
         self.paths = {node: self._path(node, facts.get(node.name, _NONE)["path"]) for node in self.order}
@@ -101,7 +101,7 @@ class Nodes:
     """
 
     def __init__(
-        self, zipped: ZippedModule, facts: Mapping[str, Any], first: Sequence[int], places: Places,
+        self, zipped: EmittedModule, facts: Mapping[str, Any], first: Sequence[int], places: Places,
         groups: Mapping[int, int],
     ) -> None:  # fmt: skip
         self.zipped, self.facts, self.first, self.places, self.groups = zipped, facts, first, places, groups

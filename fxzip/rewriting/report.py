@@ -18,7 +18,7 @@ from ..partition.node_names import module_path
 from ..tracing import Program, flat_inputs
 from ..tracing.calls import Call
 from ..tracing.shapes import checked_shapes
-from .module import ZippedModule, is_unmerge, part_of
+from .module import EmittedModule, ZippedModule, is_unmerge, part_of
 from .node_facts import node_facts
 from .report_text import headline, lines
 from .space_facts import narrowed_facts, space_facts
@@ -86,7 +86,7 @@ class Report(Mapping[str, Any]):
         """
         return Report({**self.values_, "notes": [*self.values_["notes"], *notes]})
 
-    def of(self, network: ZippedModule) -> Report:
+    def of(self, network: EmittedModule) -> Report:
         """The report together with the network that it is about, whose graph `html` draws."""
         return Report(self.values_, network)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ops import mix
 from ..pages import Costs, Node, Page, Point, Space, Task, fragment, grouped, page_html
-from .module import ZippedModule
+from .module import EmittedModule
 from .page_nodes import Nodes, Places
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _COSTS = (("FLOPs", "flops"), ("parameters", "parameters"))
 WORST = "agreement of the worst head"
 
 
-def page_of(zipped: ZippedModule, report: Report, table: Sequence[Mapping[str, Any]] = ()) -> Page:
+def page_of(zipped: EmittedModule, report: Report, table: Sequence[Mapping[str, Any]] = ()) -> Page:
     """The page. `table`: rows of zips of the same models, for the plot of cost against agreement."""
     points, measure = points_of(table)
     spaces, first = _spaces(report)
@@ -37,7 +37,7 @@ def page_of(zipped: ZippedModule, report: Report, table: Sequence[Mapping[str, A
     nodes = Nodes(zipped, facts, first, places, inside).nodes()
     nodes, spaces = _in_order(nodes, spaces)
     return Page(
-        title=" + ".join(names) if report.tasks else f"{report['models']} networks in one",
+        title=_title(report),
         headline=report.headline,
         costs=tuple(_costs(name, report[key]) for name, key in _COSTS),
         tasks=tuple(_task(k, name, report, zipped, nodes) for k, name in enumerate(names)),
@@ -54,6 +54,11 @@ def page_of(zipped: ZippedModule, report: Report, table: Sequence[Mapping[str, A
     )
 
 
+def _title(report: Report) -> str:
+    number = report["models"]
+    return " + ".join(report.tasks) or ("One network, narrowed" if number == 1 else f"{number} networks in one")
+
+
 def _in_order(nodes: tuple[Node, ...], spaces: tuple[Space, ...]) -> tuple[tuple[Node, ...], tuple[Space, ...]]:
     """The spaces in the order in which the graph meets them, those of the trunk first; nodes that number them so."""
     met = {space: n for n, space in reversed(list(enumerate(space for node in nodes for space in node.spaces)))}
@@ -65,6 +70,8 @@ def _in_order(nodes: tuple[Node, ...], spaces: tuple[Space, ...]) -> tuple[tuple
 
 def task_names(report: Report) -> list[str]:
     """Names of the tasks, "head 0" and so on where they have none."""
+    if report["models"] == 1:
+        return report.tasks or ["the network"]
     return report.tasks or [f"head {k}" for k in range(report["models"])]
 
 
@@ -90,7 +97,7 @@ def _costs(name: str, costs: Mapping[str, Any]) -> Costs:
     return Costs(name, tuple(costs.get("stems", ())), costs["trunk"], tuple(costs["heads"]), tuple(costs["originals"]))
 
 
-def _task(k: int, name: str, report: Report, zipped: ZippedModule, nodes: Sequence[Node]) -> Task:
+def _task(k: int, name: str, report: Report, zipped: EmittedModule, nodes: Sequence[Node]) -> Task:
     flops, own = report["flops"], [node for node in nodes if node.part == f"head {k}"]
     stem = flops.get("stems", [0] * len(flops["heads"]))[k]
     targets = {node.name: node.target for node in zipped.graph.nodes}
@@ -166,7 +173,7 @@ def points_of(table: Sequence[Mapping[str, Any]]) -> tuple[list[Point], str]:
     return points, score or WORST
 
 
-def write(zipped: ZippedModule, report: Report, path: str | os.PathLike[str], table: Any = None) -> None:
+def write(zipped: EmittedModule, report: Report, path: str | os.PathLike[str], table: Any = None) -> None:
     """Write the page of a zipped network; see `Report.html`."""
     text = page_html(page_of(zipped, report, () if table is None else table))
     place = Path(os.path.abspath(path))
@@ -183,7 +190,7 @@ def brief(report: Report) -> str:
     return fragment("report.html", **_in_brief(report))
 
 
-def network_brief(zipped: ZippedModule) -> str:
+def network_brief(zipped: EmittedModule) -> str:
     """A network as notebooks show it: its report, if it has one, and how to see more."""
     known = "fxzip_report" in zipped.meta
     values = _in_brief(zipped.report) if known else {}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
-from ..rewriting.module import EmittedModule, ZippedModule
+from ..rewriting.module import EmittedModule
 from ..rewriting.serialization import load
 
 
@@ -31,7 +31,7 @@ def write_page(
     True
 
     Args:
-        network: a zipped network, or a folder in which one was saved.
+        network: a zipped or narrowed network, or a folder in which one was saved.
         path: of the file, which is replaced if there is one.
         table: of zips of the same models, from `sweep` or `compare`, for the plot of cost against agreement.
         trust: as in `fxzip.load`, for a folder.
@@ -40,9 +40,9 @@ def write_page(
         InputError: the network has no report: it is that of one task alone. LoadError: as `fxzip.load`.
     """
     found = network if isinstance(network, EmittedModule) else load(network, trust=trust)
-    if not isinstance(found, ZippedModule) or "fxzip_report" not in found.meta:
+    if "fxzip_report" not in found.meta:
         raise InputError(
-            "A page needs a zipped network with its report; found one without, such as that of a single task. Take the "
-            "network that `compile_zip` has returned, or the folder in which it was saved."
+            "A page needs a network with its report; found one without, such as that of a single task. Take what "
+            "`compile_zip` or `narrow` has returned, or the folder in which it was saved."
         )
     found.report.html(path, table=table)

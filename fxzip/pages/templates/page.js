@@ -20,6 +20,7 @@
   const percent = (share) => `${(100 * share).toFixed(1)} %`;
   const task = (part) => Number(part.split(" ")[1]);
   const called = (part) => {
+    if (part === "trunk" && tasks.length === 1) return "the network";
     const name = tasks[task(part)]; // "head 0" where tasks have no names
     return name === undefined || name === `head ${task(part)}` ? part : `${part.split(" ")[0]} of ${name}`;
   };
