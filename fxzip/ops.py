@@ -13,6 +13,7 @@ import importlib
 import inspect
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +183,57 @@ def answer_to_former_names() -> None:
         sys.modules.setdefault(former, importlib.import_module(name))
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """Where a node of a zipped network comes from.
+
+    >>> Provenance("trunk", ("conv1", "conv1")).as_data()
+    {'part': 'trunk', 'from': ['conv1', 'conv1'], 'writes': False}
+
+    Attributes:
+        part: "trunk", "head K", "stem K", or "merge" for what merges the values that enter the trunk.
+        sources: the nodes that it stands for: of every model in the trunk, else of the model that the part belongs to;
+            none for what only the zip has.
+        writes: whether it writes in place into memory that was there before it.
+        unmerges: whether it gives a head its own features back.
+    """
+
+    part: str = "trunk"
+    sources: tuple[str, ...] = ()
+    writes: bool = False
+    unmerges: bool = False
+
+    def as_data(self) -> dict[str, Any]:
+        """As files have it."""
+        found = {"part": self.part, "from": list(self.sources), "writes": self.writes}
+        return {**found, "unmerge": True} if self.unmerges else found
+
+    @classmethod
+    def of_data(cls, data: Mapping[str, Any]) -> Provenance:
+        """From a file, of whatever format."""
+        sources = tuple(data.get("from", ()))
+        return cls(str(data.get("part", "trunk")), sources, bool(data.get("writes")), bool(data.get("unmerge")))
+
+
+_KEY = "fxzip"  # among what a node knows of itself
+
+
+def mark(node: fx.Node, provenance: Provenance) -> None:
+    """Note where a node comes from. In place."""
+    node.meta[_KEY] = provenance
+
+
+def provenance_of(node: fx.Node) -> Provenance:
+    """Where a node comes from; a node of which nothing is noted is one of the trunk that stands for none."""
+    found: Provenance = node.meta.get(_KEY, Provenance())
+    return found
+
+
+def provenance_data(node: fx.Node) -> dict[str, Any]:
+    """What a file keeps of it; empty where nothing is noted."""
+    return provenance_of(node).as_data() if _KEY in node.meta else {}
+
+
 def _reference(node: fx.Node) -> Any:
     return Reference(node.name)
 
@@ -196,7 +248,7 @@ def written(graph: fx.Graph) -> list[tuple[Any, ...]]:
     for node in graph.nodes:
         given: Any = fx.node.map_arg((node.args, node.kwargs), _reference)
         target = node.target if isinstance(node.target, str) else Function.of(node.target)
-        lines.append((node.op, node.name, target, *given, node.meta.get("fxzip", {})))
+        lines.append((node.op, node.name, target, *given, provenance_data(node)))
     return lines
 
 
@@ -227,7 +279,8 @@ def restored(
         if safely:
             check_node(op, called, given[0])
         made[name] = graph.create_node(op, called, *given, name=name)
-        made[name].meta["fxzip"] = meta
+        if meta:
+            mark(made[name], Provenance.of_data(meta))
     result = kind(holder, graph)
     result.meta.update(own)
     return result

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxzip
-from fxzip.refit.least_squares.ridge import affine_solution, best_ridge, ridge_solution
+from fxzip.refit.least_squares.ridge import Regression, affine_solution, best_ridge, ridge_solution
 from fxzip.refit.linear_calls.kernels import effective, install, sampled_places, take
 from fxzip.refit.linear_calls.parameter_uses import survey
 from fxzip.tracing.calls import Call
@@ -17,14 +17,14 @@ from fxzip.tracing.calls import Call
 
 def test_ridge_is_least_squares_where_lambda_vanishes() -> None:
     x, t = torch.randn(60, 5, dtype=torch.float64), torch.randn(60, 3, dtype=torch.float64)
-    found, *_ = ridge_solution(x, t, torch.zeros(6, 3), 0.0)
+    found, *_ = ridge_solution(Regression(x, t, torch.zeros(6, 3)), 0.0)
     wanted = torch.linalg.lstsq(torch.cat([x, torch.ones(60, 1, dtype=torch.float64)], 1), t).solution
     torch.testing.assert_close(found, wanted)
 
 
 def test_ridge_goes_to_the_prior_where_lambda_is_large() -> None:
     x, t, prior = torch.randn(60, 5), torch.randn(60, 3), torch.randn(6, 3)
-    found, *_ = ridge_solution(x, t, prior, 1e12)
+    found, *_ = ridge_solution(Regression(x, t, prior), 1e12)
     torch.testing.assert_close(found, prior.double(), atol=1e-6, rtol=1e-6)
 
 
@@ -37,7 +37,7 @@ def test_fewer_positions_than_inputs_give_what_the_normal_equations_give(constan
     d, scale = 30 - constant, torch.logspace(-2, 2, 30 - constant)
     x, t = torch.randn(positions, d, generator=generator) * scale, torch.randn(positions, 2, generator=generator)
     prior = torch.randn(30, 2, generator=generator)
-    found, ridge, _ = ridge_solution(x.to(dtype), t.to(dtype), prior, 1e-3, constant=constant)
+    found, ridge, _ = ridge_solution(Regression(x.to(dtype), t.to(dtype), prior, constant=constant), 1e-3)
     ones = torch.cat([x, torch.ones(positions, 1)], 1).double() if constant else x.double()
     gram = ones.T @ ones
     regular = gram + 1e-3 * gram.diagonal().mean() * torch.eye(30, dtype=torch.float64)
@@ -50,7 +50,7 @@ def test_fewer_positions_than_inputs_give_what_the_normal_equations_give(constan
 def test_rank_deficient_inputs_raise_the_ridge_and_still_fit() -> None:
     x = torch.randn(40, 1).repeat(1, 6)
     t = 2 * x[:, :1] + 1
-    found, ridge, _ = ridge_solution(x, t, torch.zeros(7, 1), 0.0)
+    found, ridge, _ = ridge_solution(Regression(x, t, torch.zeros(7, 1)), 0.0)
     assert ridge > 0
     torch.testing.assert_close(x @ found[:-1].float() + found[-1].float(), t, atol=1e-3, rtol=1e-3)
 
@@ -67,7 +67,7 @@ def test_rounds_lower_the_error_behind_a_relu() -> None:
     t = torch.randn(500, 8, generator=generator) + x @ torch.randn(4, 8, generator=generator)
     offset = torch.randn(500, 8, generator=generator)
     errors = [
-        _one_sided_error(x, t, offset, ridge_solution(x, t, torch.zeros(5, 8), 1e-12, rounds=n, offset=offset)[0])
+        _one_sided_error(x, t, offset, ridge_solution(Regression(x, t, torch.zeros(5, 8), offset), 1e-12, rounds=n)[0])
         for n in (0, 1, 2, 4, 8)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -215,13 +215,13 @@ def test_the_best_ridge_is_that_of_both_halves(seed: int, rectified: bool) -> No
     for ridge in ridges:
         total = 0.0
         for mine in (held, ~held):
-            found, *_ = ridge_solution(x[mine], t[mine], prior, ridge)
+            found, *_ = ridge_solution(Regression(x[mine], t[mine], prior), ridge)
             wrong = torch.cat([x[~mine], torch.ones(30, 1, dtype=torch.float64)], 1) @ found - t[~mine]
             if rectified:
                 wrong = torch.where(t[~mine] + 0.2 > 0, wrong, (wrong + t[~mine] + 0.2).clamp(min=0))
             total += float(wrong.square().sum())
         errors.append(total)
-    best = best_ridge(x, t, prior, ridges, held, rectified=rectified, offset=offset)
+    best = best_ridge(Regression(x, t, prior, offset), ridges, held, rectified=rectified)
     assert best == ridges[errors.index(min(errors))]
     assert best not in (ridges[0], ridges[-1])
 
@@ -236,7 +236,7 @@ def test_with_few_positions_the_ridge_is_chosen(batches: int) -> None:
         nets = _net(2 * seed), _net(2 * seed + 1)
         for scarce in errors:
             refit = fxzip.LeastSquares(scarce=scarce)
-            zipped = fxzip.compile_zip(*nets, x[:2], data=few, method=fxzip.Zip(0.1, 0.5), refit=refit)
+            zipped = fxzip.compile_zip(*nets, x[:2], data=few, method=fxzip.Zip(0.1, 0.5), refit=refit, hold_out=False)
             with torch.no_grad():
                 errors[scarce] += sum(
                     float((y - net(x)).square().sum()) for y, net in zip(zipped(x), nets, strict=True)

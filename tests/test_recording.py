@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.refit import record_statistics
+from fxzip.refit.recording import recorded_statistics
 from fxzip.tracing.calls import as_call
 
 close = torch.testing.assert_close
@@ -212,13 +213,14 @@ def test_a_norm_that_is_more_than_that_is_left_and_named(pair) -> None:
     graph.output(graph.call_module("1", (graph.call_module("0", (x,)),)))
     network = fxzip.ZippedModule(module, graph).eval()
     values = torch.randn(40, 8, 2, 2, dtype=torch.float64)
-    after = record_statistics(network, [as_call(values)])
+    found = recorded_statistics(network, [as_call(values)])
+    after = found.module
     for name, value in network.state_dict().items():
         assert torch.equal(value, after.state_dict()[name]), name
-    assert after.meta["fxzip_statistics"] == [
+    assert found.notes == (
         "statistics are not those of the calibration data, since `Odd` does not normalise what it is given, by "
-        "these statistics alone: `0`"
-    ]
+        "these statistics alone: `0`",
+    )
 
 
 def test_a_feature_that_never_varies_keeps_its_scale() -> None:

@@ -6,6 +6,7 @@ from networks import Residual, randomise
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxzip
+from fxzip.ops import provenance_of
 from fxzip.rewriting.zip_plan import plan
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -42,13 +43,13 @@ def test_merged_weights_are_m_w_u(models):
 def test_each_node_says_what_it_stands_for(models):
     zipping = planned(models, until="layer1")
     zipped = fxzip.rewriting.rewrite(zipping)
-    parts = {node.meta["fxzip"]["part"] for node in zipped.graph.nodes if "fxzip" in node.meta}
+    parts = {provenance_of(node).part for node in zipped.graph.nodes}
     assert parts == {"trunk", "head 0", "head 1"}
     programs = zipping.trunk.alignment.programs
     for node in zipped.graph.nodes:
-        facts = node.meta.get("fxzip")
-        if facts and facts["part"] == "trunk":
-            for k, name in enumerate(facts["from"]):
+        made = provenance_of(node)
+        if made.part == "trunk":
+            for k, name in enumerate(made.sources):
                 twin = next(n for n in programs[k].module.graph.nodes if n.name == name)
                 assert twin.op == node.op
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from zoo import ZOO, randomise
 
 import fxzip
+from fxzip.ops import provenance_of
 from fxzip.rewriting import serialization
 from fxzip.rewriting.json_values import decoded, encoded
 from fxzip.rewriting.module import EmittedModule
@@ -62,7 +63,7 @@ def again(network, folder, *given, trust=()):
     assert sorted(path.name for path in Path(folder).iterdir()) == sorted(NAMES)
     assert same(found, network, *given)
     assert found.code == network.code
-    assert [n.meta["fxzip"] for n in found.graph.nodes] == [n.meta.get("fxzip", {}) for n in network.graph.nodes]
+    assert [provenance_of(n) for n in found.graph.nodes] == [provenance_of(n) for n in network.graph.nodes]
     assert list(found.state_dict()) == list(network.state_dict())
     assert [p.requires_grad for p in found.parameters()] == [p.requires_grad for p in network.parameters()]
     assert [(n, type(m), m.training, m.extra_repr()) for n, m in found.named_modules() if n] == [

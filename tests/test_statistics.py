@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fxzip
 from fxzip.refit import repair, reset_batchnorm
-from fxzip.refit.least_squares.ridge import ridge_solution
+from fxzip.refit.least_squares.ridge import Regression, ridge_solution
 from fxzip.tracing.calls import as_call
 
 close = torch.testing.assert_close
@@ -267,7 +267,7 @@ def test_a_gram_matrix_that_overflows_is_named():
     with pytest.raises(fxzip.DataError, match=(
         r"^The inputs of a regression must have a finite Gram matrix; that of 3 inputs overflows. Zip the models in a "
     )):  # fmt: skip
-        ridge_solution(x, x, torch.zeros(4, 3), 1e-4)
+        ridge_solution(Regression(x, x, torch.zeros(4, 3)), 1e-4)
 
 
 def test_repair_names_the_zipped_network_where_only_that_overflows(models):

@@ -19,7 +19,8 @@ from ..calibration.data_forms import MAX_BATCHES
 from ..errors import Interrupted
 from ..matching import Method
 from ..partition.cut_points import SharedLayers
-from ..refit import Refit, fit_notes, record_statistics
+from ..refit import Refit, refit_with_notes
+from ..refit.recording import recorded_statistics
 from ..rewriting.emit import rewrite
 from ..rewriting.module import ZippedModule, reuse_memory
 from ..rewriting.report import Report, make_report
@@ -220,11 +221,12 @@ def assemble(
         whole = plan(observed.trunk, observed.moments, recipe.method, widths.kept)
         zipping = narrowed(whole, solo, widths.heads, recipe.method)
     with stage("rewriting"):
-        zipped = rewrite(zipping)
+        merged = rewrite(zipping)
     with stage("refitting"):
-        zipped = recipe.refit(zipped, zipping, calibration("refitting"))
+        refitted = refit_with_notes(recipe.refit, merged, zipping, calibration("refitting"))
     with stage("recording statistics"):
-        zipped = record_statistics(zipped, calibration("recording statistics"))
+        recorded = recorded_statistics(refitted.module, calibration("recording statistics"))
+    zipped = recorded.module
     reuse_memory(zipped)
 
     settings = {
@@ -233,7 +235,8 @@ def assemble(
         "data": calibration.description,
         "self_check": list(found.errors),
         "notes": [
-            *observed.trunk.notes, *found.notes, *tried.notes, *calibration.notes, *widths.notes, *fit_notes(zipped),
+            *observed.trunk.notes, *found.notes, *tried.notes, *calibration.notes, *widths.notes, *refitted.notes,
+            *recorded.notes,
         ],
     }  # fmt: skip
     moments = {k: one.moments for k, one in solo.items()}

@@ -26,9 +26,10 @@ from ..analysis.rules import Fields
 from ..analysis.sightings import Sightings, Watcher, tensor_difference, watched
 from ..errors import FxzipError
 from ..matching import Merge
+from ..ops import provenance_of
 from ..partition.region import Trunk
 from ..rewriting.emit import rewrite
-from ..rewriting.module import part_of
+from ..rewriting.module import part_of, sources_of
 from ..rewriting.zip_plan import ZipPlan, head_params, planned
 from ..tracing import Program
 
@@ -166,7 +167,7 @@ class Couple:
         places = {node.name: place for node in net.graph.nodes if (place := _place(node, stable)) is not None}
         stands = {name: self.watched[k][own_name] for name, (k, own_name, _) in places.items()}
         stem = {node for node in net.graph.nodes if part_of(node) == "stem 1"}
-        entering = {node: node.meta["fxzip"]["from"][0] for node in net.graph.nodes if node in stem}
+        entering = {node: sources_of(node)[0] for node in net.graph.nodes if node in stem}
         entering = {node: name for node, name in entering.items() if name in trunk.alignment.entering(1)}
         marked = self._marked(net.graph, entering, stem)
         program = replace(self.trial.program, module=net)
@@ -244,11 +245,11 @@ def _unwritten(program: Program, watched: Mapping[str, Fields]) -> dict[str, Fie
 
 def _place(node: fx.Node, watched: Sequence[Mapping[str, Fields]]) -> tuple[int, str, bool] | None:
     """Which model's node a node of a zip stands for, and whether it is one of the trunk."""
-    made = node.meta.get("fxzip", {})
-    part, names = made.get("part", ""), made.get("from", [])
+    made = provenance_of(node)
+    part, names = made.part, made.sources
     if part == "trunk" and names and names[0] in watched[0]:
         return 0, names[0], True
-    if part.startswith("head ") and len(names) == 1 and not made.get("unmerge") and node.op.startswith("call"):
+    if part.startswith("head ") and len(names) == 1 and not made.unmerges and node.op.startswith("call"):
         k = int(part[5:])
         return (k, names[0], False) if names[0] in watched[k] else None
     return None

@@ -31,10 +31,15 @@ from ..tracing import TOLERANCE, quiet_execution
 from ..tracing.aten_calls import run
 from ..tracing.calls import Call
 from .linear_calls.norms import norms_of
+from .refitted import Refitted
 from .spread import Sums
 
 _FEW = 16  # values of a feature, below which its variance is hardly known
 _CONSTANT = 1e-12  # a variance below this share of the mean square is rounding
+_UNMEASURED = (
+    "no data was run, so normalisations keep merged statistics: in `train()`, where those of the batch are taken, "
+    "the network may compute something else than in `eval()`"
+)
 _NEAR = 0.01  # share of the standard deviation, see `restate`
 
 
@@ -75,13 +80,17 @@ class _Seen:
 def record_statistics(zipped: ZippedModule, data: Iterable[Call]) -> ZippedModule:
     """The same network in evaluation, whose normalisations have stored the statistics of what they read. A new module.
 
-    One pass over `data`. What keeps other statistics is named in `zipped.meta["fxzip_statistics"]`.
+    One pass over `data`.
     """
+    return recorded_statistics(zipped, data).module
+
+
+def recorded_statistics(zipped: ZippedModule, data: Iterable[Call]) -> Refitted:
+    """`record_statistics` with notes: they name what keeps other statistics."""
     result = copy.deepcopy(zipped)
     found = [_Seen(norm, name) for norm, name in norms_of(result).items()]
-    result.meta["fxzip_statistics"] = notes = []
     if not found:
-        return result
+        return Refitted(result)
     hooks = [own.norm.register_forward_pre_hook(_taking(own), with_kwargs=True) for own in found]
     batches = 0
     try:
@@ -93,13 +102,12 @@ def record_statistics(zipped: ZippedModule, data: Iterable[Call]) -> ZippedModul
         for hook in hooks:
             hook.remove()
     if not batches:
-        return _unmeasured(result)
+        return Refitted(result, (_UNMEASURED,))
     shared = _held_twice(result)
     for own in found:
         with torch.no_grad():
             own.wrong = own.wrong or _record(own, shared, batches)
-    notes += _notes(found)
-    return result
+    return Refitted(result, tuple(_notes(found)))
 
 
 def _taking(own: _Seen) -> Callable[..., None]:
@@ -169,14 +177,6 @@ def _move(norm: _NormBase, mean: Tensor, variance: Tensor) -> None:
     assert norm.running_var is not None
     constant = variance <= _CONSTANT * (variance + mean.square())
     restate(norm, mean, torch.where(constant, norm.running_var.double(), variance), near=_NEAR)
-
-
-def _unmeasured(network: ZippedModule) -> ZippedModule:
-    network.meta["fxzip_statistics"] = [
-        "no data was run, so normalisations keep merged statistics: in `train()`, where those of the batch are taken, "
-        "the network may compute something else than in `eval()`"
-    ]
-    return network
 
 
 def _notes(found: list[_Seen]) -> list[str]:

@@ -2,19 +2,20 @@
 
 Targets are `trunk.PATH` and `head_K.PATH`, with the paths of the models. On an edge from the trunk to head k an
 `unmerge` node (a gather) gives the head its own features, unless the plan folded it into the head's weights. Nodes of
-the result say in `node.meta["fxzip"]` what part they belong to and which nodes they stand for.
+the result say by their `ops.Provenance` what part they belong to and which nodes they stand for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
 from ..analysis.random_trial import tensors_of
 from ..analysis.resizing import resized
-from ..ops import mix, unmerge
+from ..ops import Provenance, mark, mix, provenance_of, unmerge
 from ..partition.alignment import attribute
 from ..partition.region import Trunk
 from ..tracing import Program, guards_at_entry
@@ -103,7 +104,7 @@ class _Emitter:
         for node in program.module.graph.nodes:
             if node.op == "placeholder":
                 inputs.append(copied_node(self.graph, node, "", self.env, "trunk", False))
-                inputs[-1].meta["fxzip"]["from"] = list(trunk.alignment.pairs.get(node.name, (node.name,)))
+                mark(inputs[-1], Provenance("trunk", tuple(trunk.alignment.pairs.get(node.name, (node.name,)))))
                 self.env[node.name] = inputs[-1]
         emit_guards(self.graph, trunk.alignment.programs, inputs)
         if trunk.alignment.stems:
@@ -112,7 +113,8 @@ class _Emitter:
         for node in program.module.graph.nodes:
             if node.op != "placeholder" and node.name in shared and node not in self.guards[0]:
                 new = copied_node(self.graph, node, "trunk", self.env, "trunk", node.name in program.mutators)
-                new.meta["fxzip"]["from"] = list(trunk.alignment.pairs.get(node.name, (node.name,)))
+                sources = tuple(trunk.alignment.pairs.get(node.name, (node.name,)))
+                mark(new, replace(provenance_of(new), sources=sources))
                 self.env[node.name] = new
 
     def head(self, k: int) -> Any:
@@ -204,13 +206,13 @@ class _Head:
         if node.name not in self.program.shapes or not memory & self.written:
             return value
         clone = self.graph.call_method("clone", (value,))
-        clone.meta["fxzip"] = {**value.meta["fxzip"], "part": f"head {self.k}", "writes": False}
+        mark(clone, replace(provenance_of(value), part=f"head {self.k}", writes=False))
         return clone
 
     def _handed(self, node: fx.Node) -> fx.Node:
         """A value of the trunk as head k sees it: unmerged where that was not folded."""
         name = self.back[node.name]
-        part = {"part": f"head {self.k}", "from": [node.name], "writes": False}
+        part = Provenance(f"head {self.k}", (node.name,))
         value = merged = self.emitter.env[name]
         device = next((p.device for p in self.program.module.parameters()), None)
         for step in steps(self.plan, self.k, node.name, name):
@@ -219,16 +221,16 @@ class _Head:
                 held += "_"
             self.emitter.root.register_buffer(held, step.table.to(device))
             table = self.graph.get_attr(held)
-            table.meta["fxzip"] = part
+            mark(table, part)
             if step.split is not None:
                 value = self.graph.call_method("unflatten", (value, *step.split))
-                value.meta["fxzip"] = part
+                mark(value, part)
             function = unmerge if step.table.ndim == 1 else mix
             value = self.graph.call_function(function, (value, table, step.axes, step.sizes))
-            value.meta["fxzip"] = {**part, "unmerge": True}
+            mark(value, replace(part, unmerges=True))
             if step.split is not None:
                 value = self.graph.call_method("flatten", (value, step.split[0], step.split[0] + 1))
-                value.meta["fxzip"] = part
+                mark(value, part)
         return self._own_memory(node, value) if value is merged else value
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ..analysis.random_trial import tensors_of
 from ..analysis.rules import varying
 from ..errors import CutError
-from ..ops import merge
+from ..ops import Provenance, mark, merge
 from ..tracing import Program, guards_at_entry, require
 from .merged_parameters import PlaceMap, merged_layout
 from .parts import Tensors, held_by, parts
@@ -30,7 +30,7 @@ def copied_node(
     if node.op in ("call_module", "get_attr"):
         new.target = f"{prefix}.{node.target}"
     new.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
-    new.meta["fxzip"] = {"part": part, "from": [node.name], "writes": writes}
+    mark(new, Provenance(part, (node.name,), writes))
     return new
 
 
@@ -50,7 +50,7 @@ def emit_guards(graph: fx.Graph, programs: Sequence[Program], inputs: Sequence[f
                 key = repr((node.target, *args)) if node.target is not require else repr((node.target, args[0][:2]))
                 if key not in made:
                     made[key] = copied_node(graph, node, "", env, "trunk", False)
-                    made[key].meta["fxzip"]["from"] = [f"guard of {node.name}"]  # it stands for no node of a model
+                    mark(made[key], Provenance("trunk", (f"guard of {node.name}",)))  # it stands for no node of a model
                 env[node.name] = made[key]
 
 
@@ -79,7 +79,7 @@ def _stem(
             env[node.name] = given[node.name]
             if own & program.mutators and node.name in program.shapes:  # another stem reads the input too
                 env[node.name] = graph.call_method("clone", (given[node.name],))
-                env[node.name].meta["fxzip"] = {"part": f"stem {k}", "from": [node.name], "writes": False}
+                mark(env[node.name], Provenance(f"stem {k}", (node.name,)))
         elif node.name in needed and node.op != "output":
             env[node.name] = copied_node(graph, node, f"stem_{k}", env, f"stem {k}", writes)
     return env
@@ -128,7 +128,7 @@ def _merged(graph: fx.Graph, root: nn.Module, plan: ZipPlan, twins: Sequence[str
         tables.append(graph.get_attr(f"merge_{twins[0]}_{name}"))
     result = graph.call_function(merge, (tuple(values), *tables, along, wanted))
     for made in (*tables, result):
-        made.meta["fxzip"] = {"part": "merge", "from": list(twins), "writes": False}
+        mark(made, Provenance("merge", tuple(twins)))
     return result
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..errors import LoadError, SaveError
+from ..ops import Provenance, mark, provenance_data
 from ..tracing.allowed import check_keywords, check_name, check_node
 from ..tracing.containers import Part
 from ..tracing.structure import Rebuild
@@ -125,7 +126,7 @@ def _node(node: fx.Node) -> dict[str, Any]:
             "target": node.target if isinstance(node.target, str) else call_as_json(node.target),
             "args": [encoded(value, _special) for value in node.args],
             "kwargs": {key: encoded(value, _special) for key, value in node.kwargs.items()},
-            "notes": encoded(node.meta.get("fxzip", {})),
+            "notes": encoded(provenance_data(node)),
         }  # fmt: skip
     except SaveError as error:
         raise SaveError(f"Node `{node.name}` cannot be stored: {error}.") from error
@@ -171,7 +172,8 @@ def _add_node(graph: fx.Graph, entry: Any, root: nn.Module, made: dict[str, fx.N
         isinstance(source, str) for source in own.get("from", [])
     ):
         raise LoadError(f"the notes of node {name!r} are none of fxzip's")
-    node.meta["fxzip"] = own
+    if own:
+        mark(node, Provenance.of_data(own))
 
 
 def _check_target(root: nn.Module, op: str, target: str) -> None:

@@ -147,11 +147,27 @@ class Share:
         return result
 
 
-def share(
-    value: Tensor, name: str, target_name: str, own: FeatureSpaces, first: FeatureSpaces, partners: Sequence[int],
-    merges: Merges, k: int,
-) -> Share:  # fmt: skip
-    """Model k's part of the merged parameter `target_name` of model 0."""
+@dataclass(frozen=True, eq=False)
+class Change:
+    """How the features of a model become merged ones.
+
+    Attributes:
+        own, first: the spaces of the model, and of model 0.
+        partners: for each space of model 0 the number of the model's.
+        merges: by space of model 0.
+        k: the model's number in them.
+    """
+
+    own: FeatureSpaces
+    first: FeatureSpaces
+    partners: Sequence[int]
+    merges: Merges
+    k: int
+
+
+def share(value: Tensor, name: str, target_name: str, change: Change) -> Share:
+    """A model's part of the merged parameter `target_name` of model 0, of its own one called `name`."""
+    own, first, partners, merges, k = change.own, change.first, change.partners, change.merges, change.k
     labels, target = own.labelling.params[name], first.labelling.params[target_name]
     value = dense_kernel(value, labels.groups) if labels.groups > 1 else value
     weights: dict[int, Tensor] = {}
@@ -190,6 +206,6 @@ def merged_param(
         return torch.stack(wide).mean(0)
     total, weight = torch.zeros(()), torch.zeros(())
     for k, value in enumerate(wide):
-        part = share(value, names[k], names[0], spaces[k], spaces[0], partners[k], merges, k)
+        part = share(value, names[k], names[0], Change(spaces[k], spaces[0], partners[k], merges, k))
         total, weight = part.value + total.to(part.value), part.weight() + weight.to(part.value)
     return total / torch.where(weight == 0, 1, weight)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import FxzipWarning
-from ..ops import FORMAT, Function, Reference, merge, mix, restored, unmerge, written
+from ..ops import FORMAT, Function, Reference, merge, mix, provenance_of, restored, unmerge, written
 from ..partition.alignment import attribute
 from ..tracing import names_of, require
 
@@ -40,18 +40,18 @@ _restored, _Function, _Reference = restored, Function, Reference  # files of for
 def part_of(node: fx.Node) -> str:
     """Which part of a zipped module a node belongs to: "trunk", "head 0", ...; with `start` also "stem 0", ... and
     "merge"."""
-    return str(node.meta.get("fxzip", {}).get("part", "trunk"))
+    return provenance_of(node).part
 
 
 def sources_of(node: fx.Node) -> tuple[str, ...]:
     """The nodes that a node of a zipped module stands for: of every model in the trunk, else of the model that the part
     belongs to."""
-    return tuple(node.meta.get("fxzip", {}).get("from", ()))
+    return provenance_of(node).sources
 
 
 def is_unmerge(node: fx.Node) -> bool:
     """Whether a node of a zipped module gives a head its own features back."""
-    return bool(node.meta.get("fxzip", {}).get("unmerge"))
+    return provenance_of(node).unmerges
 
 
 class EmittedModule(fx.GraphModule):
@@ -159,7 +159,7 @@ class ZippedModule(EmittedModule):
         for node in reversed(list(graph.nodes)):
             kept = node.op in ("output", "placeholder") or node.users
             needed = part_of(node) in ("trunk", own) or part_of(node).startswith("stem ")
-            acts = needed and (node.meta.get("fxzip", {}).get("writes") or node.target is require)
+            acts = needed and (provenance_of(node).writes or node.target is require)
             if not kept and not acts:
                 graph.erase_node(node)
         result = EmittedModule(_holder(self), graph)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..matching import Merge
-from .merged_parameters import share
+from .merged_parameters import Change, share
 from .zip_plan import ZipPlan
 
 
@@ -39,6 +39,7 @@ def aligned_tensors(plan: ZipPlan, k: int) -> dict[str, Tensor]:
     module = trunk.alignment.programs[k].module
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     merges = {s: Merge(m.U(k).T, m.U(k), (m.sizes[k],), 1.0) for s, m in plan.merges.items()}
+    change = Change(trunk.spaces[k], trunk.spaces[0], trunk.partners[k], merges, 0)
     result = {}
     for name in sorted({param for node in trunk.nodes for param in trunk.labellings[0].touches[node]}):
         twin = trunk.alignment.params[name][k]
@@ -47,7 +48,7 @@ def aligned_tensors(plan: ZipPlan, k: int) -> dict[str, Tensor]:
             continue
         value = value.to(torch.promote_types(value.dtype, torch.float64))
         if name in trunk.spaces[0].labelling.params:
-            part = share(value, twin, name, trunk.spaces[k], trunk.spaces[0], trunk.partners[k], merges, 0)
+            part = share(value, twin, name, change)
             value = part.value
         result[name] = value
     return result

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
 from ..analysis.flops import count_flops
 from ..compiler.arguments import models_and_sample
+from ..ops import mark, provenance_of
 from ..rewriting.emit import forget_buffers
 from ..rewriting.emit_stems import copied_node
 from ..rewriting.module import ZippedModule, reuse_memory
@@ -83,7 +85,7 @@ def _head(graph: fx.Graph, program: Program, k: int, inputs: dict[int | str, fx.
 def _own_memory(graph: fx.Graph, value: fx.Node, k: int) -> fx.Node:
     """A copy of an input, for a model that writes in place: the next model reads the input too."""
     clone = graph.call_method("clone", (value,))
-    clone.meta["fxzip"] = {**value.meta["fxzip"], "part": f"head {k}"}
+    mark(clone, replace(provenance_of(value), part=f"head {k}"))
     return clone
 
 

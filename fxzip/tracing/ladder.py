@@ -106,14 +106,14 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
             without_idle_guards(traced, own, reference)
         found = _verified(traced, reference)
         if not isinstance(found, str):
-            found = _with_modules(*found, reference)
+            found = _with_modules(found, reference)
             training = Training(own, reference.sample)
-            if training.keep_dropout(found[0]):
-                again = compared(found[0], reference)
+            if training.keep_dropout(found.module):
+                again = compared(found.module, reference)
                 assert not isinstance(again, str), again  # in eval mode dropout gives back its input
-                found = (found[0], *again)
-            lost = training.lost(found[0], reference.sample)
-            return _program(*found, reference, rung, tuple(failures), persistent, lost)
+                found = _Verified(found.module, *again)
+            lost = training.lost(found.module, reference.sample)
+            return _program(found, reference, rung, tuple(failures), persistent, lost)
         failures.append(f"{_title(rung, kept)} gave another result than the model: {found}.")
     raise TraceError(_nothing_worked(name, failures, paths))
 
@@ -138,7 +138,16 @@ def _traced(own: nn.Module, rung: str, reference: Reference) -> fx.GraphModule:
     return tidied(module)
 
 
-def _verified(module: fx.GraphModule, reference: Reference) -> tuple[fx.GraphModule, Record, Record] | str:
+@dataclass(frozen=True)
+class _Verified:
+    """A graph that computes what the model computes, and what its runs on the sample and on a fresh input showed."""
+
+    module: fx.GraphModule
+    sample: Record
+    fresh: Record
+
+
+def _verified(module: fx.GraphModule, reference: Reference) -> _Verified | str:
     """The program, with in-place calls replaced if that is right, and what its runs showed; or why it is not right."""
     try:
         changed = out_of_place(module, (reference.sample, reference.fresh))
@@ -151,34 +160,31 @@ def _verified(module: fx.GraphModule, reference: Reference) -> tuple[fx.GraphMod
             leaf.inplace = False  # type: ignore[assignment]
         found = compared(better, reference)
         if not isinstance(found, str):
-            return better, *found
+            return _Verified(better, *found)
         for leaf in flagged:
             leaf.inplace = True  # type: ignore[assignment]
     found = compared(module, reference)
-    return found if isinstance(found, str) else (module, *found)
+    return found if isinstance(found, str) else _Verified(module, *found)
 
 
-def _with_modules(
-    module: fx.GraphModule, sample: Record, fresh: Record, reference: Reference
-) -> tuple[fx.GraphModule, Record, Record]:
+def _with_modules(plain: _Verified, reference: Reference) -> _Verified:
     """The same with modules of torch.nn for functional calls on their parameters, if that is right."""
-    better = raised(module, sample.shapes)
+    better = raised(plain.module, plain.sample.shapes)
     if better is None:
-        return module, sample, fresh
+        return plain
     found = compared(better, reference)
-    return (module, sample, fresh) if isinstance(found, str) else (better, *found)
+    return plain if isinstance(found, str) else _Verified(better, *found)
 
 
 def _program(
-    module: fx.GraphModule,
-    sample: Record,
-    fresh: Record,
+    found: _Verified,
     reference: Reference,
     rung: str,
     failures: tuple[str, ...],
     persistent: frozenset[str],
     lost: tuple[str, ...],
 ) -> Program:
+    module, sample, fresh = found.module, found.sample, found.fresh
     _restore_persistence(module, persistent)
     buffers = frozenset(name for name, _ in module.named_buffers(remove_duplicate=False)) & persistent
     axes: dict[str, tuple[int, ...]] = {}

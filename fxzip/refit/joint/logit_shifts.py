@@ -25,7 +25,7 @@ from ...calibration.batches import not_finite
 from ...calibration.data_forms import MAX_BATCHES
 from ...calibration.sources import Calibration
 from ...errors import DataError, InputError
-from ...ops import lift, pooled, shift
+from ...ops import Provenance, lift, mark, pooled, shift
 from ...partition.alignment import attribute
 from ...rewriting.module import ZippedModule
 from ...rewriting.report import Report
@@ -223,7 +223,7 @@ def _emit(network: ZippedModule, heads: Sequence[Ending], found: Shifts) -> None
         with graph.inserting_before(output if head.wrapper is None else head.wrapper):
             lifted = graph.call_function(lift, (head.logits, amount))
         for node in (*tables, amount, lifted):
-            node.meta["fxzip"] = {"part": f"head {k}", "from": [], "writes": False}
+            mark(node, Provenance(f"head {k}"))
         if head.wrapper is None:
             outputs = list(network.heads)
             outputs[k] = fx.node.map_arg(outputs[k], _always(lifted))

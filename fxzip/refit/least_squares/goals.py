@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from ...analysis import Labelling
 from ...analysis.rules import varying
+from ...rewriting.module import sources_of
 from ...rewriting.zip_plan import ZipPlan
 from ..linear_calls.counterparts import Counterparts, labels_at
 from ..linear_calls.kernels import Places, as_rows, take
@@ -131,7 +132,7 @@ class TrunkGoals:
                 return None
             assert found.targets is not None
             return Goal(axes, found.readings, replace(found.targets, axes=axes), flat)
-        twins = self.plan.trunk.alignment.pairs[site.node.meta["fxzip"]["from"][0]]
+        twins = self.plan.trunk.alignment.pairs[sources_of(site.node)[0]]
         calls = [
             own.of(site, name, biased=unit.kernel.bias is not None)
             for own, name in zip(self.counterparts, twins, strict=True)
@@ -144,7 +145,7 @@ class TrunkGoals:
 
     def at(self, node: fx.Node) -> Goal | None:
         """For what a node returns."""
-        twins = self.plan.trunk.alignment.pairs[node.meta["fxzip"]["from"][0]]
+        twins = self.plan.trunk.alignment.pairs[sources_of(node)[0]]
         targets = find_targets(self.plan, [(twin, None) for twin in twins], self.sources)
         readings = [Reading(net, net.nodes[twin], None) for net, twin in zip(self.originals, twins, strict=True)]
         return None if targets is None else Goal(targets.axes, tuple(readings), targets)
@@ -184,7 +185,7 @@ class HeadGoals:
         return Goal(axes, (Reading(self.original, twin, None),), None) if axes else None
 
     def _twin(self, node: fx.Node) -> fx.Node:
-        twin: fx.Node = self.original.nodes[node.meta["fxzip"]["from"][0]]
+        twin: fx.Node = self.original.nodes[sources_of(node)[0]]
         return twin
 
 
@@ -205,7 +206,7 @@ class NarrowGoals:
         found = self.merged.of(unit, site)
         node, call = site.output, None
         if unit.kernel is not None and site.norm is None and site.returned is None:
-            name = site.node.meta["fxzip"]["from"][0]
+            name = sources_of(site.node)[0]
             own = self.whole.counterparts.of(site, name, biased=unit.kernel.bias is not None)
             node, call = site.node, own.start[1]
         return found if found is not None or self._narrow(node, call) else self.whole.of(unit, site)
@@ -218,6 +219,6 @@ class NarrowGoals:
     def _narrow(self, node: fx.Node, call: int | None) -> bool:
         """Whether some of the features there are fewer than they were."""
         plan = self.merged.plan
-        name, own = node.meta["fxzip"]["from"][0], plan.trunk.spaces[0]
+        name, own = sources_of(node)[0], plan.trunk.spaces[0]
         found = [own.layout(labels.reshape(-1)).space for labels in labels_at(self.whole.labelling, name, call)]
         return any(not plan.kept.keys().isdisjoint(spaces.tolist()) for spaces in found)

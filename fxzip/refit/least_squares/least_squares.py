@@ -20,6 +20,7 @@ from ...rewriting.module import ZippedModule
 from ...rewriting.zip_plan import ZipPlan
 from ...tracing import quiet_execution
 from ...tracing.calls import Call
+from ..refitted import Refitted, noting
 from ..unfit import Unfit
 from .lockstep import bytes_per_row, laid_out, within_memory
 from .samples import sample_bytes
@@ -37,6 +38,10 @@ class LeastSquares(Settings):
 
     def __call__(self, zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
         """Refit trunk and heads. A new module; no labels, no gradients. One pass over `data`."""
+        return self.refitted(zipped, plan, data).module
+
+    def refitted(self, zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> Refitted:
+        """The same, with what it has to say for the report. What was fitted is in `module.meta["fxzip_fit"]`."""
         numbered, sources = with_sources(data)
         programs = plan.trunk.alignment.programs
         samples = min(sample_bytes(zipped, self.positions, self.least), self.memory / 2)
@@ -60,7 +65,7 @@ class LeastSquares(Settings):
                     unfit[found.restart] = str(found)
         walk.fit.inputs = inputs
         result.meta["fxzip_fit"] = walk.fit
-        return result
+        return Refitted(result, tuple(walk.fit.notes()))
 
 
 def _tried(zipped: ZippedModule, plan: ZipPlan, settings: Settings) -> dict[str, str]:
@@ -70,6 +75,7 @@ def _tried(zipped: ZippedModule, plan: ZipPlan, settings: Settings) -> dict[str,
     return walk.fit.left
 
 
-def fit_least_squares(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
+@noting
+def fit_least_squares(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> Refitted:
     """`LeastSquares` with its default settings."""
-    return LeastSquares()(zipped, plan, data)
+    return LeastSquares().refitted(zipped, plan, data)

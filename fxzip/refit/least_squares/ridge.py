@@ -13,6 +13,8 @@ of the positions are fitted, the other half judges, and the other way round (`be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,42 @@ from torch import Tensor
 from ...errors import DataError
 from ...matching.linalg import ridged_cholesky
 from .alternating import Wish, alternate, precise
+
+
+@dataclass(frozen=True, eq=False)
+class Regression:
+    """Inputs, what should come of them, and where to stay if they do not tell.
+
+    Attributes:
+        x: inputs, [positions, d].
+        t: targets, [positions, n].
+        prior: W_0, [d + 1, n]; without a constant [d, n].
+        offset: what is added to the outputs before a ReLU, [positions, n], or None.
+        constant: whether 1 is an input too.
+    """
+
+    x: Tensor
+    t: Tensor
+    prior: Tensor
+    offset: Tensor | None = None
+    constant: bool = True
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """With the constant, if there is one; in float32 at least."""
+        x = precise(self.x)
+        return torch.cat([x, x.new_ones(len(x), 1)], 1) if self.constant else x
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """In float32 at least."""
+        return precise(self.t)
+
+    @cached_property
+    def base(self) -> Tensor:
+        """The offset, 0 if there is none."""
+        t = self.targets
+        return torch.zeros((), dtype=t.dtype, device=t.device) if self.offset is None else precise(self.offset)
 
 
 class Solution(NamedTuple):
@@ -32,40 +70,28 @@ class Solution(NamedTuple):
 
 
 def ridge_solution(
-    x: Tensor,
-    t: Tensor,
-    prior: Tensor,
-    ridge: float,
-    *,
-    rounds: int = 0,
-    offset: Tensor | None = None,
-    constant: bool = True,
-    wish: Wish | None = None,
-    turns: int = 0,
+    regression: Regression, ridge: float, *, rounds: int = 0, wish: Wish | None = None, turns: int = 0
 ) -> Solution:
     """The regression, and the ridge that it took.
 
     >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    >>> w, *_ = ridge_solution(x, x @ torch.ones(2, 1) + 3, torch.zeros(3, 1), 1e-9)
+    >>> w, *_ = ridge_solution(Regression(x, x @ torch.ones(2, 1) + 3, torch.zeros(3, 1)), 1e-9)
     >>> [round(float(v), 3) for v in w]
     [1.0, 1.0, 3.0]
 
     Args:
-        x: inputs, [positions, d].
-        t: targets, [positions, n].
-        prior: W_0, [d + 1, n].
+        regression: what is solved.
         ridge: λ relative to the mean diagonal of the Gram matrix. A Gram matrix that is singular all the same makes
             it grow tenfold until the Cholesky factorisation succeeds.
-        rounds: if positive, a ReLU follows (after `offset`, [positions, n], is added): where the target is ≤ 0 any
-            value ≤ 0 serves. Each round replaces such targets by the present value or 0: the sum of squares that
-            forgives values ≤ 0 there never grows.
-        constant: whether 1 is an input too; else W_0 and W are [d, n].
+        rounds: if positive, a ReLU follows, after the offset is added: where the target is ≤ 0 any value ≤ 0 serves.
+            Each round replaces such targets by the present value or 0: the sum of squares that forgives values ≤ 0
+            there never grows.
         wish, turns: where the targets are but a means: from the solution on, so many rounds of `alternate`.
 
     Returns:
         W in float64, [d + 1, n]; the ridge used; with a wish the share that is lost.
     """
-    ones, t, offset = _with_one(precise(x), constant), precise(t), None if offset is None else precise(offset)
+    ones, t, base, prior = regression.inputs, regression.targets, regression.base, regression.prior
     system = _Normal(ones)
     factor, ridge = system.factor(ridge)
     start = ones @ prior.to(ones)
@@ -79,41 +105,31 @@ def ridge_solution(
         lost = losses[-1] if losses else None
         if len(losses) > 1:
             return Solution(solution, ridge, lost)
-    base = _base(t, offset)
+
     for _ in range(rounds):
         present = ones @ solution.to(ones) + base
         solution = solve(torch.where(t + base > 0, t, present.clamp(max=0) - base))
     return Solution(solution, ridge, lost)
 
 
-def best_ridge(
-    x: Tensor,
-    t: Tensor,
-    prior: Tensor,
-    ridges: Sequence[float],
-    held: Tensor,
-    *,
-    rectified: bool = False,
-    offset: Tensor | None = None,
-    constant: bool = True,
-) -> float:
+def best_ridge(regression: Regression, ridges: Sequence[float], held: Tensor, *, rectified: bool = False) -> float:
     """The ridge of some with the least error on positions that were not fitted; of equals the first.
 
     >>> x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     >>> held = torch.arange(40) % 2 == 0
-    >>> best_ridge(x, torch.randn(40, 1), torch.zeros(31, 1), (1e-4, 1.0), held)  # nothing to be found in noise
+    >>> noise = Regression(x, torch.randn(40, 1), torch.zeros(31, 1))
+    >>> best_ridge(noise, (1e-4, 1.0), held)  # nothing to be found in it
     1.0
-    >>> best_ridge(x, x.sum(1, keepdim=True), torch.ones(31, 1) * 0.9, (1e-4, 1.0), torch.arange(40) < 4)
+    >>> best_ridge(Regression(x, x.sum(1, keepdim=True), torch.ones(31, 1) * 0.9), (1e-4, 1.0), torch.arange(40) < 4)
     0.0001
 
     Args:
-        x, t, prior, offset, constant: as in `ridge_solution`.
+        regression: what is to be solved.
         ridges: to choose from.
         held: bool [positions]: one half; the other half is the rest.
         rectified: a ReLU follows: where the target is ≤ 0, values ≤ 0 are no error.
     """
-    t, offset = precise(t), None if offset is None else precise(offset)
-    ones, base = _with_one(precise(x), constant), _base(t, offset)
+    ones, t, base, prior = regression.inputs, regression.targets, regression.base, regression.prior
     errors = torch.zeros(len(ridges), dtype=torch.float64)
     for fitted in (~held, held):
         own = ones[fitted]
@@ -129,14 +145,6 @@ def best_ridge(
                 wrong = torch.where(wanted + shift > 0, wrong, (found + shift).clamp(min=0))
             errors[place] += wrong.double().square().sum().cpu()
     return ridges[int(errors.argmin())]
-
-
-def _with_one(x: Tensor, constant: bool) -> Tensor:
-    return torch.cat([x, x.new_ones(len(x), 1)], 1) if constant else x
-
-
-def _base(t: Tensor, offset: Tensor | None) -> Tensor:
-    return torch.zeros((), dtype=t.dtype, device=t.device) if offset is None else offset
 
 
 class _Normal:

@@ -87,6 +87,23 @@ class _Draw:
     plain: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch in all networks.
+
+    Attributes:
+        number: among all batches.
+        source: the source of data that it is from.
+        zipped: the values of the zipped network's nodes on it.
+        originals: those of the originals that have what is wanted.
+    """
+
+    number: int
+    source: int
+    zipped: Env
+    originals: Sequence[Env]
+
+
 @dataclass(eq=False)
 class Sampler:
     """Draws samples from a zipped network and the originals in lockstep.
@@ -112,18 +129,15 @@ class Sampler:
     tails: dict[Site, bool] = field(default_factory=dict)
     checked: set[tuple[Site, torch.Size]] = field(default_factory=set)
 
-    def draw(
-        self, unit: Unit, site: Site, batch: int, source: int, envs: Sequence[Env], goal: Goal,
-        sums: Callable[[fx.Node], Goal | None],
-    ) -> Sample:  # fmt: skip
+    def draw(self, unit: Unit, site: Site, batch: Batch, goal: Goal, sums: Callable[[fx.Node], Goal | None]) -> Sample:
         """One batch, at one call of a unit. `sums` gives the goal at a residual sum behind it.
 
         Raises:
             Unfit: the call does not compute what its kernel says, or the originals have no such values.
             DataError: values are not finite.
         """
-        env = envs[0]
-        wanted = goal.on(source, envs[1:])
+        env = batch.zipped
+        wanted = goal.on(batch.source, batch.originals)
         own = self._result(site, env, wanted, goal)
         seen = None if own is None else _matching(as_rows(own) if goal.flat else own, wanted)
         inputs = unit.kernel.flat.shape[-1] if unit.kernel is not None else 1
@@ -135,7 +149,7 @@ class Sampler:
         tail, total = self._tail(site, env, wanted.full if own is None else own.shape, goal, sums)
         drawn = None
         if tail is not None and total is not None:
-            drawn = self._behind(tail, total.on(source, envs[1:]), wanted, count)
+            drawn = self._behind(tail, total.on(batch.source, batch.originals), wanted, count)
             if drawn is not None and seen is not None and not self._adds(tail, drawn, env, wanted, seen):
                 drawn, self.tails[site] = None, False
         if drawn is None:
@@ -149,11 +163,11 @@ class Sampler:
             if self.trial or bool(value.sum().isfinite()):
                 continue
             if bad := int((~value.flatten(1).isfinite().all(0)).sum()):
-                raise not_finite(bad, site.node.name, network, self.numbers[batch])
+                raise not_finite(bad, site.node.name, network, self.numbers[batch.number])
         free = drawn.plain and unit.kernel is not None and self.free(drawn.node)
         apart = drawn.last.apart(drawn.there) if free else None
         relus = drawn.plain and self._meets_relus(drawn.node)
-        return Sample(x, drawn.t, drawn.offset, relus, batch, apart, drawn.node)
+        return Sample(x, drawn.t, drawn.offset, relus, batch.number, apart, drawn.node)
 
     def _inputs(self, unit: Unit, site: Site, env: Env, axes: Sequence[int], places: Places) -> Tensor:
         if unit.kernel is None:

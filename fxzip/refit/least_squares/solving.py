@@ -13,13 +13,13 @@ from ...rewriting.module import ZippedModule
 from ..linear_calls.kernels import effective, install
 from ..linear_calls.units import Unit, called
 from .alternating import Wish
-from .ridge import affine_solution, best_ridge, ridge_solution
+from .ridge import Regression, affine_solution, best_ridge, ridge_solution
 from .samples import Sample
 
 
 @dataclass
 class Fit:
-    """Notes for the report: calls fitted, calls left as zipped with the reason, calls whose ridge had to grow,
+    """What was fitted: calls fitted, calls left as zipped with the reason, calls whose ridge had to grow,
     how many inputs were used of how many, and for calls with free features the share of the originals' that is lost."""
 
     fitted: list[str] = field(default_factory=list)
@@ -27,6 +27,30 @@ class Fit:
     raised: dict[str, float] = field(default_factory=dict)
     inputs: tuple[int, int] = (0, 0)
     lost: dict[str, float] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What the report says of it."""
+        notes = [f"least squares fitted {len(self.fitted)} calls"]
+        if self.lost:
+            worst = max(self.lost, key=lambda name: self.lost[name])
+            notes.append(
+                f"{len(self.lost)} of them compute whatever tells most of the originals' features; most is lost in "
+                f"`{worst}`, {self.lost[worst]:.1%} of what their weights read there"
+            )
+        for why in dict.fromkeys(self.left.values()):
+            names = [f"`{name}`" for name, own in self.left.items() if own == why]
+            notes.append(f"left as zipped, since {why}: " + ", ".join(names))
+        notes += [
+            f"`{name}` needed a ridge of {ridge:.0e}: its inputs are rank-deficient"
+            for name, ridge in self.raised.items()
+        ]
+        used, seen = self.inputs
+        if used < seen:
+            notes.append(
+                f"least squares used {used} of {seen} inputs: those beyond the memory limit were left out "
+                "(`fxzip.LeastSquares(memory=...)` raises it)"
+            )
+        return notes
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,37 @@ class Settings:
                 )
 
 
+@dataclass(frozen=True, eq=False)
+class _Joined:
+    """The samples of all calls of a unit on all batches, one below the other.
+
+    Attributes:
+        x, t, offset: see `Sample`.
+        rectified: nothing but ReLUs follow on any of them.
+        held: bool [places]: every second batch; of a single one every second position.
+    """
+
+    x: Tensor
+    t: Tensor
+    offset: Tensor | None
+    rectified: bool
+    held: Tensor
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> _Joined:
+        x, t = torch.cat([sample.x for sample in samples]), torch.cat([sample.t for sample in samples])
+        rectified = all(sample.rectified for sample in samples)
+        return cls(x, t, offset_of(samples), rectified, _half(samples))
+
+    def regression(self, group: int, outputs: slice, prior: Tensor) -> Regression:
+        """That of one group; without a constant if the prior has no row for it."""
+        offset = None if self.offset is None else self.offset[:, outputs]
+        constant = len(prior) > self.x.shape[2]
+        return Regression(self.x[:, group], self.t[:, outputs], prior, offset, constant)
+
+
 def offset_of(samples: Sequence[Sample]) -> Tensor | None:
+    """What residual sums add, if they do on all samples."""
     offsets = [sample.offset for sample in samples if sample.offset is not None]
     return torch.cat(offsets) if len(offsets) == len(samples) else None
 
@@ -75,54 +129,53 @@ def solve(
     wish: Wish | None = None,
 ) -> None:  # fmt: skip
     """Solve the regression of one unit and write the solution into its parameters."""
-    x, t = torch.cat([sample.x for sample in samples]), torch.cat([sample.t for sample in samples])
+    joined = _Joined.of(samples)
     if unit.kernel is not None:
-        _solve_linear(net, unit, x, t, samples, settings, fit, wish)
+        _solve_linear(net, unit, joined, settings, fit, wish)
     else:
-        scale, shift = affine_solution(
-            x, t, settings.ridge, scaled=unit.scale is not None, shifted=unit.shift is not None
-        )
-        if unit.scale is not None:
-            unit.scale.mul_(scale.reshape(unit.scale.shape).to(unit.scale))
-        if unit.shift is not None:
-            unit.shift.copy_(
-                scale.reshape(unit.shift.shape).to(unit.shift) * unit.shift
-                + shift.reshape(unit.shift.shape).to(unit.shift)
-            )
+        _solve_affine(unit, joined, settings)
     fit.fitted.append(unit.name)
 
 
+def _solve_affine(unit: Unit, joined: _Joined, settings: Settings) -> None:
+    """One scale and one shift for each feature."""
+    scale, shift = affine_solution(
+        joined.x, joined.t, settings.ridge, scaled=unit.scale is not None, shifted=unit.shift is not None
+    )
+    if unit.scale is not None:
+        unit.scale.mul_(scale.reshape(unit.scale.shape).to(unit.scale))
+    if unit.shift is not None:
+        unit.shift.copy_(
+            scale.reshape(unit.shift.shape).to(unit.shift) * unit.shift + shift.reshape(unit.shift.shape).to(unit.shift)
+        )
+
+
 def _solve_linear(
-    net: ZippedModule, unit: Unit, x: Tensor, t: Tensor, samples: Sequence[Sample], settings: Settings, fit: Fit,
-    wish: Wish | None,
-) -> None:  # fmt: skip
+    net: ZippedModule, unit: Unit, joined: _Joined, settings: Settings, fit: Fit, wish: Wish | None
+) -> None:
     """x [places, groups, inputs], t [places, outputs]: one regression per group."""
     kernel = unit.kernel
     assert kernel is not None
     norm = called(net, unit.norm) if unit.norm is not None else None
     flat, bias = effective(kernel, norm)
-    groups, rows, _ = flat.shape
-    rounds = settings.rounds if all(sample.rectified for sample in samples) else 0
-    offset = offset_of(samples)
+    groups, rows, inputs = flat.shape
+    rounds = settings.rounds if joined.rectified else 0
     constant = kernel.bias is not None or norm is not None or unit.owner is not None
-    held = _half(samples)
+    scarce = len(joined.x) < settings.scarce * inputs
+
     for g in range(groups):
         mine = slice(g * rows, (g + 1) * rows)
         prior = torch.cat([flat[g].T, bias[None, mine]]) if constant else flat[g].T
-        part = None if offset is None else offset[:, mine]
+        regression = joined.regression(g, mine, prior)
         given = settings.ridge
-        scarce = len(x) < settings.scarce * x.shape[2]
         if scarce:
-            ridges = [given * 10**power for power in range(5)]
-            best = best_ridge(
-                x[:, g], t[:, mine], prior, ridges, held, rectified=rounds > 0, offset=part, constant=constant
-            )
+            best = best_ridge(regression, [given * 10**power for power in range(5)], joined.held, rectified=rounds > 0)
             # Halves want more of it than the whole, and what it holds back adds up from call to call.
             given = max(given, best / 10)
+
         solution, ridge, lost = ridge_solution(
-            x[:, g], t[:, mine], prior, given, rounds=rounds, offset=part, constant=constant,
-            wish=None if scarce else wish, turns=settings.turns,
-        )  # fmt: skip
+            regression, given, rounds=rounds, wish=None if scarce else wish, turns=settings.turns
+        )
         flat[g] = (solution[:-1] if constant else solution).T
         if constant:
             bias[mine] = solution[-1]
@@ -130,6 +183,7 @@ def _solve_linear(
             fit.lost[unit.name] = lost
         if ridge > given:
             fit.raised[unit.name] = ridge
+
     install(kernel, norm, flat, bias)
     if unit.owner is not None and norm is None:
         weight = kernel.weight

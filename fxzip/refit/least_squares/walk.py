@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ...rewriting.module import ZippedModule, part_of
+from ...rewriting.module import ZippedModule, part_of, sources_of
 from ...rewriting.zip_plan import ZipPlan
 from ...tracing.calls import Call, batch_size
 from ..linear_calls.counterparts import Counterparts
@@ -21,7 +21,7 @@ from .dataflow import Function, follow
 from .free_features import Freedom
 from .goals import HeadGoals, NarrowGoals, TrunkGoals
 from .lockstep import Lockstep
-from .samples import Sample, Sampler
+from .samples import Batch, Sample, Sampler
 from .solving import Fit, Settings, offset_of, solve
 
 
@@ -149,7 +149,7 @@ class Walk:
         part = self.parts["trunk"]
         starts = part.starts()
         for node in part.nodes:
-            name = node.meta["fxzip"]["from"][0]
+            name = sources_of(node)[0]
             twins = [net.nodes[own[name]] for net, own in zip(self.originals, self.names, strict=True) if name in own]
             self._step(part, node, starts, list(zip(self.originals, twins, strict=False)))
 
@@ -159,7 +159,7 @@ class Walk:
         part = self.parts[f"head {k}"]
         starts = part.starts()
         for node in part.nodes:
-            twin = original.nodes.get(node.meta["fxzip"]["from"][0])
+            twin = original.nodes.get(sources_of(node)[0])
             mine = [] if twin is None or twin.name in own else [(original, twin)]
             self._step(part, node, starts, mine)
 
@@ -243,7 +243,8 @@ class Walk:
                 envs = [net.envs[batch] for net in (self.zipped, *part.originals)]
                 if place:  # a call further on: what lies in between is computed ahead and forgotten
                     envs = [dict(env) for env in envs]
-                samples.append(self.sampler.draw(unit, site, batch, source, envs, goal, part.goals.at))
+                drawn = Batch(batch, source, envs[0], envs[1:])
+                samples.append(self.sampler.draw(unit, site, drawn, goal, part.goals.at))
         per_feature = next((t for t in (unit.scale, unit.shift) if t is not None), None)
         if unit.kernel is None and per_feature is not None and per_feature.numel() != samples[0].x.shape[1]:
             raise Unfit("several features share one parameter")

@@ -17,15 +17,16 @@ from ...tracing import quiet_execution
 from ...tracing.aten_calls import run
 from ...tracing.calls import Call
 from ..linear_calls.norms import norms_of
+from ..refitted import Refitted, noting
 
 
-def reset_batchnorm(zipped: ZippedModule, _plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
+@noting
+def reset_batchnorm(zipped: ZippedModule, _plan: ZipPlan, data: Iterable[Call]) -> Refitted:
     """BatchNorm statistics re-estimated on `data`: the mean over batches, in training mode. A new module."""
     result = copy.deepcopy(zipped)
     norms = {norm: name for norm, name in norms_of(result).items() if isinstance(norm, _BatchNorm)}
     if not norms:
-        result.meta["fxzip_fit"] = "the networks have no BatchNorm with statistics: the refit changed nothing"
-        return result
+        return Refitted(result, ("the networks have no BatchNorm with statistics: the refit changed nothing",))
 
     reading = _Reading(result)
     momenta = {norm: norm.momentum for norm in norms}
@@ -45,7 +46,7 @@ def reset_batchnorm(zipped: ZippedModule, _plan: ZipPlan, data: Iterable[Call]) 
     for norm, momentum in momenta.items():
         norm.momentum = momentum
         norm.eval()
-    return result
+    return Refitted(result)
 
 
 class _Reading:

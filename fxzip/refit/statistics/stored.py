@@ -22,16 +22,18 @@ import torch
 from torch import Tensor
 
 from ...partition.alignment import attribute
-from ...rewriting.merged_parameters import share
+from ...rewriting.merged_parameters import Change, share
 from ...rewriting.module import ZippedModule, part_of
 from ...rewriting.zip_plan import ZipPlan
 from ...tracing import quiet_execution
 from ...tracing.calls import Call
 from ..linear_calls.parameter_uses import storage_of, survey
 from ..linear_calls.units import find_units
+from ..refitted import Refitted, noting
 
 
-def stored_statistics(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
+@noting
+def stored_statistics(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> Refitted:
     """The zipped network with the running variances of its BatchNorms estimated as above; `data` is not looked at.
 
     In: a zipped network and its plan. Out: a new module; networks without BatchNorm come back as they are.
@@ -42,9 +44,9 @@ def stored_statistics(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call])
     for norm in norms:
         held = attribute(result, f"trunk.{norm.variance}")
         held.copy_(_variance(plan, norm).to(held))
-    if not norms:
-        result.meta["fxzip_fit"] = "no BatchNorm has stored the statistics of a linear call: the refit changed nothing"
-    return result
+    if norms:
+        return Refitted(result)
+    return Refitted(result, ("no BatchNorm has stored the statistics of a linear call: the refit changed nothing",))
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,12 @@ def _variance(plan: ZipPlan, norm: _Norm) -> Tensor:
     trunk = plan.trunk
     total = torch.zeros(())
     for k, program in enumerate(trunk.alignment.programs):
+        change = Change(trunk.spaces[k], trunk.spaces[0], trunk.partners[k], plan.merges, k)
         names = [trunk.alignment.params[name][k] for name in (norm.weight, norm.variance)]
         kernel, own = (attribute(program.module, name).detach().double() for name in names)
         size = kernel.square().sum([a for a in range(kernel.ndim) if a != norm.axis], keepdim=True).sqrt()
         deviation = own.sqrt().reshape([-1 if a == norm.axis else 1 for a in range(kernel.ndim)])
         rows = deviation * kernel / size.clamp(min=torch.finfo(size.dtype).tiny)
-        part = share(rows, names[0], norm.weight, trunk.spaces[k], trunk.spaces[0], trunk.partners[k], plan.merges, k)
+        part = share(rows, names[0], norm.weight, change)
         total = part.value + total.to(part.value)
     return total.square().sum([a for a in range(total.ndim) if a != norm.axis])
