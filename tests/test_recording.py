@@ -68,7 +68,7 @@ def seen(network: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", REFITS)
 def test_after_every_refit_train_computes_what_eval_does(pair, name: str) -> None:
     """All data in one batch have the statistics that were stored, so not even the noise of batches is left."""
-    zipped = fxzip.compile_zip(*pair, DATA[0][:2], data=DATA, progress=False, **REFITS[name])
+    zipped = fxzip.compile_zip(*pair, DATA[0][:2], data=DATA, hold_out=False, progress=False, **REFITS[name])
     found = seen(zipped, DATA)
     assert {part.split(".")[0] for part in found} >= ({"trunk", "head_0"} if "until" in REFITS[name] else {"trunk"})
     for path, values in found.items():
@@ -126,7 +126,7 @@ class Normed(nn.Module):
 
 def zipped_norm(norm, times: int = 1, **options):
     nets = [randomise(Normed(norm(), times), seed).double() for seed in (0, 1)]
-    return fxzip.compile_zip(*nets, DATA[0][:2], **{"data": DATA, "progress": False, **options})
+    return fxzip.compile_zip(*nets, DATA[0][:2], **{"data": DATA, "hold_out": False, "progress": False, **options})
 
 
 def in_train(zipped: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -147,7 +147,9 @@ def test_near_statistics_do_not_cost_a_scale_and_a_shift() -> None:
     net = Normed(nn.BatchNorm2d(8, affine=False, momentum=None)).double()
     net(torch.cat(DATA))
     twins = [net.eval(), copy.deepcopy(net)]
-    zipped = fxzip.compile_zip(*twins, DATA[0][:2], data=DATA, refit=None, method="average", progress=False)
+    zipped = fxzip.compile_zip(
+        *twins, DATA[0][:2], data=DATA, hold_out=False, refit=None, method="average", progress=False
+    )
     assert zipped.get_submodule("trunk.norm").weight is None
 
 
@@ -193,7 +195,7 @@ class Tied(nn.Module):
 
 def test_a_scale_that_two_norms_share_is_named() -> None:
     nets = [randomise(Tied(), seed).double() for seed in (0, 1)]
-    zipped = fxzip.compile_zip(*nets, DATA[0][:2], data=DATA, refit="repair", progress=False)
+    zipped = fxzip.compile_zip(*nets, DATA[0][:2], data=DATA, hold_out=False, refit="repair", progress=False)
     assert zipped.get_submodule("trunk.body.1").weight is zipped.get_submodule("trunk.body.4").weight
     (note,) = [note for note in zipped.report["notes"] if note.startswith("statistics are not those")]
     assert note.endswith("its tensors belong to other calls, too: `trunk.body.1`, `trunk.body.4`")
@@ -228,7 +230,9 @@ def test_a_feature_that_never_varies_keeps_its_scale() -> None:
     with torch.no_grad():
         for net in nets:
             net.first.weight[3] = 0
-    zipped = fxzip.compile_zip(*nets, DATA[0][:2], data=DATA, refit=None, method="average", progress=False)
+    zipped = fxzip.compile_zip(
+        *nets, DATA[0][:2], data=DATA, hold_out=False, refit=None, method="average", progress=False
+    )
     norm, own = zipped.get_submodule("trunk.norm"), nets[0].norm
     close(norm.weight[3], own.weight[3])
     close(norm.running_var[3], own.running_var[3])
@@ -253,7 +257,9 @@ def test_few_values_are_named() -> None:
         for seed in (0, 1)
     ]
     x = torch.randn(40, 4)
-    few, many = (fxzip.compile_zip(*nets, x[:2], data=[x[:n]], progress=False).report["notes"] for n in (5, 40))
+    few, many = (
+        fxzip.compile_zip(*nets, x[:2], data=[x[:n]], hold_out=False, progress=False).report["notes"] for n in (5, 40)
+    )
     assert any(note.startswith("statistics rest on very few values, 5 of each feature") for note in few)
     assert not any("very few" in note for note in many)
 
@@ -275,7 +281,7 @@ class Digits(nn.Module):
 
 def test_functions_compute_the_same_in_both_modes() -> None:
     nets = [randomise(Digits(), seed).double() for seed in (0, 1)]
-    zipped = fxzip.compile_zip(*nets, DATA[0][:2], data=DATA, progress=False)
+    zipped = fxzip.compile_zip(*nets, DATA[0][:2], data=DATA, hold_out=False, progress=False)
     evaluated, trained = in_train(zipped)
     close(trained, evaluated, rtol=1e-8, atol=1e-8)
 
@@ -321,7 +327,7 @@ def test_trained_networks_lose_nothing_in_train_and_nothing_by_an_epoch() -> Non
         data = [torch.randn(64, 3, 8, 8) for _ in range(8)]
     whole = torch.cat(data)
     for options in ({}, {"refit": "repair"}):
-        zipped = fxzip.compile_zip(*nets, data[0][:2], data=data, progress=False, **options)
+        zipped = fxzip.compile_zip(*nets, data[0][:2], data=data, hold_out=False, progress=False, **options)
         with torch.no_grad():
             evaluated = float(loss(zipped, whole, rules))
             batches = [float(loss(copy.deepcopy(zipped).train(), x, rules)) for x in data]
