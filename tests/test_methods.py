@@ -385,6 +385,17 @@ def test_what_the_registry_says_of_a_method_is_so():
     assert tuple(ENTRIES)[: len(FIRST_CLASS)] == FIRST_CLASS
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if not resolve(name).by_position])
+def test_every_name_gives_a_network_back_that_is_zipped_with_its_relabelled_copy(name):
+    if name == "transport":
+        pytest.importorskip("ot")
+    net, x = mlp(4, 8, 7, 3, seed=1), torch.randn(200, 4, dtype=torch.double)
+    twin = fxzip.relabel(net, x, verify=False)
+    zipped = fxzip.compile_zip(net, twin, x, data=[x], method=name, refit=None, verify=False, progress=False)
+    for output in zipped(x):
+        close(output.detach(), net(x).detach(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_name_zips(name):
     if name == "transport":
