@@ -1,7 +1,7 @@
 """Label algebra, and every rule against what the call does to values.
 
-The oracle: run a call on random values, relabel its operands by a random relabelling that the facts allow, and compare
-with the relabelled result.
+The oracle: run a call on random values, relabel its operands by a random relabelling that the constraints allow, and
+compare with the relabelled result.
 """
 
 import re
@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fxzip
 from fxzip.analysis.dispatch import LabelMode
 from fxzip.analysis.label_state import State
-from fxzip.analysis.rules import FIXED, RULES, VOID, Facts, Ledger, Operand, compress, varying
-from fxzip.analysis.rules.fields import along
+from fxzip.analysis.rules import FIXED, RULES, VOID, Constraints, ConstraintStore, Operand, compress, varying
+from fxzip.analysis.rules.axis_labels import along
 from fxzip.analysis.rules.meeting import meet, merged_fields
 from fxzip.analysis.solver import Solver, units_of
 
@@ -62,8 +63,8 @@ def test_along(size, axis, more):
 def test_project_keeps_members_apart(drawn, data):
     shape, labels = drawn
     axes = frozenset(data.draw(st.sets(st.integers(0, len(shape) - 1))))
-    ledger = started(labels)
-    blocks = ledger.project(labels, axes)
+    store = started(labels)
+    blocks = store.project(labels, axes)
     if not axes & varying(labels):
         assert blocks is None
         return
@@ -71,42 +72,42 @@ def test_project_keeps_members_apart(drawn, data):
     if varying(labels) <= axes:
         assert blocks is labels
         return
-    (pairs,) = ledger.facts.blocks
+    (pairs,) = store.constraints.blocks
     assert sorted(pairs[1].tolist()) == sorted(labels.unique().tolist())
     assert len(pairs[0].unique()) == blocks.numel()
 
 
 def test_places_with_the_same_members_are_one_block():
     """Heads laid behind one another for every sample: a block is a head, wherever it occurs."""
-    ledger = Ledger()
-    heads = ledger.fresh(1, 2, 3)
+    store = ConstraintStore()
+    heads = store.fresh(1, 2, 3)
     rows = heads.expand(4, 2, 3).reshape(8, 3)
-    blocks = ledger.project(rows, frozenset({0}))
+    blocks = store.project(rows, frozenset({0}))
     assert torch.equal(blocks.reshape(4, 2), blocks[:2].reshape(1, 2).expand(4, 2))
     assert len(blocks.unique()) == 2
-    (pairs,) = ledger.facts.blocks
+    (pairs,) = store.constraints.blocks
     assert {tuple(pair) for pair in pairs.T.tolist()} == {(7 + h, 1 + 3 * h + d) for h in range(2) for d in range(3)}
 
 
 @pytest.mark.parametrize("held", [True, False])
 def test_operands_over_the_same_axes_are_related_once(held):
     """Of four operands three pairs say it all; one with a place that holds no feature meets all others."""
-    ledger = Ledger()
-    fields = [ledger.fresh(1, 5) for _ in range(4)]
+    store = ConstraintStore()
+    fields = [store.fresh(1, 5) for _ in range(4)]
     if not held:
         fields[1] = fields[1].clone()
         fields[1][0, 0] = FIXED
     operands = [Operand(torch.zeros(2, 5), (labels,), False, frozenset()) for labels in fields]
-    meet(ledger, operands, "`add`")
-    assert len(ledger.facts.equal) == (3 if held else 5)
+    meet(store, operands, "`add`")
+    assert len(store.constraints.equal) == (3 if held else 5)
     solver = Solver(
-        ledger.size, torch.cat(ledger.facts.equal, 1).numpy(), np.zeros((2, 0), np.int64),
-        np.zeros(ledger.size, np.int64), [("", "")],
+        store.size, torch.cat(store.constraints.equal, 1).numpy(), np.zeros((2, 0), np.int64),
+        np.zeros(store.size, np.int64), [("", "")],
     )  # fmt: skip
     for place in range(5):
         together = {int(solver.klass[labels[0, place]]) for labels in fields if labels[0, place] > 0}
         assert len(together) == 1
-    pinned = {label for pin in ledger.facts.pins for label in pin.labels.tolist()}
+    pinned = {label for pin in store.constraints.pins for label in pin.labels.tolist()}
     assert pinned == (set() if held else {int(labels[0, 0]) for k, labels in enumerate(fields) if k != 1})
 
 
@@ -116,21 +117,21 @@ def test_relate(sizes, data):
     _, f = data.draw(fields(sizes))
     _, g = data.draw(fields(sizes))
     g = g + f.numel()
-    ledger = started(f, g)
-    ledger.relate(f, g)
+    store = started(f, g)
+    store.relate(f, g)
     shared = varying(f) & varying(g)
-    facts = ledger.facts
+    constraints = store.constraints
     if not shared:
-        assert not facts.equal
-        assert not facts.blocks
+        assert not constraints.equal
+        assert not constraints.blocks
     elif varying(f) == varying(g):
-        assert not facts.blocks
-        assert set(map(tuple, torch.cat(facts.equal, 1).T.tolist())) == set(
+        assert not constraints.blocks
+        assert set(map(tuple, torch.cat(constraints.equal, 1).T.tolist())) == set(
             zip(f.reshape(-1).tolist(), g.reshape(-1).tolist(), strict=True)
         )
     else:
-        assert not facts.equal
-        members = set(torch.cat(facts.blocks, 1)[1].tolist())
+        assert not constraints.equal
+        members = set(torch.cat(constraints.blocks, 1)[1].tolist())
         finer = [labels for labels in (f, g) if varying(labels) != shared]
         assert members == {label for labels in finer for label in labels.unique().tolist()}
 
@@ -139,23 +140,23 @@ def test_relate(sizes, data):
 def test_mix_leaves_what_is_outside(drawn, data):
     shape, labels = drawn
     axes = frozenset(data.draw(st.sets(st.integers(0, len(shape) - 1))))
-    ledger = started(labels)
-    rest = ledger.mix(labels, axes)
+    store = started(labels)
+    rest = store.mix(labels, axes)
     if not axes & varying(labels):
         assert rest is labels
-        assert not ledger.facts.touched
+        assert not store.constraints.touched
     else:
         assert (frozenset() if rest is None else varying(rest)) == varying(labels) - axes
-        assert ledger.facts.touched[0][0] == "mix"
+        assert store.constraints.touched[0][0] == "mix"
 
 
 @given(fields(), st.data())
 def test_fix_says_whether_anything_can_move(drawn, data):
     shape, labels = drawn
     axes = frozenset(data.draw(st.sets(st.integers(0, len(shape) - 1))))
-    ledger = started(labels)
-    assert ledger.fix(labels, axes, "a test") == bool(varying(labels) and varying(labels) <= axes)
-    assert len(ledger.facts.pins) == bool(axes & varying(labels))
+    store = started(labels)
+    assert store.fix(labels, axes, "a test") == bool(varying(labels) and varying(labels) <= axes)
+    assert len(store.constraints.pins) == bool(axes & varying(labels))
 
 
 @given(fields(), st.permutations(range(4)))
@@ -178,29 +179,29 @@ def test_merged_fields_keep_the_finer(sizes, data):
 
 
 def started(*runs):
-    ledger = Ledger()
-    ledger.fresh(max(int(run.max()) for run in runs))
-    return ledger
+    store = ConstraintStore()
+    store.fresh(max(int(run.max()) for run in runs))
+    return store
 
 
 def test_equal_with_void_and_fixed():
-    ledger = Ledger()
-    labels = ledger.fresh(4)
-    ledger.equal(labels, torch.tensor([VOID, FIXED, 3, 4]))
-    assert not ledger.facts.equal
-    reasons = {pin.reason: pin.labels.tolist() for pin in ledger.facts.pins}
+    store = ConstraintStore()
+    labels = store.fresh(4)
+    store.equal(labels, torch.tensor([VOID, FIXED, 3, 4]))
+    assert not store.constraints.equal
+    reasons = {pin.reason: pin.labels.tolist() for pin in store.constraints.pins}
     assert reasons["it is added to values that carry no feature"] == [2]
     assert list(reasons) == ["it is added to values that carry no feature", "padded places keep to themselves"]
-    (pairs,) = ledger.facts.blocks
+    (pairs,) = store.constraints.blocks
     assert pairs[1].tolist() == [1]
 
 
 def test_block_with_fixed():
-    ledger = Ledger()
-    labels = ledger.fresh(3)
-    ledger.block(torch.tensor([FIXED, 2]), labels[[0, 2]])
-    ledger.block(labels[:2], torch.tensor([FIXED, 3]))
-    reasons = [(pin.reason, pin.labels.tolist()) for pin in ledger.facts.pins]
+    store = ConstraintStore()
+    labels = store.fresh(3)
+    store.block(torch.tensor([FIXED, 2]), labels[[0, 2]])
+    store.block(labels[:2], torch.tensor([FIXED, 3]))
+    reasons = [(pin.reason, pin.labels.tolist()) for pin in store.constraints.pins]
     assert reasons == [
         ("its block meets values that carry no feature", [1]),
         ("it holds values that carry no feature", [1]),
@@ -211,34 +212,34 @@ def test_block_with_fixed():
 
 
 class Bench:
-    """Tensors with labels, one call on them, and the relabellings that the facts allow."""
+    """Tensors with labels, one call on them, and the relabellings that the constraints allow."""
 
     def __init__(self, call, tensors, axes, static=()):
         self.call, self.tensors = call, tensors
         self.state = State(RULES, where="node `here`")
         self.fields = []
         for place, (tensor, own) in enumerate(zip(tensors, axes, strict=True)):
-            ledger = self.state.ledger
-            runs = tuple(along(ledger.fresh(tensor.shape[a]), a, tensor.ndim) for a in own)
+            store = self.state.store
+            runs = tuple(along(store.fresh(tensor.shape[a]), a, tensor.ndim) for a in own)
             entry = self.state.entry(tensor)
             entry.fields, entry.static, entry.learned, entry.known = runs, place in static, place in static, False
             self.state.held[id(tensor)] = entry
             self.fields.append(runs)
         with torch.no_grad(), LabelMode(self.state):
             self.out = call(*tensors)
-        self.facts: Facts = self.state.ledger.facts
+        self.constraints: Constraints = self.state.store.constraints
 
     def pinned(self):
-        return {label for pin in self.facts.pins for label in pin.labels.tolist()}
+        return {label for pin in self.constraints.pins for label in pin.labels.tolist()}
 
     def outputs(self):
         return [self.out] if isinstance(self.out, Tensor) else [t for t in self.out if isinstance(t, Tensor)]
 
     def relabelling(self, seed):
         """A random legal permutation of labels: units and members of units at random, kinds by axis."""
-        size = self.state.ledger.size
-        pairs = torch.cat([torch.zeros(2, 0, dtype=torch.int64), *self.facts.equal], 1).numpy()
-        blocks = torch.cat([torch.zeros(2, 0, dtype=torch.int64), *self.facts.blocks], 1).numpy()
+        size = self.state.store.size
+        pairs = torch.cat([torch.zeros(2, 0, dtype=torch.int64), *self.constraints.equal], 1).numpy()
+        blocks = torch.cat([torch.zeros(2, 0, dtype=torch.int64), *self.constraints.blocks], 1).numpy()
         pins = np.zeros(size, np.int64)
         pins[list(self.pinned())] = 1
         solver = Solver(size, pairs, blocks, pins, [("", ""), ("pinned", "fixed")])
@@ -421,7 +422,7 @@ def test_movement_on_labels_is_movement_on_values(data):
     state = State(RULES)
     shape = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=3))
     axis = data.draw(st.integers(0, len(shape) - 1))
-    labels = along(state.ledger.fresh(shape[axis]), axis, len(shape))
+    labels = along(state.store.fresh(shape[axis]), axis, len(shape))
     x = labels.expand(shape).double().contiguous()  # the values are the labels
     entry = state.entry(x)
     entry.fields, entry.static = (labels,), False
@@ -481,7 +482,7 @@ REASONS = {
 def test_reasons_of_pins(reason):
     call, shapes, axes = REASONS[reason]
     bench = Bench(call, [values(*shape) for shape in shapes], axes)
-    pins = {pin.reason: pin.kind for pin in bench.facts.pins}
+    pins = {pin.reason: pin.kind for pin in bench.constraints.pins}
     (found,) = (text for text in pins if text.startswith(f"{reason} ("))
     assert re.fullmatch(r"(`\w+` [^()]+ \(|[^`][^()]+ \(`\w+`, )node `here`\)", found), found
     assert pins[found] == "fixed"
@@ -496,3 +497,14 @@ def test_the_example_of_the_documentation_prints_what_it_says(capsys):
     assert len(printed) == len(said) == 3
     for line, expected in zip(printed, said, strict=True):
         assert re.fullmatch(re.escape(expected).replace(r"\.\.\.", ".*"), line)
+
+
+def test_rules_that_call_the_store_by_its_former_name_still_work():
+    def doubled(call):
+        call.ledger.pin(call.operand(call.args[0]).fields[0], "for this test")
+        return call.operand(call.args[0]).fields
+
+    net, x = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)), torch.randn(3, 4)
+    with pytest.warns(DeprecationWarning, match=r"`call\.ledger` is called `call\.store` now\."):
+        found = fxzip.inspect(net, x, rules=RULES | {"relu": doubled})
+    assert not found.spaces

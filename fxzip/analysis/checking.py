@@ -91,6 +91,7 @@ def check(labelling: Labelling, *, seed: int = 0, dtype: torch.dtype | None = No
     found = _checked(trial, Check(solve(labelling), 0.0, {}), generator, seed)
     unseen = _unseen(trial, found.spaces, generator, None)
     first = None if unseen else trial
+
     for number, gain in enumerate(_GAINS, 1):
         if not unseen:
             break
@@ -98,9 +99,11 @@ def check(labelling: Labelling, *, seed: int = 0, dtype: torch.dtype | None = No
             for _ in range(_TIMES):  # with few features alive one relabelling may happen to be legal
                 found = _checked(trial, found, generator, seed)
             unseen = _unseen(trial, found.spaces, generator, unseen)
+
     hidden = [movers for movers in _movers(found.spaces) if _first_label(found.spaces, movers[0]) in unseen]
     names = dict.fromkeys(found.spaces.spaces[number].name for movers in hidden for number in movers)
     trial.rest()
+
     return Check(found.spaces, found.error, found.pinned, tuple(names), first)
 
 
@@ -108,6 +111,7 @@ def _checked(trial: Trial, found: Check, generator: torch.Generator, seed: int) 
     """Relabel at random, and pin what fails."""
     pinned, spaces = found.pinned, found.spaces
     labelling = spaces.labelling
+
     for attempt in range(_ROUNDS):
         perms = random_relabelling(spaces, generator)
         worst, what = trial.departure(spaces, perms)
@@ -121,6 +125,7 @@ def _checked(trial: Trial, found: Check, generator: torch.Generator, seed: int) 
             break
         pinned = pinned | culprits
         spaces = solve(labelling, pinned=pinned)
+
     raise SelfCheckError(
         f"Relabelling free feature spaces must leave {what} as it is; it moved by {worst:.1e} (relative), and "
         "pinning the spaces at fault did not cure it. Please report the model; `verify=False` skips the check."
@@ -136,6 +141,7 @@ def _unseen(
     still = trial.unmoved(spaces, perms) if doubted is None else set()
     unseen: set[int] = set()
     left = _CONTROLS
+
     for movers in _movers(spaces):
         key = _first_label(spaces, movers[0])
         if not (still.intersection(movers) if doubted is None else key in doubted):
@@ -144,6 +150,7 @@ def _unseen(
         left -= 1
         if reads and (left < 0 or trial.departure(spaces, _only(perms, movers), reads)[0] <= trial.tolerance):
             unseen.add(key)
+
     return unseen
 
 

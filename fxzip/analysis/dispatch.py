@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import RuleError
 from .inplace_writes import Earlier, write_in_place, written_by
 from .label_state import Barrier, Entry, Probed, Site, State, tensors
-from .rules import Fields, Invocation, contraction, elementwise, is_pointwise, is_random, movement, varying
+from .rules import AxisLabels, Invocation, contraction, elementwise, is_pointwise, is_random, movement, varying
 from .rules.probing import probe
 from .rules.uniform import FACTORIES, UNWRITTEN, uniform_axes
 
@@ -29,31 +29,37 @@ class LabelMode(TorchDispatchMode):
         name = func._schema.name.split("::")[-1]
         written = written_by(func, args, kwargs)
         inputs = list(tensors((args, kwargs)))
+
         for tensor in inputs:
             if id(tensor) in state.names:
                 state.touches.add(state.names[id(tensor)])
+
         earlier = Earlier.of(state, inputs, written) if written else Earlier({}, {})
         out = func(*args, **kwargs)
         if written and name.endswith("_"):
             name = name.rstrip("_")
+
         call = Invocation(
-            name, func, tuple(args), kwargs, out, state.ledger,
+            name, func, tuple(args), kwargs, out, state.store,
             lambda t: earlier.operands.get(id(t)) or state.operand(t), state.restart,
         )  # fmt: skip
         dynamic = any(not state.entry(t).static for t in inputs)
         dynamic = dynamic or is_random(func)
         if dynamic and _weighs(state, call):
-            state.ledger.facts.sums = True
+            state.store.constraints.sums = True
+
         labelled = any(state.entry(t).fields for t in inputs)
-        state.ledger.call, state.ledger.where = name, state.where
+        state.store.call, state.store.where = name, state.where
         result = _apply(state, call) if labelled or (is_random(func) and name in state.rules) else None
         if written:
             write_in_place(state, call, written, result, dynamic, earlier)
         if not written or not any(out is t for t in written):
             _file(state, call, result, dynamic)
+
         _end_at_uncertain_sizes(state, call)
         _note_sites(state, call)
         state.calls += 1
+
         return out
 
 
@@ -66,11 +72,12 @@ def _weighs(state: State, call: Invocation) -> bool:
     return any(entry.static and entry.learned for entry in map(state.entry, call.tensors()))
 
 
-def _apply(state: State, call: Invocation) -> Fields | list[Fields] | None:
+def _apply(state: State, call: Invocation) -> AxisLabels | list[AxisLabels] | None:
     """The fields of the result; a call without a rule pins all it touches."""
     rule = state.rules.get(call.name)
     if rule is None and is_pointwise(call.func):
         rule = elementwise.elementwise
+
     if rule is not None:
         result = rule(call)
     else:
@@ -79,13 +86,15 @@ def _apply(state: State, call: Invocation) -> Fields | list[Fields] | None:
             state.probed.append(
                 Probed(state.node, call.name, f"`{call.name}` ({state.where}) was probed on random data")
             )
+
     _check_fields(state, call, result)
     if result is None:
         reason = f"`{call.name}` ({state.where}) has no rule"
         state.barriers.append(Barrier(state.node, call.name, reason))
         for operand in call.operands():
             for labels in operand.fields:
-                state.ledger.pin(labels, reason, "barrier")
+                state.store.pin(labels, reason, "barrier")
+
     return result
 
 
@@ -103,13 +112,14 @@ def _check_fields(state: State, call: Invocation, result: Any) -> None:
                 )
 
 
-def _file(state: State, call: Invocation, result: Fields | list[Fields] | None, dynamic: bool) -> None:
+def _file(state: State, call: Invocation, result: AxisLabels | list[AxisLabels] | None, dynamic: bool) -> None:
     """File what is known of each tensor that the call returns."""
     entries = [state.entry(t) for t in call.tensors()][call.name in FACTORIES :]  # of those the first gives the shape
     known = all(entry.known for entry in entries) and call.name not in UNWRITTEN and not is_random(call.func)
     learned = any(state.entry(t).learned for t in call.tensors())
     outs = call.out if isinstance(call.out, (list, tuple)) else [call.out]
     uniform = iter(uniform_axes(call, state.uniform))
+
     for place, out in enumerate(outs):
         if not isinstance(out, Tensor):
             continue
@@ -119,7 +129,7 @@ def _file(state: State, call: Invocation, result: Fields | list[Fields] | None, 
         given = given if isinstance(given, tuple) else ()
         for labels in given:
             if not varying(labels):
-                state.ledger.pin(labels, "it is taken out alone")
+                state.store.pin(labels, "it is taken out alone")
         fields = tuple(labels for labels in given if varying(labels))
         state.seen.update((id(f), f) for f in fields)
         state.file(Entry(out, fields, not dynamic, learned, known, next(uniform)))
@@ -129,9 +139,11 @@ def _end_at_uncertain_sizes(state: State, call: Invocation) -> None:
     """What takes as many elements as a value computed with parameters says gives each model another number of them."""
     if torch.Tag.dynamic_output_shape not in getattr(call.func, "tags", ()):
         return
+
     asked = list(call.tensors())
     if "index" in call.name or call.name in ("masked_select", "repeat_interleave"):
         asked = [t for t in asked[1:] if t.dtype in (torch.bool, torch.uint8) or call.name == "repeat_interleave"]
+
     if any(not state.entry(t).static and state.entry(t).learned for t in asked):
         reason = (
             f"how many elements `{call.name}` ({state.where}) takes is computed with parameters, so that each model "
@@ -152,6 +164,7 @@ def _note_sites(state: State, call: Invocation) -> None:
     """
     if call.name not in _SUMS:
         return
+
     nth = state.tally[state.node, call.name]
     state.tally[state.node, call.name] += 1
     values = [(place, t) for place, t in enumerate(call.args) if isinstance(t, Tensor)]
@@ -161,6 +174,7 @@ def _note_sites(state: State, call: Invocation) -> None:
         if call.name == "embedding" or not state.entry(first).fields or state.lies_in_parameter(first):
             return
         moving = [(_SUMS[call.name], first)]
+
     for place, tensor in [*moving, (-1, call.out)]:
         for labels in state.entry(tensor).fields:
             consumed = place >= 0 and len(moving) == 1

@@ -1,10 +1,10 @@
-"""Fingerprints of classes: two classes of one kind may change places.
+"""Fingerprints of classes: two classes with one fingerprint, of one kind, may change places.
 
-A kind holds all that a relabelling has to respect and that can be told without knowing the other classes: in which
-fields of the graph a class occurs and how often; where several of its labels meet in one field, in which order (the
-first, second, ... occurrence of one class goes to the place of the first, second, ... of the other, and that must be
-the same correspondence in every field); in which pinned blocks it lies; and, refined until nothing new shows
-(Weisfeiler and Leman), the kinds of its blocks and of its members.
+A fingerprint holds all that a relabelling has to respect and that is known without the other classes: in which fields
+of the graph a class occurs and how often; where several of its labels meet in one field, in which order (the first,
+second, ... occurrence of one class goes to the place of the first, second, ... of the other, and that must be the same
+correspondence in every field); in which pinned blocks it lies; and, refined until nothing new shows (colours of
+Weisfeiler and Leman), the fingerprints of its blocks and of its members.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Runs:
         runs = tuple(known.values())
         salts = np.random.default_rng(0).integers(1, 2**63, len(runs), dtype=np.uint64)
         marks = np.zeros(size, np.uint64)
+
         distinct = []
         for run, salt in zip(runs, salts, strict=True):
             if run.size > size:
@@ -51,25 +52,28 @@ class Runs:
             else:
                 np.add.at(marks, run, salt)
                 distinct.append(_distinct(run))
+
         number = np.repeat(np.arange(len(runs)), [len(labels) for labels in distinct])
         return cls(runs, salts, marks, np.concatenate([np.zeros(0, np.int64), *distinct]), number)
 
 
-def kinds_of(solver: Solver, runs: Runs, more: Marks) -> Ints:
+def fingerprints_of(solver: Solver, runs: Runs, more: Marks) -> Ints:
     """A 64-bit fingerprint per class; `more` is added to what the fields say, by label."""
-    kinds = np.zeros(solver.count, np.uint64)
-    np.add.at(kinds, solver.klass, runs.marks + more)
-    rank = _add_orders(kinds, solver, runs)
+    fingerprints = np.zeros(solver.count, np.uint64)
+    np.add.at(fingerprints, solver.klass, runs.marks + more)
+    rank = _add_orders(fingerprints, solver, runs)
     block, member, twist = _edges(solver, rank)
-    _add_held(kinds, solver, rank)
+    _add_held(fingerprints, solver, rank)
+
     distinct = 0
-    while member.size and (found := len(_distinct(kinds))) > distinct:
+    while member.size and (found := len(_distinct(fingerprints))) > distinct:
         distinct = found
-        up, down = _scrambled(kinds[block] + twist), _scrambled(~kinds[member] + twist)
-        np.add.at(kinds, member, up)
-        np.add.at(kinds, block, down)
-        kinds = _scrambled(kinds)
-    return kinds.view(np.int64)
+        up, down = _scrambled(fingerprints[block] + twist), _scrambled(~fingerprints[member] + twist)
+        np.add.at(fingerprints, member, up)
+        np.add.at(fingerprints, block, down)
+        fingerprints = _scrambled(fingerprints)
+
+    return fingerprints.view(np.int64)
 
 
 def _edges(solver: Solver, rank: Ints | None) -> tuple[Ints, Ints, Marks]:
@@ -80,7 +84,7 @@ def _edges(solver: Solver, rank: Ints | None) -> tuple[Ints, Ints, Marks]:
     return _ties(solver.blocks[:, ends[0] != ends[1]], solver.klass, solver.klass, rank)
 
 
-def _add_held(kinds: Marks, solver: Solver, rank: Ints | None) -> None:
+def _add_held(fingerprints: Marks, solver: Solver, rank: Ints | None) -> None:
     """Add in which pinned blocks a class lies.
 
     Blocks that were merged to simplify, and are pinned since, keep each its own place: they are told apart as stated.
@@ -89,7 +93,7 @@ def _add_held(kinds: Marks, solver: Solver, rank: Ints | None) -> None:
     labels = solver.blocks[:, (ends[0] != ends[1]) & (solver.pinned[ends[0]] > 0)]
     block, member, twist = _ties(labels, solver.stated, solver.klass, np.zeros(solver.size) if rank is None else rank)
     salts = np.random.default_rng(2).integers(1, 2**63, solver.size, dtype=np.uint64)
-    np.add.at(kinds, member, _scrambled(salts[block] + twist))
+    np.add.at(fingerprints, member, _scrambled(salts[block] + twist))
 
 
 def _ties(labels: Ints, block_of: Ints, member_of: Ints, rank: NDArray) -> tuple[Ints, Ints, Marks]:
@@ -101,7 +105,7 @@ def _ties(labels: Ints, block_of: Ints, member_of: Ints, rank: NDArray) -> tuple
     return block[first], member[first], twist[first]
 
 
-def _add_orders(kinds: Marks, solver: Solver, runs: Runs) -> Ints | None:
+def _add_orders(fingerprints: Marks, solver: Solver, runs: Runs) -> Ints | None:
     """Add the order of labels in every run where several labels of one class meet.
 
     Returns the rank of each label in its class if that is one of these, else 0; None if there are none.
@@ -110,8 +114,10 @@ def _add_orders(kinds: Marks, solver: Solver, runs: Runs) -> Ints | None:
     shared = _distinct(keys[1:][keys[1:] == keys[:-1]])
     if not shared.size:
         return None
+
     rank = _occurrences(solver.klass)  # of each label in its class
     several = np.zeros(solver.count, bool)
+
     for number in _distinct(shared // solver.count).tolist():
         mine = shared[shared // solver.count == number] % solver.count
         several[mine] = True
@@ -119,8 +125,9 @@ def _add_orders(kinds: Marks, solver: Solver, runs: Runs) -> Ints | None:
         run = run[several[solver.klass[run]]]
         classes = solver.klass[run]
         places = _occurrences(classes).astype(np.uint64) * _OCCURRENCE + rank[run].astype(np.uint64) * _RANK
-        np.add.at(kinds, classes, _scrambled(runs.salts[number] + places))
+        np.add.at(fingerprints, classes, _scrambled(runs.salts[number] + places))
         several[mine] = False
+
     several[shared % solver.count] = True
     return np.where(several[solver.klass], rank, 0)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .label_state import Barrier, Entry, State, tensors
-from .rules import FIXED, VOID, Fields, Invocation, Ledger, Operand, compress, is_random, varying
+from .rules import FIXED, VOID, AxisLabels, ConstraintStore, Invocation, Operand, compress, is_random, varying
 from .rules.joining import filler
 from .rules.uniform import FACTORIES, uniform_axes
 
@@ -32,11 +32,13 @@ def window(view: Tensor, base: Tensor) -> Window | None:
     """The view as slices of the base, or None if it is more than that."""
     if view.storage_offset() < base.storage_offset() or 0 in base.stride() or not base.numel():
         return None
+
     order = sorted((a for a, n in enumerate(base.shape) if n > 1), key=base.stride, reverse=True)
     offset = int(view.storage_offset() - base.storage_offset())
     axes: list[int | None] = [None] * base.ndim
     places = [slice(0, 1)] * base.ndim
     left = [a for a, n in enumerate(view.shape) if n > 1]
+
     for axis in order:
         unit, size = base.stride(axis), base.shape[axis]
         start, offset = divmod(offset, unit)
@@ -52,12 +54,15 @@ def window(view: Tensor, base: Tensor) -> Window | None:
             places[axis] = slice(start, stop)
         if start >= size or stop > size:
             return None
+
     if left or offset:
         return None
+
     marks = base.new_empty(0).set_(base.untyped_storage(), base.storage_offset(), base.shape, base.stride())
     part = marks[tuple(places)]
     if part.storage_offset() != view.storage_offset() or part.numel() != view.numel():
         return None
+
     partial = frozenset(a for a, n in enumerate(base.shape) if part.shape[a] < n)
     return Window(tuple(axes), tuple(places), partial)
 
@@ -71,17 +76,20 @@ def _placed(operand: Operand, where: Window) -> Operand:
         moved = labels.permute(*kept, *rest).reshape([labels.shape[own] for own in kept])
         shape = [1 if own is None else labels.shape[own] for own in where.axes]
         fields.append(moved.reshape(shape))
+
     loose = frozenset(a for a, own in enumerate(where.axes) if own is not None and own in operand.loose)
     return replace(operand, fields=tuple(fields), loose=loose)
 
 
-def write(ledger: Ledger, base: Operand, value: Operand, where: Window, what: str) -> Fields:
-    """Fields of the base after `value`, an operand over the view, was written into its window."""
+def write(store: ConstraintStore, base: Operand, value: Operand, where: Window, what: str) -> AxisLabels:
+    """Axis labels of the base after `value`, an operand over the view, was written into its window."""
     value = _placed(value, where)
     if not where.partial:
         return tuple(labels for labels in value.fields if varying(labels))
+
     result: list[Tensor] = []
     left = list(base.fields)
+
     for new in value.fields:
         key = varying(new) - where.partial
         old = next((labels for labels in left if varying(labels) - where.partial == key), None)
@@ -91,18 +99,20 @@ def write(ledger: Ledger, base: Operand, value: Operand, where: Window, what: st
             left = [labels for labels in left if labels is not old]
         if varying(new) == key and (old is None or varying(old) == key):
             if old is not None:
-                new = ledger.agree(old, new)
+                new = store.agree(old, new)
             else:
-                ledger.fix(new, base.loose, f"{what} writes it beside values that carry no feature")
+                store.fix(new, base.loose, f"{what} writes it beside values that carry no feature")
             result.append(new)
         else:
             result.append(_assembled(base, old, value, new, where))
+
     for old in left:
         if varying(old) & where.partial:
             result.append(_assembled(base, old, value, None, where))
         else:
-            ledger.fix(old, value.loose, f"{what} writes values beside it that carry no feature")
+            store.fix(old, value.loose, f"{what} writes values beside it that carry no feature")
             result.append(old)
+
     return tuple(labels for labels in map(compress, result) if varying(labels))
 
 
@@ -118,15 +128,17 @@ def _assembled(base: Operand, old: Tensor | None, value: Operand, new: Tensor | 
         part.copy_(torch.where(new == VOID, FIXED, new) if empty else new)
     elif not empty or old is None:
         part.fill_(filler(value, varied, [base] if empty else []))
+
     return full
 
 
-def seen_through(view: Tensor, base: Tensor, fields: Fields) -> Fields | bool:
+def seen_through(view: Tensor, base: Tensor, fields: AxisLabels) -> AxisLabels | bool:
     """The fields of the base as another view of the same memory sees them; False if it sees nothing of the base, True
     if it sees only a part."""
     where = window(view, base)
     if where is not None:
         return tuple(part for labels in fields if varying(part := _part(labels, where, view.ndim)))
+
     size = max(base.untyped_storage().nbytes() // base.element_size(), 1)
     memory = torch.zeros(size, dtype=torch.int64)
     inside = memory.as_strided(base.shape, base.stride(), base.storage_offset())
@@ -134,12 +146,14 @@ def seen_through(view: Tensor, base: Tensor, fields: Fields) -> Fields | bool:
     inside.fill_(1)
     if not bool(outside.all()):
         return bool(outside.any())
+
     result = []
     for labels in fields:
         inside.copy_(labels.expand(base.shape))
         own = compress(outside)
         if varying(own):
             result.append(own.clone())
+
     return tuple(result)
 
 
@@ -192,12 +206,12 @@ def write_in_place(
         base, where = next((e, w) for e in entries if (w := window(tensor, e.tensor)) or e.tensor is tensor)
         value, uniform = _written(state, call, tensor, result, dynamic, earlier)
         labelled = bool(value.fields) or any(e.fields for e in entries)
-        views: dict[int, Fields | bool] = {}
+        views: dict[int, AxisLabels | bool] = {}
         for entry in entries:
             entry.learned = entry.learned or any(state.entry(t).learned for t in call.tensors())
         if labelled and where is not None:
             before = earlier.operands[id(base.tensor)]
-            base.fields = write(state.ledger, before, value, where, f"`{call.name}_`")
+            base.fields = write(state.store, before, value, where, f"`{call.name}_`")
             views |= {id(e): seen_through(e.tensor, base.tensor, base.fields) for e in entries if e is not base}
         else:
             views = {id(e): labelled for e in entries if e is not base}
@@ -238,13 +252,15 @@ def _written(
         value, uniform = call.operand(call.args[1]), earlier.uniform[id(call.args[1])]
         axes = range(ndim - value.ndim, ndim)
         return value.place(axes, ndim), frozenset(axes[a] for a in uniform) | set(range(ndim - value.ndim))
+
     uniform = uniform_axes(replace(call, out=tensor), lambda t: earlier.uniform.get(id(t), frozenset()))[0]
     known = not is_random(call.func) and all(
         earlier.operands[id(t)].known for t in call.tensors() if call.name not in FACTORIES or t is not tensor
     )
-    fields: Fields = result if isinstance(result, tuple) else ()
+    fields: AxisLabels = result if isinstance(result, tuple) else ()
     covered = frozenset(a for labels in fields for a in varying(labels))
     loose = frozenset(a for a, n in enumerate(tensor.shape) if n > 1) - covered - uniform
+
     return Operand(tensor, fields, not dynamic, loose, known=known), uniform
 
 
@@ -257,4 +273,4 @@ def _refuse(state: State, call: Invocation, labels: list[Tensor]) -> None:
     reason = f"`{call.name}_` ({state.where}) writes it into a part of another tensor"
     state.barriers.append(Barrier(state.node, call.name + "_", reason))
     for run in labels:
-        state.ledger.pin(run, reason, "barrier")
+        state.store.pin(run, reason, "barrier")

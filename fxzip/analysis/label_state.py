@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .rules import Fields, Ledger, Operand, Rule, varying
+from .rules import AxisLabels, ConstraintStore, Operand, Rule, varying
 
 _VALUES_COMPARED = 1 << 22  # constants above this size count as different everywhere
 
@@ -20,7 +20,7 @@ class ParamLabels:
     """Labels of one parameter or buffer: one field per labelled axis. `groups` > 1: a grouped kernel, whose second
     field varies with the group (see `rules.contraction.convolution`)."""
 
-    fields: Fields
+    fields: AxisLabels
     groups: int = 1
 
 
@@ -68,7 +68,7 @@ class Entry:
     """
 
     tensor: Tensor
-    fields: Fields
+    fields: AxisLabels
     static: bool
     learned: bool
     known: bool = False
@@ -78,7 +78,7 @@ class Entry:
 @dataclass
 class State:
     rules: Mapping[str, Rule]
-    ledger: Ledger = field(default_factory=Ledger)
+    store: ConstraintStore = field(default_factory=ConstraintStore)
     held: dict[int, Entry] = field(default_factory=dict)  # parameters and buffers, by id
     entries: dict[int, Entry] = field(default_factory=dict)  # what the run makes, by id
     names: dict[int, str] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Push labels through the traced graph: one run on the sample, every ATen call looked up in the rule table.
 
-The result is raw: labels before union, facts per fx node. Constraints belong to the node that states them, so a later
-stage can solve for any part of the graph, a trunk for instance, by leaving out what the other nodes say.
+The result is raw: labels before union, constraints per fx node. Constraints belong to the node that states them, so a
+later stage can solve for any part of the graph, a trunk for instance, by leaving out what the other nodes say.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..tracing import MathAttention, Program, flat_inputs, is_number, quiet_exec
 from ..tracing.containers import flatten, leaves
 from .dispatch import LabelMode
 from .label_state import Barrier, Entry, ParamLabels, Probed, Site, State
-from .rules import RULES, Facts, Fields, Rule
-from .rules.fields import along
+from .rules import RULES, AxisLabels, Constraints, Rule
+from .rules.axis_labels import along
 
 __all__ = ["Barrier", "Labelling", "ParamLabels", "Probed", "Site", "label", "place_of"]
 
@@ -31,20 +31,20 @@ class Labelling:
     program: Program
     size: int
     params: Mapping[str, ParamLabels]
-    facts: Mapping[str, Facts]
-    fields: Mapping[str, Fields]
+    constraints: Mapping[str, Constraints]
+    fields: Mapping[str, AxisLabels]
     touches: Mapping[str, frozenset[str]]  # node -> parameters and buffers its calls read
     dynamic: frozenset[str]  # nodes whose value depends on the input
     seen: Mapping[str, tuple[Tensor, ...]]  # node -> every distinct field inside it
     sites: tuple[Site, ...]
     barriers: tuple[Barrier, ...]
     probed: tuple[Probed, ...] = ()
-    rewritten: Mapping[str, Mapping[str, Fields]] = field(
+    rewritten: Mapping[str, Mapping[str, AxisLabels]] = field(
         default_factory=dict
     )  # writer -> node -> its fields from then
     discrete: frozenset[str] = frozenset()  # nodes that give a tensor of booleans or integers
 
-    def fields_after(self, node: str, done: Collection[str]) -> Fields:
+    def fields_after(self, node: str, done: Collection[str]) -> AxisLabels:
         """The fields of a node's value once the calls in `done` have written into its memory."""
         found = self.fields.get(node, ())
         for writer, values in self.rewritten.items():
@@ -61,29 +61,35 @@ class _Run(fx.Interpreter):
         self.state = state
         self.memory = program.memory
         self.holders: Counter[int] = Counter()  # in how many live values a tensor is, by id
-        self.facts: dict[str, Facts] = {}
-        self.fields: dict[str, Fields] = {}
+        self.constraints: dict[str, Constraints] = {}
+        self.fields: dict[str, AxisLabels] = {}
         self.touches: dict[str, frozenset[str]] = {}
         self.seen: dict[str, tuple[Tensor, ...]] = {}
         self.dynamic: set[str] = set()
         self.discrete: set[str] = set()
         self.numbers: set[fx.Node] = set()  # what depends on numbers among the arguments
-        self.rewritten: dict[str, dict[str, Fields]] = {}
+        self.rewritten: dict[str, dict[str, AxisLabels]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         state = self.state
-        state.node, state.calls, state.touches, state.ledger.facts, state.seen = n.name, 0, set(), Facts(), {}
+        state.node, state.calls, state.touches, state.store.constraints, state.seen = (
+            n.name,
+            0,
+            set(),
+            Constraints(),
+            {},
+        )
         state.made = []
         state.where = place_of(n)
         if n.op == "output":
             for tensor in leaves(self.map_nodes_to_values(n.args, n)):
                 for labels in state.entry(tensor).fields:
-                    state.ledger.pin(labels, "it is the model's output", "output")
+                    state.store.pin(labels, "it is the model's output", "output")
         value = super().run_node(n)
         if n.op == "placeholder":
             for tensor in leaves(value):
                 state.file(Entry(tensor, (), False, False))
-        self.facts[n.name] = state.ledger.facts
+        self.constraints[n.name] = state.store.constraints
         self.touches[n.name] = frozenset(state.touches)
         self.seen[n.name] = tuple(state.seen.values())
         if isinstance(value, Tensor):
@@ -161,7 +167,7 @@ def label(program: Program, rules: Mapping[str, Rule] | None = None) -> Labellin
     tensors = dict(program.module.named_parameters())
     buffers = {k: v for k, v in program.module.named_buffers() if k in program.persistent and v.is_floating_point()}
     for name, tensor in (*tensors.items(), *buffers.items()):
-        fields = tuple(along(state.ledger.fresh(n), a, tensor.ndim) for a, n in enumerate(tensor.shape) if n > 1)
+        fields = tuple(along(state.store.fresh(n), a, tensor.ndim) for a, n in enumerate(tensor.shape) if n > 1)
         state.names[id(tensor)] = name
         state.params[name] = ParamLabels(fields)
         state.held[id(tensor)] = Entry(tensor, fields, True, True)
@@ -169,7 +175,7 @@ def label(program: Program, rules: Mapping[str, Rule] | None = None) -> Labellin
     with quiet_execution(), LabelMode(state), MathAttention():
         run.run(*flat_inputs(program.module, program.call))
     return Labelling(
-        program, state.ledger.size, dict(state.params), run.facts, run.fields, run.touches,
+        program, state.store.size, dict(state.params), run.constraints, run.fields, run.touches,
         frozenset(run.dynamic), run.seen, tuple(state.sites), tuple(state.barriers), tuple(state.probed),
         run.rewritten, frozenset(run.discrete),
     )  # fmt: skip

@@ -44,6 +44,7 @@ def _resized(layout: Layout, space: int, size: int) -> Layout:
     features = torch.cat([order[order < size], torch.arange(len(order), max(len(order), size))])
     length = len(order) * inner
     pieces: list[tuple[Tensor, Tensor, Tensor]] = []
+
     end = 0
     for number, start in enumerate(starts):
         pieces.append((layout.space[end:start], layout.feature[end:start], layout.occurrence[end:start]))
@@ -51,6 +52,7 @@ def _resized(layout: Layout, space: int, size: int) -> Layout:
         times = (torch.arange(inner) + number * inner).repeat(len(features))
         pieces.append((torch.full_like(own, space), own, times))
         end = start + length
+
     pieces.append((layout.space[end:], layout.feature[end:], layout.occurrence[end:]))
     return Layout(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
@@ -62,6 +64,7 @@ def _segments(layout: Layout, space: int) -> tuple[list[int], int, Tensor]:
     features = int(layout.feature[here].max()) + 1
     if int(here.sum()) != times * features:
         raise IrregularLayoutError("its features do not occur equally often")
+
     places = slots(layout, space)
     order = places[0].argsort()
     places = places[:, order]
@@ -69,7 +72,9 @@ def _segments(layout: Layout, space: int) -> tuple[list[int], int, Tensor]:
     inner = int(steps[0]) + 1 if len(steps) and features > 1 else times
     if times % inner:
         raise IrregularLayoutError("its features do not lie side by side")
+
     rows = places.reshape(times // inner, inner, features).transpose(1, 2).reshape(times // inner, -1)
     if not torch.equal(rows, rows[:, :1] + torch.arange(rows.shape[1])):
         raise IrregularLayoutError("its features do not lie side by side")
+
     return rows[:, 0].tolist(), inner, order

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .labelling import Labelling
-from .rules import Facts
+from .rules import Constraints
 from .solver import Ints, Solver
 
 
@@ -41,21 +41,24 @@ class Roles:
         cls,
         labelling: Labelling,
         solver: Solver,
-        facts: Sequence[Facts],
+        constraints: Sequence[Constraints],
         params: Collection[str],
         written: Mapping[str, Sequence[Tensor]],
     ) -> Roles:
         unmerged, used = np.zeros(labelling.size, bool), np.zeros(solver.count, bool)
         writes, both = np.zeros(labelling.size, bool), np.zeros(solver.count, bool)
-        for fact in facts:
-            for labels in (labels for how, labels in fact.touched if how == "param"):
+
+        for stated in constraints:
+            for labels in (labels for how, labels in stated.touched if how == "param"):
                 writes[labels.numpy()] = True
-            for labels in fact.consumed:
+            for labels in stated.consumed:
                 unmerged[labels.numpy()] = True
-            for labels in (*fact.consumed, *(labels for _, labels in fact.touched)):
+            for labels in (*stated.consumed, *(labels for _, labels in stated.touched)):
                 used[solver.klass[labels.numpy()]] = True
+
         names = (*(name for name in labelling.params if name in params), *written)
         first, summed = np.full(solver.count, len(names)), np.full(solver.count, len(names))
+
         consumed: set[tuple[str, int]] = set()
         for number, name in reversed(list(enumerate(names))):  # the first one stays
             entering = number >= len(names) - len(written)
@@ -73,6 +76,7 @@ class Roles:
                     summed[classes[used[classes]]] = number
                 else:
                     first[classes[used[classes]]] = number
+
         return cls(frozenset(consumed), names, first, np.where(first < len(names), first, summed), both)
 
     def name(self, classes: Ints) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ..tracing.containers import leaves
 from .labelling import Labelling
 from .relabelling import Movement
-from .rules import Fields
+from .rules import AxisLabels
 from .spaces import FeatureSpaces
 
 Sightings = dict[str, Tensor]  # by node
@@ -26,7 +26,7 @@ _SAMPLE, _MOST = 1 << 14, 1 << 21  # elements of a value that are kept; those wi
 _UNWRITTEN = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 
 
-def watched(labelling: Labelling) -> dict[str, Fields]:
+def watched(labelling: Labelling) -> dict[str, AxisLabels]:
     """The nodes of a program whose values are looked at, with their fields.
 
     Left out are values without features that do not depend on the input either, and memory that nothing was written to.
@@ -47,7 +47,7 @@ class Watcher:
         nodes: their names and fields.
     """
 
-    def __init__(self, nodes: Mapping[str, Fields]) -> None:
+    def __init__(self, nodes: Mapping[str, AxisLabels]) -> None:
         self._nodes = nodes
         self.seen: Sightings = {}
 
@@ -72,13 +72,16 @@ def sampled(value: Tensor, fields: Sequence[Tensor]) -> Tensor | None:
         return None
     if math.prod(value.shape[axis] for axis in held) > _MOST:
         return None
+
     sizes, strides = list(value.shape), list(value.stride())
     free = [axis for axis in range(value.ndim) if axis not in held]
+
     while math.prod(sizes) > _SAMPLE and free:
         axis = max(free, key=lambda a: sizes[a])
         if sizes[axis] < 2:
             break
         sizes[axis], strides[axis] = -(-sizes[axis] // 2), 2 * strides[axis]
+
     return value.detach().as_strided(sizes, strides).clone()
 
 
@@ -86,6 +89,7 @@ def _fits(labels: Tensor, value: Tensor) -> bool:
     """Whether labels of a value on the sample say where features are in one of another batch size."""
     if labels.ndim != value.ndim:
         return False
+
     for axis, (size, own) in enumerate(zip(labels.shape, value.shape, strict=True)):
         if size in (1, own):
             continue
@@ -96,6 +100,7 @@ def _fits(labels: Tensor, value: Tensor) -> bool:
             or not torch.equal(labels, labels[:own].repeat(size // own, *_ones(labels)))
         ):
             return False
+
     return True
 
 
@@ -128,6 +133,7 @@ def unmoved(
             here = spaces.layout(labels[: value.shape[0]] if labels.shape[0] > 1 else labels).space
             known = here[here >= 0].unique().tolist()
             dead |= {s for s in known if spaces.spaces[s].size > 1 and not bool(moved[here == s].any())}
+
     return dead
 
 
@@ -139,10 +145,12 @@ def _places_moved(value: Tensor, after: Tensor, labels: Tensor) -> Tensor:
         finite = value.isfinite() & after.isfinite()
         gap = torch.where(finite, value - after, 0).abs()
         scale = float(torch.where(finite, value, 0).abs().max()) if value.numel() else 0.0
+
     ends = [axis for axis, size in enumerate(labels.shape) if size > 1]
     rest = [axis for axis in range(value.ndim) if axis not in ends]
     if not value.numel():  # rows of which a model picks none
         return torch.zeros(labels.numel(), dtype=torch.bool)
+
     largest = gap.amax(rest) if rest else gap
     return (largest > 1e-6 * scale).flatten().cpu()
 
@@ -162,11 +170,13 @@ def tensor_difference(x: Tensor, y: Tensor) -> float:
         return 0.0
     if not (x.is_floating_point() or x.is_complex()):
         return 0.0 if torch.equal(x, y) else math.inf
+
     odd = ~x.isfinite()
     if bool(odd.any()):
         if not torch.equal(torch.nan_to_num(x[odd]), torch.nan_to_num(y[odd])):
             return math.inf
         x, y = torch.where(odd, 0, x), torch.where(odd, 0, y)
+
     scale = float(x.detach().abs().max()) or 1.0
     gap = float((x - y).detach().abs().max()) / scale
     return gap if math.isfinite(gap) else math.inf

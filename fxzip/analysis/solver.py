@@ -1,4 +1,4 @@
-"""From facts to classes and units: union-find with blocks, all of it on flat integer arrays.
+"""From constraints to classes and units: union-find with blocks, all of it on flat integer arrays.
 
 Labels made equal fall into classes. A block is its set of members: blocks with the same members are one, a block with
 one member is that member, and a block with a pinned member is pinned. Classes that are tied in blocks form units; what
@@ -36,10 +36,10 @@ def components(pairs: Ints, size: int) -> Ints:
 
 @dataclass
 class Solver:
-    """Classes under construction. Facts are kept by label, results (`klass`, `edges`, `pinned`) by class.
+    """Classes under construction. Constraints are kept by label, results (`klass`, `edges`, `pinned`) by class.
 
-    `pins` holds one number per label, 0 if free, else an index into `reasons`. `stated` is `klass` as the facts alone
-    make it, before anything was merged to simplify.
+    `pins` holds one number per label, 0 if free, else an index into `reasons`. `stated` is `klass` as the constraints
+    alone make it, before anything was merged to simplify.
     """
 
     size: int
@@ -69,6 +69,7 @@ class Solver:
         self.pinned = np.zeros(count, np.int64)
         labels = np.flatnonzero(self.pins)[::-1]  # of several reasons the first label's stays
         self.pinned[self.klass[labels]] = self.pins[labels]
+
         while True:  # a block with a pinned member is pinned
             block, member = self.edges[:, (self.pinned[self.edges[0]] == 0) & (self.pinned[self.edges[1]] > 0)]
             if not block.size:
@@ -142,11 +143,12 @@ class Unit:
         return all(len(items) == 1 for _, items in self.members)
 
 
-def units_of(solver: Solver, kinds: Ints) -> tuple[list[Unit], list[list[int]], list[list[int]]]:
+def units_of(solver: Solver, fingerprints: Ints) -> tuple[list[Unit], list[list[int]], list[list[int]]]:
     """Split what is tied in blocks into units that are flat trees, deep trees (to be made rigid), and tangles."""
     edges = solver.free_edges()
     if not edges.size:
         return [], [], []
+
     component = components(edges, solver.count)
     parents = np.bincount(edges[1], minlength=solver.count)  # in how many blocks a class lies
     classes = np.unique(edges)
@@ -161,8 +163,10 @@ def units_of(solver: Solver, kinds: Ints) -> tuple[list[Unit], list[list[int]], 
     )
     flat = classes[~(nested | tangled)[component[classes]]]
     cells: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
-    for part in _runs(flat[parents[flat] == 1], component, kinds):
-        cells[int(component[part[0]])].append((int(kinds[part[0]]), tuple(part.tolist())))
+
+    for part in _runs(flat[parents[flat] == 1], component, fingerprints):
+        cells[int(component[part[0]])].append((int(fingerprints[part[0]]), tuple(part.tolist())))
+
     roots = _runs(flat[parents[flat] == 0], component)
     units = [Unit(int(root[0]), tuple(cells[int(component[root[0]])])) for root in roots]
     return units, deep, tangles
@@ -179,7 +183,7 @@ def _runs(classes: Ints, *keys: Ints) -> list[Ints]:
     return np.split(classes, np.flatnonzero(changes) + 1)
 
 
-def _partners(solver: Solver, kinds: Ints) -> list[list[int]]:
+def _partners(solver: Solver, fingerprints: Ints) -> list[list[int]]:
     """Pairs of overlapping blocks of two kinds of which neither overlaps another of the other's kind: they move as one.
 
     What lies in one of the two only is still told apart by its kind.
@@ -188,46 +192,52 @@ def _partners(solver: Solver, kinds: Ints) -> list[list[int]]:
     edges = edges[:, np.argsort(edges[1], kind="stable")]
     times = np.bincount(edges[1], minlength=solver.count)[edges[1]]
     overlaps: dict[tuple[int, int], set[int]] = defaultdict(set)
+
     for several in np.unique(times[times > 1]).tolist():
         for blocks in np.unique(edges[0, times == several].reshape(-1, several), axis=0).tolist():
             for a in blocks:
                 for b in blocks:
-                    if kinds[a] != kinds[b]:
-                        overlaps[a, int(kinds[b])].add(b)
+                    if fingerprints[a] != fingerprints[b]:
+                        overlaps[a, int(fingerprints[b])].add(b)
+
     pairs = []
     for (a, _), others in overlaps.items():
         if len(others) == 1:
             (b,) = others
-            if a < b and overlaps[b, int(kinds[a])] == {a}:
+            if a < b and overlaps[b, int(fingerprints[a])] == {a}:
                 pairs.append([a, b])
+
     return pairs
 
 
-def hold_unique(solver: Solver, kinds: Ints, groups: list[list[int]]) -> bool:
+def hold_unique(solver: Solver, fingerprints: Ints, groups: list[list[int]]) -> bool:
     """Pin blocks that are the only ones of their kind, so that what they hold may move on its own; whether any was."""
-    alone = np.unique(kinds, return_counts=True)
+    alone = np.unique(fingerprints, return_counts=True)
     once = set(alone[0][alone[1] == 1].tolist())
     blocks = set(np.unique(solver.free_edges()[0]).tolist())
-    held = [c for classes in groups for c in classes if c in blocks and int(kinds[c]) in once]
+    held = [c for classes in groups for c in classes if c in blocks and int(fingerprints[c]) in once]
     if held:
         solver.pin(held, ("it is the only block of its kind", "fixed"))
     return bool(held)
 
 
-def untangle(solver: Solver, kinds: Ints, tangles: list[list[int]]) -> None:
+def untangle(solver: Solver, fingerprints: Ints, tangles: list[list[int]]) -> None:
     """Give up one of several blockings across each other: the kind with the fewest blocks keeps its places.
 
     Blocks of the other kinds then move along inside these: of heads and places inside a head, where the same parameters
     serve all heads, the places may move, in all heads alike.
     """
-    partners = _partners(solver, kinds)
+    partners = _partners(solver, fingerprints)
     if partners:
         solver.merge(partners)
         return
+
     blocks = set(np.unique(solver.edges[0]).tolist())
+
     held: list[int] = []
     for classes in tangles:
-        tally = Counter(int(kinds[c]) for c in classes if c in blocks)
+        tally = Counter(int(fingerprints[c]) for c in classes if c in blocks)
         kind = min(tally, key=lambda k: (tally[k], k))
-        held += [c for c in classes if c in blocks and int(kinds[c]) == kind]
+        held += [c for c in classes if c in blocks and int(fingerprints[c]) == kind]
+
     solver.pin(held, ("it lies in several blockings across each other", "fixed"))

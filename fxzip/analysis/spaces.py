@@ -1,4 +1,4 @@
-"""Solve the facts for feature spaces: which features may change places with which.
+"""Solve the constraints for feature spaces: which features may change places with which.
 
 Labels made equal fall into classes. Blocks and members of classes form a forest of units: a class outside of all
 blocks is a unit of its own, a block with all it holds is one (an attention head, a convolution group). Units of the
@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fingerprints import Runs, kinds_of
+from .fingerprints import Runs, fingerprints_of
 from .labelling import Labelling
 from .roles import Roles
-from .rules import Facts
-from .rules.fields import occurrences
+from .rules import Constraints
+from .rules.axis_labels import occurrences
 from .solver import Ints, Solver, Unit, hold_unique, units_of, untangle
 
 
@@ -138,14 +138,14 @@ def solve(
     `pinned` maps further labels to a reason to leave them alone. `entering`: nodes in front of that part whose values
     enter it; their features are written there, as those of a parameter are.
     """
-    chosen = [name for name in labelling.facts if nodes is None or name in nodes]
-    facts = [labelling.facts[name] for name in chosen]
+    chosen = [name for name in labelling.constraints if nodes is None or name in nodes]
+    constraints = [labelling.constraints[name] for name in chosen]
     params = {param for name in chosen for param in labelling.touches[name]}
     solver = Solver(
         labelling.size,
-        _joined([pairs for fact in facts for pairs in fact.equal]),
-        _joined([pairs for fact in facts for pairs in fact.blocks]),
-        *_pins(labelling.size, facts, pinned or {}),
+        _joined([pairs for stated in constraints for pairs in stated.equal]),
+        _joined([pairs for stated in constraints for pairs in stated.blocks]),
+        *_pins(labelling.size, constraints, pinned or {}),
     )
     fields = {id(run): run for name in sorted(params) for run in labelling.params[name].fields}
     fields |= {id(run): run for name in chosen for run in labelling.seen[name]}
@@ -153,33 +153,37 @@ def solve(
     fields |= {id(run): run for runs in written.values() for run in runs}
     runs = Runs.of([run.reshape(-1).numpy() for run in fields.values()], labelling.size)
     more = np.zeros(labelling.size, np.uint64)
+
     while True:
-        kinds = kinds_of(solver, runs, more)
-        units, deep, tangles = units_of(solver, kinds)
+        fingerprints = fingerprints_of(solver, runs, more)
+        units, deep, tangles = units_of(solver, fingerprints)
         rigid = [unit.classes for unit in units if unit.is_rigid]
         if tangles or rigid or deep:
-            more[solver.labels_of()] += kinds.view(np.uint64)  # what is given up below still tells members apart
-        if hold_unique(solver, kinds, tangles + deep):
+            more[solver.labels_of()] += fingerprints.view(np.uint64)  # what is given up below still tells members apart
+        if hold_unique(solver, fingerprints, tangles + deep):
             continue
         if tangles:
-            untangle(solver, kinds, tangles)
+            untangle(solver, fingerprints, tangles)
         elif rigid or deep:
             solver.merge(rigid + deep)
         else:
             break
-    return _assemble(labelling, solver, kinds, units, facts, params, written)
+
+    return _assemble(labelling, solver, fingerprints, units, constraints, params, written)
 
 
 def _joined(pairs: list[Tensor]) -> Ints:
     return torch.cat([torch.zeros(2, 0, dtype=torch.int64), *pairs], 1).numpy()
 
 
-def _pins(size: int, facts: Sequence[Facts], further: Mapping[int, str]) -> tuple[Ints, list[tuple[str, str]]]:
+def _pins(
+    size: int, constraints: Sequence[Constraints], further: Mapping[int, str]
+) -> tuple[Ints, list[tuple[str, str]]]:
     """For each label the number of the reason why it is pinned (0: it is not), and the reasons."""
     numbers = {("", ""): 0}
     pins = np.zeros(size, np.int64)
     for kind in ("fixed", "barrier", "output"):  # the last one written wins
-        for pin in reversed([pin for fact in facts for pin in fact.pins if pin.kind == kind]):
+        for pin in reversed([pin for stated in constraints for pin in stated.pins if pin.kind == kind]):
             pins[pin.labels.numpy()] = numbers.setdefault((pin.reason, pin.kind), len(numbers))
     for label, why in further.items():
         pins[label] = numbers.setdefault((why, "fixed"), len(numbers))
@@ -189,16 +193,16 @@ def _pins(size: int, facts: Sequence[Facts], further: Mapping[int, str]) -> tupl
 def _assemble(
     labelling: Labelling,
     solver: Solver,
-    kinds: Ints,
+    fingerprints: Ints,
     units: Sequence[Unit],
-    facts: Sequence[Facts],
+    constraints: Sequence[Constraints],
     params: Collection[str],
     written: Mapping[str, Sequence[Tensor]],
 ) -> FeatureSpaces:
     """Group classes and units of one kind into spaces."""
-    roles = Roles.of(labelling, solver, facts, params, written)
+    roles = Roles.of(labelling, solver, constraints, params, written)
     dual = np.zeros(solver.count, bool)
-    for labels in (labels for fact in facts for how, labels in fact.touched if how == "dual"):
+    for labels in (labels for stated in constraints for how, labels in stated.touched if how == "dual"):
         dual[solver.klass[labels.numpy()]] = True
     space_of, feature_of, tie_of = (torch.full((solver.count,), -1) for _ in range(3))
     spaces: list[FeatureSpace] = []
@@ -207,6 +211,7 @@ def _assemble(
         named = roles.name(classes)
         if named is None:
             return
+
         index = torch.from_numpy(classes)
         space_of[index], feature_of[index] = len(spaces), torch.arange(len(classes))
         legality, reason = ("free", "") if tie is None else ("blockwise", _TIED)
@@ -214,13 +219,14 @@ def _assemble(
             legality, reason = "relabel only", _DUAL
         elif roles.both[classes].any():
             legality, reason = "relabel only", _BOTH
+
         spaces.append(FeatureSpace(named, index, legality, reason, tie, blocks))
 
-    for classes in _singles(roles, solver, kinds, units):
+    for classes in _singles(roles, solver, fingerprints, units):
         add(classes)
     families: dict[tuple[object, ...], list[Unit]] = defaultdict(list)
     for unit in units:
-        families[int(kinds[unit.root]), unit.kind].append(unit)
+        families[int(fingerprints[unit.root]), unit.kind].append(unit)
     for tie, family in enumerate(families.values()):
         family.sort(key=lambda unit: unit.members[0][1])
         for cell in range(len(family[0].members)):
@@ -241,12 +247,12 @@ def _assemble(
     return FeatureSpaces(labelling, tuple(spaces), klass, space_of, feature_of, tie_of, pins, roles.consumed, block_of)
 
 
-def _singles(roles: Roles, solver: Solver, kinds: Ints, units: Sequence[Unit]) -> list[Ints]:
+def _singles(roles: Roles, solver: Solver, fingerprints: Ints, units: Sequence[Unit]) -> list[Ints]:
     """The classes that a parameter writes and that move on their own, by kind, in order."""
     alone = (roles.first < len(roles.names)) & (solver.pinned == 0)
     alone[[c for unit in units for c in unit.classes]] = False
     classes = np.flatnonzero(alone)
-    _, start, which = np.unique(kinds[classes], return_index=True, return_inverse=True)
+    _, start, which = np.unique(fingerprints[classes], return_index=True, return_inverse=True)
     order = np.argsort(start[which], kind="stable")
     return np.split(classes[order], np.flatnonzero(np.diff(start[which][order])) + 1) if classes.size else []
 

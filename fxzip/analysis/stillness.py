@@ -27,16 +27,19 @@ class Still(TorchDispatchMode):
         kwargs = kwargs or {}
         if not is_random(func):
             return func(*args, **kwargs)
+
         name = func._schema.name.split("::")[-1]
         if name.startswith("rrelu"):
             return func(*args[:4], False, **{key: value for key, value in kwargs.items() if key != "training"})
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+
         arguments = [argument.name for argument in func._schema.arguments]
         if "dropout_p" in arguments:  # attention in one kernel
             place = arguments.index("dropout_p")
             return func(*args[:place], *([0.0] if len(args) > place else []), *args[place + 1 :],
                         **{key: 0.0 if key == "dropout_p" else value for key, value in kwargs.items()})  # fmt: skip
+
         out = func(*args, **kwargs)
         value = _expected(name, func, args, kwargs) if isinstance(out, Tensor) else None
         return out if value is None else out.copy_(value) if isinstance(value, Tensor) else out.fill_(value)
@@ -49,6 +52,7 @@ def _expected(name: str, func: Any, args: Any, kwargs: Any) -> Tensor | float | 
         return None
     if own.startswith("rand"):
         return {"rand": 0.5, "rand_like": 0.5, "randn": 0.0, "randn_like": 0.0}.get(own, 0.0)
+
     given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
     if own == "bernoulli":
         result = given.get("p", given["self"] if not name.endswith("_") else 0.5)
@@ -62,4 +66,5 @@ def _expected(name: str, func: Any, args: Any, kwargs: Any) -> Tensor | float | 
         result = given["count"] * given["prob"]
     else:  # exponential, geometric, ...: positive, and of no use as zero
         result = 1.0
+
     return result if isinstance(result, Tensor) else float(result)

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from ..analysis import FeatureSpaces, random_relabelling, relabelled, relative_difference
 from ..analysis.random_trial import Trial, nudged, run_with, sane_values, tensors_of
 from ..analysis.relabelling import Movement
-from ..analysis.rules import Fields
+from ..analysis.rules import AxisLabels
 from ..analysis.sightings import Sightings, Watcher, tensor_difference, watched
 from ..errors import FxzipError
 from ..matching import Merge
@@ -106,7 +106,9 @@ class Couple:
         """The second model by itself. What enters its trunk from a stem is relabelled there."""
         return self._run(self.program, values, self.watched[1], self.graph, self.marked, perms)
 
-    def _marked(self, graph: fx.Graph, entering: Mapping[fx.Node, str], stem: Collection[fx.Node]) -> dict[str, Fields]:
+    def _marked(
+        self, graph: fx.Graph, entering: Mapping[fx.Node, str], stem: Collection[fx.Node]
+    ) -> dict[str, AxisLabels]:
         """Put a node behind each value that enters the trunk from a stem, in place, that the stem does not read: there
         the value is relabelled. Their names, with the fields of the values.
 
@@ -126,8 +128,8 @@ class Couple:
         return marked
 
     def _run(
-        self, program: Program, values: Mapping[str, Tensor], nodes: Mapping[str, Fields], graph: fx.Graph,
-        marked: Mapping[str, Fields], perms: Sequence[Tensor],
+        self, program: Program, values: Mapping[str, Tensor], nodes: Mapping[str, AxisLabels], graph: fx.Graph,
+        marked: Mapping[str, AxisLabels], perms: Sequence[Tensor],
     ) -> Shown:  # fmt: skip
         watcher, moves = Watcher(nodes), Movement(self.trunk.spaces[1], perms)
 
@@ -232,7 +234,7 @@ def _shaken(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
     return {name: nudged(v.to(dtype) if v.is_floating_point() else v, generator) for name, v in values.items()}
 
 
-def _unwritten(program: Program, watched: Mapping[str, Fields]) -> dict[str, Fields]:
+def _unwritten(program: Program, watched: Mapping[str, AxisLabels]) -> dict[str, AxisLabels]:
     """The nodes whose values do not depend on when they are looked at: nobody else writes into their memory."""
     memory = program.memory
     written = frozenset[int]().union(*memory.writes.values())
@@ -243,7 +245,7 @@ def _unwritten(program: Program, watched: Mapping[str, Fields]) -> dict[str, Fie
     }
 
 
-def _place(node: fx.Node, watched: Sequence[Mapping[str, Fields]]) -> tuple[int, str, bool] | None:
+def _place(node: fx.Node, watched: Sequence[Mapping[str, AxisLabels]]) -> tuple[int, str, bool] | None:
     """Which model's node a node of a zip stands for, and whether it is one of the trunk."""
     made = provenance_of(node)
     part, names = made.part, made.sources

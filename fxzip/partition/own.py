@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.labelling import Labelling
-from ..analysis.rules import Facts, varying
+from ..analysis.rules import Constraints, varying
 from ..analysis.spaces import FeatureSpaces
 from .alignment import Alignment
 from .dependencies import dependencies
@@ -81,8 +81,8 @@ def heads_begin(labelling: Labelling, differ: Collection[str] | None) -> set[str
     weights = weights_behind(labelling)
     sums = {
         name
-        for name, facts in labelling.facts.items()
-        if facts.sums and (differ is None or weights[name] & set(differ))
+        for name, constraints in labelling.constraints.items()
+        if constraints.sums and (differ is None or weights[name] & set(differ))
     }
     order = list(program.module.graph.nodes)
     graph = dependencies(program)
@@ -101,9 +101,9 @@ def heads_begin(labelling: Labelling, differ: Collection[str] | None) -> set[str
     return exposed & sums
 
 
-def unmatched_labels(facts: Sequence[Facts], spaces: FeatureSpaces) -> Tensor:
+def unmatched_labels(constraints: Sequence[Constraints], spaces: FeatureSpaces) -> Tensor:
     """Labels of features that weights write and that no space with a choice holds, sorted."""
-    written = [labels for fact in facts for how, labels in fact.touched if how == "written"]
+    written = [labels for stated in constraints for how, labels in stated.touched if how == "written"]
     if not written:
         return torch.zeros(0, dtype=torch.int64)
     labels: Tensor = torch.cat(written).unique()
@@ -151,10 +151,10 @@ def read_along_features(name: str, spaces: FeatureSpaces) -> bool:
     return any(bool(matched[spaces.klass[run[run > 0]]].any()) for _, run in runs)
 
 
-def pins_on(facts: Facts, spaces: FeatureSpaces, labels: Tensor) -> str:
+def pins_on(constraints: Constraints, spaces: FeatureSpaces, labels: Tensor) -> str:
     """The reason of the first pin of a node on one of these features; "" if there is none."""
     classes = spaces.klass[labels].unique()
-    for pin in facts.pins:
+    for pin in constraints.pins:
         if bool(torch.isin(spaces.klass[pin.labels], classes).any()):
             return pin.reason
     return ""
@@ -181,7 +181,10 @@ def fixed_places(labelling: Labelling, spaces: FeatureSpaces) -> dict[str, str]:
     """Where one model keeps features in an order of its own, so that those of two models cannot be matched: the node
     that says so, with the reason."""
     output = labelling.program.module.graph.output_node().name
-    nodes = {name: facts for name, facts in labelling.facts.items() if name != output}
-    left = unmatched_labels(list(labelling.facts.values()), spaces)
-    found = {name: next(iter(facts.refusals), "") or pins_on(facts, spaces, left) for name, facts in nodes.items()}
+    nodes = {name: constraints for name, constraints in labelling.constraints.items() if name != output}
+    left = unmatched_labels(list(labelling.constraints.values()), spaces)
+    found = {
+        name: next(iter(constraints.refusals), "") or pins_on(constraints, spaces, left)
+        for name, constraints in nodes.items()
+    }
     return {name: reason for name, reason in found.items() if reason}

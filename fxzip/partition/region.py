@@ -84,7 +84,7 @@ class Trunk:
 def _reach(trunk: Trunk, k: int) -> torch.Tensor:
     """The reach of the trunk's features in head k, as `Trunk.reach` has it."""
     labelling, spaces = trunk.labellings[k], trunk.spaces[k]
-    pairs = [pairs.numpy() for name in trunk.head_nodes(k) for pairs in labelling.facts[name].equal]
+    pairs = [pairs.numpy() for name in trunk.head_nodes(k) for pairs in labelling.constraints[name].equal]
     klass = spaces.klass.numpy()
     edges = np.concatenate([np.zeros((2, 0), np.int64), *pairs], axis=1)
     own = np.stack([np.arange(len(klass)), _first_of(klass)])

@@ -242,7 +242,7 @@ class _Search:
                 f" Say where the trunk ends: `until={name!r}` shares up to there, and gives each head its own "
                 "features back."
             )
-        sums = [node for node in self.order if label.facts[node.name].sums and node.name in self.alignment.pairs]
+        sums = [node for node in self.order if label.constraints[node.name].sums and node.name in self.alignment.pairs]
         behind = [user.name for node in sums[:1] for user in node.users if user.name in self.alignment.pairs]
         if ends and behind and not self.alignment.stems:
             return f" Let each model compute on its own what is in front: `start={behind[0]!r}` begins to share there."

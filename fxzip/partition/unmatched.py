@@ -96,10 +96,10 @@ class Common:
         found: dict[str, str] = {}
         loose = False
         for k, label in enumerate(self.labellings):
-            facts = {name: label.facts[self.alignment.pairs[name][k]] for name in own}
-            left = unmatched_labels(list(facts.values()), spaces[k])
+            constraints = {name: label.constraints[self.alignment.pairs[name][k]] for name in own}
+            left = unmatched_labels(list(constraints.values()), spaces[k])
             loose = loose or left.numel() > 0
-            for name, said in facts.items():
+            for name, said in constraints.items():
                 reason = next(iter(said.refusals), "") or (pins_on(said, spaces[k], left) if left.numel() else "")
                 if reason:
                     found.setdefault(name, reason)
@@ -127,8 +127,8 @@ class Common:
             names = set(own[:count]) | self.same
             for k, found in enumerate(self.solved(names)):
                 label = self.labellings[k]
-                facts = [label.facts[self.alignment.pairs[name][k]] for name in own[:count]]
-                labels = unmatched_labels(facts, found)
+                constraints = [label.constraints[self.alignment.pairs[name][k]] for name in own[:count]]
+                labels = unmatched_labels(constraints, found)
                 if labels.numel():
                     return names_of(label, found, labels), (found.pin_of(labels) or ("",))[0]
             return [], ""

@@ -39,8 +39,8 @@ def _of_model(trunk: Trunk, k: int, reach: Tensor) -> dict[int, list[Tensor]]:
     spaces, labelling = trunk.spaces[k], trunk.labellings[k]
     module = trunk.alignment.programs[k].module
     summed = torch.zeros(len(spaces.klass), dtype=torch.bool)
-    for fact in labelling.facts.values():
-        for contracted in fact.consumed:
+    for stated in labelling.constraints.values():
+        for contracted in stated.consumed:
             summed[contracted] = True
     result: dict[int, list[Tensor]] = defaultdict(list)
     for name, labels in labelling.params.items():

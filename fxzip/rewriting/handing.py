@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..analysis.resizing import resized
-from ..analysis.rules import Fields, varying
-from ..analysis.rules.fields import occurrences
+from ..analysis.rules import AxisLabels, varying
+from ..analysis.rules.axis_labels import occurrences
 from ..analysis.spaces import Layout
 from ..errors import CutError
 from ..matching.merge import gather_index
@@ -81,7 +81,7 @@ def steps(plan: ZipPlan, k: int, name: str, first: str) -> list[Step]:
     return found
 
 
-def _split(fields: Sequence[Fields], axis: int, name: str) -> Split:
+def _split(fields: Sequence[AxisLabels], axis: int, name: str) -> Split:
     """How an axis that holds the batch too is to be split so that no field varies with the batch; -1 for its size."""
     runs = [
         labels.movedim(axis, -1).reshape(-1, labels.shape[axis])

@@ -207,10 +207,10 @@ def unmerged_spaces(trunk: Trunk, k: int, reach: torch.Tensor) -> set[int]:
 
     met = set[int]()
     for name in trunk.head_nodes(k):
-        facts = trunk.labellings[k].facts[name]
-        for _, labels in facts.touched:
+        constraints = trunk.labellings[k].constraints[name]
+        for _, labels in constraints.touched:
             met |= reached(labels)
-        for labels in (*(pin.labels for pin in facts.pins), *(pairs.reshape(-1) for pairs in facts.blocks)):
+        for labels in (*(pin.labels for pin in constraints.pins), *(pairs.reshape(-1) for pairs in constraints.blocks)):
             met |= reached(labels)
     labelling = trunk.labellings[k]
     runs = [run for name in head_params(trunk, k) & set(labelling.params) for run in labelling.params[name].fields]

@@ -110,7 +110,7 @@ def _extrema(trunk: Trunk, candidates: Sequence[int]) -> dict[int, str]:
     """Spaces over which a maximum is taken: it does not see copies, so that a trial would show nothing."""
     spaces, found = trunk.spaces[0], {}
     for node in trunk.nodes:
-        for labels in (labels for how, labels in trunk.labellings[0].facts[node].touched if how == "extremum"):
+        for labels in (labels for how, labels in trunk.labellings[0].constraints[node].touched if how == "extremum"):
             for space in spaces.space_of[spaces.klass[labels]].unique().tolist():
                 found[space] = f"a maximum over its features depends on which there are (node `{node}`)"
     return {space: found[space] for space in candidates if space in found}

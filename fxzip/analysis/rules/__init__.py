@@ -11,14 +11,30 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from . import contraction, elementwise, joining, movement, noise, reduction, scattering
-from .fields import FIXED, VOID, Fields, Operand, compress, varying
+from .axis_labels import FIXED, VOID, AxisLabels, Operand, compress, varying
+from .constraint_store import Constraints, ConstraintStore, Pin
 from .invocation import Invocation, Rule, is_pointwise, is_random
-from .ledger import Facts, Ledger, Pin
 from .meeting import meet
 
 __all__ = [
-    "FIXED", "RULES", "VOID", "Facts", "Fields", "Invocation", "Ledger", "Operand", "Pin", "Rule",
-    "compress", "elementwise", "is_pointwise", "is_random", "meet", "movement", "reduction", "varying",
+    "FIXED",
+    "RULES",
+    "VOID",
+    "AxisLabels",
+    "ConstraintStore",
+    "Constraints",
+    "Invocation",
+    "Operand",
+    "Pin",
+    "Rule",
+    "compress",
+    "elementwise",
+    "is_pointwise",
+    "is_random",
+    "meet",
+    "movement",
+    "reduction",
+    "varying",
 ]  # fmt: skip
 
 

@@ -11,23 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fields import Fields, Operand, compress, varying
+from .axis_labels import AxisLabels, Operand, compress, varying
+from .constraint_store import ConstraintStore
 from .invocation import Invocation
-from .ledger import Ledger
 from .meeting import meet, merged_fields
 
 
-def _spread(ledger: Ledger, labels: Tensor, axes: frozenset[int]) -> Tensor:
+def _spread(store: ConstraintStore, labels: Tensor, axes: frozenset[int]) -> Tensor:
     """Make a field the same along `axes`."""
     for axis in sorted(axes & varying(labels)):
         whole = labels.amax(axis, keepdim=True)  # a feature, if there is one at any place
-        ledger.equal(labels, whole)
+        store.equal(labels, whole)
         labels = torch.where(whole > 0, whole, labels.amin(axis, keepdim=True))
     return labels
 
 
-def contract(ledger: Ledger, x: Operand, y: Operand, spec: str, what: str) -> Fields:
-    """Fields of einsum(spec, x, y), axes in the order of the result's letters.
+def contract(store: ConstraintStore, x: Operand, y: Operand, spec: str, what: str) -> AxisLabels:
+    """Axis labels of einsum(spec, x, y), axes in the order of the result's letters.
 
     Letters in the result are kept, all others are summed over.
     """
@@ -38,22 +38,27 @@ def contract(ledger: Ledger, x: Operand, y: Operand, spec: str, what: str) -> Fi
     y = y.place([letters.index(c) for c in right], len(letters))
     summed = frozenset(i for i, c in enumerate(letters) if c not in out)
     known = frozenset(letters.index(c) for c in left) & frozenset(letters.index(c) for c in right)
-    fx = [_spread(ledger, f, varying(f) - known) if _sums(f, y, summed) else f for f in x.fields]
-    fy = [_spread(ledger, g, varying(g) - known) if _sums(g, x, summed) else g for g in y.fields]
+    fx = [_spread(store, f, varying(f) - known) if _sums(f, y, summed) else f for f in x.fields]
+    fy = [_spread(store, g, varying(g) - known) if _sums(g, x, summed) else g for g in y.fields]
+
     for own in (fx, fy):
         for i, f in enumerate(own):
             for g in own[:i]:
-                ledger.relate(f, g)
+                store.relate(f, g)
+
     for f in fx:
         for g in fy:
-            ledger.relate(f, g)
-    _roles(ledger, x, y, fx, fy, summed, known, first_reads)
+            store.relate(f, g)
+
+    _roles(store, x, y, fx, fy, summed, known, first_reads)
     why = f"{what} meets it with values that carry no feature"
-    groups: list[Fields] = []
+
+    groups: list[AxisLabels] = []
     for own, other in ((fx, y), (fy, x)):
-        fields = [f for f in own if not ledger.fix(f, other.loose & known, why)]  # what cannot move is dropped
-        rest = [ledger.project(f, varying(f) - summed) if varying(f) & summed else f for f in fields]
+        fields = [f for f in own if not store.fix(f, other.loose & known, why)]  # what cannot move is dropped
+        rest = [store.project(f, varying(f) - summed) if varying(f) & summed else f for f in fields]
         groups += [(_trim(f, len(out)),) for f in rest if f is not None]  # all are related by now
+
     return merged_fields(groups)
 
 
@@ -74,7 +79,7 @@ def _lies_along(operand: Operand, letters: str, out: str) -> bool:
 
 
 def _roles(
-    ledger: Ledger, x: Operand, y: Operand, fx: list[Tensor], fy: list[Tensor], summed: frozenset[int],
+    store: ConstraintStore, x: Operand, y: Operand, fx: list[Tensor], fy: list[Tensor], summed: frozenset[int],
     known: frozenset[int], first_reads: bool,
 ) -> None:  # fmt: skip
     """Who unmerges: the parameter's side of a sum; where both sides are activations only relabelling is exact.
@@ -85,30 +90,32 @@ def _roles(
     if not x.static and not y.static:
         for labels in (*fx, *fy):
             if varying(labels) & summed:
-                ledger.touch("dual", labels)
+                store.touch("dual", labels)
         return
+
     weight, other = (x, y) if not y.static or (x.static and first_reads) else (y, x)
     for labels in weight.fields:
         if varying(labels) & summed:
-            ledger.consume(labels)
+            store.consume(labels)
         elif not other.static:  # of two parameters multiplied the product's use will tell
-            ledger.touch("param", labels)
+            store.touch("param", labels)
             if varying(labels) - known:  # others meet what the activations have already: positions, frequencies
-                ledger.touch("written", labels)
+                store.touch("written", labels)
+
     for labels in other.fields if other.static else ():
         if varying(labels) & summed:  # it writes what the other sums over
-            ledger.touch("param", labels)
-            ledger.touch("written", labels)
+            store.touch("param", labels)
+            store.touch("written", labels)
 
 
-def _plus(call: Invocation, bias: Tensor | None, fields: Fields, ndim: int, first: int | None = None) -> Fields:
+def _plus(call: Invocation, bias: Tensor | None, fields: AxisLabels, ndim: int, first: int | None = None) -> AxisLabels:
     """Add a bias: aligned from the right, or (a convolution's) along axis `first`."""
     if bias is None:
         return fields
     b = call.operand(bias)
     axes = range(ndim - b.ndim, ndim) if first is None else range(first, first + b.ndim)
     result = Operand(call.out, fields, False, frozenset())
-    return meet(call.ledger, [result, b.place(axes, ndim)], f"`{call.name}`")
+    return meet(call.store, [result, b.place(axes, ndim)], f"`{call.name}`")
 
 
 _SPECS = {
@@ -117,11 +124,11 @@ _SPECS = {
 }  # fmt: skip
 
 
-def product(call: Invocation) -> Fields:
+def product(call: Invocation) -> AxisLabels:
     """mm(x, y), bmm, mv, dot; addmm(bias, x, y), baddbmm, addmv: a bias is aligned from the right."""
     biased = "add" in call.name
     x, y = (call.operand(factor) for factor in call.args[biased : biased + 2])
-    fields = contract(call.ledger, x, y, _SPECS[call.name], f"`{call.name}`")
+    fields = contract(call.store, x, y, _SPECS[call.name], f"`{call.name}`")
     return _plus(call, call.args[0] if biased else None, fields, call.out.ndim)
 
 
@@ -129,19 +136,22 @@ def _grouped(operand: Operand, axis: int, groups: int) -> Operand:
     """Split an axis of n into (groups, n / groups)."""
     tensor = operand.tensor
     shape = list(tensor.shape)
+
     fields = []
     for labels in operand.fields:
         sizes = list(labels.shape)
         split = [1, 1] if sizes[axis] == 1 else [groups, sizes[axis] // groups]
         fields.append(compress(labels.reshape(sizes[:axis] + split + sizes[axis + 1 :])))
+
     own = {axis, axis + 1} if axis in operand.loose else set()
     loose = frozenset(own | {a + (a > axis) for a in operand.loose if a != axis})
     view = tensor.reshape([*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :]])
     loose = frozenset(a for a in loose if view.shape[a] > 1)
+
     return Operand(view, tuple(fields), operand.static, loose)
 
 
-def convolution(call: Invocation) -> Fields:
+def convolution(call: Invocation) -> AxisLabels:
     """convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups), any dimension.
 
     w is [O, C/g, *k], transposed [C, O/g, *k]. Kernel places are fixed; features may vary over positions only along
@@ -149,36 +159,42 @@ def convolution(call: Invocation) -> Fields:
     """
     x, w = call.operand(call.args[0]), call.operand(call.args[1])
     transposed, groups = bool(call.args[6]), int(call.args[8])
-    ledger = call.ledger
+    store = call.store
     if groups > 1 and w.tensor.shape[1] > 1:
         own = w
-        call.restart(call.args[1], lambda: _group_fields(ledger, own, groups), groups)
+        call.restart(call.args[1], lambda: _group_fields(store, own, groups), groups)
         w = call.operand(call.args[1])
+
     spatial = frozenset(range(2, x.ndim))
     apart = _places_apart(call, w.tensor)
     flat, passed = [], []
+
     for labels in x.fields:
         if varying(labels) <= apart:
             passed.append(labels)
             continue
-        ledger.fix(labels, spatial, "`convolution` mixes neighbouring places")
-        rest = ledger.project(labels, varying(labels) - spatial)
+        store.fix(labels, spatial, "`convolution` mixes neighbouring places")
+        rest = store.project(labels, varying(labels) - spatial)
         if rest is not None:
             flat.append(rest)
+
     for labels in w.fields:
-        ledger.fix(labels, spatial, "a kernel has places, not features")
+        store.fix(labels, spatial, "a kernel has places, not features")
+
     kernel = tuple(f for f in w.fields if not varying(f) & spatial)
     x = _grouped(_first_place(x, tuple(flat)), 1, groups)
     w = _grouped(_first_place(w, kernel), 0, groups)
     spec = "ngc,gco->ngo" if transposed else "ngc,goc->ngo"
-    fields = contract(ledger, x, w, spec, "`convolution`")
+    fields = contract(store, x, w, spec, "`convolution`")
     channels = [groups, call.out.shape[1] // groups]
     ones = [1] * len(spatial)
+
     joined = []
     for labels in fields:
         if varying(labels) & {1, 2}:
             labels = labels.expand(labels.shape[0], *channels)
         joined.append(labels.reshape([labels.shape[0], -1, *ones]))
+
     return _plus(call, call.args[2], (*joined, *passed), call.out.ndim, first=1)
 
 
@@ -193,7 +209,7 @@ def _each(amounts: list[int], count: int) -> list[int]:
     return list(amounts) * (count if len(amounts) == 1 else 1)
 
 
-def _first_place(operand: Operand, fields: Fields) -> Operand:
+def _first_place(operand: Operand, fields: AxisLabels) -> Operand:
     """The operand at its first spatial place, where only axes 0 and 1 are left."""
     tensor = operand.tensor
     while tensor.ndim > 2:
@@ -202,10 +218,10 @@ def _first_place(operand: Operand, fields: Fields) -> Operand:
     return Operand(tensor, flat, operand.static, operand.loose & {0, 1})
 
 
-def _group_fields(ledger: Ledger, w: Operand, groups: int) -> Fields:
-    """Fields of a grouped kernel: one over axis 0, and one over (group, axis 1), since groups share no weights."""
+def _group_fields(store: ConstraintStore, w: Operand, groups: int) -> AxisLabels:
+    """Axis labels of a grouped kernel: one over axis 0, and one over (group, axis 1), since groups share no weights."""
     rows, columns = w.tensor.shape[:2]
     tail = [1] * (w.ndim - 2)
-    first = ledger.fresh(rows, 1, *tail)
-    second = ledger.fresh(groups, columns).repeat_interleave(rows // groups, 0).reshape(rows, columns, *tail)
+    first = store.fresh(rows, 1, *tail)
+    second = store.fresh(groups, columns).repeat_interleave(rows // groups, 0).reshape(rows, columns, *tail)
     return first, second

@@ -4,39 +4,41 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .fields import Fields
+from .axis_labels import AxisLabels
 from .invocation import Invocation
 from .meeting import meet
 
 
-def elementwise(call: Invocation) -> Fields:
+def elementwise(call: Invocation) -> AxisLabels:
     """add, mul, relu, where, ... with broadcasting from the right."""
     ndim = call.out.ndim
     placed = [x.place(range(ndim - x.ndim, ndim), ndim) for x in call.operands()]
-    return meet(call.ledger, placed, f"`{call.name}`")
+    return meet(call.store, placed, f"`{call.name}`")
 
 
-def gated(call: Invocation) -> Fields:
+def gated(call: Invocation) -> AxisLabels:
     """glu: the two halves of an axis are multiplied, so their features are one."""
     x = call.operand(call.args[0])
     dim = call.arg(1, "dim", -1) % x.ndim
+
     result = []
     for labels in x.fields:
         if labels.shape[dim] == 1:
             result.append(labels)
             continue
         first, second = labels.chunk(2, dim)
-        result.append(call.ledger.agree(first, second))
+        result.append(call.store.agree(first, second))
+
     return tuple(result)
 
 
-def first_operand(call: Invocation) -> Fields:
+def first_operand(call: Invocation) -> AxisLabels:
     """Calls whose result has the features of their first operand unchanged."""
     first = next(iter(call.tensors()))
     return call.operand(first).fields
 
 
-def unlabelled(call: Invocation) -> Fields | list[Fields]:
+def unlabelled(call: Invocation) -> AxisLabels | list[AxisLabels]:
     """Factories and `*_like` calls: nothing of the operands' features is in the result."""
     if isinstance(call.out, Tensor):
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fields import Fields, Operand
-from .ledger import Ledger
+from .axis_labels import AxisLabels, Operand
+from .constraint_store import ConstraintStore
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +27,15 @@ class Invocation:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     out: Any
-    ledger: Ledger
+    store: ConstraintStore
     operand: Callable[[Tensor], Operand]
-    restart: Callable[[Tensor, Callable[[], Fields], int], None]
+    restart: Callable[[Tensor, Callable[[], AxisLabels], int], None]
+
+    @property
+    def ledger(self) -> ConstraintStore:
+        """The former name of `store`."""
+        warnings.warn("`call.ledger` is called `call.store` now.", DeprecationWarning, stacklevel=2)
+        return self.store
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         """An argument by position or name, or its default in the schema."""
@@ -50,7 +57,7 @@ class Invocation:
 
 # A rule returns the fields of the result: one tuple for a single tensor, a list of tuples for several results,
 # or None to decline (then the call is a barrier).
-Rule = Callable[[Invocation], "Fields | list[Fields] | None"]
+Rule = Callable[[Invocation], "AxisLabels | list[AxisLabels] | None"]
 
 
 def axes_of(dim: Any, ndim: int) -> frozenset[int]:

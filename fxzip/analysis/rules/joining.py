@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .fields import FIXED, VOID, Fields, Operand, varying
+from .axis_labels import FIXED, VOID, AxisLabels, Operand, varying
 from .invocation import Invocation
 
 
@@ -30,7 +30,7 @@ def _constant(operand: Operand) -> float | complex | bool | None:
     return value
 
 
-def cat(call: Invocation) -> Fields:
+def cat(call: Invocation) -> AxisLabels:
     """cat: labels are concatenated along `dim`; features along other axes are the same in all parts."""
     parts = [call.operand(part) for part in call.args[0] if part.numel()]  # what is empty says nothing
     if not parts:
@@ -39,7 +39,7 @@ def cat(call: Invocation) -> Fields:
     return joined(call, parts, dim)
 
 
-def stack(call: Invocation) -> Fields:
+def stack(call: Invocation) -> AxisLabels:
     """stack: cat along a new axis."""
     dim = call.arg(1, "dim", 0) % call.out.ndim
     parts = []
@@ -51,32 +51,35 @@ def stack(call: Invocation) -> Fields:
     return joined(call, parts, dim)
 
 
-def joined(call: Invocation, parts: list[Operand], dim: int) -> Fields:
-    """Fields of operands that follow one another along `dim`."""
+def joined(call: Invocation, parts: list[Operand], dim: int) -> AxisLabels:
+    """Axis labels of operands that follow one another along `dim`."""
     keys = {varying(labels) - {dim} for part in parts for labels in part.fields}
+
     result: list[Tensor] = []
     for key in sorted(keys, key=sorted):
         found = [[labels for labels in part.fields if varying(labels) - {dim} == key] for part in parts]
         for part, several in zip(parts, found, strict=True):
             for extra in several[1:]:
-                call.ledger.pin(extra, f"`{call.name}` joins axes with several kinds of features")
+                call.store.pin(extra, f"`{call.name}` joins axes with several kinds of features")
             if not several:
                 for other in found:
                     for labels in other[:1]:
-                        call.ledger.fix(labels, key & part.loose, f"`{call.name}` joins it with unlabelled values")
+                        call.store.fix(labels, key & part.loose, f"`{call.name}` joins it with unlabelled values")
         first = [several[0] if several else None for several in found]
         if key and all(labels is None or labels.shape[dim] == 1 for labels in first):
             whole, *present = [labels for labels in first if labels is not None]
             for labels in present:
-                whole = call.ledger.agree(whole, labels)
+                whole = call.store.agree(whole, labels)
             result.append(whole)
             continue
         result.append(_concatenate(parts, first, key, dim))
+
     return tuple(labels for labels in result if varying(labels))
 
 
 def _concatenate(parts: list[Operand], fields: list[Tensor | None], key: frozenset[int], dim: int) -> Tensor:
     pieces: list[Tensor] = []
+
     empty: list[Operand] = []  # what put VOID in so far
     for part, labels in zip(parts, fields, strict=True):
         shape = [size if axis == dim or axis in key else 1 for axis, size in enumerate(part.tensor.shape)]
@@ -88,4 +91,5 @@ def _concatenate(parts: list[Operand], fields: list[Tensor | None], key: frozens
         if bool((piece == VOID).any()):
             empty.append(part)
         pieces.append(piece)
+
     return torch.cat(pieces, dim)

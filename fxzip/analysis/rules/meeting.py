@@ -6,18 +6,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .fields import Fields, Operand, all_features, joint, varying
-from .ledger import Ledger
+from .axis_labels import AxisLabels, Operand, all_features, joint, varying
+from .constraint_store import ConstraintStore
 
 
-def merged_fields(groups: Sequence[Fields]) -> Fields:
-    """Fields of the result where operands met: of fields that are related, the finer one is kept.
+def merged_fields(groups: Sequence[AxisLabels]) -> AxisLabels:
+    """Axis labels of the result where operands met: of fields that are related, the finer one is kept.
 
     `groups` holds one tuple of fields per operand, in the result's axes. Fields of one operand are never related.
     """
     kept: list[tuple[int, Tensor]] = []
     entries = [(index, labels) for index, fields in enumerate(groups) for labels in fields]
     entries.sort(key=lambda entry: -len(varying(entry[1])))
+
     for index, labels in entries:
         for at, (owner, other) in enumerate(kept):
             if owner != index and varying(labels) <= varying(other):
@@ -27,10 +28,11 @@ def merged_fields(groups: Sequence[Fields]) -> Fields:
         else:
             if varying(labels):
                 kept.append((index, labels))
+
     return tuple(labels for _, labels in kept)
 
 
-def _relate_all(ledger: Ledger, operands: Sequence[Operand]) -> None:
+def _relate_all(store: ConstraintStore, operands: Sequence[Operand]) -> None:
     """Relate the fields of all pairs. Those over the same axes become equal: of n, n - 1 pairs say it all, as long as
     all their places hold features."""
     alike: dict[frozenset[int], set[int]] = {}  # ids of fields that are known to be equal
@@ -40,35 +42,38 @@ def _relate_all(ledger: Ledger, operands: Sequence[Operand]) -> None:
                 known = alike.setdefault(varying(f), set())
                 if id(f) in known and id(g) in known:
                     continue
-                ledger.relate(f, g)
+                store.relate(f, g)
                 if varying(f) == varying(g) and (not known or known & {id(f), id(g)}):
                     known |= {id(h) for h in (f, g) if all_features(h)}
 
 
-def _touch(ledger: Ledger, x: Operand, others: Sequence[Operand]) -> None:
+def _touch(store: ConstraintStore, x: Operand, others: Sequence[Operand]) -> None:
     """Note that a parameter meets activations; axes that only it has, it brings in: features that it writes."""
     known = frozenset(axis for y in others for axis in y.loose.union(*map(varying, y.fields)))
     for labels in x.fields:
-        ledger.touch("param", labels)
+        store.touch("param", labels)
         if x.learned and not varying(labels) & known:
-            ledger.touch("written", labels)
+            store.touch("written", labels)
 
 
-def meet(ledger: Ledger, operands: Sequence[Operand], what: str) -> Fields:
+def meet(store: ConstraintStore, operands: Sequence[Operand], what: str) -> AxisLabels:
     """Operands (placed in the same axes) meet elementwise: relate their fields, return the result's fields.
 
     A field that cannot move any more is dropped: its axes count as unlabelled from here on, which says the same.
     """
     dead: set[int] = set()
-    _relate_all(ledger, operands)
+    _relate_all(store, operands)
+
     for i, x in enumerate(operands):
         for j, y in enumerate(operands):
             if i != j:
                 for f in x.fields:
-                    if ledger.fix(f, y.loose, f"{what} meets it with values that carry no feature"):
+                    if store.fix(f, y.loose, f"{what} meets it with values that carry no feature"):
                         dead.add(id(f))
+
     if any(not x.static for x in operands):
         for x in operands:
             if x.static:
-                _touch(ledger, x, [y for y in operands if y is not x])
+                _touch(store, x, [y for y in operands if y is not x])
+
     return merged_fields([tuple(f for f in x.fields if id(f) not in dead) for x in operands])

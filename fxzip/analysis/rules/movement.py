@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fields import FIXED, VOID, Fields, Operand, compress, varying
+from .axis_labels import FIXED, VOID, AxisLabels, Operand, compress, varying
 from .invocation import Invocation, axes_of, names
 
 MOVES = names(
@@ -36,15 +36,19 @@ def _replay(call: Invocation, labels: Tensor, shape: torch.Size) -> Any:
         return labels
     if call.name in _VIEWS and isinstance(call.out, Tensor) and call.out.numel():
         return reshaped(labels, shape, call.out.shape)
+
     kwargs = {k: v for k, v in call.kwargs.items() if k not in ("dtype", "memory_format", "device", "layout")}
     if call.name in _KEEP_SIZES_OF_ONE:
         return call.func(labels, *call.args[1:], **kwargs)
+
     if call.name == "index":
         kept = [a for a in range(len(shape)) if a >= len(call.args[1]) or call.args[1][a] is None]
         shape = torch.Size([1 if a in kept and labels.shape[a] == 1 else n for a, n in enumerate(shape)])
+
     full = labels.expand(shape)
     if call.name == "as_strided":
         full = full.contiguous()
+
     return call.func(full, *call.args[1:], **kwargs)
 
 
@@ -64,12 +68,12 @@ def reshaped(labels: Tensor, old: torch.Size, new: torch.Size) -> Tensor:
     return labels.expand(sizes(old, before)).reshape(sizes(new, after))
 
 
-def move(call: Invocation) -> Fields | list[Fields]:
+def move(call: Invocation) -> AxisLabels | list[AxisLabels]:
     """view, permute, expand, slice, select, split, flip, roll, pixel_shuffle, unfold ..."""
     return replay(call, call.operand(call.args[0]))
 
 
-def replay(call: Invocation, source: Operand) -> Fields | list[Fields]:
+def replay(call: Invocation, source: Operand) -> AxisLabels | list[AxisLabels]:
     """The call on the fields of its first operand, given as `source`."""
     shape = source.tensor.shape
     moved = [_replay(call, labels, shape) for labels in source.fields]
@@ -78,41 +82,43 @@ def replay(call: Invocation, source: Operand) -> Fields | list[Fields]:
     return [_live([parts[i] for parts in moved]) for i in range(len(call.out))]
 
 
-def _live(fields: list[Tensor]) -> Fields:
+def _live(fields: list[Tensor]) -> AxisLabels:
     return tuple(map(compress, fields))
 
 
-def turn(call: Invocation) -> Fields | list[Fields]:
+def turn(call: Invocation) -> AxisLabels | list[AxisLabels]:
     """flip, roll, rot90: movement of positions; along features it depends on their order."""
     x = call.operand(call.args[0])
     dims = call.arg(2, "dims", [0, 1]) if call.name != "flip" else call.arg(1, "dims")
     if call.name == "roll":
         dims = call.arg(2, "dims", [])
+
     for labels in x.fields:
-        call.ledger.fix(labels, axes_of(dims, x.ndim), f"`{call.name}` depends on the order of features")
+        call.store.fix(labels, axes_of(dims, x.ndim), f"`{call.name}` depends on the order of features")
         if axes_of(dims, x.ndim) & varying(labels):
-            call.ledger.refuse(f"`{call.name}` depends on the order of features")
+            call.store.refuse(f"`{call.name}` depends on the order of features")
+
     return move(call)
 
 
-def as_pairs(call: Invocation) -> Fields:
+def as_pairs(call: Invocation) -> AxisLabels:
     """view_as_real: a new last axis of real and imaginary parts."""
     return tuple(labels.unsqueeze(-1) for labels in call.operand(call.args[0]).fields)
 
 
-def as_complex(call: Invocation) -> Fields:
+def as_complex(call: Invocation) -> AxisLabels:
     """view_as_complex: the last axis holds real and imaginary parts, which stay what they are."""
     x = call.operand(call.args[0])
     result = []
     for labels in x.fields:
-        call.ledger.fix(labels, frozenset({x.ndim - 1}), f"`{call.name}` takes it for a real or imaginary part")
-        rest = call.ledger.project(labels, varying(labels) - {x.ndim - 1})
+        call.store.fix(labels, frozenset({x.ndim - 1}), f"`{call.name}` takes it for a real or imaginary part")
+        rest = call.store.project(labels, varying(labels) - {x.ndim - 1})
         if rest is not None:
             result.append(rest.squeeze(-1))
     return tuple(result)
 
 
-def index(call: Invocation) -> Fields | None:
+def index(call: Invocation) -> AxisLabels | None:
     """index, index_select: movement along fixed indices; indices computed from the input fix those axes."""
     source = call.operand(call.args[0])
     if call.name.endswith("index"):
@@ -122,16 +128,18 @@ def index(call: Invocation) -> Fields | None:
         moved = replace(call, args=(call.args[0], items))
     else:
         axes, chosen, moved = frozenset({call.args[1] % max(source.ndim, 1)}), [call.args[2]], call
+
     for item in map(call.operand, chosen):
         for labels in item.fields:
-            call.ledger.pin(labels, f"`{call.name}` takes it for a position")
+            call.store.pin(labels, f"`{call.name}` takes it for a position")
         if not item.static:
             if item.learned and source.static and source.learned:
-                call.ledger.refuse(
+                call.store.refuse(
                     f"`{call.name}` reads places of learned values by numbers that the model has computed"
                 )
             for labels in source.fields:
-                call.ledger.fix(labels, axes, f"`{call.name}` picks it by indices that depend on the input")
+                call.store.fix(labels, axes, f"`{call.name}` picks it by indices that depend on the input")
+
     return move(moved)  # type: ignore[return-value]
 
 
@@ -148,69 +156,77 @@ def places(items: Sequence[Tensor | None]) -> list[Tensor | None]:
     return result
 
 
-def gather(call: Invocation) -> Fields:
+def gather(call: Invocation) -> AxisLabels:
     """gather(x, dim, index): at each place of the other axes, an element along `dim` is picked by number."""
     x, item = call.operand(call.args[0]), call.operand(call.args[2])
     dim = frozenset({call.args[1] % max(x.ndim, 1)})
+
     for labels in item.fields:
-        call.ledger.fix(labels, dim, f"`{call.name}` takes it for a position")
+        call.store.fix(labels, dim, f"`{call.name}` takes it for a position")
         for other in x.fields:
-            call.ledger.relate(labels.narrow(min(dim), 0, 1), other.narrow(min(dim), 0, 1))
+            call.store.relate(labels.narrow(min(dim), 0, 1), other.narrow(min(dim), 0, 1))
+
     for labels in x.fields:
-        call.ledger.fix(labels, item.loose - dim, f"`{call.name}` picks it by indices of its own at every place")
+        call.store.fix(labels, item.loose - dim, f"`{call.name}` picks it by indices of its own at every place")
         if not item.static:
-            call.ledger.fix(labels, dim, f"`{call.name}` picks it by indices that depend on the input")
+            call.store.fix(labels, dim, f"`{call.name}` picks it by indices that depend on the input")
+
     fields = move(call)
     assert isinstance(fields, tuple)
     return fields
 
 
-def copy(call: Invocation) -> Fields:
+def copy(call: Invocation) -> AxisLabels:
     """copy(x, source): the source, broadcast to the shape of x, whose own values are gone."""
     ndim, source = call.out.ndim, call.operand(call.args[1])
     return source.place(range(ndim - source.ndim, ndim), ndim).fields
 
 
-def embedding(call: Invocation) -> Fields:
+def embedding(call: Invocation) -> AxisLabels:
     """embedding(weight, indices): rows are read by number, so they stay; the features of a row go on."""
     weight = call.operand(call.args[0])
     indices = call.args[1]
     numbers = call.operand(indices)
     if weight.learned and numbers.learned and not numbers.static:
-        call.ledger.refuse(f"`{call.name}` reads rows of a learned table by numbers that the model has computed")
+        call.store.refuse(f"`{call.name}` reads rows of a learned table by numbers that the model has computed")
+
     result = []
     for labels in weight.fields:
         if 0 in varying(labels):
-            call.ledger.fix(labels, frozenset({0}), "`embedding` reads its rows by number")
+            call.store.fix(labels, frozenset({0}), "`embedding` reads its rows by number")
         if 1 in varying(labels):
-            call.ledger.touch("param", labels)
-            call.ledger.touch("written", labels)
+            call.store.touch("param", labels)
+            call.store.touch("written", labels)
         if varying(labels) == {1}:
             result.append(labels.reshape([1] * indices.ndim + [-1]))
+
     return tuple(result)
 
 
-def embedding_bag(call: Invocation) -> list[Fields]:
+def embedding_bag(call: Invocation) -> list[AxisLabels]:
     """_embedding_bag(weight, indices, ...): rows are read by number, and summed; features of a row go on."""
     weight, numbers = call.operand(call.args[0]), call.operand(call.args[1])
     if weight.learned and numbers.learned and not numbers.static:
-        call.ledger.refuse(f"`{call.name}` reads rows of a learned table by numbers that the model has computed")
+        call.store.refuse(f"`{call.name}` reads rows of a learned table by numbers that the model has computed")
+
     result = []
     for labels in weight.fields:
-        call.ledger.fix(labels, frozenset({0}), f"`{call.name}` reads its rows by number")
+        call.store.fix(labels, frozenset({0}), f"`{call.name}` reads its rows by number")
         if 1 in varying(labels):
-            call.ledger.touch("param", labels)
-            call.ledger.touch("written", labels)
+            call.store.touch("param", labels)
+            call.store.touch("written", labels)
             if 0 not in varying(labels):
                 result.append(labels)
+
     return [tuple(result), *[() for _ in call.out[1:]]]
 
 
-def pad(call: Invocation) -> Fields:
+def pad(call: Invocation) -> AxisLabels:
     """constant_pad_nd: new places along a labelled axis hold no feature. Of places that hold nothing already, with
     what value nobody knows, those are fixed."""
     source = call.operand(call.args[0])
     amounts = list(call.args[1])
+
     result = []
     for labels in source.fields:
         widths: list[int] = []
@@ -220,30 +236,33 @@ def pad(call: Invocation) -> Fields:
         if any(widths):
             labels = torch.where(labels == VOID, FIXED, labels)
         result.append(torch.constant_pad_nd(labels, widths, VOID))
+
     return tuple(result)
 
 
-def padded(call: Invocation) -> Fields:
+def padded(call: Invocation) -> AxisLabels:
     """reflection_pad, replication_pad: movement along the last axes; features there are repeated."""
     x = call.operand(call.args[0])
     count = len(call.args[1]) // 2
     ends = frozenset(range(x.ndim - count, x.ndim))
+
     result = []
     for labels in x.fields:
         if varying(labels) & ends:
             shape = [x.tensor.shape[axis] if axis in ends else n for axis, n in enumerate(labels.shape)]
             labels = call.func(labels.expand(shape).double(), *call.args[1:]).long()  # exact below 2**53
         result.append(labels)
+
     return _live(result)
 
 
-def weight_norm(call: Invocation) -> list[Fields]:
+def weight_norm(call: Invocation) -> list[AxisLabels]:
     """_weight_norm_interface(v, g, dim): v scaled by g / ‖v‖ over all axes but `dim`."""
     v, g = call.operand(call.args[0]), call.operand(call.args[1])
     axes = frozenset(range(v.ndim)) - {call.arg(2, "dim", 0)}
     for labels in v.fields:
-        call.ledger.mix(labels, axes)
+        call.store.mix(labels, axes)
     for f in v.fields:
         for h in g.fields:
-            call.ledger.relate(f, h)
+            call.store.relate(f, h)
     return [v.fields, ()]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...tracing.randomness import own_randomness
-from .fields import Fields, along, varying
+from .axis_labels import AxisLabels, along, varying
 from .invocation import Invocation
 from .meeting import merged_fields
 
@@ -40,7 +40,7 @@ class _Slot:
         return self.labels.shape[self.axis]
 
 
-def probe(call: Invocation) -> Fields | list[Fields] | None:
+def probe(call: Invocation) -> AxisLabels | list[AxisLabels] | None:
     """What a call does to labels, found out by trial; None if it is no relabelling.
 
     Source: the definition of equivariance, f(πx) = πf(x) or f(πx) = f(x).
@@ -51,9 +51,11 @@ def probe(call: Invocation) -> Fields | list[Fields] | None:
     large = sum(t.numel() for t in tensors) > _LARGEST or len(fields) > _MOST
     if large or any(len(varying(labels)) != 1 for _, labels in fields):
         return None
+
     slots = [_Slot(i, next(iter(varying(labels))), labels) for i, labels in fields]
     found: list[tuple[tuple[_Slot, ...], tuple[int | None, ...]]] = []
     left = list(slots)
+
     for count in range(1, len(slots) + 1):
         for group in combinations(slots, count):
             if all(slot in left for slot in group) and len({slot.size for slot in group}) == 1:
@@ -61,29 +63,33 @@ def probe(call: Invocation) -> Fields | list[Fields] | None:
                 if axes is not None:
                     found.append((group, axes))
                     left = [slot for slot in left if slot not in group]
+
     if left:
         return None
+
     return _fields(call, found)
 
 
 def _fields(
     call: Invocation, found: Sequence[tuple[tuple[_Slot, ...], tuple[int | None, ...]]]
-) -> Fields | list[Fields]:
-    """Turn what was found into facts and the fields of the results."""
+) -> AxisLabels | list[AxisLabels]:
+    """Turn what was found into constraints and the fields of the results."""
     outputs = _outputs(call.out)
-    groups: list[list[Fields]] = [[] for _ in outputs]
+    groups: list[list[AxisLabels]] = [[] for _ in outputs]
+
     for slots, axes in found:
         run = slots[0].labels.reshape(-1)
         for slot in slots[1:]:
-            call.ledger.equal(run, slot.labels.reshape(-1))
+            call.store.equal(run, slot.labels.reshape(-1))
         for slot in slots:
             static = call.operands()[slot.operand].static
-            call.ledger.touch("param" if static else "mix", slot.labels)
+            call.store.touch("param" if static else "mix", slot.labels)
             if None in axes and len(slots) == 1:
-                call.ledger.touch("extremum", slot.labels)  # a median, say
+                call.store.touch("extremum", slot.labels)  # a median, say
         for place, (axis, out) in enumerate(zip(axes, outputs, strict=True)):
             if axis is not None:
                 groups[place].append((along(run, axis, out.ndim),))
+
     result = [merged_fields(group) for group in groups]
     return result[0] if isinstance(call.out, Tensor) else result
 
@@ -112,6 +118,7 @@ def _moved(call: Invocation, tensors: Sequence[Tensor], slots: tuple[_Slot, ...]
         if answer is not None and now != answer:
             return None
         answer = now
+
     return answer
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import movement
-from .fields import Operand, compress, varying
+from .axis_labels import Operand, compress, varying
 from .invocation import Invocation, axes_of, is_pointwise, is_random, names
 
 Axes = frozenset[int]
@@ -36,6 +36,7 @@ def uniform_axes(call: Invocation, of: Callable[[Tensor], Axes]) -> list[Axes]:
     outs = [out for out in (call.out if isinstance(call.out, (list, tuple)) else [call.out]) if isinstance(out, Tensor)]
     if call.name in FACTORIES or call.name in UNWRITTEN:
         return [frozenset(range(out.ndim)) for out in outs]
+
     nothing = [NOTHING for _ in outs]
     given = [tensor for tensor in call.tensors() if tensor.ndim]
     if not given or is_random(call.func):
@@ -46,9 +47,11 @@ def uniform_axes(call: Invocation, of: Callable[[Tensor], Axes]) -> list[Axes]:
         return [_reduced(call, out, of) for out in outs]
     if call.name in ("cat", "stack"):
         return [_joined(call, outs[0].ndim, given, of)]
+
     if call.name in _SCATTERED:
         ndim = outs[0].ndim
         return [_meeting(ndim, [t for t in given if t.ndim == ndim], of) - {call.args[1] % ndim}]
+
     return _moved(call, outs, of) or nothing
 
 
@@ -94,6 +97,7 @@ def _moved(call: Invocation, outs: list[Tensor], of: Callable[[Tensor], Axes]) -
     source = call.args[0]
     if call.name not in movement.MOVES or not isinstance(source, Tensor):
         return None
+
     still = _still(source, of)
     grows = any(out.numel() > source.numel() for out in outs)
     if (
@@ -103,9 +107,11 @@ def _moved(call: Invocation, outs: list[Tensor], of: Callable[[Tensor], Axes]) -
         or not (grows or any(source.shape[axis] > 1 for axis in still))
     ):
         return None
+
     places = torch.arange(1, source.numel() + 1).reshape(source.shape)
     for axis in still:
         places = places.narrow(axis, 0, 1)
+
     moved = movement.replay(call, Operand(source, (places,), False, NOTHING))
     parts: list[Any] = moved if isinstance(moved, list) else [moved]
     return [

@@ -1,7 +1,7 @@
-"""The ledger: the facts that every rule is written in.
+"""The constraint store: what every rule is written in.
 
 A relabelling π moves the elements of a tensor such that those labelled l land where π(l) was, and rules record in a
-`Ledger` what π has to respect:
+`ConstraintStore` what π has to respect:
 
 * equal(a, b): a and b are one feature.
 * block(b, m): π maps the members m of block b onto the members of block π(b).
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .fields import FIXED, VOID, all_features, compress, joint, occurrences, varying
+from .axis_labels import FIXED, VOID, all_features, compress, joint, occurrences, varying
 
 _LOOKED_AT = 1 << 14
 _SCRAMBLE = -0x61C8864680B583EB  # an odd number without structure
@@ -36,27 +36,27 @@ class Pin:
 
 
 @dataclass
-class Facts:
+class Constraints:
     """What the calls inside one fx node say about labels."""
 
     equal: list[Tensor] = field(default_factory=list)  # each [2, E]
     blocks: list[Tensor] = field(default_factory=list)  # each [2, R]: block, member
     pins: list[Pin] = field(default_factory=list)
     consumed: list[Tensor] = field(default_factory=list)  # labels of parameters contracted with activations
-    touched: list[tuple[str, Tensor]] = field(default_factory=list)  # (a kind, see `Ledger.touch`; labels)
+    touched: list[tuple[str, Tensor]] = field(default_factory=list)  # (a kind, see `ConstraintStore.touch`; labels)
     refusals: list[str] = field(default_factory=list)  # why only models that agree here to the bit can share the node
     sums: bool = False  # features are summed over with weights, or looked up in a table of weights
 
 
-class Ledger:
-    """Collects the facts of the node under way (`facts`) and hands out new labels.
+class ConstraintStore:
+    """Collects the constraints of the node under way (`constraints`) and hands out new labels.
 
     `call` and `where` (the ATen call and the node under way) are named in the reasons of pins.
     """
 
     def __init__(self) -> None:
         self.size = 1  # label 0 is VOID
-        self.facts = Facts()
+        self.constraints = Constraints()
         self.call = ""
         self.where = ""
 
@@ -81,6 +81,7 @@ class Ledger:
         """a and b (broadcast) name the same features. Partners of FIXED are pinned, those of VOID keep together."""
         if a is b:
             return
+
         pairs = self._pairs(a, b)
         if not all_features(pairs):
             least, other = pairs.min(0).values, pairs.max(0).values
@@ -88,9 +89,10 @@ class Ledger:
             self._beside_nothing(a, b)
             self._beside_nothing(b, a)
             pairs = pairs[:, least > 0]
+
         differ = pairs[0] != pairs[1]
         if bool(differ.any()):
-            self.facts.equal.append(self._distinct(pairs if bool(differ.all()) else pairs[:, differ]))
+            self.constraints.equal.append(self._distinct(pairs if bool(differ.all()) else pairs[:, differ]))
 
     def agree(self, a: Tensor, b: Tensor) -> Tensor:
         """`equal(a, b)`, and the labels of both: a feature where either has one, else FIXED before VOID."""
@@ -103,6 +105,7 @@ class Ledger:
         void = (pairs[1] == VOID) & (pairs[0] > 0)
         if not bool(void.any()):
             return
+
         rank = occurrences(pairs[0])
         members, which = pairs[0, void].unique(return_inverse=True)
         marks = torch.zeros(len(members), dtype=torch.int64)
@@ -121,7 +124,7 @@ class Ledger:
             self._beside_nothing(members, blocks)
         pairs = pairs[:, (pairs > 0).all(0)]
         if pairs.numel():
-            self.facts.blocks.append(self._distinct(pairs))
+            self.constraints.blocks.append(self._distinct(pairs))
 
     def _those(self, labels: Tensor) -> Tensor:
         """The distinct features among the labels, in order."""
@@ -137,7 +140,7 @@ class Ledger:
     def pin(self, labels: Tensor, reason: str, kind: str = "fixed") -> None:
         those = self._those(labels)
         if those.numel():
-            self.facts.pins.append(Pin(those, self._placed(reason) if kind == "fixed" else reason, kind))
+            self.constraints.pins.append(Pin(those, self._placed(reason) if kind == "fixed" else reason, kind))
 
     def _placed(self, reason: str) -> str:
         """The reason with the call, unless it names it, and the node."""
@@ -151,18 +154,18 @@ class Ledger:
         factors of a sum are activations), "written" (a parameter writes them)."""
         those = self._those(labels)
         if those.numel():
-            self.facts.touched.append((kind, those))
+            self.constraints.touched.append((kind, those))
 
     def consume(self, labels: Tensor) -> None:
         """These labels of a parameter are summed over against activations: they take the unmerge matrix."""
         those = self._those(labels)
         if those.numel():
-            self.facts.consumed.append(those)
+            self.constraints.consumed.append(those)
 
     def refuse(self, reason: str) -> None:
         """What the call does depends on the order of features that the model has learned, so that those of two models
         cannot be matched: only models that agree to the bit may share it."""
-        self.facts.refusals.append(self._placed(reason))
+        self.constraints.refusals.append(self._placed(reason))
 
     # relations of fields -------------------------------------------------------------------------------------------
 
@@ -177,12 +180,14 @@ class Ledger:
             return None
         if axes == varying(labels):
             return labels
+
         inner = [axis for axis in range(labels.ndim) if axis not in axes]
         shape = [labels.shape[axis] for axis in sorted(axes)]
         rows = labels.permute(*sorted(axes), *inner).reshape(torch.Size(shape).numel(), -1)
         first, which = _same_members(rows)
         blocks = self.fresh(len(first))
         self.block(blocks[:, None], rows[first])
+
         return compress(blocks[which].reshape([n if axis in axes else 1 for axis, n in enumerate(labels.shape)]))
 
     def relate(self, f: Tensor, g: Tensor) -> None:
@@ -190,6 +195,7 @@ class Ledger:
         shared = varying(f) & varying(g)
         if not shared:
             return
+
         if varying(f) == varying(g):
             self.equal(f, g)
         elif shared == varying(f):
@@ -210,12 +216,15 @@ class Ledger:
         axes = axes & varying(labels)
         if not axes:
             return False
+
         if axes == varying(labels) or _told_apart(labels, axes):
             self.pin(labels, reason)
             return True
+
         blocks = self.project(labels, axes)
         assert blocks is not None
         self.pin(blocks, reason)
+
         return False
 
     def mix(self, labels: Tensor, axes: frozenset[int]) -> Tensor | None:
@@ -249,13 +258,16 @@ def _told_apart(labels: Tensor, axes: frozenset[int]) -> bool:
     """Whether no two features of a field lie at the same places along `axes`. Large fields are not looked at."""
     if labels.numel() > _LOOKED_AT:
         return False
+
     inner = [axis for axis in range(labels.ndim) if axis not in axes]
     count = int(torch.Size([labels.shape[axis] for axis in axes]).numel())
     if count < 2:
         return False
+
     runs = labels.permute(*sorted(axes), *inner).reshape(count, -1)
     found, which = runs.unique(return_inverse=True)
     pairs = (which * count + torch.arange(count)[:, None]).unique()
     salts = torch.randint(1 << 62, (count,), generator=torch.Generator().manual_seed(0))
     marks = torch.zeros(len(found), dtype=torch.int64).index_add_(0, pairs // count, salts[pairs % count])[found > 0]
+
     return len(marks.unique()) == len(marks)

@@ -1,9 +1,10 @@
-"""Label fields: which feature each element of a tensor belongs to.
+"""Axis labels: which feature each element of a tensor belongs to.
 
-A *label* is an integer that names a feature. A *field* of a tensor t is an int64 tensor with t's number of axes
-that says which feature an element belongs to; it has size 1 along the axes where the label does not change, so a
-field over the channels of [B, C, H, W] has shape [1, C, 1, 1]. A tensor carries a tuple of fields (a weight has one
-over its outputs and one over its inputs). For a field f, A(f) is the set of axes along which it varies.
+A *label* is an integer that names a feature. The *axis labels* of a tensor are a tuple of fields, one for each kind of
+feature in it: a weight has one over its outputs and one over its inputs. A *field* is an int64 tensor with as many axes
+as the tensor that says which feature an element belongs to; it has size 1 along the axes where the label does not
+change, so a field over the channels of [B, C, H, W] has shape [1, C, 1, 1]. For a field f, A(f) is the set of axes
+along which it varies.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 VOID = 0  # "no feature": padding, the same value everywhere
 FIXED = -1  # a place that no relabelling moves
 
-Fields = tuple[Tensor, ...]
+AxisLabels = tuple[Tensor, ...]
 
 
 def varying(labels: Tensor) -> frozenset[int]:
@@ -73,6 +74,7 @@ def occurrences(labels: Tensor) -> Tensor:
     first = torch.where(start, places, 0).cummax(0).values if len(ranked) else places
     result = torch.empty_like(places)
     result[order] = places - first
+
     return result
 
 
@@ -95,7 +97,7 @@ class Operand:
     """
 
     tensor: Tensor
-    fields: Fields
+    fields: AxisLabels
     static: bool
     loose: frozenset[int]
     learned: bool = False
@@ -114,5 +116,6 @@ class Operand:
             for i in order:
                 shape[axes[i]] = labels.shape[i]
             fields.append(labels.permute(order).reshape(shape))
+
         loose = frozenset(axes[i] for i in self.loose)
         return Operand(self.tensor, tuple(fields), self.static, loose, self.learned, self.known)
