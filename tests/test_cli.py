@@ -221,6 +221,28 @@ def test_the_printed_recipe_is_a_recipe(made, tmp_path, capsys):
     assert run("zip", made / "printed.yaml", "--out", tmp_path / "zipped", "--quiet") == 0
 
 
+def test_networks_that_take_several_inputs(tmp_path, capsys):
+    """Tokens with a mask from one file: zipped, exported and judged."""
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(6) < torch.randint(3, 7, (60, 1), generator=generator)).long()
+    ids = torch.randint(0, 20, (60, 6), generator=generator)
+    save_file({"input_ids": ids, "attention_mask": mask, "labels": ids[:, 0] % 2}, tmp_path / "tokens.safetensors")
+    models = {task: {"architecture": "cli_models:Tokens", "arguments": {"classes": 2}} for task in TASKS}
+    labelled = {"path": "tokens.safetensors", "labels": "labels"}
+    recipe = {"models": models, "data": labelled, "test": dict.fromkeys(TASKS, labelled)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert run("zip", tmp_path / "recipe.yaml", "--out", tmp_path / "zipped", "--quiet") == 0
+    assert run("export", tmp_path / "zipped", tmp_path / "zipped.onnx") == 0
+    capsys.readouterr()
+    for target in ("zipped", "zipped.onnx"):
+        places = [f"--data.{task}={labelled}" for task in TASKS]
+        places = [place.replace("tokens.safetensors", str(tmp_path / "tokens.safetensors")) for place in places]
+        assert run("evaluate", tmp_path / target, *places, "--recipe", tmp_path / "recipe.yaml", "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["inputs"] == {"pets": 60, "birds": 60}
+        assert set(found["agreement"]["pets"]) >= {"same_class", "relative_error", "r_squared"}
+
+
 # What must not happen.
 
 

@@ -15,7 +15,7 @@ from fxzip.cli.judging import labelled_batches
 from fxzip.cli.models import Network, network
 from fxzip.cli.preprocessing import Preprocessing, of_timm, of_torchvision, of_transformers
 from fxzip.cli.recipe import Data, Location, Model, ZipRecipe
-from fxzip.cli.sources import source
+from fxzip.cli.sources import Moved, source
 from fxzip.errors import DataError, RecipeError
 
 GREY = Preprocessing((8, 8), 8, "bilinear", (0.5,), (0.5,))
@@ -266,6 +266,15 @@ def prepared(**options):
         "b": Model(Location("cli_models:small"), {"classes": 3}),
     }
     return preparing.prepare(ZipRecipe(models, **options))
+
+
+def test_networks_with_inputs_of_their_own_keep_them():
+    import fxzip
+
+    both = fxzip.PerModel(torch.ones(2, 3), torch.ones(2, 4))
+    (found,) = Moved([both], torch.device("cpu"))
+    assert type(found) is fxzip.PerModel
+    assert [value.shape[1] for value in found] == [3, 4]
 
 
 def test_data_by_task_is_in_the_order_of_the_models(tmp_path):

@@ -93,8 +93,8 @@ class Match:
 def match(module: nn.Module, tensors: Mapping[str, Tensor], ignore: Sequence[str] = ()) -> Match:
     """Lay the tensors of a checkpoint beside those of a network. Nothing is loaded.
 
-    Names may begin with what wrappers put there (`module.`, `_orig_mod.`). Half precision becomes what the network has;
-    every other difference is a problem.
+    Names may begin with what wrappers put there (`module.`, `_orig_mod.`). Another dtype is converted where no value
+    changes, as from half precision to single; every other difference is a problem.
 
     >>> match(nn.Linear(2, 3), {"module.weight": torch.ones(3, 2), "module.scale": torch.ones(1)}).problems
     ['missing in the checkpoint: `bias` [3]', 'not in the network: `scale` [1]']
@@ -109,7 +109,7 @@ def match(module: nn.Module, tensors: Mapping[str, Tensor], ignore: Sequence[str
 
     result.problems += [f"missing in the checkpoint: `{name}` {list(expected[name].shape)}" for name in missing]
     result.problems += [f"not in the network: `{name}` {list(found[name].shape)}" for name in unexpected]
-    widened = 0
+    converted = 0
     for name, own in expected.items():
         if name not in found:
             continue
@@ -118,20 +118,22 @@ def match(module: nn.Module, tensors: Mapping[str, Tensor], ignore: Sequence[str
             result.problems.append(
                 f"another shape: `{name}` is {list(value.shape)} in the checkpoint, {list(own.shape)} in the network"
             )
-        elif not _keeps(value.dtype, own.dtype):
+        elif value.is_floating_point() and not bool(value.isfinite().all()):
+            result.problems.append(f"not finite: `{name}` holds NaN or infinite values")
+        elif not _keeps(value, own.dtype):
             result.problems.append(
                 f"another dtype: `{name}` is {_short(value.dtype)} in the checkpoint, {_short(own.dtype)} in the "
                 "network"
             )
-        elif value.is_floating_point() and not bool(value.isfinite().all()):
-            result.problems.append(f"not finite: `{name}` holds NaN or infinite values")
         else:
-            widened += value.dtype != own.dtype
+            converted += value.dtype != own.dtype
             result.state[name] = value
     if ignored:
         result.notes.append(f"left out of the checkpoint, as `ignore` says: {', '.join(ignored)}")
-    if widened:
-        result.notes.append(f"{widened} tensors of the checkpoint in half precision were converted, without loss")
+    if converted:
+        result.notes.append(
+            f"{converted} tensors of the checkpoint were converted to the network's dtype, without loss"
+        )
     return result
 
 
@@ -164,10 +166,13 @@ def _renamed(tensors: Mapping[str, Tensor], expected: set[str]) -> dict[str, Ten
     return best
 
 
-def _keeps(given: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether a conversion loses nothing: the same dtype, or half precision to a wider float."""
-    half = given in (torch.float16, torch.bfloat16) and wanted in (torch.float32, torch.float64)
-    return given == wanted or half or (given == torch.float32 and wanted == torch.float64)
+def _keeps(value: Tensor, wanted: torch.dtype) -> bool:
+    """Whether a tensor has the same values in another dtype: half precision in single, whole numbers as floats."""
+    if value.dtype == wanted:
+        return True
+    if value.is_complex() or wanted.is_complex or wanted == torch.bool:
+        return False
+    return torch.equal(value.to(wanted).to(torch.float64), value.to(torch.float64))
 
 
 def _short(dtype: torch.dtype) -> str:

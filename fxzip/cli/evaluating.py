@@ -17,12 +17,12 @@ from ..errors import RecipeError
 from .judging import labelled_batches, onnx_network
 from .models import Network, networks
 from .output import Result
-from .packages import function_of
+from .packages import called, function_of
 from .parsing import Flags, Settings, keys_of, parse, recipe_in
 from .preparing import note, sources
 from .preprocessing import Preprocessing, chosen
-from .recipe import Data, ZipRecipe, by_task
-from .sources import Source
+from .recipe import Data, Location, ZipRecipe, by_task
+from .sources import Inputs, Source
 
 SUMMARY = "judge a zipped network: a folder of `fxzip zip`, or a file .onnx of `fxzip export`"
 _ALL = 2**62  # batches: all there are
@@ -68,6 +68,13 @@ def run(asked: Settings) -> Result:
     originals = {} if recipe is None else networks(recipe.models)
     if originals and set(originals) != set(tasks):
         raise RecipeError(f"The recipe is of {', '.join(originals)}; `{flags.target}` is of {', '.join(tasks)}.")
+    if recipe is not None and isinstance(recipe.sample_input, Location):
+        name = recipe.sample_input.relative
+        if isinstance(called(function_of(name, "sample_input"), {}, name, "sample_input"), fxzip.PerModel):
+            raise RecipeError(
+                "`fxzip evaluate --recipe` compares networks that take the same inputs; those of the recipe take inputs of "
+                "their own. Leave `--recipe` out, and give labelled data of each task with all inputs."
+            )
     found = sources(data, _known(network, tasks, recipe, originals), "data", labels=True)
     for own in originals.values():
         for text in own.notes:
@@ -97,7 +104,7 @@ def _judged(
         values["inputs"] = dict(zip(tasks, scores["zipped"].inputs, strict=True))
         lines += _accuracy_lines(tasks, scores)
     if originals:
-        batches: Any = {task: source.batches for task, source in found.items()}
+        batches: Any = {task: Inputs(source.batches, source.labelled) for task, source in found.items()}
         given = batches[None] if None in batches else fxzip.PerModel(*batches.values())
         same = replace(
             fxzip.agreement(network, [originals[task].module for task in tasks], given, max_batches=_ALL), tasks=tasks
@@ -157,7 +164,6 @@ def _known(
 def _first(found: Mapping[str | None, Source]) -> Any:
     """Some inputs to trace with."""
     for source in found.values():
-        for batch in source.batches:
-            inputs = batch[0] if source.labelled else batch
+        for inputs in Inputs(source.batches, source.labelled):
             return {name: value[:4] for name, value in inputs.items()} if isinstance(inputs, Mapping) else inputs[:4]
     raise RecipeError("`data` must hold at least one input.")

@@ -133,6 +133,7 @@ def _of_torchvision(model: Model, name: str, where: str) -> Network:
 
 def _of_transformers(model: Model, name: str, where: str) -> Network:
     transformers: Any = needed("transformers", "zoo")
+    transformers.utils.logging.disable_progress_bar()
     folder = path_of(model.architecture, name)
     if not (folder / "config.json").is_file():
         raise RecipeError(

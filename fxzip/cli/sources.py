@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fxzip import PerModel
+
 from ..errors import RecipeError
 from .images import ImageFiles, Images
 from .packages import called, function_of, needed
@@ -64,6 +66,22 @@ class Moved:
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The inputs of batches, without their labels."""
+
+    batches: Iterable[Any]
+    labelled: bool
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            if not self.labelled:
+                yield batch
+            else:
+                inputs = batch[:-1]
+                yield inputs[0] if len(inputs) == 1 else inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,5 +271,6 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {name: _moved(own, device) for name, own in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_moved(own, device) for own in value)
+        items = [_moved(own, device) for own in value]
+        return type(value)(*items) if isinstance(value, PerModel) or hasattr(value, "_fields") else type(value)(items)
     return value

@@ -182,15 +182,19 @@ def costs(zipped: ZippedModule, programs: tuple[Program, ...], counted: Flops) -
 
 
 def described_inputs(zipped: ZippedModule, call: Call) -> list[dict[str, Any]]:
-    """Name, shape and dtype of each input of the sample; empty where not all are tensors."""
+    """Name, shape and dtype of each input of the sample, of whole numbers also their range; empty where not all are
+    tensors."""
     names = [str(node.target) for node in zipped.graph.nodes if node.op == "placeholder"]
     values = flat_inputs(zipped, call)
     if not all(isinstance(value, Tensor) for value in values):
         return []
-    return [
-        {"name": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        for name, value in zip(names, values, strict=True)
-    ]
+    found = []
+    for name, value in zip(names, values, strict=True):
+        own = {"name": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if value.numel() and not value.is_floating_point() and not value.is_complex():
+            own["range"] = [int(value.min()), int(value.max())]
+        found.append(own)
+    return found
 
 
 def make_report(

@@ -89,7 +89,7 @@ def output_names(network: fx.GraphModule) -> list[str]:
 
 
 def _sample(network: fx.GraphModule) -> Call:
-    """A batch in the shapes and dtypes with which the network was compiled."""
+    """A batch in the shapes and dtypes with which the network was compiled, whole numbers in the range they had then."""
     meta = getattr(network, "meta", {})
     known = meta.get("fxzip_inputs") or meta.get("fxzip_report", {}).get("inputs")
     if not known:
@@ -102,6 +102,9 @@ def _sample(network: fx.GraphModule) -> Call:
         value = torch.zeros(entry["shape"], dtype=dtype)
         if dtype.is_floating_point:
             value = torch.randn(entry["shape"], generator=generator).to(dtype)
+        elif "range" in entry:  # numbers of tokens, masks: zeros alone may mean that nothing is there
+            least, most = entry["range"]
+            value = torch.randint(least, most + 1, entry["shape"], generator=generator).to(dtype)
         values.append(value.to(device))
     return Call(tuple(values), {})
 
