@@ -68,13 +68,7 @@ def run(asked: Settings) -> Result:
     originals = {} if recipe is None else networks(recipe.models)
     if originals and set(originals) != set(tasks):
         raise RecipeError(f"The recipe is of {', '.join(originals)}; `{flags.target}` is of {', '.join(tasks)}.")
-    if recipe is not None and isinstance(recipe.sample_input, Location):
-        name = recipe.sample_input.relative
-        if isinstance(called(function_of(name, "sample_input"), {}, name, "sample_input"), fxzip.PerModel):
-            raise RecipeError(
-                "`fxzip evaluate --recipe` compares networks that take the same inputs; those of the recipe take inputs of "
-                "their own. Leave `--recipe` out, and give labelled data of each task with all inputs."
-            )
+    _check_inputs(recipe)
     found = sources(data, _known(network, tasks, recipe, originals), "data", labels=True)
     for own in originals.values():
         for text in own.notes:
@@ -86,6 +80,18 @@ def run(asked: Settings) -> Result:
             f"`--recipe` name the originals. The tasks are {', '.join(tasks)}."
         )
     return _judged(network, tasks, found, originals, labelled)
+
+
+def _check_inputs(recipe: ZipRecipe | None) -> None:
+    """Raises if the networks of a recipe take inputs of their own, which `fxzip.agreement` does not compare."""
+    if recipe is None or not isinstance(recipe.sample_input, Location):
+        return
+    name = recipe.sample_input.relative
+    if isinstance(called(function_of(name, "sample_input"), {}, name, "sample_input"), fxzip.PerModel):
+        raise RecipeError(
+            "`fxzip evaluate --recipe` compares networks that take the same inputs; those of the recipe take inputs of "
+            "their own. Leave `--recipe` out, and give labelled data of each task with all inputs."
+        )
 
 
 def _judged(

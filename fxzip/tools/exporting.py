@@ -89,7 +89,7 @@ def output_names(network: fx.GraphModule) -> list[str]:
 
 
 def _sample(network: fx.GraphModule) -> Call:
-    """A batch in the shapes and dtypes with which the network was compiled, whole numbers in the range they had then."""
+    """A batch in the shapes and dtypes with which the network was compiled, whole numbers in their range then."""
     meta = getattr(network, "meta", {})
     known = meta.get("fxzip_inputs") or meta.get("fxzip_report", {}).get("inputs")
     if not known:
