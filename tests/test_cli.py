@@ -276,6 +276,25 @@ def test_interrupted_commands_leave_nothing(made, tmp_path, monkeypatch, capsys,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_done_when_a_search_or_table_was_interrupted_is_kept(made, tmp_path, monkeypatch, capsys):
+    whole, table = fxzip.compile_zip, fxzip.Table(({"method": "zip", "until": None, "cost": 1.0, "agreement": 0.9},))
+
+    def search(*given, **options):
+        raise fxzip.errors.Interrupted("stopped", zipped=whole(*given, **options))
+
+    def rows(*_, **__):
+        raise fxzip.errors.Interrupted("stopped", table=table)
+
+    monkeypatch.setattr(fxzip, "compile_zip", search)
+    monkeypatch.setattr(fxzip, "sweep", rows)
+    assert run("zip", made / "recipe.yaml", "--out", tmp_path / "zipped") == 130
+    assert "the best network so far is in" in capsys.readouterr().err
+    assert fxzip.load(tmp_path / "zipped").tasks == ("pets", "birds")
+    assert run("sweep", made / "recipe.yaml", "--out", tmp_path / "rows.csv") == 130
+    assert "interrupted; the table has the rows that were done" in capsys.readouterr().err
+    assert (tmp_path / "rows.csv").read_text().splitlines()[1].startswith("zip,")
+
+
 def test_an_interrupted_table_is_not_written(made, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

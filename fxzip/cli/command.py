@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = _run(command, asked)
         if result is not None:
             print(result.as_json() if asked.flags.json else result.text, flush=True)
+        if result is not None and result.interrupted:
+            print(f"fxzip: {result.interrupted}", file=sys.stderr)
+            return 130
     except KeyboardInterrupt:
         print("fxzip: interrupted", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ from torch import nn
 import fxzip
 from fxzip.tools.table import FIXED
 
-from ..errors import RecipeError
+from ..errors import Interrupted, RecipeError
 from .judging import labelled_batches
 from .options import with_settings
 from .output import Result, as_csv, check_target, write_whole
@@ -76,11 +76,15 @@ def _table(asked: Settings, recipe: ZipRecipe, function: Callable[..., fxzip.Tab
     for text in [*made.notes, *_unused(function.__name__, unused)]:
         note(text, quiet=quiet)
     options = {name: value for name, value in values.items() if name in known}
-    table = function(
-        list(made.modules.values()), made.sample, data=_in_order(made.batches), score=_score(made),
-        progress=False if quiet else None, **options, **given,
-    )  # fmt: skip
-    result = Result(str(table), {"rows": list(table), "note": table.note})
+    interrupted = ""
+    try:
+        table = function(
+            list(made.modules.values()), made.sample, data=_in_order(made.batches), score=_score(made),
+            progress=False if quiet else None, **options, **given,
+        )  # fmt: skip
+    except Interrupted as stop:
+        table, interrupted = stop.table, "interrupted; the table has the rows that were done"
+    result = Result(str(table), {"rows": list(table), "note": table.note}, interrupted)
     if target is not None:
         columns = [*FIXED[:-2], *table.scores, *FIXED[-2:]]
         write_whole(target, as_csv(table, columns) if target.suffix == ".csv" else result.as_json() + "\n")

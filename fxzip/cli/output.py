@@ -23,10 +23,12 @@ class Result:
     Attributes:
         text: for people.
         values: for `--json`.
+        interrupted: what Ctrl-C has cut short, where this is what was done by then.
     """
 
     text: str
     values: Any
+    interrupted: str = ""
 
     def as_json(self) -> str:
         """One document of JSON.

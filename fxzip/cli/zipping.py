@@ -8,6 +8,7 @@ from typing import Any
 
 import fxzip
 
+from ..errors import Interrupted
 from .output import Result, check_target
 from .parsing import Settings, option_values, parse, recipe_flags, recipe_keys, recipe_of
 from .preparing import note, prepare
@@ -34,11 +35,15 @@ def run(asked: Settings) -> Result:
     for text in made.notes:
         note(text, quiet=quiet)
     progress = False if quiet else None
-    zipped = fxzip.compile_zip(made.modules, made.sample, data=made.batches, progress=progress, **values)
+    interrupted = ""
+    try:
+        zipped = fxzip.compile_zip(made.modules, made.sample, data=made.batches, progress=progress, **values)
+    except Interrupted as stop:  # a search that has found something
+        zipped, interrupted = stop.zipped, f"the search was interrupted; the best network so far is in `{folder}`"
     zipped.meta["fxzip_report"] = _with_sources(zipped.report, made.preprocessing, made.notes)
     fxzip.save(zipped, folder)
     text = f"{zipped.report}\nsaved in `{folder}`"
-    return Result(text, {"folder": str(folder.absolute()), "report": zipped.report.as_dict()})
+    return Result(text, {"folder": str(folder.absolute()), "report": zipped.report.as_dict()}, interrupted)
 
 
 def _with_sources(report: fxzip.Report, preprocessing: dict[str, Any], notes: list[str]) -> fxzip.Report:
