@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from .rules.constraint_store import PinKind
+
 Ints = NDArray[np.int64]
-Why = tuple[str, str]
+Why = tuple[str, PinKind]
 """Reason and kind of a pin."""
 
 

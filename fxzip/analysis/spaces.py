@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,7 +28,11 @@ from .labelling import Labelling
 from .roles import Roles
 from .rules import Constraints
 from .rules.axis_labels import occurrences
+from .rules.constraint_store import PinKind
 from .solver import Ints, Solver, Unit, hold_unique, units_of, untangle
+
+Legality = Literal["free", "blockwise", "relabel only", "pinned"]
+"""What may be done with the features of a space, see `FeatureSpace`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +51,7 @@ class FeatureSpace:
 
     name: str
     classes: Tensor
-    legality: str
+    legality: Legality
     reason: str = ""
     tie: int | None = None
     blocks: Tensor | None = None
@@ -85,7 +90,7 @@ class FeatureSpaces:
     space_of: Tensor
     feature_of: Tensor
     tie_of: Tensor
-    pins: dict[int, tuple[str, str]]
+    pins: dict[int, tuple[str, PinKind]]
     consumed: frozenset[tuple[str, int]]
     block_of: Tensor
     touched: dict[str, set[int]] = field(default_factory=dict)
@@ -108,7 +113,7 @@ class FeatureSpaces:
         space = torch.where(tie >= 0, len(self.spaces) + tie, own.space)
         return Layout(space, torch.where(tie >= 0, self.feature_of[classes], own.feature), own.occurrence)
 
-    def pin_of(self, labels: Tensor) -> tuple[str, str] | None:
+    def pin_of(self, labels: Tensor) -> tuple[str, PinKind] | None:
         """(reason, kind) of the worst pin among the labels: output before barrier before fixed; None if free."""
         flat = labels.reshape(-1)
         found = {self.pins[c] for c in self.klass[flat[flat > 0]].unique().tolist() if c in self.pins}
@@ -178,16 +183,16 @@ def _joined(pairs: list[Tensor]) -> Ints:
 
 def _pins(
     size: int, constraints: Sequence[Constraints], further: Mapping[int, str]
-) -> tuple[Ints, list[tuple[str, str]]]:
+) -> tuple[Ints, list[tuple[str, PinKind]]]:
     """For each label the number of the reason why it is pinned (0: it is not), and the reasons."""
-    numbers = {("", ""): 0}
+    numbers: dict[tuple[str, PinKind], int] = {}
     pins = np.zeros(size, np.int64)
     for kind in ("fixed", "barrier", "output"):  # the last one written wins
         for pin in reversed([pin for stated in constraints for pin in stated.pins if pin.kind == kind]):
-            pins[pin.labels.numpy()] = numbers.setdefault((pin.reason, pin.kind), len(numbers))
+            pins[pin.labels.numpy()] = numbers.setdefault((pin.reason, pin.kind), len(numbers) + 1)
     for label, why in further.items():
-        pins[label] = numbers.setdefault((why, "fixed"), len(numbers))
-    return pins, list(numbers)
+        pins[label] = numbers.setdefault((why, "fixed"), len(numbers) + 1)
+    return pins, [("", "fixed"), *numbers]
 
 
 def _assemble(
@@ -214,7 +219,8 @@ def _assemble(
 
         index = torch.from_numpy(classes)
         space_of[index], feature_of[index] = len(spaces), torch.arange(len(classes))
-        legality, reason = ("free", "") if tie is None else ("blockwise", _TIED)
+        legality: Legality = "free" if tie is None else "blockwise"
+        reason = "" if tie is None else _TIED
         if dual[classes].any():
             legality, reason = "relabel only", _DUAL
         elif roles.both[classes].any():

@@ -15,11 +15,15 @@ unlabelled values on axes S keeps its place there (`fix`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .axis_labels import FIXED, VOID, all_features, compress, joint, occurrences, varying
+
+PinKind = Literal["fixed", "barrier", "output"]
+Touch = Literal["param", "written", "mix", "extremum", "dual"]
 
 _LOOKED_AT = 1 << 14
 _SCRAMBLE = -0x61C8864680B583EB  # an odd number without structure
@@ -32,7 +36,7 @@ class Pin:
 
     labels: Tensor
     reason: str
-    kind: str
+    kind: PinKind
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Constraints:
     blocks: list[Tensor] = field(default_factory=list)  # each [2, R]: block, member
     pins: list[Pin] = field(default_factory=list)
     consumed: list[Tensor] = field(default_factory=list)  # labels of parameters contracted with activations
-    touched: list[tuple[str, Tensor]] = field(default_factory=list)  # (a kind, see `ConstraintStore.touch`; labels)
+    touched: list[tuple[Touch, Tensor]] = field(default_factory=list)  # (a kind, see `ConstraintStore.touch`; labels)
     refusals: list[str] = field(default_factory=list)  # why only models that agree here to the bit can share the node
     sums: bool = False  # features are summed over with weights, or looked up in a table of weights
 
@@ -137,7 +141,7 @@ class ConstraintStore:
         found[labels] = True
         return found.nonzero().flatten()
 
-    def pin(self, labels: Tensor, reason: str, kind: str = "fixed") -> None:
+    def pin(self, labels: Tensor, reason: str, kind: PinKind = "fixed") -> None:
         those = self._those(labels)
         if those.numel():
             self.constraints.pins.append(Pin(those, self._placed(reason) if kind == "fixed" else reason, kind))
@@ -148,7 +152,7 @@ class ConstraintStore:
         places = ", ".join([*names, *([self.where] if self.where else [])])
         return f"{reason} ({places})" if places else reason
 
-    def touch(self, kind: str, labels: Tensor) -> None:
+    def touch(self, kind: Touch, labels: Tensor) -> None:
         """Note what a call does to these features that matters later: "param" (elementwise with a parameter), "mix" (a
         symmetric function of them all), "extremum" (one that does not see how often a value occurs), "dual" (both
         factors of a sum are activations), "written" (a parameter writes them)."""

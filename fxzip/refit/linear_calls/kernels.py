@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...rewriting.batchnorm_affine import affine_of, set_to_shift
 
 Places = tuple[Tensor, ...]
+Form = Literal["columns", "rows", "batched columns", "batched rows", "convolution"]
 
 
 def sampled_places(shape: Sequence[int], axes: Sequence[int], count: int, generator: torch.Generator) -> Places:
@@ -83,7 +84,7 @@ class Kernel:
 
     weight: Tensor
     bias: Tensor | None
-    form: str
+    form: Form
     axes: tuple[int, ...]
     groups: int = 1
     stride: tuple[int, ...] = ()
