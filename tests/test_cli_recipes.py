@@ -160,6 +160,12 @@ def test_paths_are_relative_to_where_they_are_written(written, tmp_path, monkeyp
     assert third.data.path.absolute == str(tmp_path / "all")
 
 
+def test_an_architecture_alone_is_a_model(written, tmp_path):
+    recipe = recipe_in(written(models={"a": "transformers:vit", "b": "cli_models:table"}))
+    assert recipe.models["a"].architecture.relative == "transformers:vit"
+    assert recipe.models["a"].architecture.cwd == str(tmp_path / "deep")
+
+
 def test_text_and_numbers_stay_what_they_are(written):
     arguments = {"text": "3", "number": 3, "share": 1e-3, "flag": True, "names": ["1", 2], "more": {"deep": "0.5"}}
     models = {"a": {"architecture": "x:y", "arguments": arguments}}

@@ -104,12 +104,18 @@ def _names_data(path: Sequence[str], last: str) -> bool:
 
 
 def with_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in which data are mappings, where only a path is given.
+    """Values in which data and models are mappings, where only a path or an architecture is given.
 
     >>> with_paths({"data": "images", "test": {"pets": "pets"}})
     {'data': {'path': 'images'}, 'test': {'pets': {'path': 'pets'}}}
     """
-    return {name: _with_path(own) if name in _DATA else own for name, own in values.items()}
+    found = {name: _with_path(own) if name in _DATA else own for name, own in values.items()}
+    models = found.get("models")
+    if isinstance(models, dict):
+        found["models"] = {
+            task: {"architecture": own} if isinstance(own, (str, Location)) else own for task, own in models.items()
+        }
+    return found
 
 
 def _with_path(data: Any) -> Any:
