@@ -363,7 +363,7 @@ def test_without_data_nothing_is_run_on_the_sample_and_the_report_says_what_it_c
 def test_with_data_the_refit_uses_it():
     nets = [randomise(Residual(), seed) for seed in (0, 1)]
     sample = torch.randn(2, 3, 8, 8)
-    zipped = fxzip.compile_zip(*nets, sample, data=[torch.randn(8, 3, 8, 8)], method="weights", refit="repair")
+    zipped = fxzip.compile_zip(*nets, sample, data=[torch.randn(40, 3, 8, 8)], method="weights", refit="repair")
     assert zipped.report["refit"] == "repair"
     assert not zipped.report["notes"]
 
