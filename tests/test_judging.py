@@ -107,7 +107,7 @@ def test_models_of_one_batch_size_hold_out_one_batch_at_least():
             return x.reshape(4, 3).clone()
 
     x = torch.randn(4, 3)
-    program = fxzip.trace(OneSize(), x)
+    program = fxzip.tracing.trace(OneSize(), x)
     calibration = Calibration.of([x + i for i in range(5)], program.call, 2, False)
     rest, held = hold_out(calibration, [program, program], every=10)
     assert [float((call.args[0] - x).mean()) for _, call in held.calls] == pytest.approx([4])
@@ -118,7 +118,7 @@ def test_models_of_one_batch_size_hold_out_one_batch_at_least():
 
 def test_inputs_that_are_alike_are_held_out_as_often_as_they_were_chosen():
     x = torch.ones(50, 3)
-    program = fxzip.trace(nn.Linear(3, 2), x[:2])
+    program = fxzip.tracing.trace(nn.Linear(3, 2), x[:2])
     rest, held = hold_out(Calibration.of([x], as_call(x[:2]), 2, False), [program, program], every=10)
     assert held.size == 5
     assert [len(call.args[0]) for call in rest("x")] == [45]
