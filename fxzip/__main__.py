@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .cli.command import main
+from .tools.cli.command import main
 
 __all__ = ["main"]
 

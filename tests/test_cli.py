@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 import fxzip
 from fxzip.__main__ import main
-from fxzip.cli import comparing, zipping
-from fxzip.cli.options import ELSEWHERE, options
+from fxzip.tools.cli import comparing, recipe, zipping
+from fxzip.tools.cli.options import ELSEWHERE, options
 
 TASKS = {"pets": 3, "birds": 2}
 IMAGES = {"size": 8, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
@@ -70,10 +70,9 @@ def test_zip_saves_what_compile_zip_gives(made):
     models = {}
     for task, classes in TASKS.items():
         models[task] = cli_models.small(classes)
-        fxzip.cli.checkpoints.load(models[task], fxzip.cli.checkpoints.read(made / f"{task}.safetensors"))
-    source = fxzip.cli.sources.source(
-        fxzip.cli.recipe.Data(fxzip.cli.recipe.Location(str(made / "images")), **IMAGES), None, "data", labels=False
-    )
+        fxzip.tools.cli.checkpoints.load(models[task], fxzip.tools.cli.checkpoints.read(made / f"{task}.safetensors"))
+    data = recipe.Data(recipe.Location(str(made / "images")), **IMAGES)
+    source = fxzip.tools.cli.sources.source(data, None, "data", labels=False)
     sample = next(iter(source.batches))
     expected = fxzip.compile_zip(models, sample[:4], data=source.batches, progress=False)
     loaded = fxzip.load(made / "zipped")
@@ -299,7 +298,7 @@ def test_an_interrupted_table_is_not_written(made, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparing, "write_whole", write := fxzip.cli.output.write_whole)
+    monkeypatch.setattr(comparing, "write_whole", write := fxzip.tools.cli.output.write_whole)
     monkeypatch.setattr("os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "table.csv", "a,b\n")

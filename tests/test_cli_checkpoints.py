@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fxzip.cli.checkpoints import load, read
-from fxzip.cli.models import network, networks
-from fxzip.cli.recipe import Location, Model
 from fxzip.errors import RecipeError
+from fxzip.tools.cli.checkpoints import load, read
+from fxzip.tools.cli.models import network, networks
+from fxzip.tools.cli.recipe import Location, Model
 
 
 @pytest.fixture

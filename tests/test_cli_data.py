@@ -10,13 +10,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from fxzip.cli import preparing
-from fxzip.cli.judging import labelled_batches
-from fxzip.cli.models import Network, network
-from fxzip.cli.preprocessing import Preprocessing, of_timm, of_torchvision, of_transformers
-from fxzip.cli.recipe import Data, Location, Model, ZipRecipe
-from fxzip.cli.sources import Moved, source
 from fxzip.errors import DataError, RecipeError
+from fxzip.tools.cli import preparing
+from fxzip.tools.cli.judging import labelled_batches
+from fxzip.tools.cli.models import Network, network
+from fxzip.tools.cli.preprocessing import Preprocessing, of_timm, of_torchvision, of_transformers
+from fxzip.tools.cli.recipe import Data, Location, Model, ZipRecipe
+from fxzip.tools.cli.sources import Moved, source
 
 GREY = Preprocessing((8, 8), 8, "bilinear", (0.5,), (0.5,))
 

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from fxzip.__main__ import main
-from fxzip.cli import zipping
-from fxzip.cli.parsing import recipe_in
-from fxzip.cli.recipe import Data
+from fxzip.tools.cli import zipping
+from fxzip.tools.cli.parsing import recipe_in
+from fxzip.tools.cli.recipe import Data
 
 GOOD = {
     "models": {

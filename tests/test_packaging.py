@@ -18,4 +18,4 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fxzip/")}
     files = {path for path in (ROOT / "fxzip").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert {path.relative_to(ROOT).as_posix() for path in files} == held
-    assert "fxzip/pages/vendor/cytoscape.LICENSE" in held
+    assert "fxzip/rewriting/pages/vendor/cytoscape.LICENSE" in held

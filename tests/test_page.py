@@ -16,8 +16,8 @@ from networks import Residual, Segmenter, randomise
 from torch import nn
 
 import fxzip
-from fxzip.pages.grouping import MOST_AT_FIRST, MOST_SIDE_BY_SIDE, Placed, grouped
 from fxzip.rewriting.module import is_unmerge, part_of, sources_of
+from fxzip.rewriting.pages.grouping import MOST_AT_FIRST, MOST_SIDE_BY_SIDE, Placed, grouped
 from fxzip.rewriting.report import Report
 from fxzip.rewriting.stored_facts import check_facts
 from fxzip.tools.pages import write_page
@@ -337,7 +337,7 @@ def test_it_needs_no_network_and_runs_its_own_scripts_only(tmp_path):
 
 
 def test_vendored_scripts_are_as_their_table_says():
-    vendor = files("fxzip.pages") / "vendor"
+    vendor = files("fxzip.rewriting.pages") / "vendor"
     table = (vendor / "README.md").read_text()
     for name in ("cytoscape.min.js", "dagre.min.js"):
         assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() in table

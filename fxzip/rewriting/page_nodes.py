@@ -8,11 +8,11 @@ from typing import Any
 from torch import fx, nn
 
 from ..ops import merge, mix, require, unmerge
-from ..pages import Node, Placed, Stop
-from ..pages.grouping import common
 from ..partition.alignment import attribute
 from .module import EmittedModule, is_unmerge, part_of, sources_of
 from .node_facts import path_of
+from .pages import Node, Placed, Stop
+from .pages.grouping import common
 
 _GIVEN_BACK: Mapping[Any, str] = {unmerge: "gather", mix: "matrix product", merge: "weighted means"}
 _NONE: Mapping[str, Any] = {

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ops import mix
-from ..pages import Costs, Node, Page, Point, Space, Task, fragment, grouped, page_html
 from .module import EmittedModule
 from .page_nodes import Nodes, Places
+from .pages import Costs, Node, Page, Point, Space, Task, fragment, grouped, page_html
 
 if TYPE_CHECKING:
     from .report import Report

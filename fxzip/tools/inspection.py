@@ -14,10 +14,10 @@ from ..analysis.checking import Check
 from ..analysis.labelling import Barrier, Labelling
 from ..analysis.rules import Rule
 from ..analysis.spaces import FeatureSpace, FeatureSpaces, solve
-from ..pages import fragment
 from ..partition.dependencies import relations
 from ..partition.node_names import cut_names
 from ..partition.own import fixed_places
+from ..rewriting.pages import fragment
 from ..tracing import check_model, plain_context, trace
 from ..tracing.calls import as_call
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..pages import fragment
+from ..rewriting.pages import fragment
 from .plotting import axes
 
 FIXED = ("method", "refit", "until", "max_cost", "cost", "parameters", "agreement", "worst", "seconds", "error")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import RecipeError
-from ..tools.pages import write_page
+from ...errors import RecipeError
+from ..pages import write_page
 from .evaluating import opened
 from .output import Result, check_target
 from .parsing import Flags, Settings, parse

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxzip.matching import resolve
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 from .models import Network, networks
 from .packages import called, function_of
 from .preprocessing import Preprocessing, chosen

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 from .packages import first_line
 
 WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "net", "weights")

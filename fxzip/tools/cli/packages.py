@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 
 
 def needed(module: str, extra: str) -> Any:

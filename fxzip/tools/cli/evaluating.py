@@ -13,7 +13,7 @@ import torch
 import fxzip
 from fxzip.rewriting.module import ZippedModule
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 from .judging import labelled_batches, onnx_network
 from .models import Network, networks
 from .output import Result

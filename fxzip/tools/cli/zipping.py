@@ -8,7 +8,7 @@ from typing import Any
 
 import fxzip
 
-from ..errors import Interrupted
+from ...errors import Interrupted
 from .output import Result, check_target
 from .parsing import Settings, option_values, parse, recipe_flags, recipe_keys, recipe_of
 from .preparing import note, prepare

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 from .messages import readable
 from .options import options, with_settings
 from .reading import override, read, with_paths

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fxzip
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 from .evaluating import opened
 from .output import Result, check_target
 from .parsing import Flags, Settings, parse

@@ -77,7 +77,7 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     result = Environment(
-        loader=PackageLoader("fxzip", "pages/templates"),
+        loader=PackageLoader("fxzip", "rewriting/pages/templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

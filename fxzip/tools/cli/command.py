@@ -17,7 +17,7 @@ from typing import Any
 
 import fxzip
 
-from ..errors import CutError, FxzipError, FxzipWarning, InputError, OptionError, RecipeError
+from ...errors import CutError, FxzipError, FxzipWarning, InputError, OptionError, RecipeError
 from . import comparing, demonstration, evaluating, exporting, inspecting, reporting, zipping
 from .output import Result
 from .parsing import Settings

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 from .recipe import Data, Location
 
 LOCATIONS = ("architecture", "checkpoint", "path", "labels", "classes", "sample_input")

@@ -19,7 +19,7 @@ import fxzip
 from fxzip.matching import METHODS
 from fxzip.refit import REFITS, LeastSquares
 
-from ..errors import OptionError, RecipeError
+from ...errors import OptionError, RecipeError
 
 ELSEWHERE = {
     "models": "the recipe's `models`",

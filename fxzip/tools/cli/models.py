@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 from . import checkpoints
 from .packages import called, function_of, needed
 from .preprocessing import Preprocessing, of_timm, of_torchvision, of_transformers

@@ -12,7 +12,7 @@ from torch import nn
 import fxzip
 from fxzip.tools.table import FIXED
 
-from ..errors import Interrupted, RecipeError
+from ...errors import Interrupted, RecipeError
 from .judging import labelled_batches
 from .options import with_settings
 from .output import Result, as_csv, check_target, write_whole

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxzip.rewriting.module import ZippedModule
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 from .packages import first_line, needed
 from .sources import Moved, Source
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fxzip import PerModel
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 from .images import ImageFiles, Images
 from .packages import called, function_of, needed
 from .preprocessing import Preprocessing, chosen

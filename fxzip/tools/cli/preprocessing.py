@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 from .packages import needed
 from .recipe import Data
 
