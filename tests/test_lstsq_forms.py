@@ -274,3 +274,27 @@ def test_values_that_are_asked_for_again_are_computed_from_the_inputs() -> None:
     zipped = fxzip.compile_zip(models, ids[:4], data=[ids[:40], ids[40:]], until="cell_1", progress=False)
     assert "least squares" in " ".join(zipped.report.notes)
     assert all(found.shape == (64, 3) for found in zipped(ids))
+
+
+class Mixer(nn.Module):
+    """A call over the tokens: the channels, features of the trunk, lie across its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a, self.b, self.last = nn.Embedding(11, 6), nn.Linear(5, 4), nn.Linear(4, 5), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids)
+        h = h + self.b(F.silu(self.a(h.transpose(1, 2)))).transpose(1, 2)
+        return self.last(h.mean(1))
+
+
+@pytest.mark.parametrize("until", ["table", "a", "silu", None])
+def test_features_of_the_trunk_that_lie_across_are_in_its_order(until: str | None) -> None:
+    model = randomise(Mixer(), 0).double()
+    ids = torch.randint(11, (96, 5), generator=torch.Generator().manual_seed(0))
+    twin = fxzip.relabel(model, ids[:4], seed=3)
+    assert not torch.equal(twin.get_parameter("table.weight"), model.table.weight)
+    zipped = fxzip.compile_zip(model, twin, ids[:4], data=[ids], until=until, progress=False)
+    for found in zipped(ids):
+        close(found, model(ids), rtol=1e-6, atol=1e-6)

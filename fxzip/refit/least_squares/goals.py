@@ -153,36 +153,70 @@ class TrunkGoals:
 
 @dataclass(frozen=True, eq=False)
 class HeadGoals:
-    """The goals of calls and nodes of one head: what its own network has there."""
+    """The goals of calls and nodes of one head: what its own network has there.
+
+    Attributes:
+        original: the network.
+        counterparts: of its calls.
+        plan: what is merged.
+        model: which network it is.
+    """
 
     original: Lockstep
     counterparts: Counterparts
-    labelling: Labelling
+    plan: ZipPlan
+    model: int
+
+    @property
+    def labelling(self) -> Labelling:
+        """Labels of the network."""
+        return self.plan.trunk.labellings[self.model]
 
     def of(self, unit: Unit, site: Site) -> Goal | None:
         """For a call of a unit.
 
         Raises:
-            Unfit: the original does not have it as a value.
+            Unfit: the original does not have it as a value, or has its features in another order.
         """
         if unit.kernel is None:
             return self.at(site.output)
         if site.norm is not None:
+            self._in_order(self.labelling.fields.get(self._twin(site.norm).name, ()))
             return Goal(unit.kernel.axes, (Reading(self.original, self._twin(site.norm), None),), None)
         _, axes, flat = _seen(unit, site)
         if site.returned is not None:
+            self._in_order(self.labelling.fields.get(self._twin(site.output).name, ()))
             return Goal(axes, (Reading(self.original, self._twin(site.output), None),), None, flat)
         call = self.counterparts.of(site, self._twin(site.node).name, biased=unit.kernel.bias is not None)
+        self._in_order(labels_at(self.labelling, call.start[0].name, call.start[1]))
         return Goal(axes, (Reading(self.original, *call.end),), None, flat)
 
     def at(self, node: fx.Node) -> Goal | None:
         """For what a node returns; None where its features do not lie in one order."""
         twin = self._twin(node)
         fields = self.labelling.fields.get(twin.name, ())
-        if len(fields) != 1:
+        if len(fields) != 1 or self._of_the_trunk(fields):
             return None
         axes = tuple(sorted(varying(fields[0])))
         return Goal(axes, (Reading(self.original, twin, None),), None) if axes else None
+
+    def _in_order(self, fields: Sequence[Tensor]) -> None:
+        if self._of_the_trunk(fields):
+            raise Unfit("its values hold features of the trunk beside its own, in the order of the trunk")
+
+    def _of_the_trunk(self, fields: Sequence[Tensor]) -> bool:
+        """Whether some of the fields are those of spaces that the head reads as they are merged, in another order than
+        the network's own."""
+        trunk, k = self.plan.trunk, self.model
+        spaces, numbers = trunk.spaces[k], {own: s for s, own in enumerate(trunk.partners[k])}
+        for labels in fields:
+            reached = trunk.reach[k][labels.reshape(-1)]
+            here = spaces.space_of[spaces.klass[reached[reached > 0]]].unique().tolist()
+            for number in {numbers[own] for own in here if own >= 0} & self.plan.folded[k]:
+                matrix = self.plan.merges[number].U(k)
+                if matrix.shape[0] != matrix.shape[1] or not torch.equal(matrix, torch.eye(len(matrix)).to(matrix)):
+                    return True
+        return False
 
     def _twin(self, node: fx.Node) -> fx.Node:
         twin: fx.Node = self.original.nodes[sources_of(node)[0]]

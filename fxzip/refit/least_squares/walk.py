@@ -111,7 +111,7 @@ class Walk:
         result = {"trunk": part("trunk", self.originals, goals, goals)}
         for k, original in enumerate(self.originals):
             mine, own = self.counterparts[k], self.plan.heads.get(k)
-            whole = HeadGoals(original, mine, self.plan.trunk.labellings[k])
+            whole = HeadGoals(original, mine, self.plan, k)
             merged = None if own is None else TrunkGoals(own, [original], [mine], sources)
             aims = whole if merged is None else NarrowGoals(merged, whole)
             result[f"head {k}"] = part(f"head {k}", [original], aims, merged)
