@@ -462,7 +462,7 @@ def test_features_that_are_not_finite():
 
 
 def test_compile_zip_asks_before_it_works(monkeypatch):
-    monkeypatch.setattr("fxzip.compiler.pipeline.observe", lambda *_: pytest.fail("observed"))
+    monkeypatch.setattr("fxzip.compiler.session.observe", lambda *_: pytest.fail("observed"))
     data = fxzip.PerModel([X], [X])
     with pytest.raises(fxzip.InputError, match=r"of at least two classes; head 1 returns \(3, 1\)"):
         fxzip.compile_zip(Classifier(2), Classifier(1), X[:3], data=data, joint=True, progress=False)

@@ -105,7 +105,7 @@ def pair(first, call, x, times=1):
 
 def merged(nets, x, refit):
     """The zip, and a network of the first's class with the parameters of its trunk."""
-    zipped = fxzip.compile_zip(*nets, x[:2], data=[x], method="average", refit=refit, progress=False)
+    zipped = fxzip.compile_zip(*nets, x[:2], data=[x], method="average", refit=refit, hold_out=False, progress=False)
     net = copy.deepcopy(nets[0])
     own = {name.removeprefix("trunk."): value for name, value in zipped.state_dict().items()}
     net.load_state_dict({k: v for k, v in own.items() if k in net.state_dict()}, strict=False)
@@ -174,7 +174,7 @@ def test_linear_calls_get_the_direct_solution(kind: str) -> None:
 def test_twins_stay_exact(kind: str) -> None:
     call, first, x, _ = LINEAR[kind]
     net = pair(first, call, x)[0]
-    zipped = fxzip.compile_zip(net, net, x[:2], data=[x], method="permute", refit=FIT, progress=False)
+    zipped = fxzip.compile_zip(net, net, x[:2], data=[x], method="permute", refit=FIT, hold_out=False, progress=False)
     for head in zipped(x):
         torch.testing.assert_close(head, net(x), rtol=1e-10, atol=1e-10)
 
@@ -249,7 +249,7 @@ def attentions(**options):
 
 
 def merged_attention(nets, x, refit):
-    zipped = fxzip.compile_zip(*nets, x[:2], data=[x], method="average", refit=refit, progress=False)
+    zipped = fxzip.compile_zip(*nets, x[:2], data=[x], method="average", refit=refit, hold_out=False, progress=False)
     net = copy.deepcopy(nets[0])
     own = {name.removeprefix("trunk."): value for name, value in zipped.state_dict().items()}
     net.load_state_dict({k: v for k, v in own.items() if k in net.state_dict()}, strict=False)
@@ -294,7 +294,7 @@ def test_attention_with_projections_apart_is_fitted() -> None:
             return self.head(torch.tanh(self.attention(y, k, v, need_weights=False)[0]).mean(1))
 
     nets = [Cross(2).double().eval(), Cross(3).double().eval()]
-    zipped = fxzip.compile_zip(*nets, x[:2], data=[x], method="average", refit=FIT, progress=False)
+    zipped = fxzip.compile_zip(*nets, x[:2], data=[x], method="average", refit=FIT, hold_out=False, progress=False)
     fitted = zipped.meta["fxzip_fit"].fitted
     names = {name.split("attention.")[1].rstrip(")") for name in fitted if "attention." in name}
     assert names == {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"}
@@ -429,7 +429,7 @@ class Left(nn.Module):
 def test_what_is_left_is_named_with_the_reason() -> None:
     x = random(9, 5, 3)
     nets = [Left(2).double(), Left(3).double()]
-    zipped = fxzip.compile_zip(*nets, x[:2], data=[x], method="average", refit=FIT, progress=False)
+    zipped = fxzip.compile_zip(*nets, x[:2], data=[x], method="average", refit=FIT, hold_out=False, progress=False)
     notes = zipped.report["notes"]
     assert any(
         "left as zipped, since `mm` is no linear call with a parameter as its weight: `linear`" in note
@@ -452,7 +452,7 @@ class Tied(nn.Module):
 def test_a_weight_that_something_else_reads_is_left() -> None:
     x = torch.randint(7, (20, 5))
     nets = [Tied(2).double(), Tied(3).double()]
-    zipped = fxzip.compile_zip(*nets, x[:2], data=[x], method="average", refit=FIT, progress=False)
+    zipped = fxzip.compile_zip(*nets, x[:2], data=[x], method="average", refit=FIT, hold_out=False, progress=False)
     assert any("since `embed` reads its parameters too: `out`" in note for note in zipped.report["notes"])
     assert torch.equal(zipped.trunk.embed.weight, sum(net.embed.weight for net in nets) / 2)
 
@@ -478,7 +478,9 @@ def test_shifts_of_normalisations_are_no_biases_of_the_call_in_front() -> None:
     with torch.no_grad():
         for param in net.parameters():
             param.uniform_(-1, 1)
-    zipped = fxzip.compile_zip(net, fxzip.relabel(net, x[:2]), x[:2], data=[x], method="permute", progress=False)
+    zipped = fxzip.compile_zip(
+        net, fxzip.relabel(net, x[:2]), x[:2], data=[x], method="permute", hold_out=False, progress=False
+    )
     for found in zipped(x):
         torch.testing.assert_close(found, net(x), rtol=1e-9, atol=1e-9)
     left = zipped.meta["fxzip_fit"].left

@@ -76,7 +76,7 @@ def test_the_bound_is_kept(make, shape, mebibytes):
 
 def test_the_note_says_how_many_inputs_were_used():
     x = [torch.randn(50, 16) for _ in range(4)]
-    options = {"data": x, "progress": False, "verify": False}
+    options = {"data": x, "progress": False, "verify": False, "hold_out": False}
     zipped = fxzip.compile_zip(
         mlp(3, 1), mlp(4, 2), x[0], refit=fxzip.LeastSquares(memory=200_000, least=16), **options
     )

@@ -258,7 +258,7 @@ class Late:
 def test_features_that_are_not_finite_during_the_refit_are_named(models, refit, node):
     data = Late(images(8, 1), images(8, 2), images(8, 3))
     with pytest.raises(fxzip.DataError, match=rf"^Features must be finite; node {node}.* on batch 1 of `data`\."):
-        fxzip.compile_zip(*models, images(2, 0), data=data, refit=refit, progress=False)
+        fxzip.compile_zip(*models, images(2, 0), data=data, refit=refit, hold_out=False, progress=False)
 
 
 def test_a_gram_matrix_that_overflows_is_named():
