@@ -140,7 +140,7 @@ def zipped(found: Material, seeds: Sequence[int], methods: Sequence[str]) -> Ite
         pair = found.trained[first : first + 2]
         rows = [("side by side", fxzip.side_by_side(pair, found.drawn[0][:2]))]
         for method in methods:
-            settings = {"data": found.drawn, "method": method, "refit": "lstsq", "progress": False}
+            settings = {"data": found.drawn, "method": method, "refit": "lstsq", "hold_out": False, "progress": False}
             rows.append((f"{method}, lstsq", fxzip.compile_zip(pair, found.drawn[0][:2], **settings)))
         for name, network in rows:
             own = evaluate_heads(

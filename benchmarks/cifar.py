@@ -85,6 +85,7 @@ def evaluate_zipped(
         **parse_width(width),
         refit=None if refit == "none" else refit,
         joint=settings.joint,
+        hold_out=settings.hold_out,
         progress=False if settings.quiet else None,
     )
     seconds = time.perf_counter() - start
@@ -250,6 +251,7 @@ def parser() -> argparse.ArgumentParser:
     add("--draws", type=int, default=1, help="draws of them, with seeds from --seed on; rows then show mean ± spread")
     add("--data-per-model", action="store_true", help="give `data` as one iterable per model instead of mixed batches")
     add("--joint", action="store_true", help="fit shifts of the heads' logits (`joint=True`); implies --data-per-model")
+    add("--hold-out", action="store_true", help="keep every tenth calibration image out of the fits, as by default")
     add("--batch-size", type=int, default=125, help="of the calibration batches")
     add("--seed", type=int, default=0, help="of the calibration images; with --train, of the first network")
     add(

@@ -225,7 +225,7 @@ def measure(pair: Pair, odd: bool, **options: Any) -> dict[str, Any]:
     nets = [trained(pair, task, odd) for task in (0, 1)]
     torch.manual_seed(99)
     data = list(pair.inputs(512).split(64))
-    zipped = fxzip.compile_zip(*nets, data[0][:4], data=data, progress=False, **options)
+    zipped = fxzip.compile_zip(*nets, data[0][:4], data=data, hold_out=False, progress=False, **options)
     x = pair.inputs(4000)
     with torch.no_grad():
         found = zipped(x)

@@ -24,7 +24,9 @@ def _seeded():
         yield
 
 
-@pytest.mark.parametrize("page", [README, GUIDE], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [pytest.param(README, id="README"), pytest.param(GUIDE, id="guide", marks=pytest.mark.slow)]
+)
 def test_the_blocks_run_in_order_as_one_program(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
