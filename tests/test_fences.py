@@ -118,9 +118,7 @@ PUBLIC = {  # what users call by hand may take many options, all but the first f
 STILL_TOO_MANY = {  # known; nothing may join
     "analysis.rules.contraction._roles",
     "analysis.spaces._assemble",
-    "compiler.session.Session.open",
     "partition.trunk.trunk_of",
-    "tools.comparison._Rows.of",
     "tools.demo.train",
 }
 

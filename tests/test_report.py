@@ -11,7 +11,7 @@ import fxzip
 from fxzip.analysis.flops import flops_by_node
 from fxzip.matching import Merge
 from fxzip.matching.moments import moments
-from fxzip.rewriting.space_facts import lost
+from fxzip.matching.reconstruction import unexplained_share
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -69,12 +69,12 @@ def test_the_error_of_a_space_is_what_its_features_lose(kind):
     rest = (both - both @ merge.merge.T @ merge.unmerge.T).square().sum(0).split([40, 50])
     whole = both.square().sum(0).split([40, 50])
     expected = [float(a.sum() / b.sum()) for a, b in zip(rest, whole, strict=True)]
-    assert lost(merge, moments(x)) == pytest.approx(expected, rel=1e-9)
+    assert unexplained_share(merge, moments(x)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_features_that_do_not_vary_lose_nothing_that_can_be_told():
     x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
-    error = lost(Merge.identity(3, models=2), moments([x, torch.full((100, 3), 0.1)]))
+    error = unexplained_share(Merge.identity(3, models=2), moments([x, torch.full((100, 3), 0.1)]))
     assert error[1] is None
     assert error[0] == pytest.approx(0.25)
 

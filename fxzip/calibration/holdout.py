@@ -3,8 +3,7 @@
 A share 1/n of the calibration inputs is held out: counted through all batches of a source, inputs n-1, 2n-1, … of it.
 All stages see the others only. In later passes the inputs held out are known by a checksum of their content, so that a
 loader that shuffles does not mix the two up, and nothing but them has to be kept. A search, which reads the data again
-and again, keeps all of it. Where a model takes one batch size
-only, whole batches are held out.
+and again, keeps all of it. Where a model takes one batch size only, whole batches are held out.
 
 Head k is compared with model k (see `agreement.py`). Where there is one source of data per model, a head is compared on
 the inputs of its own model. That is what to give for models of different tasks: what a head says of inputs of another
@@ -164,8 +163,8 @@ class Without:
             for own in mine:
                 keep.append(left[source][own] <= 0)
                 left[source][own] -= 1
-            if any(keep):
-                yield source, call if all(keep) else _chosen(call, torch.tensor(keep))
+            if any(keep):  # of a whole batch there is one answer for all rows
+                yield source, call if self.whole else _chosen(call, torch.tensor(keep))
 
 
 def checksum(call: Call) -> int:

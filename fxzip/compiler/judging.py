@@ -84,7 +84,7 @@ def _about_the_trunk(session: Session, report: Mapping[str, Any]) -> list[tuple[
         found.append((TrunkWarning, text))
 
     exact = session.survey.shared_layers
-    if exact is not None and trunk > sum(session.survey.flops[0].get(name, 0) for name in exact.nodes):
+    if exact is not None and trunk > session.survey.shared_flops:
         text = f"the models share their first layers, to the bit: `until={exact.until!r}` is exact"
         found.append((TrunkWarning, text))
     return found

@@ -208,6 +208,9 @@ class Options:
         by_position: features that cannot be matched are averaged place by place.
         max_batches: most batches of each source that are read in a pass.
         rules: by ATen call; None: `fxzip.RULES`.
+        data_free: nothing is read from data.
+        compared_by: what compares zips on held-out inputs, as errors name it; for it every fifth input of the data is
+            held out, and ten of each source at least. "": nothing does.
     """
 
     start: str | Sequence[str] | None = None
@@ -218,3 +221,5 @@ class Options:
     by_position: bool = False
     max_batches: int = MAX_BATCHES
     rules: Mapping[str, Rule] | None = None
+    data_free: bool = False
+    compared_by: str = ""

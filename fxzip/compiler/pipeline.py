@@ -7,7 +7,6 @@ trace -> label, self-check -> align (`Session.open`) -> find_trunk -> observe (`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -18,7 +17,6 @@ from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
 from ..errors import Interrupted
 from ..matching import Method
-from ..partition.cut_points import SharedLayers
 from ..refit import Refit, refit_with_notes
 from ..refit.recording import recorded_statistics
 from ..rewriting.emit import rewrite
@@ -158,11 +156,11 @@ def compile_zip(
     cut = cut_request(until, min_agreement, max_cost, by_need=by_need)
     options = Options(
         start=start, joint=joint, hold_out=hold_out, verify=verify, strict=strict, by_position=recipe.by_position,
-        max_batches=max_batches, rules=rules,
+        max_batches=max_batches, rules=rules, data_free=recipe.data_free,
+        compared_by='`until="auto"`' if isinstance(cut, (DeepestAgreeing, BestWithin)) else "",
     )  # fmt: skip
-    fifth = '`until="auto"`' if isinstance(cut, (DeepestAgreeing, BestWithin)) else ""
     with Display(show=progress) as display:
-        session = Session.open(given, data, options, display, fifth=fifth, data_free=recipe.data_free)
+        session = Session.open(given, data, options, display)
         try:
             return finished(session, _zipped(session, recipe, cut))
         except Interrupted as stop:
@@ -175,18 +173,15 @@ def _zipped(session: Session, recipe: Recipe, cut: CutRequest) -> ZippedModule:
     if isinstance(cut, FixedCut):
         return _at(session, recipe, cut.until)
     if isinstance(cut, EarliestAffordable):
-        return earliest_affordable(
-            session, session.candidates(recipe, observe_now=False), partial(_observed_and_assembled, session, recipe),
-            cut.max_cost,
-        )  # fmt: skip
+        return earliest_affordable(session, partial(_at, session, recipe), cut.max_cost)
 
-    exact = session.survey.shared_layers
-    if isinstance(cut, DeepestAgreeing) and exact is not None and _share(session, exact) >= SMALL_TRUNK:
+    exact, small = session.survey.shared_layers, SMALL_TRUNK * sum(session.survey.flops[0].values())
+    if isinstance(cut, DeepestAgreeing) and exact is not None and session.survey.shared_flops >= small:
         return exactly_shared(_at(session, recipe, exact.until), exact.until)
 
     candidates = session.candidates(recipe)
     solo = session.solo([one.observed.trunk for one in candidates], recipe)
-    build = partial(_assembled, session, recipe, solo)
+    build = partial(assemble, session, recipe=recipe, solo=solo)
     if isinstance(cut, BestWithin):
         return best_agreeing(session, candidates, build, cut.max_cost)
     return deepest_agreeing(session, candidates, build, cut.min_agreement)
@@ -195,15 +190,6 @@ def _zipped(session: Session, recipe: Recipe, cut: CutRequest) -> ZippedModule:
 def _at(session: Session, recipe: Recipe, until: str | float | None) -> ZippedModule:
     candidate = session.candidate(until, recipe)
     return assemble(session, candidate, recipe, session.solo([candidate.observed.trunk], recipe))
-
-
-def _assembled(session: Session, recipe: Recipe, solo: Mapping[int, Observed], candidate: Candidate) -> ZippedModule:
-    return assemble(session, candidate, recipe, solo)
-
-
-def _observed_and_assembled(session: Session, recipe: Recipe, candidate: Candidate) -> ZippedModule:
-    observed = session.observed(candidate.observed.trunk, recipe)
-    return assemble(session, replace(candidate, observed=observed), recipe)
 
 
 def assemble(
@@ -243,12 +229,6 @@ def assemble(
     report = make_report(zipped, zipping, settings, observed.moments, moments)
     zipped.meta["fxzip_report"] = report.noting(*overspent(report, recipe.width), *_saves_nothing(report))
     return zipped
-
-
-def _share(session: Session, exact: SharedLayers) -> float:
-    """Of the first model's FLOPs, those of layers that the models share."""
-    flops = session.survey.flops[0]
-    return sum(flops.get(name, 0) for name in exact.nodes) / max(sum(flops.values()), 1)
 
 
 def finished(session: Session, zipped: ZippedModule) -> ZippedModule:

@@ -22,6 +22,7 @@ from ..partition.cut_points import Cut
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
 from .session import Candidate, Session
+from .survey import cuts_and_trunks
 
 Build = Callable[[Candidate], ZippedModule]
 """Zips at a cut."""
@@ -160,17 +161,21 @@ def deepest_agreeing(session: Session, candidates: Sequence[Candidate], build: B
     return trials.noted({"until": cuts[place].until}, note)
 
 
-def earliest_affordable(session: Session, candidates: Sequence[Candidate], build: Build, limit: float) -> ZippedModule:
+def earliest_affordable(
+    session: Session, zipped_at: Callable[[str | float | None], ZippedModule], limit: float
+) -> ZippedModule:
     """The zip of the earliest cut that costs at most `limit`: of those, the one that shares least.
+
+    `zipped_at` makes a zip of which nothing but the cut is known.
 
     Raises:
         CutError: even the full trunk costs more.
     """
-    cuts = [candidate.cut for candidate in candidates]
+    cuts, _ = cuts_and_trunks(session.survey)
     first = next((i for i, cut in enumerate(cuts) if cut.cost <= limit), len(cuts) - 1)
     for place in range(first, len(cuts)):  # unmerging may cost a little more than a cut lets expect
         session.display.about(f"cut {_place(cuts[place])}")
-        zipped = build(candidates[place])
+        zipped = zipped_at(cuts[place].until)
         cost = zipped.report.cost
         if cost <= limit:
             note = f'`until="auto"` chose {_place(cuts[place])} of {len(cuts)} cuts: cost {cost:.3f} of at most {limit}'

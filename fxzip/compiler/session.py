@@ -63,10 +63,7 @@ class Session:
     held: HeldOut | None
 
     @classmethod
-    def open(
-        cls, given: Given, data: Any, options: Options, display: Display, *, fifth: str = "", held_out: Any = None,
-        data_free: bool = False,
-    ) -> Session:  # fmt: skip
+    def open(cls, given: Given, data: Any, options: Options, display: Display, *, held_out: Any = None) -> Session:
         """Look at the models, and hold inputs out.
 
         Args:
@@ -74,9 +71,7 @@ class Session:
             data: as in `compile_zip`.
             options: of the request.
             display: shows how far the request is.
-            fifth: what needs every fifth input held out, and ten at least, for the error; "": a tenth will do.
-            held_out: batches to hold out instead.
-            data_free: nothing is read from data.
+            held_out: batches to hold out instead of inputs of `data`.
 
         Raises:
             InputError, OptionError, TraceError, AlignError, DataError, BarrierError, SelfCheckError: see
@@ -84,7 +79,7 @@ class Session:
         """
         models, call = given.networks, given.call
         _check_start(call, options)
-        if data_free:
+        if options.data_free:
             calibration = Calibration.none(call)
         else:
             calibration = _calibration(given, data, options, display)
@@ -101,8 +96,8 @@ class Session:
             if held_out is not None:
                 batches = _calibration(given, held_out, options, display)("holding out")
                 held = HeldOut.of(list(batches.by_source()), programs)
-            elif fifth:
-                calibration, held = hold_out(calibration, programs, every=EVERY_FIFTH, needed_by=fifth)
+            elif options.compared_by:
+                calibration, held = hold_out(calibration, programs, every=EVERY_FIFTH, needed_by=options.compared_by)
             elif options.hold_out and data is not None:
                 calibration, held = hold_out(calibration, programs, every=EVERY_TENTH)
         return cls(given, options, display, found, calibration, held)
@@ -112,10 +107,9 @@ class Session:
         trunk = self.survey.sound(self.survey.trunk(until)).trunk
         return Candidate(Cut.of(until), self.observed(trunk, recipe))
 
-    def candidates(self, recipe: Recipe, *, limit: int = 32, observe_now: bool = True) -> list[Candidate]:
+    def candidates(self, recipe: Recipe) -> list[Candidate]:
         """Every place where the trunk may end, in a row; all are observed in one pass over the data."""
-        cuts, trunks = cuts_and_trunks(self.survey, limit)
-        return self._observed_all(cuts, trunks, recipe) if observe_now else self._unobserved(cuts, trunks)
+        return self._observed_all(*cuts_and_trunks(self.survey), recipe)
 
     def candidates_at(self, cuts: Sequence[str | float | None], recipe: Recipe) -> list[Candidate]:
         """The trunks that end at these places."""
@@ -126,9 +120,6 @@ class Session:
         with self.display.stage("observing"):
             moments = observe_all(trunks, self.calibration("observing") if recipe.observes else ())
         return [Candidate(cut, Observed(trunk, own)) for cut, trunk, own in zip(cuts, trunks, moments, strict=True)]
-
-    def _unobserved(self, cuts: Sequence[Cut], trunks: Sequence[Trunk]) -> list[Candidate]:
-        return [Candidate(cut, Observed(trunk, {})) for cut, trunk in zip(cuts, trunks, strict=True)]
 
     def observed(self, trunk: Trunk, recipe: Recipe) -> Observed:
         """A trunk with what the data show of it, if the recipe asks for that."""

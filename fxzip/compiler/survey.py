@@ -63,6 +63,12 @@ class Survey:
         """First layers that all models have in common to the bit."""
         return shared_layers(self.alignment, self.labellings[0])
 
+    @property
+    def shared_flops(self) -> int:
+        """FLOPs of these layers in model 0."""
+        nodes = self.shared_layers.nodes if self.shared_layers is not None else ()
+        return sum(self.flops[0].get(name, 0) for name in nodes)
+
     @cached_property
     def whole_trunks(self) -> dict[int, Trunk]:
         """Each model as a trunk by itself, by its number; those without parameters are left out."""

@@ -11,15 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..matching import Merge
 from ..matching.moments import Moments
+from ..matching.reconstruction import unexplained_share
 from .zip_plan import ZipPlan
-
-_STILL = 1e-12  # of the second moment: below that, variance is rounding
-_SPARSE = 0.05
-"""The share of entries that are not zero up to which a sparse product takes less time."""
 
 
 def space_facts(plan: ZipPlan, statistics: Mapping[int, Moments]) -> list[dict[str, Any]]:
@@ -58,35 +53,4 @@ def _errors(plan: ZipPlan, number: int, moments: Moments | None) -> list[float |
         return None
     merge = plan.merges[number]
     unmerge = torch.cat([plan.U(number, k) for k in range(len(merge.sizes))])
-    return [None if error is None else round(error, 4) for error in lost(merge, moments, unmerge)]
-
-
-def lost(merge: Merge, moments: Moments, unmerge: Tensor | None = None) -> list[float | None]:
-    """For each model the share of its features' variance that x ≈ U M x misses, None where they do not vary.
-
-    `unmerge`: another U, [N, m].
-
-    >>> from fxzip.matching.moments import moments
-    >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    >>> lost(Merge.identity(2, models=2), moments([x, x])), lost(Merge.identity(2, models=2), moments([x, x.flip(1)]))
-    ([0.0, 0.0], [0.5, 0.5])
-    """
-    count, mean, outer = max(moments.count, 1.0), moments.mean.cpu(), moments.outer.cpu()
-    merging, copying = (_compact(own.cpu()) for own in (merge.merge, merge.unmerge if unmerge is None else unmerge))
-    carried = (merging @ outer / count).addr_(merging @ mean, mean, alpha=-1)  # M C, without a copy of C
-    both = merging @ carried.T  # M C Mᵀ
-    crossed = (copying * carried.T).sum(1).to_dense()  # diagonal of U M C
-    kept = (copying * (copying @ both)).sum(1).to_dense()  # diagonal of U M C Mᵀ Uᵀ
-    whole = (outer.diagonal() / count - mean.square()).clamp(min=0)
-    left = whole - 2 * crossed + kept
-    still = _STILL * outer.diagonal() / count
-    parts = zip(*(values.split(list(merge.sizes)) for values in (left, whole, still)), strict=True)
-    return [
-        max(float(own.sum() / alone.sum()), 0.0) if float(alone.sum()) > float(rounding.sum()) else None
-        for own, alone, rounding in parts
-    ]
-
-
-def _compact(matrix: Tensor) -> Tensor:
-    """Means over clusters, and copies, as sparse matrices."""
-    return matrix.to_sparse() if int(matrix.count_nonzero()) < _SPARSE * matrix.numel() else matrix
+    return [None if error is None else round(error, 4) for error in unexplained_share(merge, moments, unmerge)]

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..matching import Energy, Merge, Method, Problem, Space, Weight, marks, match_unseen
 from ..matching.activations.recover import recovered
 from ..matching.moments import Moments
+from ..matching.reconstruction import unexplained_share
 from ..partition.region import Trunk
 from .downstream import downstream_weights
 from .weight_evidence import weights_of
@@ -142,21 +143,13 @@ def _readings(
         if space.legality != "free" or space.tie is not None or space.moments is None:
             continue
         full = recovered(merges[s], space.moments, _RIDGE)
-        own = torch.split(torch.arange(sum(space.sizes)), list(space.sizes))
-        for k in range(len(space.sizes)):
-            if s not in folded[k]:
-                copied, read = (_missed(merge, space.moments, own[k]) for merge in (merges[s], full))
-                if copied > _COPIED and read < _BETTER * copied:
-                    result[s, k] = full.U(k)
+        missed = zip(unexplained_share(merges[s], space.moments), unexplained_share(full, space.moments), strict=True)
+        for k, (copied, read) in enumerate(missed):
+            if s in folded[k] or copied is None or read is None:  # features that do not vary have nothing to lose
+                continue
+            if copied > _COPIED and read < _BETTER * copied:
+                result[s, k] = full.U(k)
     return result
-
-
-def _missed(merge: Merge, moments: Moments, own: torch.Tensor) -> float:
-    """The share of the variance of some features that is lost by merging and unmerging."""
-    covariance = moments.covariance.cpu()
-    rest = (torch.eye(len(covariance), dtype=covariance.dtype) - merge.unmerge.cpu() @ merge.merge.cpu())[own]
-    left = torch.einsum("ij,jk,ik->", rest, covariance, rest)
-    return float(left / covariance.diagonal()[own].sum().clamp(min=torch.finfo(covariance.dtype).tiny))
 
 
 def planned(

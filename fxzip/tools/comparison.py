@@ -93,10 +93,11 @@ def sweep(
     lines = [_Line(_shown(method) or "", _shown(recipe.refit_name), replace(recipe, width=width)) for width in widths]
     options = Options(
         start=start, joint=joint, verify=verify, strict=strict, by_position=recipe.by_position,
-        max_batches=max_batches, rules=rules,
+        max_batches=max_batches, rules=rules, data_free=recipe.data_free,
+        compared_by="" if recipe.data_free else "`sweep`",
     )  # fmt: skip
     with Display(show=progress) as display:
-        table = _Rows.of(given, data, held_out, options, lines, display, "`sweep`")
+        table = _Rows.of(given, data, held_out, options, lines, display)
         if cuts is None:
             cuts = [cut.until for cut in cuts_and_trunks(table.session.survey, limit=SWEPT)[0]]
         return table.at(cuts, score, strict=True)
@@ -149,11 +150,13 @@ def compare(
     entries = (*FIRST_CLASS, *([ALONE] if data is not None else [])) if methods is None else methods
     chosen = [_Line.of(entry, refit, calibrated=data is not None) for entry in entries]
     given = Given.of((models, sample_input), "compare")
+    data_free = all(line.recipe.data_free for line in chosen)
     options = Options(
         start=start, joint=joint, verify=verify, strict=strict, max_batches=max_batches, rules=rules,
+        data_free=data_free, compared_by="" if data_free else "`compare`",
     )  # fmt: skip
     with Display(show=progress) as display:
-        table = _Rows.of(given, data, held_out, options, chosen, display, "`compare`")
+        table = _Rows.of(given, data, held_out, options, chosen, display)
         return table.at(cuts, score, strict=False)
 
 
@@ -189,14 +192,11 @@ class _Rows:
 
     @classmethod
     def of(
-        cls, given: Given, data: Any, held_out: Any, options: Options, lines: Sequence[_Line], display: Display,
-        name: str,
-    ) -> _Rows:  # fmt: skip
-        """Open the session; `name` is what errors say needs held-out inputs."""
+        cls, given: Given, data: Any, held_out: Any, options: Options, lines: Sequence[_Line], display: Display
+    ) -> _Rows:
+        """Open the session."""
         start = time.perf_counter()
-        data_free = all(line.recipe.data_free for line in lines)
-        fifth = "" if data_free else name
-        session = Session.open(given, data, options, display, fifth=fifth, held_out=held_out, data_free=data_free)
+        session = Session.open(given, data, options, display, held_out=held_out)
         return cls(session, lines, time.perf_counter() - start)
 
     def at(self, cuts: Sequence[str | float | None], score: Score | None, *, strict: bool) -> Table:
@@ -210,11 +210,17 @@ class _Rows:
         seconds = self.seconds + time.perf_counter() - start
 
         rows = [self._bound(score)]
-        places = [(candidate, line) for candidate in candidates for line in self.lines]
+        places = [
+            (candidate, line)
+            for candidate in candidates
+            for line in self.lines
+            if line.method != ALONE or candidate is candidates[0]  # there is no cut to it: once is enough
+        ]
         session.display.expect(len(places))
         for number, (candidate, line) in enumerate(places, 1):
             session.display.about(f"{line.method} at {candidate.cut.until or 'the heads'}, {number} of {len(places)}")
-            row = {"method": line.method, "refit": line.refit, "until": candidate.cut.until}
+            until = None if line.method == ALONE else candidate.cut.until
+            row = {"method": line.method, "refit": line.refit, "until": until}
             row["max_cost"] = line.recipe.width.cost if isinstance(line.recipe.width, Budget) else None
             try:
                 rows.append(row | self._measured(line, candidate, solo, score))

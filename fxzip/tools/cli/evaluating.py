@@ -149,6 +149,17 @@ def opened(path: Path, trust: Sequence[str] = ()) -> ZippedModule:
     return found
 
 
+def opened_folder(path: Path, trust: Sequence[str]) -> ZippedModule:
+    """The network of a folder.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if not path.is_dir():
+        raise RecipeError(f"There is no folder `{path}` of `fxzip zip`.")
+    return opened(path, trust)
+
+
 def _known(
     network: ZippedModule, tasks: tuple[str, ...], recipe: ZipRecipe | None, originals: Mapping[str, Network]
 ) -> dict[str, Network]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import fxzip
 
 from ...errors import RecipeError
-from .evaluating import opened
+from .evaluating import opened_folder
 from .output import Result, check_target
 from .parsing import Flags, Settings, parse
 
@@ -34,9 +34,7 @@ def run(asked: Settings) -> Result:
     if flags.path.suffix not in SUFFIXES:
         raise RecipeError(f"The file must end in {' or '.join(SUFFIXES)}; found `{flags.path}`.")
     check_target(flags.path, force=flags.force)
-    if not flags.folder.is_dir():
-        raise RecipeError(f"There is no folder `{flags.folder}` of `fxzip zip`.")
-    zipped = opened(flags.folder, flags.trust)
+    zipped = opened_folder(flags.folder, flags.trust)
     if flags.task is not None and flags.task not in zipped.tasks:
         known = ", ".join(zipped.tasks) or "none by name"
         raise RecipeError(f"`--task` must be one of the tasks, {known}; found `{flags.task}`.")

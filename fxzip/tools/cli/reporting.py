@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...errors import RecipeError
 from ..pages import write_page
-from .evaluating import opened
+from .evaluating import opened_folder
 from .output import Result, check_target
 from .parsing import Flags, Settings, parse
 
@@ -31,9 +30,7 @@ def run(asked: Settings) -> Result:
     folder = flags.folder.absolute()
     path = flags.out or folder.with_name(f"{folder.name}.html")
     check_target(path, force=flags.force)
-    if not folder.is_dir():
-        raise RecipeError(f"There is no folder `{flags.folder}` of `fxzip zip`.")
-    zipped = opened(folder, flags.trust)
+    zipped = opened_folder(flags.folder, flags.trust)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_page(zipped, path)
     text = f"wrote `{path}`, which a browser shows: {len(zipped.graph.nodes)} nodes"
