@@ -1,7 +1,9 @@
 """Recipes as people write them, and as they should not: every one that is wrong ends with code 2 and says where."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -210,6 +212,7 @@ sys.exit(main(sys.argv[1:]))
     done = subprocess.run(
         [sys.executable, "-c", code, "zip", "recipe.yaml", "--out", "zipped"],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},  # recipes name functions of `cli_models`
         capture_output=True,
         text=True,
     )
