@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..partition.region import Trunk
-from .budget import Flops, by_need
+from .budget import by_need
+from .costs import Flops
 from .narrow_heads import behind
 from .observed import Observed
 from .requests import UNCHANGED, Budget, ScaledSpaces, WidthRequest
