@@ -27,6 +27,7 @@ from ..tracing import plain_context
 from ..widths.choose import choose_widths, overspent
 from ..widths.narrow_heads import narrowed
 from ..widths.observed import Observed
+from ..widths.prices import flop_prices
 from ..widths.requests import width_request
 from .arguments import Given
 from .judging import SMALL_TRUNK, judged
@@ -203,7 +204,7 @@ def assemble(
         observed = session.observed(tried.trunk, recipe)
 
     with stage("matching"):
-        widths = choose_widths(observed, recipe.width, found.flops, solo)
+        widths = choose_widths(observed, recipe.width, flop_prices(found.flops), solo)
         whole = plan(observed.trunk, observed.moments, recipe.method, widths.kept)
         zipping = narrowed(whole, solo, widths.heads, recipe.method)
     with stage("rewriting"):

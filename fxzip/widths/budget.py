@@ -14,22 +14,23 @@ import math
 from collections.abc import Mapping
 
 from ..errors import CostError
-from .costs import CallCosts, Flops
+from .costs import CallCosts
 from .levers import TRUNK, Floats, Key, Lever, allocate
 from .observed import Observed
+from .prices import Prices
 from .requests import Budget
 from .resizable import Elastic
 
 
 def by_need(
-    observed: Observed, budget: Budget, flops: Flops, solo: Mapping[int, Observed], narrow: Mapping[int, Elastic]
+    observed: Observed, budget: Budget, prices: Prices, solo: Mapping[int, Observed], narrow: Mapping[int, Elastic]
 ) -> tuple[dict[int, int], dict[int, dict[int, int]]]:
-    """Give up features where that loses the least per FLOP saved, until the cost is right; then use what is left.
+    """Give up features where that loses the least per cost saved, until the cost is right; then use what is left.
 
     Args:
         observed: what is shared.
         budget: what the zipped network may take, relative to the first model.
-        flops: of every node of every model.
+        prices: of every node of every model, in the budget's currency.
         solo: models by themselves, by number.
         narrow: of each of them, what its head may narrow.
 
@@ -40,13 +41,13 @@ def by_need(
         CostError: what has to keep its size takes more than the budget.
     """
     levers, base = _levers(observed, solo, narrow)
-    costs = CallCosts(observed, flops, solo, {k: own.spaces for k, own in narrow.items()}, base)
-    one = sum(flops[0].values())
-    kept, total = allocate(levers, costs, budget.cost * one)
-    if total > budget.cost * one:
+    costs = CallCosts(observed, prices, solo, {k: own.spaces for k, own in narrow.items()}, base)
+    limit = budget.cost * costs.one
+    kept, total = allocate(levers, costs, limit)
+    if total > limit:
         raise CostError(
-            f"`max_cost={budget.cost}` cannot be reached: what has to keep its size takes {total / one:.2f} of the "
-            "first model's FLOPs. Raise it, or choose a later cut."
+            f"`max_cost={budget.cost}` cannot be reached: what has to keep its size takes {total / costs.one:.2f} of "
+            f"the first model's {budget.noun}. Raise it, or choose a later cut."
         )
 
     parts: dict[int, dict[int, int]] = {part: {} for part in (TRUNK, *narrow)}

@@ -11,9 +11,9 @@ from typing import Any
 from ..errors import InputError
 from ..partition.region import Trunk
 from .budget import by_need
-from .costs import Flops
 from .narrow_heads import behind
 from .observed import Observed
+from .prices import Prices
 from .requests import UNCHANGED, Budget, ScaledSpaces, WidthRequest
 from .resizable import elastic_spaces
 
@@ -34,14 +34,14 @@ class Widths:
 
 
 def choose_widths(
-    observed: Observed, request: WidthRequest, flops: Flops, solo: Mapping[int, Observed] = MappingProxyType({})
+    observed: Observed, request: WidthRequest, prices: Prices, solo: Mapping[int, Observed] = MappingProxyType({})
 ) -> Widths:
     """The numbers of features to keep.
 
     Args:
         observed: what is shared; its spaces that were not observed keep their size.
         request: what the user asks for.
-        flops: of every node of every model.
+        prices: of every node of every model, in the currency of the request, if that is a budget.
         solo: models by themselves, by number; under a budget their heads may keep fewer features too. Without, heads
             stay as they are.
 
@@ -54,7 +54,7 @@ def choose_widths(
 
     trunk = observed.trunk
     if isinstance(request, Budget):
-        return _within(observed, request, flops, solo)
+        return _within(observed, request, prices, solo)
 
     spaces = trunk.spaces[0].spaces
     if isinstance(request, ScaledSpaces):
@@ -68,7 +68,7 @@ def choose_widths(
     return Widths(_changed(trunk, kept), tuple(_notes(trunk, elastic.reasons)))
 
 
-def _within(observed: Observed, budget: Budget, flops: Flops, solo: Mapping[int, Observed]) -> Widths:
+def _within(observed: Observed, budget: Budget, prices: Prices, solo: Mapping[int, Observed]) -> Widths:
     """The numbers of features by need, in the trunk and in the heads of the models that are looked at by themselves."""
     notes, narrow = _notes(observed.trunk, observed.elastic.reasons), {}
     for k, own in solo.items():
@@ -76,7 +76,7 @@ def _within(observed: Observed, budget: Budget, flops: Flops, solo: Mapping[int,
         narrow[k] = own.elastic.among(behind(observed.trunk, k, own.trunk), names)
         notes += _notes(own.trunk, narrow[k].reasons, f" in head {k}")
 
-    kept, found = by_need(observed, budget, flops, solo, narrow)
+    kept, found = by_need(observed, budget, prices, solo, narrow)
     heads = {k: _changed(solo[k].trunk, sizes) for k, sizes in found.items()}
     return Widths(_changed(observed.trunk, kept), tuple(notes), {k: sizes for k, sizes in heads.items() if sizes})
 

@@ -1,8 +1,8 @@
 """What a zipped network takes, as a function of the sizes of its spaces.
 
-A call with a parameter takes FLOPs in proportion to the parameter's length along each of its labelled axes; a run that
-is shared out among several spaces has the length of all of them. A head that needs features in its own basis takes what
-it takes.
+Every node has a price, a function of its work: the product of the lengths of the axes along which its features lie,
+those of its largest parameter or, without one, those of its value. A run that is shared out among several spaces has
+the length of all of them. A head that needs features in its own basis takes what it takes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from ..analysis.labelling import Labelling
 from ..analysis.relabelling import group_run
 from ..partition.region import Trunk
 from ..rewriting.zip_plan import head_params, unmerged_spaces
 from .levers import TRUNK, Key, Lever, Sizes
 from .observed import Observed
-
-Flops = Sequence[Mapping[str, int]]
-"""Of every node of every model."""
+from .prices import Price, Prices
 
 _Axis = Mapping[Key, tuple[float, float]]
 """Spaces along one axis of a call: share of its places; the first model's size relative to that of the call's model."""
@@ -45,9 +44,9 @@ class LinearCall:
 
 @dataclass(frozen=True)
 class _Call:
-    """FLOPs of a call as it was, the spaces along the axes of its weight, and what rank it may have."""
+    """What a node costs, the spaces along the axes that its work goes with, and what rank it may have."""
 
-    flops: int
+    price: Price
     axes: Sequence[tuple[int, _Axis]]
     key: Key | None = None
     linear: LinearCall | None = None
@@ -58,11 +57,11 @@ _Length = tuple[int, Mapping[Key, float]]
 
 
 class CallCosts:
-    """FLOPs as a function of the spaces' sizes and of the ranks of calls: `levers.Costs`.
+    """What a zip costs, as a function of the spaces' sizes and of the ranks of calls: `levers.Costs`.
 
     Args:
         observed: what is shared.
-        flops: of every node of every model.
+        prices: of every node of every model.
         solo: models by themselves, by number.
         narrow: of each of them, the spaces of its head that may be narrowed.
         base: the spaces' sizes in the first model, those of heads in their own.
@@ -70,110 +69,121 @@ class CallCosts:
     """
 
     def __init__(
-        self, observed: Observed, flops: Flops, solo: Mapping[int, Observed], narrow: Mapping[int, Collection[int]],
+        self, observed: Observed, prices: Prices, solo: Mapping[int, Observed], narrow: Mapping[int, Collection[int]],
         base: Sizes, ranks: Mapping[Key, LinearCall] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         trunk, free = observed.trunk, observed.elastic.spaces
-        self.fixed = 0
+        self.one = sum(price.at(1.0) for price in prices[0].values())
+        self.fixed = 0.0
         self.base, self.ranks = base, ranks
         self._calls: list[_Call] = []
         self._of: dict[Key, list[int]] = defaultdict(list)
         inside = set(trunk.nodes)
         given: dict[Key, float] = {(TRUNK, s): 1.0 for s in free}
-        for node, cost in flops[0].items():
+        for node, price in prices[0].items():
             if node in inside:
-                lengths = _lengths(trunk, 0, trunk.labellings[0].touches[node], TRUNK)
-                self._add((TRUNK, node), cost, lengths, given)
-        for k, (own, reach) in enumerate(zip(flops, trunk.reach, strict=True)):
+                lengths = _lengths(trunk, 0, node, trunk.labellings[0].touches[node], TRUNK)
+                self._add((TRUNK, node), price, lengths, given)
+        for k, (own, reach) in enumerate(zip(prices, trunk.reach, strict=True)):
             inside, params = set(trunk.names(k).values()), head_params(trunk, k)
-            self.fixed += sum(own[name] for name in trunk.alignment.stem(k) if name in own and name not in inside)
+            stem = [name for name in trunk.alignment.stem(k) if name in own and name not in inside]
+            self.fixed += sum(own[name].at(1.0) for name in stem)
             unmerged = unmerged_spaces(trunk, k, reach)
             given = {(TRUNK, s): trunk.sizes(s)[0] / trunk.sizes(s)[k] for s in free if s not in unmerged}
             given |= {(k, s): 1.0 for s in narrow.get(k, ())}
             for name in trunk.head_nodes(k):
-                cost = own.get(name, 0)
-                touched = trunk.labellings[k].touches[name] & params if cost else frozenset()
-                lengths = _lengths(trunk, k, touched, TRUNK, reach)
+                if name not in own:
+                    continue
+                touched = trunk.labellings[k].touches[name] & params
+                lengths = _lengths(trunk, k, name, touched, TRUNK, reach)
                 if k in narrow:
-                    mine = _lengths(solo[k].trunk, 0, touched, k)
+                    mine = _lengths(solo[k].trunk, 0, name, touched, k)
                     both = zip(lengths, mine, strict=True)
                     lengths = [(axis, {**shared, **more}) for (axis, shared), (_, more) in both]
-                self._add((k, name), cost, lengths, given)
+                self._add((k, name), own[name], lengths, given)
 
-    def _add(self, key: Key, cost: int, lengths: Sequence[_Length], given: Mapping[Key, float]) -> None:
-        """A call with the shares of spaces along its axes, of which those count that are `given`."""
+    def _add(self, key: Key, price: Price, lengths: Sequence[_Length], given: Mapping[Key, float]) -> None:
+        """A node with the shares of spaces along its axes, of which those count that are `given`."""
         axes: list[tuple[int, _Axis]] = []
         for axis, length in lengths:
             if found := {s: (share, given[s]) for s, share in length.items() if s in given}:
                 axes.append((axis, found))
         linear = self.ranks.get(key)
-        if not cost or not (axes or linear):
-            self.fixed += cost
+        if not (axes or linear):
+            self.fixed += price.at(1.0)
             return
         for own in {own for _, axis in axes for own in axis} | ({key} if linear else set()):
             self._of[own].append(len(self._calls))
-        self._calls.append(_Call(cost, axes, key, linear))
+        self._calls.append(_Call(price, axes, key, linear))
 
     def total(self, sizes: Sizes) -> float:
-        """FLOPs of the whole network."""
-        return self.fixed + sum(self._flops(call, sizes) for call in self._calls)
+        """What the whole network costs."""
+        return self.fixed + sum(self._cost(call, sizes) for call in self._calls)
 
     def saved(self, sizes: Sizes, lever: Lever, size: int) -> float:
-        """FLOPs saved by giving a lever this size."""
+        """What is saved by giving a lever this size."""
         after = {**sizes, **dict.fromkeys(lever.keys, size)}
         calls = [self._calls[number] for number in self.calls(lever)]
-        return sum(self._flops(call, sizes) - self._flops(call, after) for call in calls)
+        return sum(self._cost(call, sizes) - self._cost(call, after) for call in calls)
 
     def calls(self, lever: Lever) -> Sequence[int]:
-        """Numbers of the calls whose FLOPs depend on a lever."""
+        """Numbers of the calls whose cost depends on a lever."""
         return sorted({number for key in lever.keys for number in self._of[key]})
 
-    def _flops(self, call: _Call, sizes: Sizes) -> float:
+    def _cost(self, call: _Call, sizes: Sizes) -> float:
         kept = [(axis, self._kept(own, sizes)) for axis, own in call.axes]
-        whole = call.flops * math.prod(share for _, share in kept)
+        whole = call.price.at(math.prod(share for _, share in kept))
         if call.linear is None or call.key is None:
             return whole
         along = call.linear.along
         outputs, inputs = (math.prod(n for axis, n in kept if (axis == along) == own) for own in (True, False))
-        return min(whole, factorised_flops(call.flops, call.linear, sizes[call.key], outputs, inputs))
+        return min(whole, factorised_cost(call.price, call.linear, sizes[call.key], outputs, inputs))
 
     def _kept(self, axis: _Axis, sizes: Sizes) -> float:
         """How long an axis is, relative to what it was."""
         return 1 + sum(f * (sizes[s] / self.base[s] * first - 1) for s, (f, first) in axis.items())
 
 
-def factorised_flops(flops: float, call: LinearCall, rank: float, outputs: float = 1.0, inputs: float = 1.0) -> float:
-    """FLOPs of a call of this rank as two: to so many features, and from there.
+def factorised_cost(price: Price, call: LinearCall, rank: float, outputs: float = 1.0, inputs: float = 1.0) -> float:
+    """What a call of this rank costs as two: to so many features, and from there.
 
-    >>> factorised_flops(100.0, LinearCall(10, 10), 4), factorised_flops(100.0, LinearCall(10, 10), 4, inputs=0.5)
+    >>> flops, call = Price.proportional(100.0), LinearCall(10, 10)
+    >>> factorised_cost(flops, call, 4), factorised_cost(flops, call, 4, inputs=0.5)
     (80.0, 60.0)
 
     Args:
-        flops: what it takes as one, with all outputs and inputs.
-        call: how many these are.
+        price: of the call as one.
+        call: how many outputs and inputs it has.
         rank: the number of features in between.
         outputs, inputs: the shares of them that are kept.
     """
-    return flops * rank * (outputs / call.inputs + inputs / call.outputs)
+    return price.at(rank * inputs / call.outputs) + price.at(rank * outputs / call.inputs)
 
 
-def _lengths(trunk: Trunk, k: int, params: Collection[str], part: int, reach: Tensor | None = None) -> list[_Length]:
-    """The labelled axes of the largest labelled parameter of a call, each with space -> its share of the places.
+def _lengths(
+    trunk: Trunk, k: int, node: str, params: Collection[str], part: int, reach: Tensor | None = None
+) -> list[_Length]:
+    """The labelled axes of a node's largest labelled parameter, or of its value, each with space -> its share of the
+    places.
 
     Spaces are those of model k in `trunk`, by their numbers in model 0, as of `part`.
     """
     spaces = trunk.spaces[k]
     numbers = {own: s for s, own in enumerate(trunk.partners[k])}
-    labelled = [spaces.labelling.params[name] for name in sorted(params) if name in spaces.labelling.params]
-    if not labelled:
-        return []
-    largest = max(labelled, key=lambda own: math.prod(run.numel() for run in own.fields))
-    runs = largest.fields[:1] if largest.groups > 1 and len(group_run(largest)) == largest.groups else largest.fields
     result: list[_Length] = []
-    for place, run in enumerate(runs):
+    for place, run in enumerate(_runs(spaces.labelling, node, params)):
         axis = next((a for a, n in enumerate(run.shape) if n > 1), place)
         flat = run.reshape(-1)
         layout = spaces.layout(flat if reach is None else reach[flat].clamp(min=0))
         found = {int(s): int((layout.space == s).sum()) / len(flat) for s in layout.space.unique() if s >= 0}
         result.append((axis, {(part, numbers[s]): share for s, share in found.items() if s in numbers}))
     return result
+
+
+def _runs(labelling: Labelling, node: str, params: Collection[str]) -> Sequence[Tensor]:
+    """Labels along the axes that a node's work goes with."""
+    labelled = [labelling.params[name] for name in sorted(params) if name in labelling.params]
+    if not labelled:
+        return labelling.fields.get(node, ())
+    largest = max(labelled, key=lambda own: math.prod(run.numel() for run in own.fields))
+    return largest.fields[:1] if largest.groups > 1 and len(group_run(largest)) == largest.groups else largest.fields

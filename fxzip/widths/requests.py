@@ -8,6 +8,9 @@ from typing import Literal
 
 from ..errors import OptionError
 
+Currency = Literal["latency", "flops", "memory", "parameters"]
+"""What a cost is counted in: seconds on the device of the sample, FLOPs, bytes at the peak, numbers in parameters."""
+
 Width = Literal["auto"] | float | Mapping[str, float]
 """As users write it: a share, shares by the names of spaces, or "auto"."""
 
@@ -28,13 +31,18 @@ class ScaledSpaces:
 
 @dataclass(frozen=True)
 class Budget:
-    """Features go where they are needed, so that the zip takes at most `cost` times the FLOPs of the first model."""
+    """Features go where they are needed, so that the zip costs at most `cost` times what the first model does."""
 
     cost: float = 1.0
+    currency: Currency = "flops"
+
+    @property
+    def noun(self) -> str:
+        """The currency, in a sentence."""
+        return {"flops": "FLOPs", "memory": "peak memory"}.get(self.currency, self.currency)
 
 
 WidthRequest = Scaled | ScaledSpaces | Budget
-UNCHANGED = Scaled()
 UNCHANGED = Scaled()
 
 
@@ -42,7 +50,7 @@ def width_request(width: Width, max_cost: float | None, models: int) -> WidthReq
     """What `width` and `max_cost` ask for, of a zip of so many models.
 
     >>> width_request(1.25, None, 2), width_request("auto", 1.3, 2)
-    (Scaled(share=1.25), Budget(cost=1.3))
+    (Scaled(share=1.25), Budget(cost=1.3, currency='flops'))
 
     Args:
         width: a share in (0, models], a dict of them by space name, or "auto".
