@@ -38,7 +38,8 @@ def test_what_goes_together_works_and_nothing_else(observed, name):
     if ENTRIES[name].extra:
         pytest.importorskip(ENTRIES[name].extra)
     trunk, moments, data = observed
-    plan = rewriting.plan(trunk, moments, resolve(name))
+    base = dict(trunk.alignment.programs[0].module.named_parameters())
+    plan = rewriting.plan(trunk, moments, resolve(name), base={key: 0.5 * value for key, value in base.items()})
 
     for refit in REFITS:
         zipped = rewriting.rewrite(plan)

@@ -6,19 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+from torch import Tensor, nn
+
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
 from ..errors import OptionError
 from ..matching import Method, resolve
+from ..matching.weights_of_models import weighted
 from ..refit import Refit, refits
 from ..widths.requests import UNCHANGED, Budget, WidthRequest
 from .pairs import check_pair, is_least_squares, method_for
 
 MethodName = Literal[
     "auto", "energy", "zip", "permute", "weights", "average", "agglomerative", "c2m3", "kmeans", "mudsc",
-    "optimal", "recover", "transport",
+    "optimal", "recover", "transport", "task-arithmetic", "ties", "tsv", "iso-c",
 ]  # fmt: skip
-RefitName = Literal["auto", "lstsq", "repair", "batchnorm", "stored", "regmean"]
+RefitName = Literal["auto", "lstsq", "repair", "batchnorm", "stored", "regmean", "regmean++"]
 Until = str | float | None
 """Where the trunk ends, by name or as a share of the FLOPs; None: at the heads."""
 
@@ -41,6 +44,8 @@ class CompileOptions(TypedDict, total=False):
     progress: bool | None
     max_batches: int
     rules: Mapping[str, Rule] | None
+    base: nn.Module | Mapping[str, Tensor] | None
+    weights: Sequence[float] | Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,9 @@ class Recipe:
         refit_name: what the report calls the refit.
         width: how many features the spaces keep.
         data_free: nothing is read from data: the method looks at weights, the refit at stored statistics.
+        automatic: the method was left open; for fine-tunes of one base it is another (see `one_base`).
+        weights: of the models, for the method.
+        nearness: the cosine by which the models were recognised as fine-tunes of one base; None: they were not.
     """
 
     method: Method
@@ -60,6 +68,9 @@ class Recipe:
     refit_name: Any
     width: WidthRequest = UNCHANGED
     data_free: bool = False
+    automatic: bool = False
+    weights: tuple[float, ...] | None = None
+    nearness: float | None = None
 
     @property
     def observes(self) -> bool:
@@ -84,6 +95,7 @@ class Recipe:
         *,
         calibrated: bool,
         width: WidthRequest = UNCHANGED,
+        weights: tuple[float, ...] | None = None,
     ) -> Recipe:
         """The defaults filled in.
 
@@ -110,8 +122,10 @@ class Recipe:
             method = method_for(corrected)
 
         chosen = resolve(method)
+        if weights is not None and not automatic:
+            chosen = weighted(chosen, weights)
         check_pair(chosen, corrected)
-        return cls(chosen, corrected, refit, width, data_free)
+        return cls(chosen, corrected, refit, width, data_free, automatic, weights)
 
 
 def _named(refit: str | Refit | None) -> str | None:
@@ -209,6 +223,7 @@ class Options:
         max_batches: most batches of each source that are read in a pass.
         rules: by ATen call; None: `fxzip.RULES`.
         data_free: nothing is read from data.
+        base: parameters of the network that the models were fine-tuned from, by name; None: not given.
         compared_by: what compares zips on held-out inputs, as errors name it; for it every fifth input of the data is
             held out, and ten of each source at least. "": nothing does.
     """
@@ -222,4 +237,5 @@ class Options:
     max_batches: int = MAX_BATCHES
     rules: Mapping[str, Rule] | None = None
     data_free: bool = False
+    base: Mapping[str, Tensor] | None = None
     compared_by: str = ""

@@ -32,6 +32,11 @@ def method_for(refit: Refit) -> str:
     return "permute" if needs_pairs(refit) else "zip"
 
 
+def method_for_fine_tunes(refit: Refit) -> str:
+    """The same for networks that are recognised as fine-tunes of one base (see `one_base`)."""
+    return "average"
+
+
 def check_pair(method: Method, refit: Refit) -> None:
     """A method and a refit must go together.
 

@@ -11,7 +11,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
@@ -31,6 +31,7 @@ from ..widths.prices import flop_prices
 from ..widths.requests import width_request
 from .arguments import Given
 from .judging import SMALL_TRUNK, judged
+from .one_base import about_base, base_tensors, check_base, for_fine_tunes, weights_by_model
 from .options import (
     BestWithin,
     CompileOptions,
@@ -79,6 +80,8 @@ def compile_zip(
     progress: bool | None = None,
     max_batches: int = MAX_BATCHES,
     rules: Mapping[str, Rule] | None = None,
+    base: nn.Module | Mapping[str, Tensor] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
 ) -> ZippedModule:
     """Zip trained networks of one architecture into one multi-task network, without training.
 
@@ -139,6 +142,10 @@ def compile_zip(
         max_batches: most batches of `data` (of each source) that are read in a pass, since a loader may have no end;
             the report says so if there may have been more.
         rules: rule table for ATen calls, `fxzip.RULES | {...}`; None: `fxzip.RULES`.
+        base: the network that the models were fine-tuned from, or its state dict, for methods that merge what
+            fine-tuning has changed: "task-arithmetic", "ties", "tsv", "iso-c". It may have another head, or none.
+        weights: how much each model counts, for methods that weigh models: those four and "average". By the names of
+            the tasks where models have names. Only ratios count, but with "task-arithmetic" they are its coefficients.
 
     Returns:
         A `torch.fx.GraphModule` in eval mode. It takes what the models take and returns a tuple with each model's
@@ -153,15 +160,19 @@ def compile_zip(
     given = Given.of(models if sample_input is None else (*models, sample_input))
     by_need = width == "auto"
     request = width_request(width, max_cost if by_need else None, len(given.networks))
-    recipe = Recipe.of(method, refit, calibrated=data is not None, width=request)
+    own_weights = weights_by_model(weights, given.tasks, len(given.networks))
+    recipe = Recipe.of(method, refit, calibrated=data is not None, width=request, weights=own_weights)
+    check_base(base, recipe)
     cut = cut_request(until, min_agreement, max_cost, by_need=by_need)
     options = Options(
         start=start, joint=joint, hold_out=hold_out, verify=verify, strict=strict, by_position=recipe.by_position,
-        max_batches=max_batches, rules=rules, data_free=recipe.data_free,
+        max_batches=max_batches, rules=rules, data_free=recipe.data_free, base=base_tensors(base),
         compared_by='`until="auto"`' if isinstance(cut, (DeepestAgreeing, BestWithin)) else "",
     )  # fmt: skip
     with Display(show=progress) as display:
         session = Session.open(given, data, options, display)
+        recipe = for_fine_tunes(recipe, session.survey)
+        session = session.positional(recipe)
         try:
             return finished(session, _zipped(session, recipe, cut))
         except Interrupted as stop:
@@ -205,7 +216,7 @@ def assemble(
 
     with stage("matching"):
         widths = choose_widths(observed, recipe.width, flop_prices(found.flops), solo)
-        whole = plan(observed.trunk, observed.moments, recipe.method, widths.kept)
+        whole = plan(observed.trunk, observed.moments, recipe.method, widths.kept, session.options.base)
         zipping = narrowed(whole, solo, widths.heads, recipe.method)
     with stage("rewriting"):
         merged = rewrite(zipping)
@@ -222,8 +233,8 @@ def assemble(
         "data": calibration.description,
         "self_check": list(found.errors),
         "notes": [
-            *observed.trunk.notes, *found.notes, *tried.notes, *calibration.notes, *widths.notes, *refitted.notes,
-            *recorded.notes,
+            *about_base(recipe), *observed.trunk.notes, *found.notes, *tried.notes, *calibration.notes, *widths.notes,
+            *refitted.notes, *recorded.notes,
         ],
     }  # fmt: skip
     moments = {k: one.moments for k, one in solo.items()}

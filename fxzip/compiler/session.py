@@ -102,6 +102,12 @@ class Session:
                 calibration, held = hold_out(calibration, programs, every=EVERY_TENTH)
         return cls(given, options, display, found, calibration, held)
 
+    def positional(self, recipe: Recipe) -> Session:
+        """The session in which features that cannot be matched are averaged place by place, if the recipe does that."""
+        if recipe.by_position == self.survey.by_position:
+            return self
+        return replace(self, survey=replace(self.survey, by_position=recipe.by_position))
+
     def candidate(self, until: str | float | None, recipe: Recipe) -> Candidate:
         """The trunk that ends at `until`, or as late as is sound."""
         trunk = self.survey.sound(self.survey.trunk(until)).trunk

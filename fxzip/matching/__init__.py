@@ -33,6 +33,10 @@ from .moments import Moments
 from .problem import Problem, Run, Space, Weight
 from .registry import ENTRIES, FIRST_CLASS, METHODS, Entry, resolve
 from .similarities import similarity
+from .task_vectors.arithmetic import TaskArithmetic
+from .task_vectors.method import Parameter, TaskVectorMethod
+from .task_vectors.singular import TSV, IsoC
+from .task_vectors.ties import Ties
 from .unseen import match_unseen
 from .weight_marks import marks
 from .weights.cycle_consistent import CycleConsistent
@@ -43,6 +47,7 @@ __all__ = [
     "ENTRIES",
     "FIRST_CLASS",
     "METHODS",
+    "TSV",
     "Agglomerative",
     "Average",
     "BlockMoments",
@@ -50,18 +55,23 @@ __all__ = [
     "Energy",
     "Entries",
     "Entry",
+    "IsoC",
     "KMeans",
     "Merge",
     "Method",
     "Moments",
     "MuDSC",
     "Optimal",
+    "Parameter",
     "Permute",
     "Problem",
     "Recover",
     "Run",
     "Space",
     "SpaceMethod",
+    "TaskArithmetic",
+    "TaskVectorMethod",
+    "Ties",
     "Transport",
     "Weight",
     "WeightMatching",

@@ -13,7 +13,7 @@ is the M that reconstructs all features of all models at the least squared error
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -93,15 +93,25 @@ class Merge:
         return cluster_merge(labels, sizes, alike)
 
     @classmethod
-    def identity(cls, n: int, models: int, moments: Moments | None = None) -> Merge:
+    def identity(
+        cls, n: int, models: int, moments: Moments | None = None, weights: Sequence[float] | None = None
+    ) -> Merge:
         """Feature i of every model merges with feature i of all others.
 
         >>> Merge.identity(2, models=2).M(0)
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]], dtype=torch.float64)
+        >>> Merge.identity(1, models=2, weights=(3, 1)).merge
+        tensor([[0.7500, 0.2500]], dtype=torch.float64)
+
+        `weights`: of the models, positive; only their ratios count.
         """
         device = None if moments is None else moments.outer.device
-        return cls.from_clusters(torch.arange(n, device=device).repeat(models), (n,) * models, moments)
+        even = cls.from_clusters(torch.arange(n, device=device).repeat(models), (n,) * models, moments)
+        if weights is None:
+            return even
+        shares = torch.tensor(weights, dtype=torch.float64, device=device) / sum(weights)
+        return replace(even, merge=even.unmerge.T * shares.repeat_interleave(n))
 
     @property
     def size(self) -> int:
@@ -173,6 +183,18 @@ class Merge:
         """
         index, m = self.assignment(k), self.merge.shape[0]
         return index is not None and len(index) == m and len(index.unique()) == m
+
+    @cached_property
+    def by_position(self) -> bool:
+        """Whether feature i of every model is merged feature i.
+
+        >>> Merge.identity(2, models=3).by_position, Merge.from_clusters(torch.tensor([0, 1, 1, 0]), (2, 2)).by_position
+        (True, False)
+        """
+        labels, n = self.labels(), self.sizes[0]
+        if labels is None or any(own != n for own in self.sizes):
+            return False
+        return torch.equal(labels, torch.arange(n, device=labels.device).repeat(len(self.sizes)))
 
     def labels(self) -> Tensor | None:
         """The cluster of every feature, int64 [N]; None where U is more than a membership.

@@ -18,6 +18,10 @@ from .activations.zipit import Zip
 from .energy.energy import Energy
 from .method import Method
 from .problem import Evidence
+from .task_vectors.arithmetic import TaskArithmetic
+from .task_vectors.method import TaskVectorMethod
+from .task_vectors.singular import TSV, IsoC
+from .task_vectors.ties import Ties
 from .weights.cycle_consistent import CycleConsistent
 from .weights.dual_space import MuDSC
 from .weights.weight_matching import WeightMatching
@@ -50,6 +54,9 @@ class Entry:
     def needs(self) -> str:
         """The evidence that it matches by, in words."""
         method = self.method()
+        if isinstance(method, TaskVectorMethod):
+            return "the base"
+
         words = {"moments": "moments", "weights": "weights", "downstream": "downstream weights"}
         if method.by_position:  # what it asks for serves the report alone
             return "nothing"
@@ -92,6 +99,30 @@ ENTRIES: dict[str, Entry] = {
         "arXiv 2203.05482",
         "results.md, Soups: 0.8 points above the best single network",
         first_class=True,
+    ),
+    "task-arithmetic": Entry(
+        TaskArithmetic,
+        "Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023",
+        "arXiv 2212.04089",
+        "results.md, Fine-tunes of one base",
+    ),
+    "ties": Entry(
+        Ties,
+        "Yadav et al., TIES-Merging, NeurIPS 2023",
+        "arXiv 2306.01708",
+        "results.md, Fine-tunes of one base",
+    ),
+    "tsv": Entry(
+        TSV,
+        "Gargiulo et al., Task Singular Vectors, CVPR 2025",
+        "arXiv 2412.00081",
+        "results.md, Fine-tunes of one base",
+    ),
+    "iso-c": Entry(
+        IsoC,
+        "Marczak et al., No Task Left Behind, ICML 2025",
+        "arXiv 2502.04959",
+        "results.md, Fine-tunes of one base",
     ),
     "c2m3": Entry(
         CycleConsistent,

@@ -11,7 +11,7 @@ from ..tracing.calls import Call
 from .least_squares.least_squares import Fit, LeastSquares, fit_least_squares
 from .recording import record_statistics
 from .refitted import Refit, Refitted, refit_with_notes
-from .regmean import RegMean
+from .regmean import RegMean, RegMeanPlusPlus
 from .statistics.batchnorm import reset_batchnorm
 from .statistics.repair import repair
 from .statistics.stored import stored_statistics
@@ -23,6 +23,7 @@ __all__ = [
     "Refit",
     "Refitted",
     "RegMean",
+    "RegMeanPlusPlus",
     "fit_least_squares",
     "record_statistics",
     "refit_with_notes",
@@ -45,6 +46,7 @@ REFITS: dict[str | None, Refit] = {
     "stored": stored_statistics,
     "lstsq": fit_least_squares,
     "regmean": RegMean(),
+    "regmean++": RegMeanPlusPlus(),
 }
 
 

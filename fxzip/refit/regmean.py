@@ -9,17 +9,25 @@ with the off-diagonal entries shrunk by α < 1. Linear calls and convolutions (t
 made, inside leaf modules too; everything else, biases too, is the mean, as the zip has it. It asks for networks whose
 features correspond one to one: fine-tunes of one initialisation (method "average"), or networks aligned by
 permutations.
+
+A BatchNorm right behind a call is affine in evaluation, and belongs to the call: W_k and b_k are those of both
+together, and b* = mean over all inputs of b_k + x (W_k - W*), the best one for that W*. A mean of running statistics
+would be that of no network.
+
+RegMean++ (Nguyen et al., arXiv 2508.03121, section 4) takes for X_k what the merged network gives on the data of model
+k, the calls in front merged already: front to back, one call after another.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..calibration.sources import with_sources
 from ..errors import OptionError
@@ -30,9 +38,13 @@ from ..rewriting.zip_plan import ZipPlan
 from ..tracing import quiet_execution
 from ..tracing.aten_calls import AtenCall, run
 from ..tracing.calls import Call
-from .linear_calls.kernels import Kernel, sampled_places
+from .least_squares.lockstep import Lockstep, bytes_per_row, laid_out, within_memory
+from .linear_calls.kernels import effective, install, sampled_places
 from .linear_calls.parameter_uses import survey
-from .linear_calls.units import Unit, find_units
+from .linear_calls.units import Site, Unit, called, find_units
+
+_Place = tuple[str, int]
+"""The first call of a unit: name of the node, and the call's number inside it."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +76,13 @@ class RegMean:
         With data per model, G_k is taken on the data of model k, as in the paper.
         """
         check_paired(plan, "`RegMean`")
-        result, own = copy.deepcopy(zipped), copy.deepcopy(zipped)
-        found: dict[_Place, _Sum] = {}
+        result = copy.deepcopy(zipped)
         sample = plan.trunk.alignment.programs[0].call
         models = len(plan.trunk.alignment.programs)
+        sums: dict[_Place, _Sum] = defaultdict(_Sum)
         with quiet_execution():
             for k in range(models):
-                for name, value in aligned_tensors(plan, k).items():
-                    set_tensor(own, f"trunk.{name}", value)
+                own = _original(zipped, plan, k)
                 numbered = list(with_sources(data)[0])
                 several = len({source for source, _ in numbered}) == models
                 units = _units(own, sample)
@@ -79,46 +90,103 @@ class RegMean:
                 for source, call in numbered:
                     if not several or source == k:
                         grams.take(call)
-                for place, gram in grams.found.items():
-                    found.setdefault(place, _Sum()).add(self._shrunk(gram), _kernel(units[place]).flat)
+                for place, seen in grams.found.items():
+                    sums[place].add(seen.shrunk(self.alpha), *_calls(own, units[place]))
             for place, unit in _units(result, sample).items():
-                if place in found:
-                    _kernel(unit).put(found[place].solution())
+                if place in sums:
+                    sums[place].put(result, unit)
         return result
 
-    def _shrunk(self, gram: Tensor) -> Tensor:
-        return self.alpha * gram + (1 - self.alpha) * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+
+@dataclass(frozen=True)
+class RegMeanPlusPlus(RegMean):
+    """RegMean on the merged network's own inputs, front to back.
+
+    >>> import fxzip
+    >>> from torch import nn
+    >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
+    >>> x = torch.randn(64, 4)
+    >>> fxzip.compile_zip(a, b, x, data=[x], method="average", refit="regmean++", progress=False).report["refit"]
+    'regmean++'
+
+    Attributes:
+        alpha, positions: as in `RegMean`.
+        memory: bytes for the values of nodes on all batches; batches beyond are left out.
+    """
+
+    memory: float = 4e9
+
+    def __call__(self, zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
+        """Refit the trunk. A new module; one pass over `data`.
+
+        With data per model, X_k is taken on the data of model k, as in the paper.
+        """
+        check_paired(plan, "`RegMeanPlusPlus`")
+        programs = plan.trunk.alignment.programs
+        sample, models = programs[0].call, len(programs)
+        numbered, sources = with_sources(data)
+        laid = ((source, laid_out(call, sample)) for source, call in numbered)
+        with quiet_execution():
+            result = copy.deepcopy(zipped)
+            batches, _ = within_memory(laid, bytes_per_row(zipped, programs), self.memory, sources)
+            owners = [source if sources == models else None for source, _, _ in batches]
+            originals = [_original(zipped, plan, k) for k in range(models)]
+            calls = [_units(own, sample) for own in originals]
+            starts: dict[fx.Node, list[_Place]] = defaultdict(list)
+            units = _units(result, sample)
+            for place, unit in units.items():
+                starts[unit.sites[0].node].append(place)
+
+            walk = Lockstep(result, [call for _, _, call in batches])
+            for node in result.graph.nodes:
+                if node.op == "output" or part_of(node).startswith("head "):
+                    continue
+                for place in starts.get(node, ()):
+                    seen = self._seen(walk, units[place], owners, models)
+                    total = _Sum()
+                    for k, own in enumerate(originals):
+                        total.add(seen[k].shrunk(self.alpha), *_calls(own, calls[k][place]))
+                    total.put(result, units[place])
+                    walk.forget(node)
+                walk.run(node)
+                walk.release(node)
+        return result
+
+    def _seen(self, walk: Lockstep, unit: Unit, owners: Sequence[int | None], models: int) -> list[_Seen]:
+        """What all calls of a unit read, for each model on its own data, or all of it where nobody's is known."""
+        found = [_Seen() for _ in range(models)]
+        generator = torch.Generator().manual_seed(0)
+        for env, owner in zip(walk.envs, owners, strict=True):
+            for number, site in enumerate(unit.sites):
+                there = dict(env) if number else env  # a call further on: what lies in between is forgotten
+                walk.inputs(there, site.node)
+                x = self._inputs(walk, there, unit, site, generator)
+                for own in found if owner is None else [found[owner]]:
+                    own.add(x)
+        return found
+
+    def _inputs(self, walk: Lockstep, env: dict[fx.Node, Any], unit: Unit, site: Site, generator: Any) -> Tensor:
+        """Inputs of one call, [groups, places, inputs]."""
+        caught: list[Tensor] = []
+
+        def see(call: AtenCall) -> Any:
+            out = call.make()
+            if call.number == site.call and call.name == site.name:
+                assert unit.kernel is not None
+                places = sampled_places(out.shape, unit.kernel.axes, self.positions, generator)
+                caught.append(unit.kernel.patches(call.args[site.at], places).transpose(0, 1))
+            return out
+
+        walk.call(env, site.node, see)
+        return caught[0]
 
 
-@dataclass
-class _Sum:
-    """Σ G̃_k and Σ G̃_k W_k, [groups, inputs, inputs] and [groups, inputs, outputs], and Σ W_k."""
-
-    gram: Tensor | None = None
-    product: Tensor | None = None
-    weights: Tensor | None = None
-    count: int = 0
-
-    def add(self, gram: Tensor, flat: Tensor) -> None:
-        weight = flat.transpose(1, 2)
-        self.gram = gram if self.gram is None else self.gram + gram
-        self.product = gram @ weight if self.product is None else self.product + gram @ weight
-        self.weights = weight if self.weights is None else self.weights + weight
-        self.count += 1
-
-    def solution(self) -> Tensor:
-        """[groups, outputs, inputs]. Inputs that are always zero keep the mean of the weights."""
-        assert self.gram is not None
-        assert self.product is not None
-        assert self.weights is not None
-        mean = self.weights / self.count
-        scale = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=torch.finfo(torch.float64).tiny)
-        factor, ridge = ridged_cholesky(self.gram, 1e-12, scale[:, :, 0])
-        return torch.cholesky_solve(self.product + ridge * scale * mean, factor).transpose(1, 2)
-
-
-_Place = tuple[str, int]
-"""The first call of a unit: name of the node, and the call's number inside it."""
+def _original(zipped: ZippedModule, plan: ZipPlan, k: int) -> ZippedModule:
+    """The zipped network with the trunk of model k, its features where the plan has them."""
+    own = copy.deepcopy(zipped)
+    for name, value in aligned_tensors(plan, k).items():
+        set_tensor(own, f"trunk.{name}", value)
+    return own
 
 
 def _units(net: ZippedModule, sample: Call) -> dict[_Place, Unit]:
@@ -128,9 +196,82 @@ def _units(net: ZippedModule, sample: Call) -> dict[_Place, Unit]:
     return {(unit.sites[0].node.name, unit.sites[0].call): unit for unit in units if unit.kernel is not None}
 
 
-def _kernel(unit: Unit) -> Kernel:
+def _calls(net: ZippedModule, unit: Unit) -> tuple[Tensor, Tensor]:
+    """Weight [groups, outputs, inputs] and bias [outputs] of a call with the BatchNorm behind it, float64."""
     assert unit.kernel is not None
-    return unit.kernel
+    return effective(unit.kernel, None if unit.norm is None else called(net, unit.norm))
+
+
+@dataclass
+class _Seen:
+    """Sums over the inputs that a call was seen to read.
+
+    Attributes:
+        gram: Σ xᵀx, [groups, inputs, inputs].
+        total: Σ x, [groups, inputs].
+        count: of the inputs.
+    """
+
+    gram: Tensor = field(default_factory=lambda: torch.zeros(()).double())
+    total: Tensor = field(default_factory=lambda: torch.zeros(()).double())
+    count: int = 0
+
+    def add(self, x: Tensor) -> None:
+        """Inputs [groups, places, inputs]."""
+        self.gram = self.gram.to(x.device) + (x.transpose(1, 2) @ x).double()
+        self.total = self.total.to(x.device) + x.double().sum(1)
+        self.count += x.shape[1]
+
+    def shrunk(self, alpha: float) -> _Seen:
+        """With off-diagonal entries of the Gram matrix times α."""
+        diagonal = torch.diag_embed(self.gram.diagonal(dim1=-2, dim2=-1))
+        return _Seen(alpha * self.gram + (1 - alpha) * diagonal, self.total, self.count)
+
+
+@dataclass
+class _Sum:
+    """What the models' calls are, and what they were seen to read."""
+
+    seen: list[_Seen] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    biases: list[Tensor] = field(default_factory=list)
+
+    def add(self, seen: _Seen, weight: Tensor, bias: Tensor) -> None:
+        """A model's inputs, and its call as `effective` gives it."""
+        self.seen.append(seen)
+        self.weights.append(weight)
+        self.biases.append(bias)
+
+    def put(self, net: ZippedModule, unit: Unit) -> None:
+        """Write the solution; a call in which all models agree to the bit is left as the zip has it."""
+        assert unit.kernel is not None
+        if all(torch.equal(own, held[0]) for held in (self.weights, self.biases) for own in held):
+            return
+
+        weight = self.solution()
+        norm = None if unit.norm is None else called(net, unit.norm)
+        if norm is None:
+            unit.kernel.put(weight)
+        else:
+            install(unit.kernel, norm, weight, self.bias(weight))
+
+    def solution(self) -> Tensor:
+        """[groups, outputs, inputs]. Inputs that are always zero keep the mean of the weights."""
+        gram = torch.stack([seen.gram for seen in self.seen]).sum(0)
+        flat = torch.stack(self.weights).transpose(2, 3)
+        product = torch.stack([seen.gram @ own for seen, own in zip(self.seen, flat, strict=True)]).sum(0)
+        scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=torch.finfo(torch.float64).tiny)
+        factor, ridge = ridged_cholesky(gram, 1e-12, scale[:, :, 0])
+        return torch.cholesky_solve(product + ridge * scale * flat.mean(0), factor).transpose(1, 2)
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """The best bias for these weights, [outputs]."""
+        total, count = torch.zeros_like(self.biases[0]), 0
+        for seen, own, bias in zip(self.seen, self.weights, self.biases, strict=True):
+            moved = torch.einsum("goi,gi->go", own - weight, seen.total).flatten()
+            total += seen.count * bias + moved
+            count += seen.count
+        return total / count
 
 
 class _Grams:
@@ -140,7 +281,7 @@ class _Grams:
         self.module, self.positions = module, positions
         self.generator = torch.Generator().manual_seed(0)
         self.sites = {(site.node.name, site.call): (unit, site) for unit in units for site in unit.sites}
-        self.found: dict[_Place, Tensor] = {}
+        self.found: dict[_Place, _Seen] = defaultdict(_Seen)
 
     def take(self, call: Call) -> None:
         """A batch."""
@@ -150,13 +291,10 @@ class _Grams:
     def _see(self, call: AtenCall) -> Any:
         out = call.make()
         unit, site = self.sites.get((call.node.name, call.number), (None, None))
-        if unit is None or site is None or call.name != site.name:
+        if unit is None or unit.kernel is None or site is None or call.name != site.name:
             return out
 
-        kernel, first = _kernel(unit), unit.sites[0]
-        places = sampled_places(out.shape, kernel.axes, self.positions, self.generator)
-        x = kernel.patches(call.args[site.at], places).transpose(0, 1)  # [groups, places, inputs]
-        gram = (x.transpose(1, 2) @ x).double()
-        place = first.node.name, first.call
-        self.found[place] = self.found[place] + gram if place in self.found else gram
+        first = unit.sites[0]
+        places = sampled_places(out.shape, unit.kernel.axes, self.positions, self.generator)
+        self.found[first.node.name, first.call].add(unit.kernel.patches(call.args[site.at], places).transpose(0, 1))
         return out

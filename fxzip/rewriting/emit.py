@@ -38,10 +38,14 @@ def trunk_module(plan: ZipPlan, tensors: Tensors | None = None) -> nn.Module:
     tensors = tensors or [tensors_of(program) for program in programs]
     read = {param for node in trunk.nodes for param in trunk.labellings[0].touches[node]}
     module = parts(programs[0].module, tensors[0], held_by(programs[0].module, (), trunk.nodes) - read)
+    combined = {} if plan.combination is None else plan.combination.tensors(trunk, tensors)
     for name in sorted(read):
         twins = trunk.alignment.params[name]
         values = [tensors[k][twin] for k, twin in enumerate(twins)]
-        set_tensor(module, name, merged_param(twins, values, trunk.spaces, trunk.partners, plan.merges))
+        if name in combined:
+            set_tensor(module, name, combined[name])
+        else:
+            set_tensor(module, name, merged_param(twins, values, trunk.spaces, trunk.partners, plan.merges))
     adopt_sizes(module)
     return module
 

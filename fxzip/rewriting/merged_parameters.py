@@ -191,19 +191,41 @@ def share(value: Tensor, name: str, target_name: str, change: Change) -> Share:
     return Share(value, weights)
 
 
+def _stands(
+    names: Sequence[str], spaces: Sequence[FeatureSpaces], partners: Sequence[Sequence[int]], merges: Merges
+) -> bool:
+    """Whether all features along a parameter are merged by position, and lie alike in all models."""
+    runs = [_runs(own.labelling.params[name]) for name, own in zip(names, spaces, strict=True)]
+    for place, (_, run) in enumerate(runs[0]):
+        first = spaces[0].layout(run)
+        here = [int(s) for s in first.space.unique() if int(s) in merges]
+        if not all(merges[s].by_position for s in here):
+            return False
+        for k, own in enumerate(spaces):
+            layout = own.layout(runs[k][place][1])
+            for s in here:
+                if not torch.equal(slots(layout, partners[k][s]), slots(first, s)):
+                    return False
+    return True
+
+
 def merged_param(
     names: Sequence[str], values: Sequence[Tensor], spaces: Sequence[FeatureSpaces], partners: Sequence[Sequence[int]],
     merges: Merges,
 ) -> Tensor:  # fmt: skip
     """W* for one parameter of the trunk (`names[k]` in model k), in the merged layout, float32 or wider.
 
-    Tensors without labels are averaged; integers are those of model 0.
+    Tensors without labels are averaged; integers are those of model 0. What all models agree in to the bit stays so
+    where features are merged by position.
     """
     if not (values[0].is_floating_point() or values[0].is_complex()):
         return values[0]
     wide = [value.detach().to(torch.promote_types(value.dtype, torch.float32)) for value in values]
     if names[0] not in spaces[0].labelling.params:
-        return torch.stack(wide).mean(0)
+        same = all(torch.equal(value, wide[0]) for value in wide[1:])
+        return wide[0] if same else torch.stack(wide).mean(0)
+    if all(torch.equal(value, wide[0]) for value in wide[1:]) and _stands(names, spaces, partners, merges):
+        return wide[0]  # the mean of what is equal to the bit would be rounded
     total, weight = torch.zeros(()), torch.zeros(())
     for k, value in enumerate(wide):
         part = share(value, names[k], names[0], Change(spaces[k], spaces[0], partners[k], merges, k))

@@ -14,11 +14,12 @@ import torch
 
 from ..analysis.spaces import FeatureSpaces, Layout
 from ..errors import InputError
-from ..matching import Energy, Merge, Method, Problem, Space, Weight, marks, match_unseen
+from ..matching import Energy, Merge, Method, Problem, Space, TaskVectorMethod, Weight, marks, match_unseen
 from ..matching.activations.recover import recovered
 from ..matching.moments import Moments
 from ..matching.reconstruction import unexplained_share
 from ..partition.region import Trunk
+from .combined_parameters import Combination
 from .downstream import downstream_weights
 from .weight_evidence import weights_of
 
@@ -37,6 +38,7 @@ class ZipPlan:
         heads: model -> the plan of that model by itself, where its head keeps fewer features (see `branches`).
         readings: (space, model) -> how the head reads its features from the merged ones where they are not copied from
             its own clusters, [features of the model, merged features].
+        combination: what makes one of the models' parameters; None: their weighted means, by the merges.
     """
 
     trunk: Trunk
@@ -47,6 +49,7 @@ class ZipPlan:
     kept: Mapping[int, int] = field(default_factory=dict)
     heads: Mapping[int, ZipPlan] = field(default_factory=dict)
     readings: Mapping[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    combination: Combination | None = None
 
     def U(self, space: int, k: int) -> torch.Tensor:
         """How head k gets its features of a space from the merged ones where that is not folded into its weights."""
@@ -104,11 +107,16 @@ def plan(
     statistics: Mapping[int, Moments],
     method: Method,
     kept: Mapping[int, int] | None = None,
+    base: Mapping[str, torch.Tensor] | None = None,
 ) -> ZipPlan:
     """Match every space and decide which unmerges fold. `kept` as in `problem_of`.
 
+    `base`: parameters of the network that the models were fine-tuned from, by their names in model 0, for a method of
+    task vectors.
+
     Raises:
-        InputError: the method cannot keep another number of features than model 0 has; and as the method does.
+        InputError: the method cannot keep another number of features than model 0 has; the base lacks a parameter, or
+            has it in another shape; and as the method does.
     """
     kept = kept or {}
     reach = trunk.reach
@@ -125,6 +133,8 @@ def plan(
     if unobserved and "weights" not in method.needs and not method.by_position:
         merges |= match_unseen(replace(problem, weights=weights_of(trunk)), merges)
     result = planned(trunk, merges, reach, unobserved, kept)
+    if isinstance(method, TaskVectorMethod):
+        return replace(result, combination=Combination.of(trunk, method, base))
     if not isinstance(method, Energy) or kept:  # others copy, as published; a budget leaves no room for products
         return result
     return replace(result, readings=_readings(problem, merges, result.folded))

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
 from ..compiler.arguments import Given
+from ..compiler.one_base import base_tensors, check_base, for_fine_tunes, takes_base, weights_by_model
 from ..compiler.options import Options, Recipe
 from ..compiler.pipeline import assemble
 from ..compiler.progress import Display
@@ -22,6 +23,7 @@ from ..compiler.session import Candidate, Session
 from ..compiler.survey import cuts_and_trunks
 from ..errors import CostError, InputError, Interrupted
 from ..matching import FIRST_CLASS, Method
+from ..matching.weights_of_models import takes_weights, weighted
 from ..refit import Refit
 from ..rewriting.module import ZippedModule
 from ..tracing import plain_context
@@ -58,6 +60,8 @@ def sweep(
     rules: Mapping[str, Rule] | None = None,
     progress: bool | None = None,
     max_batches: int = MAX_BATCHES,
+    base: nn.Module | Mapping[str, Tensor] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
 ) -> Table:
     """The frontier of cost against agreement: one zip for each cut (and cost), and all models side by side.
 
@@ -71,8 +75,8 @@ def sweep(
 
     Args:
         models: two or more, or a dict of them by the names of their tasks.
-        sample_input, data, method, refit, start, joint, verify, strict, rules, progress, max_batches: as in
-            `compile_zip`.
+        sample_input, data, method, refit, start, joint, verify, strict, rules, progress, max_batches, base, weights: as
+            in `compile_zip`.
         cuts: what `until` takes, each. None: up to twelve, evenly over the FLOPs, such that one tensor alone crosses
             if there are as many.
         max_costs: widths by need at each of these costs, as `compile_zip` with `width="auto"`: a row for each of them
@@ -86,7 +90,9 @@ def sweep(
         `compile_zip` raises.
     """
     given = Given.of((models, sample_input), "sweep")
-    recipe = Recipe.of(method, refit, calibrated=data is not None)
+    own_weights = weights_by_model(weights, given.tasks, len(given.networks))
+    recipe = Recipe.of(method, refit, calibrated=data is not None, weights=own_weights)
+    check_base(base, recipe)
     widths: Sequence[WidthRequest] = [recipe.width]
     if max_costs is not None:
         widths = [width_request("auto", float(cost), len(given.networks)) for cost in max_costs]
@@ -94,7 +100,7 @@ def sweep(
     options = Options(
         start=start, joint=joint, verify=verify, strict=strict, by_position=recipe.by_position,
         max_batches=max_batches, rules=rules, data_free=recipe.data_free,
-        compared_by="" if recipe.data_free else "`sweep`",
+        base=base_tensors(base), compared_by="" if recipe.data_free else "`sweep`",
     )  # fmt: skip
     with Display(show=progress) as display:
         table = _Rows.of(given, data, held_out, options, lines, display)
@@ -121,6 +127,8 @@ def compare(
     rules: Mapping[str, Rule] | None = None,
     progress: bool | None = None,
     max_batches: int = MAX_BATCHES,
+    base: nn.Module | Mapping[str, Tensor] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
 ) -> Table:
     """Several methods at several cuts, and all models side by side.
 
@@ -133,8 +141,8 @@ def compare(
 
     Args:
         models: two or more, or a dict of them by the names of their tasks.
-        sample_input, data, start, joint, verify, strict, rules, progress, max_batches: as in `compile_zip`; for all
-            rows.
+        sample_input, data, start, joint, verify, strict, rules, progress, max_batches, base, weights: as in
+            `compile_zip`; for all rows, of which those whose methods take no base or no weights do without.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
         methods: names, methods with their settings, or pairs (method, refit); "alone" is each network narrowed by
             itself to its share of the first one's cost (`fxzip.narrow`), and nothing shared. None: energy, zip,
@@ -148,12 +156,16 @@ def compare(
             together (`docs/methods.md`).
     """
     entries = (*FIRST_CLASS, *([ALONE] if data is not None else [])) if methods is None else methods
-    chosen = [_Line.of(entry, refit, calibrated=data is not None) for entry in entries]
     given = Given.of((models, sample_input), "compare")
+    own_weights = weights_by_model(weights, given.tasks, len(given.networks))
+    chosen = [_Line.of(entry, refit, calibrated=data is not None).weighing(own_weights) for entry in entries]
+    for line in chosen:
+        if takes_base(line.recipe.method):
+            check_base(base, line.recipe)
     data_free = all(line.recipe.data_free for line in chosen)
     options = Options(
         start=start, joint=joint, verify=verify, strict=strict, max_batches=max_batches, rules=rules,
-        data_free=data_free, compared_by="" if data_free else "`compare`",
+        data_free=data_free, base=base_tensors(base), compared_by="" if data_free else "`compare`",
     )  # fmt: skip
     with Display(show=progress) as display:
         table = _Rows.of(given, data, held_out, options, chosen, display)
@@ -167,6 +179,13 @@ class _Line:
     method: str
     refit: str | None
     recipe: Recipe
+
+    def weighing(self, weights: tuple[float, ...] | None) -> _Line:
+        """The same with weights of the models, where its method takes some."""
+        method = self.recipe.method
+        if weights is None or not takes_weights(method):
+            return self
+        return replace(self, recipe=replace(self.recipe, method=weighted(method, weights)))
 
     @classmethod
     def of(cls, entry: Any, refit: str | Refit | None, *, calibrated: bool) -> _Line:
@@ -197,7 +216,10 @@ class _Rows:
         """Open the session."""
         start = time.perf_counter()
         session = Session.open(given, data, options, display, held_out=held_out)
-        return cls(session, lines, time.perf_counter() - start)
+        found = [replace(line, recipe=for_fine_tunes(line.recipe, session.survey)) for line in lines]
+        if all(line.recipe.by_position for line in found):
+            session = session.positional(found[0].recipe)
+        return cls(session, found, time.perf_counter() - start)
 
     def at(self, cuts: Sequence[str | float | None], score: Score | None, *, strict: bool) -> Table:
         """All lines at all cuts. `strict`: an error ends it, else it is a row."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Program:
         shapes: for each node whose output is a tensor, its shape on the sample.
         lost: paths of modules that draw random numbers in train mode where the graph does not.
         compared: the inputs on which the graph was compared with the model: the sample, a fresh one, others.
+        origins: of its parameters and buffers the names in the model, parametrisations folded; what tracing has made is
+            not in it.
     """
 
     module: fx.GraphModule
@@ -62,6 +64,7 @@ class Program:
     compared: tuple[Call, ...] = ()
     memory: Sharing = field(default_factory=Sharing)
     lost: tuple[str, ...] = ()
+    origins: dict[str, str] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
@@ -113,7 +116,8 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
                 assert not isinstance(again, str), again  # in eval mode dropout gives back its input
                 found = _Verified(found.module, *again)
             lost = training.lost(found.module, reference.sample)
-            return _program(found, reference, rung, tuple(failures), persistent, lost)
+            program = _program(found, reference, rung, tuple(failures), persistent, lost)
+            return replace(program, origins=_origins(program.module, own))
         failures.append(f"{_title(rung, kept)} gave another result than the model: {found}.")
     raise TraceError(_nothing_worked(name, failures, paths))
 
@@ -198,6 +202,26 @@ def _program(
     return Program(
         module, reference.sample, rung, failures, buffers, mutators, axes, sample.shapes, reference.calls, memory, lost
     )
+
+
+def _origins(module: fx.GraphModule, own: nn.Module) -> dict[str, str]:
+    """`Program.origins`: a graph holds the tensors of the model's copy, or copies of them under safe names."""
+    names: dict[int, str] = {}
+    for name, tensor in _tensors(own):
+        names.setdefault(id(tensor), name)
+    old = {new: before for before, new in safe_names(own).items()}
+    known = {name for name, _ in _tensors(own)}
+    result = {}
+    for name, tensor in _tensors(module):
+        found = names.get(id(tensor), old.get(name, name) if old else "")
+        if found in known:
+            result[name] = found
+    return result
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, by each of their names."""
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
 def _check_dense(call: Call) -> None:

@@ -9,11 +9,12 @@ from ...errors import InputError, OptionError
 from ..merge import Merge
 from ..method import SpaceMethod
 from ..moments import Moments
+from ..weights_of_models import Weights, check_weights
 
 
 @dataclass(frozen=True)
 class Average(SpaceMethod):
-    """Average the models as they are: M_k = I / K, U_k = I.
+    """Average the models as they are: M_k = w_k I / Σ w, U_k = I.
 
     >>> import torch
     >>> from fxzip.matching.moments import moments
@@ -22,11 +23,19 @@ class Average(SpaceMethod):
             [0.0000, 0.5000]], dtype=torch.float64)
 
     Right for networks fine-tuned from one initialisation (Model Soups, arXiv 2203.05482, uniform soup).
+
+    Attributes:
+        weights: of the models, positive; only their ratios count. None: all alike.
     """
+
+    weights: Weights = None
 
     name: ClassVar[str] = "average"
     one_to_one: ClassVar[bool] = True
     by_position: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights)
 
     def __call__(self, moments: Moments, size: int | None = None) -> Merge:
         """The identity merge of K models with n features each.
@@ -48,4 +57,4 @@ class Average(SpaceMethod):
         if size not in (None, sizes[0]):
             raise OptionError(f"`average` keeps every feature: `size` must be {sizes[0]}; got {size}.")
 
-        return Merge.identity(sizes[0], len(sizes), moments)
+        return Merge.identity(sizes[0], len(sizes), moments, self.weights)

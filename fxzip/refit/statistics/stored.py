@@ -8,6 +8,9 @@ for uncorrelated inputs of equal size),
 
     σ*² = ‖ Σ_k M_k r_k ‖²,   r_k = σ_k W_k U_k / ‖W_k‖   row by row.
 
+A method of task vectors makes other kernels W* than that mean. Then σ*² = ‖W*‖² · mean_k σ_k² / ‖W_k‖²: a variance goes
+with the square of its kernel.
+
 What that leaves out are the inputs' own correlations; with a few batches of data, REPAIR (Jordan et al., ICLR 2023)
 measures what is estimated here.
 """
@@ -43,7 +46,11 @@ def stored_statistics(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call])
     norms = _norms(result, plan)
     for norm in norms:
         held = attribute(result, f"trunk.{norm.variance}")
-        held.copy_(_variance(plan, norm).to(held))
+        variance = _variance(plan, norm)
+        if plan.combination is not None:
+            kernel = attribute(result, f"trunk.{norm.weight}").detach().double()
+            variance = _gain(plan, norm) * _squares(kernel, norm.axis)
+        held.copy_(variance.to(held))
     if norms:
         return Refitted(result)
     return Refitted(result, ("no BatchNorm has stored the statistics of a linear call: the refit changed nothing",))
@@ -92,4 +99,20 @@ def _variance(plan: ZipPlan, norm: _Norm) -> Tensor:
         rows = deviation * kernel / size.clamp(min=torch.finfo(size.dtype).tiny)
         part = share(rows, names[0], norm.weight, change)
         total = part.value + total.to(part.value)
-    return total.square().sum([a for a in range(total.ndim) if a != norm.axis])
+    return _squares(total, norm.axis)
+
+
+def _gain(plan: ZipPlan, norm: _Norm) -> Tensor:
+    """The mean of σ_k² / ‖W_k‖², [features], for features that stand where they are in all models."""
+    found = []
+    for k, program in enumerate(plan.trunk.alignment.programs):
+        names = [plan.trunk.alignment.params[name][k] for name in (norm.weight, norm.variance)]
+        kernel, variance = (attribute(program.module, name).detach().double() for name in names)
+        size = _squares(kernel, norm.axis)
+        found.append(variance / size.clamp(min=torch.finfo(size.dtype).tiny))
+    return torch.stack(found).mean(0)
+
+
+def _squares(kernel: Tensor, axis: int) -> Tensor:
+    """Sums of squares over all axes but one."""
+    return kernel.square().sum([a for a in range(kernel.ndim) if a != axis])
