@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.refit.least_squares.alternating import Wish, alternate
+from fxzip.refit.least_squares.blocks import Blocks
 from fxzip.refit.least_squares.dataflow import follow
 from fxzip.refit.least_squares.walk import Walk
 from fxzip.tracing.calls import Call
 
 
-def _solver(x: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda t: torch.linalg.lstsq(x.double(), t.double()).solution
+def _solver(x: Tensor) -> Callable[[Blocks], Tensor]:
+    return lambda t: torch.linalg.lstsq(x.double(), t.whole().double()).solution
 
 
 def _same(values: Tensor) -> Tensor:

@@ -271,11 +271,13 @@ def test_sources_per_model_and_one_source_differ() -> None:
     assert not torch.allclose(per_model(x)[0], mixed(x)[0], atol=1e-3)
 
 
-def test_memory_bounds_the_batches_and_the_report_says_so() -> None:
+def test_memory_bounds_no_data_and_the_report_says_what_was_done() -> None:
     a, b, data = _net(0), _net(1), _data()
     zipped = fxzip.compile_zip(a, b, data[0][:2], data=data, refit=fxzip.LeastSquares(memory=1))
-    assert any("memory limit" in note for note in zipped.report["notes"])
-    assert zipped(data[0])[0].shape == (16, 4)
+    assert any("bound on memory" in note for note in zipped.report["notes"])
+    whole = fxzip.compile_zip(a, b, data[0][:2], data=data, refit=fxzip.LeastSquares(memory=1 << 40))
+    assert not any("bound on memory" in note for note in whole.report["notes"])
+    assert torch.equal(zipped(data[0])[0], whole(data[0])[0])
 
 
 def test_report_counts_the_fitted_calls() -> None:
@@ -287,7 +289,7 @@ def test_report_counts_the_fitted_calls() -> None:
 @pytest.mark.parametrize(("settings", "message"), [
     ({"ridge": -1e-4}, "^`LeastSquares` needs `ridge` >= 0; got ridge=-0.0001. The default is 0.0001.$"),
     ({"positions": 0}, "^`LeastSquares` needs `positions` >= 1; got positions=0. The default is 20.$"),
-    ({"memory": 0}, "^`LeastSquares` needs `memory` >= 1; got memory=0. The default is 4294967296.$"),
+    ({"memory": 0}, "^`LeastSquares` needs `memory` >= 1; got memory=0. The default is None.$"),
 ])  # fmt: skip
 def test_settings_out_of_range(settings, message) -> None:
     with pytest.raises(fxzip.OptionError, match=message):

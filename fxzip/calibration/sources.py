@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from ..errors import DataError
 from ..tracing.calls import Call, JointCall, batch_size
 from .batches import batches
 from .data_forms import MAX_BATCHES, PerModel, Source, sources_of
+
+logger = logging.getLogger("fxzip")
 
 __all__ = ["Calibration", "PerModel", "Replay", "as_batch"]
 
@@ -42,6 +45,7 @@ class Calibration:
         given: the user gave data; else the sample serves.
         watch: shows each batch of a pass as it comes; None: a bar of its own for each pass, if `show`.
         counts: how many inputs and batches each pass gave that went to its end.
+        say: shows a sentence; None: it goes to the log `fxzip`.
     """
 
     sources: tuple[Iterable[Any], ...]
@@ -53,6 +57,7 @@ class Calibration:
     given: bool = True
     watch: Watch | None = None
     counts: list[tuple[int, int]] = field(default_factory=list)
+    say: Callable[[str], None] | None = None
 
     @classmethod
     def of(
@@ -102,7 +107,7 @@ class Calibration:
 
     def __call__(self, stage: str) -> Replay:
         """All batches, named `stage` on the bar."""
-        return Replay(lambda: self._counted(stage), max(len(self.sources), 1))
+        return Replay(lambda: self._counted(stage), max(len(self.sources), 1), self.say)
 
     @property
     def inputs(self) -> int | None:
@@ -135,6 +140,7 @@ class Replay:
 
     start: Callable[[], Iterator[tuple[int, Call]]]
     sources: int = 1
+    say: Callable[[str], None] | None = None
 
     def __iter__(self) -> Iterator[Call]:
         return (call for _, call in self.start())
@@ -142,6 +148,15 @@ class Replay:
     def by_source(self) -> Iterator[tuple[int, Call]]:
         """Each batch with the number of its source."""
         return self.start()
+
+
+def tell(data: Iterable[Call], text: str) -> None:
+    """Say something to whoever watches a pass over data; what nobody watches goes to the log `fxzip`."""
+    say = data.say if isinstance(data, Replay) else None
+    if say is None:
+        logger.info("%s", text)
+    else:
+        say(text)
 
 
 def with_sources(data: Iterable[Call]) -> tuple[Iterator[tuple[int, Call]], int]:

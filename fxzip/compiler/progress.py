@@ -118,6 +118,12 @@ class Display:
             if total:
                 self._reach(base + _share(self._stage) * 0.9 * min(number / total, 1.0))
 
+    def say(self, text: str) -> None:
+        """A sentence: in the log, and above the bar."""
+        logger.info("%s", text)
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+
     def _describe(self, stage: str = "") -> None:
         if self._bar is not None:
             text = stage or self._stage or "fxzip"

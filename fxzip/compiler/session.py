@@ -162,7 +162,7 @@ class Session:
 def _calibration(given: Given, data: Any, options: Options, display: Display) -> Calibration:
     own = data_of(data, given.tasks)
     found = Calibration.of(own, given.call, len(given.networks), False, options.max_batches)
-    return replace(found, watch=display.watch)
+    return replace(found, watch=display.watch, say=display.say)
 
 
 def _check_start(call: Call, options: Options) -> None:

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...matching.linalg import ridged_cholesky
+from .blocks import Blocks
 
 _DAMPING = 0.1  # μ relative to the mean diagonal of Uᵀ G U
 _RIDGE = 1e-5  # of the reading of f from h
@@ -44,30 +45,30 @@ class Wish:
         offset: s, [places, n], or None.
     """
 
-    features: Tensor
+    features: Blocks | Tensor
     metric: Tensor
     function: Callable[[Tensor], Tensor]
-    offset: Tensor | None
+    offset: Blocks | Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
     """Values before φ; h, centred, [places, n]; U [n, N]; what is lost."""
 
-    values: Tensor
-    told: Tensor
+    values: Blocks
+    told: Blocks
     reading: Tensor
     lost: float
 
 
 def alternate(
-    x: Tensor, weight: Tensor, wish: Wish, solve: Callable[[Tensor], Tensor], rounds: int
+    x: Blocks | Tensor, weight: Tensor, wish: Wish, solve: Callable[[Blocks], Tensor], rounds: int
 ) -> tuple[Tensor, list[float]]:
     """Weights of which the wished features can be read better, and the share that is lost after every round.
 
     >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
     >>> wish = Wish(x[:, :2] @ torch.tensor([[1.0, 1.0], [0.0, 0.1]]), torch.eye(2).double(), lambda v: v, None)
-    >>> solve = lambda t: torch.linalg.lstsq(x, t).solution.double()
+    >>> solve = lambda t: torch.linalg.lstsq(x, t.whole()).solution.double()
     >>> weight, lost = alternate(x, torch.tensor([[0.0], [1.0], [0.0]]).double(), wish, solve, 9)
     >>> round(lost[0], 2), round(lost[-1], 2)  # one feature for two: the first principal direction
     (0.99, 0.0)
@@ -79,56 +80,66 @@ def alternate(
         solve: the regression on x of [places, n]: float64 [d, n].
         rounds: at most.
     """
-    x, features = precise(x), precise(wish.features)
-    features = features - features.mean(0)
+    x = Blocks.of(x).map(precise)
+    features = Blocks.of(wish.features).map(precise).centred()
     metric = wish.metric
-    whole = float(((features.T @ features).double() * metric).sum())
+    whole = float((features.gram() * metric).sum())
     if not 0 < whole < math.inf:
         return weight, []
 
-    def state(values: Tensor) -> _State:
-        told = wish.function(values)
-        told = told - told.mean(0)
-        own, both = (told.T @ told).double(), (told.T @ features).double()
+    def state(values: Blocks) -> _State:
+        told = values.map(wish.function).centred()
+        own, both = told.gram(), told.product(features)
         if not bool(own.isfinite().all() and both.isfinite().all()):  # a function that grows fast, a step too far
             return _State(values, told, both, math.inf)
         reading = torch.cholesky_solve(both, _factor(own, _RIDGE))
         read = (2 * both - own @ reading) @ metric  # what is lost is that of these U, whatever the ridge made of them
         return _State(values, told, reading, max(1 - float((read * reading).sum()) / whole, 0.0))
 
-    values = x @ weight.to(x)
-    now = state(values if wish.offset is None else values + precise(wish.offset))
+    values = _outputs(x, weight)
+    if wish.offset is not None:
+        values = values.map(torch.add, Blocks.of(wish.offset).map(precise))
+    now = state(values.stored())
     if not math.isfinite(now.lost):
         return weight, []
     losses, step = [now.lost], _STEP
-    last: tuple[Tensor, Tensor] | None = None
+    last: tuple[Tensor, Blocks] | None = None
     for _ in range(rounds):
         if now.lost < _EXACT:
             break
-        wanted = _wanted(now, features, metric).mul_(_slope(wish.function, now.values))
-        if not bool(wanted.isfinite().all()):
+        change = solve(_wanted(now, features, metric).map(torch.mul, _slope(wish.function, now.values)))
+        if not bool(change.isfinite().all()):
             break
-        change = solve(wanted)
-        moved = x @ change.to(x)
+        moved = _outputs(x, change).stored()
         for tried in (step, step / 2, step / 4, step / 8):
-            new = state(now.values + tried * moved)
+            new = state(_further(now.values, moved, tried))
             if new.lost < now.lost:
                 break
         else:
             break
-        change, moved, step = tried * change, tried * moved, tried
+        change, step = tried * change, tried
+        moved = moved.map(lambda own, times=tried: times * own)
         if last is not None:
             for more in (1.0, 0.5):
-                further = state(new.values + more * last[1])
+                further = state(_further(new.values, last[1], more))
                 if further.lost < new.lost:
-                    new, change, moved = further, change + more * last[0], moved + more * last[1]
+                    new, change, moved = further, change + more * last[0], _further(moved, last[1], more)
                     break
-        last = change, moved
-        weight, gain, now = weight + change, now.lost - new.lost, new
+        last = change, moved.stored()
+        weight, gain = weight + change, now.lost - new.lost
+        now = replace(new, values=new.values.stored())
         losses.append(now.lost)
         if gain < _GAIN * now.lost:
             break
     return weight, losses
+
+
+def _outputs(x: Blocks, weight: Tensor) -> Blocks:
+    return x.map(lambda own: own @ weight.to(own))
+
+
+def _further(values: Blocks, moved: Blocks, step: float) -> Blocks:
+    return values.map(lambda own, change: own + step * change, moved)
 
 
 def precise(values: Tensor) -> Tensor:
@@ -136,13 +147,13 @@ def precise(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-def _wanted(now: _State, features: Tensor, metric: Tensor) -> Tensor:
+def _wanted(now: _State, features: Blocks, metric: Tensor) -> Blocks:
     """δ, [places, n]."""
     toward = now.reading @ metric  # [n, N]
     seen = toward @ now.reading.T
-    solved = torch.cholesky_solve(torch.cat([toward, seen], 1), _factor(seen, _DAMPING)).to(features)
-    count = features.shape[1]
-    return features @ solved[:, :count].T - now.told @ solved[:, count:].T
+    solved = torch.cholesky_solve(torch.cat([toward, seen], 1), _factor(seen, _DAMPING))
+    from_features, from_told = solved[:, : toward.shape[1]].T, solved[:, toward.shape[1] :].T
+    return features.map(lambda f, h: f @ from_features.to(f) - h @ from_told.to(h), now.told)
 
 
 def _factor(matrix: Tensor, ridge: float) -> Tensor:
@@ -151,7 +162,17 @@ def _factor(matrix: Tensor, ridge: float) -> Tensor:
     return ridged_cholesky(matrix, ridge, scale)[0]
 
 
-def _slope(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+def _slope(function: Callable[[Tensor], Tensor], values: Blocks) -> Blocks:
     """φ' by differences."""
-    width = 1e-3 * values.std(0).clamp(min=1e-3 * float(values.std()) + torch.finfo(values.dtype).tiny)
-    return (function(values + width) - function(values - width)) / (2 * width)
+    mean, rows = values.mean(), values.rows
+    variance = values.map(lambda own: (own.double() - mean).square()).sum()
+    whole = variance.sum() + rows * (mean - mean.mean()).square().sum()
+    least = 1e-3 * (whole / max(rows * len(mean) - 1, 1)).sqrt()
+    tiny = torch.finfo(values.block(0).dtype).tiny
+    width = 1e-3 * (variance / max(rows - 1, 1)).sqrt().clamp(min=float(least) + tiny)
+
+    def slope(own: Tensor) -> Tensor:
+        step = width.to(own)
+        return (function(own + step) - function(own - step)) / (2 * step)
+
+    return values.map(slope)

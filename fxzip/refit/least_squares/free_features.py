@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, fx
 
 from ...analysis.spaces import Layout
 from ...matching.energy.energy import downstream_metric
-from ...matching.moments import moments
+from ...matching.moments import Moments
 from ...rewriting.downstream import downstream_weights
 from ...rewriting.zip_plan import ZipPlan
+from .blocks import Blocks
 from .dataflow import Flow, Function, Site
 from .goals import Goal, TrunkGoals
 
@@ -51,16 +52,18 @@ class Freedom:
         own = [spaces[s] if s >= 0 else None for s in layout.space.unique().tolist()]
         return all(s is not None and s.legality == "free" and s.tie is None and s.blocks is None for s in own)
 
-    def metric(self, goal: Goal, features: Sequence[Tensor]) -> Tensor:
+    def metric(self, goal: Goal, features: Blocks) -> Tensor:
         """How the originals read the features of a result: float64 [N, N], all models side by side.
 
         Args:
             goal: of the result.
-            features: of every model, behind what acts on them, [places, n_k].
+            features: of all models side by side, behind what acts on them, [places, N].
         """
         assert goal.targets is not None
-        every = max(1, len(features[0]) // (_ROWS * sum(own.shape[1] for own in features)))
-        seen = moments([own[::every] for own in features])
+        sizes = [len(own.space) for own in goal.targets.layouts]
+        every = max(1, features.rows // (_ROWS * sum(sizes)))
+        some = features.map(lambda own: own[::every].double())
+        seen = Moments(float(some.rows), some.sum(), some.gram(), tuple(sizes))
         read = downstream_metric(seen, [self._weights(layout, k) for k, layout in enumerate(goal.targets.layouts)])
         scale = seen.covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
         scale = torch.where(seen.alive, scale, 0.0)

@@ -17,8 +17,9 @@ from ..linear_calls.counterparts import Counterparts, labels_at
 from ..linear_calls.kernels import Places, as_rows, take
 from ..linear_calls.units import Site, Unit
 from ..unfit import Unfit
-from .lockstep import Env, Lockstep
+from .lockstep import Lockstep
 from .node_interior import result
+from .spilling import Env
 from .targets import Targets, find_targets
 
 

@@ -12,24 +12,31 @@ calls read features that are only nearly its own, and the later ones repair what
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ...calibration.sources import with_sources
+import torch
+
+from ...calibration.sources import tell, with_sources
 from ...rewriting.module import ZippedModule
 from ...rewriting.zip_plan import ZipPlan
-from ...tracing import quiet_execution
-from ...tracing.calls import Call
+from ...tracing import Program, quiet_execution
+from ...tracing.calls import Call, leaves
 from ..refitted import Refitted, noting
 from ..unfit import Unfit
-from .lockstep import bytes_per_row, laid_out, within_memory
+from .batches import Batches
+from .lockstep import bytes_per_row, laid_out
+from .memory import SHARE, Bound, free_memory
 from .samples import sample_bytes
 from .solving import Fit, Settings
+from .spilling import SpillFile
 from .walk import Walk
 
 __all__ = ["Fit", "LeastSquares", "fit_least_squares"]
 
-_SHARE = 0.75  # of the memory for values of nodes; the rest is for what calls inside a node make
+logger = logging.getLogger("fxzip")
 
 
 @dataclass(frozen=True)
@@ -44,18 +51,15 @@ class LeastSquares(Settings):
         """The same, with what it has to say for the report. What was fitted is in `module.meta["fxzip_fit"]`."""
         numbered, sources = with_sources(data)
         programs = plan.trunk.alignment.programs
-        samples = min(sample_bytes(zipped, self.positions, self.least), self.memory / 2)
         sample = programs[0].call
         laid = ((source, laid_out(call, sample)) for source, call in numbered)
-        batches, inputs = within_memory(
-            laid, bytes_per_row(zipped, programs), _SHARE * (self.memory - samples), sources,
-            whole=any(not program.batch_axes for program in programs),
-        )  # fmt: skip
-        with quiet_execution():
+        with SpillFile() as file, torch.no_grad():
             unfit = _tried(zipped, plan, self)
+            batches = Batches.read(laid, sources, self._bound(zipped, programs), file)
+            tell(data, f"least squares on {batches.inputs} inputs: {batches.usage}")
             while True:
                 result = copy.deepcopy(zipped)
-                walk = Walk(result, plan, batches, self, unfit)
+                walk = _walk(result, plan, batches, self, unfit)
                 try:
                     walk.all()
                     break
@@ -63,16 +67,28 @@ class LeastSquares(Settings):
                     if not found.restart:
                         raise
                     unfit[found.restart] = str(found)
-        walk.fit.inputs = inputs
+        walk.fit.inputs, walk.fit.memory = batches.inputs, batches.measured()
+        logger.info("least squares: %s", walk.fit.memory)
         result.meta["fxzip_fit"] = walk.fit
         return Refitted(result, tuple(walk.fit.notes()))
+
+    def _bound(self, zipped: ZippedModule, programs: Sequence[Program]) -> Bound:
+        device = next((value.device for value in leaves(programs[0].call)), torch.device("cpu"))
+        limit = SHARE * free_memory(device) if self.memory is None else self.memory
+        samples, gram = sample_bytes(zipped, self.positions, self.least)
+        return Bound(limit, bytes_per_row(zipped, programs), samples, gram)
 
 
 def _tried(zipped: ZippedModule, plan: ZipPlan, settings: Settings) -> dict[str, str]:
     """What cannot be fitted as it turns out on the sample, with the reason. Nothing is changed."""
-    walk = Walk(zipped, plan, [(0, 0, plan.trunk.alignment.programs[0].call)], settings, {}, trial=True)
+    walk = _walk(zipped, plan, Batches.of(plan.trunk.alignment.programs[0].call), settings, {}, trial=True)
     walk.all()
     return walk.fit.left
+
+
+def _walk(*arguments: Any, trial: bool = False) -> Walk:
+    with quiet_execution():
+        return Walk(*arguments, trial=trial)
 
 
 @noting

@@ -1,9 +1,13 @@
-"""Networks run node by node over all batches at once, so that a node can be refitted before the next one runs."""
+"""Networks run node by node over all batches, so that a node can be refitted before the next one runs.
+
+What is to be run is noted first. A batch catches up when somebody asks for its values: it comes from the file if it lay
+there (`spilling`), runs what was noted since, and goes back. Parameters change only once all batches have caught up.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,31 +15,83 @@ from torch import Tensor, fx
 
 from ...tracing import MathAttention, Program, flat_inputs, run_recorded
 from ...tracing.aten_calls import OnCall, watched
-from ...tracing.calls import Call, batch_size, leaves, map_tensors, select_rows
-
-Env = dict[fx.Node, Any]
+from ...tracing.calls import Call, batch_size, leaves, map_tensors
+from .spilling import Env, Shelf, SpillFile
 
 
 class Lockstep:
     """One network and the values of its nodes on every batch; values are freed after their last use."""
 
-    def __init__(self, module: fx.GraphModule, calls: Sequence[Call]) -> None:
-        self.module = module
+    def __init__(
+        self, module: fx.GraphModule, calls: Sequence[Callable[[], Call]], kept: int | None, file: SpillFile | None
+    ) -> None:
+        """
+        Args:
+            module: the network.
+            calls: each gives the inputs of a batch.
+            kept: on how many batches, the first ones, values stay in memory; None: on all.
+            file: where those on the others lie; None: they are computed anew each time.
+        """
+        self.module, self._calls = module, calls
         self.nodes = {node.name: node for node in module.graph.nodes}
         self._order = {node: place for place, node in enumerate(module.graph.nodes)}
         self._interpreter = fx.Interpreter(module)
         self._waiting = {node: len(node.users) for node in module.graph.nodes}
-        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        self.envs: list[Env] = [dict(zip(placeholders, flat_inputs(module, call), strict=True)) for call in calls]
+        self._placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self._there = set(self._placeholders)
+        self._steps: list[Callable[[Env], object]] = []
+        self._done = [0] * len(calls)
+        self._envs: list[Env | None] = [None] * len(calls)
+        self._kept = len(calls) if kept is None else kept
+        self._shelves = {} if file is None else {batch: Shelf(file) for batch in range(self._kept, len(calls))}
 
     def __len__(self) -> int:
-        return len(self.envs)
+        return len(self._calls)
+
+    def open(self, batch: int) -> Env:
+        """The values on a batch, with everything run that is to be run so far."""
+        env, shelf = self._envs[batch], self._shelves.get(batch)
+        if env is None:
+            if self._done[batch] and shelf is not None:
+                env = shelf.get()
+            else:
+                env = dict(zip(self._placeholders, flat_inputs(self.module, self._calls[batch]()), strict=True))
+        self._envs[batch] = env
+        for step in self._steps[self._done[batch] :]:
+            step(env)
+        self._done[batch] = len(self._steps)
+        return env
+
+    def close(self, batch: int) -> None:
+        """The values on a batch are not needed for now. Without room on the file they are computed anew next time."""
+        env, shelf = self._envs[batch], self._shelves.get(batch)
+        if env is None or batch < self._kept:
+            return
+        self._envs[batch] = None
+        try:
+            if shelf is not None:
+                shelf.put(env, self.module)
+        except OSError:
+            shelf = None
+        if shelf is None:
+            self._done[batch] = 0
 
     def run(self, node: fx.Node) -> None:
         """Compute a node on all batches where it is not there yet; inputs are there from the start, and stay."""
-        for env in self.envs:
-            if node not in env and node.op != "placeholder":
+        if node.op == "placeholder":
+            return
+
+        def step(env: Env) -> None:
+            if node not in env:
                 env[node] = self.call(env, node)
+
+        self._steps.append(step)
+        self._there.add(node)
+
+    def ahead(self, node: fx.Node) -> None:
+        """Compute a node, and what it needs, ahead of time."""
+        self._there.update(self.missing(self._there, node))
+        self._steps.append(lambda env: self.value(env, node))
 
     def call(self, env: Env, node: fx.Node, on_call: OnCall | None = None) -> Any:
         """What a node whose inputs are there gives, by calls as the analysis has seen them; nothing is kept.
@@ -57,8 +113,12 @@ class Lockstep:
         for source in node.all_input_nodes:
             self.value(env, source)
 
-    def missing(self, env: Env, node: fx.Node) -> list[fx.Node]:
-        """What has to be computed, in order, for the value of a node to be there."""
+    def lacking(self, node: fx.Node) -> list[fx.Node]:
+        """What has to be computed, in order, for the value of a node to be there, on any batch."""
+        return self.missing(self._there, node)
+
+    def missing(self, env: Collection[fx.Node], node: fx.Node) -> list[fx.Node]:
+        """The same, where these are there."""
         waiting, found = [node], set[fx.Node]()
         while waiting:
             own = waiting.pop()
@@ -69,8 +129,8 @@ class Lockstep:
 
     def forget(self, node: fx.Node) -> None:
         """A node is going to be computed anew."""
-        for env in self.envs:
-            env.pop(node, None)
+        self._there.discard(node)
+        self._steps.append(lambda env: env.pop(node, None))
 
     def release(self, node: fx.Node) -> None:
         """The node is done: free those of its inputs that no later node needs.
@@ -80,8 +140,7 @@ class Lockstep:
         for source in node.all_input_nodes:
             self._waiting[source] -= 1
             if self._waiting[source] == 0 and source.op != "placeholder":
-                for env in self.envs:
-                    env.pop(source, None)
+                self.forget(source)
 
 
 def laid_out(call: Call, sample: Call) -> Call:
@@ -129,29 +188,3 @@ def bytes_per_row(net: fx.GraphModule, programs: Sequence[Program]) -> float:
     zipped = live_bytes(net, run_recorded(net, call).shapes, call)
     held = sum(value.nbytes for value in leaves(call)) / max(batch_size(call) or 1, 1)
     return zipped + held + sum(live_bytes(own.module, own.shapes, own.call) for own in programs)
-
-
-def within_memory(
-    data: Iterable[tuple[int, Call]], per_row: float, memory: float, sources: int = 1, *, whole: bool = False
-) -> tuple[list[tuple[int, int, Call]], tuple[int, int]]:
-    """As many inputs as fit, taken evenly from all `sources`, at least one each; how many these are, and of how many.
-
-    Each batch comes with the number of its source, and its own among all of them. The first batch of a source is cut if
-    it is too large itself, unless models take `whole` batches only.
-    """
-    by_source: dict[int, list[tuple[int, Call]]] = {}
-    used = seen = 0
-    limit = memory / max(per_row, 1.0)
-    for number, (source, call) in enumerate(data):
-        own = by_source.setdefault(source, [])
-        size = batch_size(call) or 1
-        seen += size
-        room = int(limit * (source + 1) / max(source + 1, sources)) - used
-        if size > room and not own and not whole:
-            size = max(room, 1)
-            call = select_rows(call, slice(size))
-        elif size > room and own:
-            continue
-        own.append((number, call))
-        used += size
-    return [(source, *own) for source, calls in sorted(by_source.items()) for own in calls], (used, seen)

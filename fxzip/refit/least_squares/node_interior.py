@@ -13,7 +13,8 @@ from ...tracing.aten_calls import AtenCall, tensors_in
 from ..linear_calls.parameter_uses import Survey, is_move
 from ..linear_calls.units import only_user
 from ..unfit import Unfit
-from .lockstep import Env, Lockstep
+from .lockstep import Lockstep
+from .spilling import Env
 
 
 class _Stop(BaseException):

@@ -8,6 +8,8 @@ inputs it is computed from the smaller matrix x xᵀ: (xᵀx + λ)⁻¹ xᵀ = x
 
 Where there are few positions for each input, λ decides how much of the noise is fitted, and is chosen by trying: half
 of the positions are fitted, the other half judges, and the other way round (`best_ridge`).
+
+Positions come by blocks, a batch each (`blocks`): sums over them do not depend on what lies in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...errors import DataError
 from ...matching.linalg import ridged_cholesky
 from .alternating import Wish, alternate, precise
+from .blocks import Blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,28 +41,48 @@ class Regression:
         constant: whether 1 is an input too.
     """
 
-    x: Tensor
-    t: Tensor
+    x: Blocks | Tensor
+    t: Blocks | Tensor
     prior: Tensor
-    offset: Tensor | None = None
+    offset: Blocks | Tensor | None = None
     constant: bool = True
 
     @cached_property
-    def inputs(self) -> Tensor:
+    def inputs(self) -> Blocks:
         """With the constant, if there is one; in float32 at least."""
-        x = precise(self.x)
-        return torch.cat([x, x.new_ones(len(x), 1)], 1) if self.constant else x
+        x = Blocks.of(self.x).map(precise)
+        return x.map(lambda own: F.pad(own, (0, 1), value=1.0)).stored() if self.constant else x
 
     @cached_property
-    def targets(self) -> Tensor:
+    def targets(self) -> Blocks:
         """In float32 at least."""
-        return precise(self.t)
+        return Blocks.of(self.t).map(precise)
 
     @cached_property
-    def base(self) -> Tensor:
+    def base(self) -> Blocks:
         """The offset, 0 if there is none."""
-        t = self.targets
-        return torch.zeros((), dtype=t.dtype, device=t.device) if self.offset is None else precise(self.offset)
+        if self.offset is None:
+            return self.targets.map(lambda own: own.new_zeros(1, 1).expand(len(own), 1))
+        return Blocks.of(self.offset).map(precise)
+
+    @cached_property
+    def start(self) -> Blocks:
+        """What the prior gives, [positions, n]."""
+        return _outputs(self.inputs, self.prior).stored()
+
+    @cached_property
+    def left(self) -> Blocks:
+        """What the prior leaves of the targets, [positions, n]."""
+        return self.targets.map(torch.sub, self.start)
+
+    def chosen(self, rows: Blocks) -> Regression:
+        """That of some positions; `rows`: bool [positions]."""
+
+        def those(own: Tensor, chosen: Tensor) -> Tensor:
+            return own[chosen]
+
+        x, t, base = (own.map(those, rows) for own in (self.inputs, self.targets, self.base))
+        return Regression(x.stored(), t, self.prior, base, constant=False)
 
 
 class Solution(NamedTuple):
@@ -91,28 +115,31 @@ def ridge_solution(
     Returns:
         W in float64, [d + 1, n]; the ridge used; with a wish the share that is lost.
     """
-    ones, t, base, prior = regression.inputs, regression.targets, regression.base, regression.prior
+    ones, base, prior = regression.inputs, regression.base, regression.prior
     system = _Normal(ones)
     factor, ridge = system.factor(ridge)
-    start = ones @ prior.to(ones)
 
-    def solve(target: Tensor) -> Tensor:
-        return prior.double() + system.solve(factor, system.side(target - start))
+    def solve(left: Blocks) -> Tensor:
+        return prior.double() + system.solve(factor, system.side(left))
 
-    solution, lost = solve(t), None
+    solution, lost = solve(regression.left), None
     if wish is not None:
         solution, losses = alternate(ones, solution, wish, lambda r: system.solve(factor, system.side(r)), turns)
         lost = losses[-1] if losses else None
         if len(losses) > 1:
             return Solution(solution, ridge, lost)
 
+    def forgiving(t: Tensor, start: Tensor, present: Tensor, base: Tensor) -> Tensor:
+        return torch.where(t + base > 0, t, (present + base).clamp(max=0) - base) - start
+
     for _ in range(rounds):
-        present = ones @ solution.to(ones) + base
-        solution = solve(torch.where(t + base > 0, t, present.clamp(max=0) - base))
+        solution = solve(regression.targets.map(forgiving, regression.start, _outputs(ones, solution), base))
     return Solution(solution, ridge, lost)
 
 
-def best_ridge(regression: Regression, ridges: Sequence[float], held: Tensor, *, rectified: bool = False) -> float:
+def best_ridge(
+    regression: Regression, ridges: Sequence[float], held: Blocks | Tensor, *, rectified: bool = False
+) -> float:
     """The ridge of some with the least error on positions that were not fitted; of equals the first.
 
     >>> x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
@@ -129,72 +156,74 @@ def best_ridge(regression: Regression, ridges: Sequence[float], held: Tensor, *,
         held: bool [positions]: one half; the other half is the rest.
         rectified: a ReLU follows: where the target is ≤ 0, values ≤ 0 are no error.
     """
-    ones, t, base, prior = regression.inputs, regression.targets, regression.base, regression.prior
-    errors = torch.zeros(len(ridges), dtype=torch.float64)
-    for fitted in (~held, held):
-        own = ones[fitted]
-        system = _Normal(own)
-        side = system.side(t[fitted] - own @ prior.to(ones))
-        judged, wanted = ones[~fitted], t[~fitted]
-        shift = base if base.ndim == 0 else base[~fitted]
+    held = Blocks.of(held)
+    halves = regression.chosen(held), regression.chosen(held.map(torch.logical_not))
+    errors = torch.zeros(len(ridges), dtype=torch.float64, device="cpu")
+    for fitted, judged in (halves, halves[::-1]):
+        system = _Normal(fitted.inputs)
+        side = system.side(fitted.left)
         for place, ridge in enumerate(ridges):
             factor, _ = system.factor(ridge)
-            found = judged @ (prior.double() + system.solve(factor, side)).to(ones)
-            wrong = found - wanted
-            if rectified:
-                wrong = torch.where(wanted + shift > 0, wrong, (found + shift).clamp(min=0))
-            errors[place] += wrong.double().square().sum().cpu()
+            found = _outputs(judged.inputs, regression.prior.double() + system.solve(factor, side))
+            wrong = judged.targets.map(_mistake if rectified else _difference, found, judged.base)
+            errors[place] += wrong.map(lambda own: own.square().sum()[None, None]).sum().cpu()[0]
     return ridges[int(errors.argmin())]
+
+
+def _outputs(inputs: Blocks, weight: Tensor) -> Blocks:
+    """[positions, n]."""
+    return inputs.map(lambda own: own @ weight.to(own))
+
+
+def _difference(wanted: Tensor, found: Tensor, _base: Tensor) -> Tensor:
+    return (found - wanted).double()
+
+
+def _mistake(wanted: Tensor, found: Tensor, base: Tensor) -> Tensor:
+    """In front of a ReLU values ≤ 0 are none where the target is ≤ 0."""
+    return torch.where(wanted + base > 0, found - wanted, (found + base).clamp(min=0)).double()
 
 
 class _Normal:
     """(xᵀx + λ)⁻¹ xᵀ r for inputs x [positions, d] and residuals r [positions, n], by the smaller of xᵀx and x xᵀ.
 
     x xᵀ is made in float64: its smallest eigenvalues, to which λ is compared, drown in float32's rounding sooner than
-    those of xᵀx do.
+    those of xᵀx do. It takes the positions of all processes together, which are fewer than the inputs.
 
     Raises:
         DataError: the matrix is not finite.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.dual = x, len(x) < x.shape[1]
-        self.matrix = _outer(x) if self.dual else _gram(x)
+    def __init__(self, x: Blocks) -> None:
+        width = x.block(0).shape[1]
+        self.blocks, self.dual = x, x.rows < width
+        self.x = x.whole() if self.dual else None
+        self.matrix = x.gram() if self.x is None else _outer(self.x)
         diagonal = self.matrix.diagonal()
         if not bool(diagonal.isfinite().all()):  # of a positive semidefinite matrix no entry is greater
             raise DataError(
-                f"The inputs of a regression must have a finite Gram matrix; that of {x.shape[1] - 1} inputs "
+                f"The inputs of a regression must have a finite Gram matrix; that of {width - 1} inputs "
                 "overflows. Zip the models in a wider dtype, or look for features that are far too large."
             )
-        self.scale = float(diagonal.sum()) / x.shape[1] or 1.0  # mean diagonal of xᵀx in both cases
+        self.scale = float(diagonal.sum()) / width or 1.0  # mean diagonal of xᵀx in both cases
 
     def factor(self, ridge: float) -> tuple[Tensor, float]:
         """Cholesky factor with λ = ridge · `scale`, and the ridge that it took."""
         return ridged_cholesky(self.matrix, ridge, self.scale)
 
-    def side(self, residual: Tensor) -> Tensor:
+    def side(self, residual: Blocks) -> Tensor:
         """The right-hand side that `solve` takes, float64."""
-        return residual.double() if self.dual else (self.x.T @ residual).double()
+        return residual.whole().double() if self.dual else self.blocks.product(residual)
 
     def solve(self, factor: Tensor, side: Tensor) -> Tensor:
         """[d, n], float64."""
         found = torch.cholesky_solve(side, factor)
-        if not self.dual:
+        if self.x is None:
             return found
         return torch.cat([block.double().T @ found for block in self.x.split(_BLOCK, 1)])
 
 
 _BLOCK = 256  # columns of x that are multiplied at a time
-
-
-def _gram(x: Tensor) -> Tensor:
-    """xᵀx in float64 from products in x's precision; blocks above the diagonal only, the rest is their mirror image."""
-    gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    for start in range(0, len(gram), _BLOCK):
-        stop = start + _BLOCK
-        gram[start:stop, start:] = (x[:, start:stop].T @ x[:, start:]).double()
-        gram[stop:, start:stop] = gram[start:stop, stop:].T
-    return gram
 
 
 def _outer(x: Tensor) -> Tensor:
@@ -207,7 +236,7 @@ def _outer(x: Tensor) -> Tensor:
 
 
 def affine_solution(
-    y: Tensor, t: Tensor, ridge: float, *, scaled: bool = True, shifted: bool = True
+    y: Blocks | Tensor, t: Blocks | Tensor, ridge: float, *, scaled: bool = True, shifted: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Scale c and shift d per feature: argmin Σ (c y + d - t)² + λ (c - 1)², λ = ridge · var y. Float64, [n] each.
 
@@ -217,11 +246,13 @@ def affine_solution(
     >>> affine_solution(y, 3 * y + 1, 0.0)
     (tensor([3.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
-    y, t = y.double(), t.double()
-    mean, target = (y.mean(0), t.mean(0)) if shifted else (y.new_zeros(y.shape[1]),) * 2
-    variance = (y - mean).square().mean(0)
-    covariance = ((y - mean) * (t - target)).mean(0)
-    alive = variance > 1e-12 * y.square().mean(0).clamp(min=torch.finfo(torch.float64).tiny)
+    y, t = (Blocks.of(own).map(Tensor.double) for own in (y, t))
+    nothing = y.block(0).new_zeros(y.block(0).shape[1])
+    mean, target = (y.mean(), t.mean()) if shifted else (nothing, nothing)
+    variance = y.map(lambda own: (own - mean).square()).mean()
+    covariance = y.map(lambda own, wanted: (own - mean) * (wanted - target), t).mean()
+    square = y.map(Tensor.square).mean()
+    alive = variance > 1e-12 * square.clamp(min=torch.finfo(torch.float64).tiny)
     safe = torch.where(alive, variance, torch.ones_like(variance)) * (1 + ridge)
     scale = torch.where(alive, (covariance + ridge * variance) / safe, torch.ones_like(variance))
     scale = scale if scaled else torch.ones_like(scale)

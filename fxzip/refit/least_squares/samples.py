@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,29 +16,34 @@ from ..linear_calls.parameter_uses import Survey
 from ..linear_calls.units import Site, Unit, called
 from ..unfit import Unfit
 from .goals import Goal, Wanted
-from .lockstep import Env, Lockstep
+from .lockstep import Lockstep
 from .node_interior import Tail, arguments, find_tail, result
+from .spilling import Env, Page, SpillFile, fetched
 
 _RELUS = (F.relu, torch.relu, torch.ops.aten.relu.default)
+MOST = 2 << 30
+"""Bytes that the samples of one regression may take; of one that needs more, fewer positions are drawn."""
+
 _CHECKED = 256  # places at which it is checked that a call computes what its kernel says
 _NEAR = 0.02  # relative; rounding in half precision, where another order of places gives 1
 
 
 def row_bytes(inputs: int, outputs: int, itemsize: int) -> int:
-    """What a position of a regression takes: inputs as drawn, joined and with a column of ones; targets, summands and
-    the originals' features as drawn and joined, what is left of them in float64."""
+    """What a position of a regression takes: inputs as drawn, and with a column of ones; targets, summands, the
+    originals' features, what is left of them."""
     return (4 * inputs + 10 * outputs) * itemsize
 
 
-def sample_bytes(net: nn.Module, positions: int, least: int) -> float:
-    """What the samples of the largest regression of a network may take, and its Gram matrix."""
-    most = 0.0
+def sample_bytes(net: nn.Module, positions: int, least: int) -> tuple[float, float]:
+    """What the samples of the largest regression of a network take, and its Gram matrix with its factor."""
+    most = gram = 0.0
     for value in net.parameters():
         if value.ndim > 1 and value.is_floating_point():
             outputs, inputs = len(value), value.numel() // max(len(value), 1)
             row = row_bytes(inputs, outputs, value.element_size())
-            most = max(most, max(least, positions * inputs) * row + 16.0 * inputs**2)
-    return most
+            most = max(most, min(max(least, positions * inputs) * row, MOST))
+            gram = max(gram, 32.0 * inputs**2)
+    return most, gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +55,25 @@ class Sample:
         t: what should come out, [places, n].
         offset: what is added before the ReLU, [places, n], or None.
         rectified: nothing but ReLUs follow.
-        batch: number of the batch.
+        batch: number of the batch, among those of all processes; None: there is no other.
         apart: where other combinations of the features would do, the originals' own, one [places, n_k] for each.
         node: whose features these are, the residual sum's if there is one.
     """
 
-    x: Tensor
-    t: Tensor
-    offset: Tensor | None
+    x: Tensor | Page
+    t: Tensor | Page
+    offset: Tensor | Page | None
     rectified: bool
-    batch: int
-    apart: Sequence[Tensor] | None
+    batch: int | None
+    apart: Sequence[Tensor | Page] | None
     node: fx.Node
+
+    def on(self, file: SpillFile) -> Sample:
+        """The same on the file."""
+        offset = None if self.offset is None else Page.of(file, fetched(self.offset))
+        apart = None if self.apart is None else [Page.of(file, fetched(own)) for own in self.apart]
+        x, t = (Page.of(file, fetched(own)) for own in (self.x, self.t))
+        return replace(self, x=x, t=t, offset=offset, apart=apart)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +104,7 @@ class Batch:
     """One batch in all networks.
 
     Attributes:
-        number: among all batches.
+        number: among those of this process.
         source: the source of data that it is from.
         zipped: the values of the zipped network's nodes on it.
         originals: those of the originals that have what is wanted.
@@ -110,9 +122,9 @@ class Sampler:
 
     Attributes:
         net: the zipped network.
-        numbers: of the batches, for messages.
+        numbers: of the batches of this process, among those of all.
+        batches: how many there are, of all processes.
         positions, least: see `LeastSquares`.
-        room: most bytes of the samples of a unit.
         free: whether what reads the result of a node allows other combinations of its features.
         trial: whether this is but a trial on the sample, which says nothing of the values.
     """
@@ -120,14 +132,18 @@ class Sampler:
     net: Lockstep
     survey: Survey
     numbers: Sequence[int]
+    batches: int
     positions: int
     least: int
-    room: float
     free: Callable[[fx.Node], bool]
     trial: bool = False
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    generator: torch.Generator = field(default_factory=torch.Generator)
     tails: dict[Site, bool] = field(default_factory=dict)
     checked: set[tuple[Site, torch.Size]] = field(default_factory=set)
+
+    def seed(self, unit: int, batch: int) -> None:
+        """What is drawn next is for a unit of that number, on a batch of this process: the same whoever has it."""
+        self.generator.manual_seed((unit << 24) + self.numbers[batch])
 
     def draw(self, unit: Unit, site: Site, batch: Batch, goal: Goal, sums: Callable[[fx.Node], Goal | None]) -> Sample:
         """One batch, at one call of a unit. `sums` gives the goal at a residual sum behind it.
@@ -144,8 +160,8 @@ class Sampler:
         groups = unit.kernel.groups if unit.kernel is not None else 1
         size = unit.kernel.flat.element_size() if unit.kernel is not None else 4
         row = row_bytes(inputs * groups, math.prod(wanted.shape[a] for a in wanted.axes), size)
-        wished = min(max(self.least, self.positions * inputs), self.room / row)
-        count = math.ceil(wished / (len(self.net) * len(unit.sites)))
+        wished = min(max(self.least, self.positions * inputs), MOST / row)
+        count = math.ceil(wished / (self.batches * len(unit.sites)))
         tail, total = self._tail(site, env, wanted.full if own is None else own.shape, goal, sums)
         drawn = None
         if tail is not None and total is not None:
@@ -167,7 +183,8 @@ class Sampler:
         free = drawn.plain and unit.kernel is not None and self.free(drawn.node)
         apart = drawn.last.apart(drawn.there) if free else None
         relus = drawn.plain and self._meets_relus(drawn.node)
-        return Sample(x, drawn.t, drawn.offset, relus, batch.number, apart, drawn.node)
+        number = self.numbers[batch.number] if self.batches > 1 else None
+        return Sample(x, drawn.t, drawn.offset, relus, number, apart, drawn.node)
 
     def _inputs(self, unit: Unit, site: Site, env: Env, axes: Sequence[int], places: Places) -> Tensor:
         if unit.kernel is None:

@@ -13,19 +13,24 @@ from ...rewriting.module import ZippedModule
 from ..linear_calls.kernels import effective, install
 from ..linear_calls.units import Unit, called
 from .alternating import Wish
+from .blocks import Blocks
+from .memory import Usage
 from .ridge import Regression, affine_solution, best_ridge, ridge_solution
 from .samples import Sample
+from .spilling import Page, SpillFile, fetched
 
 
 @dataclass
 class Fit:
     """What was fitted: calls fitted, calls left as zipped with the reason, calls whose ridge had to grow,
-    how many inputs were used of how many, and for calls with free features the share of the originals' that is lost."""
+    how many inputs were used, the memory that was expected and taken, and for calls with free features the share of the
+    originals' that is lost."""
 
     fitted: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     raised: dict[str, float] = field(default_factory=dict)
-    inputs: tuple[int, int] = (0, 0)
+    inputs: int = 0
+    memory: Usage | None = None
     lost: dict[str, float] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
@@ -44,11 +49,12 @@ class Fit:
             f"`{name}` needed a ridge of {ridge:.0e}: its inputs are rank-deficient"
             for name, ridge in self.raised.items()
         ]
-        used, seen = self.inputs
-        if used < seen:
+        if self.memory is not None and self.memory.spilled:
+            notes.append(f"least squares kept to a bound on memory: {self.memory}")
+        if self.memory is not None and self.memory.expected > self.memory.limit:
             notes.append(
-                f"least squares used {used} of {seen} inputs: those beyond the memory limit were left out "
-                "(`fxzip.LeastSquares(memory=...)` raises it)"
+                f"one batch, or one regression, takes more than the bound on memory: {self.memory}; smaller batches "
+                "mend that, or a larger bound (`fxzip.LeastSquares(memory=...)`)"
             )
         return notes
 
@@ -66,8 +72,9 @@ class Settings:
         rounds: of majorisation in front of a ReLU, see `ridge_solution`.
         turns: of alternating least squares, at most, where merged features may be any that tell of the originals', see
             `alternating`; 0: none.
-        memory: bytes that the activations of all networks, the inputs and the samples of a regression may take; inputs
-            beyond are left out, and of samples that take more than half of it fewer positions are taken.
+        memory: bytes that the activations of all networks, the inputs and the samples of a regression may take at a
+            time; what is beyond lies in a temporary file meanwhile, or is computed again where there is no room for
+            one, and the result is the same to the bit. None: a third of what is free.
     """
 
     ridge: float = 1e-4
@@ -76,12 +83,12 @@ class Settings:
     least: int = 12288
     rounds: int = 3
     turns: int = 3
-    memory: int = 4 << 30
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         least = {"ridge": 0, "scarce": 0, "positions": 1, "least": 1, "rounds": 0, "turns": 0, "memory": 1}
         for name, bound in least.items():
-            if not getattr(self, name) >= bound:
+            if not (getattr(self, name) is None or getattr(self, name) >= bound):
                 default = next(own.default for own in fields(self) if own.name == name)
                 raise OptionError(
                     f"`LeastSquares` needs `{name}` >= {bound}; got {name}={getattr(self, name)}. "
@@ -99,37 +106,46 @@ class _Joined:
         held: bool [places]: every second batch; of a single one every second position.
     """
 
-    x: Tensor
-    t: Tensor
-    offset: Tensor | None
+    x: Blocks
+    t: Blocks
+    offset: Blocks | None
     rectified: bool
-    held: Tensor
+    held: Blocks
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> _Joined:
-        x, t = torch.cat([sample.x for sample in samples]), torch.cat([sample.t for sample in samples])
+    def of(cls, samples: Sequence[Sample], file: SpillFile | None) -> _Joined:
+        x, t = blocks_of([own.x for own in samples], file), blocks_of([own.t for own in samples], file)
         rectified = all(sample.rectified for sample in samples)
-        return cls(x, t, offset_of(samples), rectified, _half(samples))
+        return cls(x, t, offset_of(samples, file), rectified, _half(samples))
 
     def regression(self, group: int, outputs: slice, prior: Tensor) -> Regression:
         """That of one group; without a constant if the prior has no row for it."""
-        offset = None if self.offset is None else self.offset[:, outputs]
-        constant = len(prior) > self.x.shape[2]
-        return Regression(self.x[:, group], self.t[:, outputs], prior, offset, constant)
+        offset = None if self.offset is None else self.offset.map(lambda own: own[:, outputs])
+        constant = len(prior) > self.x.block(0).shape[2]
+        x, t = self.x.map(lambda own: own[:, group]), self.t.map(lambda own: own[:, outputs])
+        return Regression(x, t, prior, offset, constant)
 
 
-def offset_of(samples: Sequence[Sample]) -> Tensor | None:
+def blocks_of(values: Sequence[Tensor | Page], file: SpillFile | None) -> Blocks:
+    """What was drawn on each batch."""
+    return Blocks(len(values), lambda number: fetched(values[number]), file)
+
+
+def offset_of(samples: Sequence[Sample], file: SpillFile | None) -> Blocks | None:
     """What residual sums add, if they do on all samples."""
     offsets = [sample.offset for sample in samples if sample.offset is not None]
-    return torch.cat(offsets) if len(offsets) == len(samples) else None
+    return blocks_of(offsets, file) if len(offsets) == len(samples) else None
 
 
 def solve(
     net: ZippedModule, unit: Unit, samples: Sequence[Sample], settings: Settings, fit: Fit,
-    wish: Wish | None = None,
+    wish: Wish | None = None, file: SpillFile | None = None,
 ) -> None:  # fmt: skip
-    """Solve the regression of one unit and write the solution into its parameters."""
-    joined = _Joined.of(samples)
+    """Solve the regression of one unit and write the solution into its parameters.
+
+    `file`: where what is as large as the samples lies; None: in memory.
+    """
+    joined = _Joined.of(samples, file)
     if unit.kernel is not None:
         _solve_linear(net, unit, joined, settings, fit, wish)
     else:
@@ -161,7 +177,7 @@ def _solve_linear(
     groups, rows, inputs = flat.shape
     rounds = settings.rounds if joined.rectified else 0
     constant = kernel.bias is not None or norm is not None or unit.owner is not None
-    scarce = len(joined.x) < settings.scarce * inputs
+    scarce = joined.x.rows < settings.scarce * inputs
 
     for g in range(groups):
         mine = slice(g * rows, (g + 1) * rows)
@@ -190,9 +206,13 @@ def _solve_linear(
         unit.owner.bias = nn.Parameter(bias.to(weight), requires_grad=weight.requires_grad)
 
 
-def _half(samples: Sequence[Sample]) -> Tensor:
+def _half(samples: Sequence[Sample]) -> Blocks:
     """Every second batch; of a single one every second position. Bool [places]."""
-    if len({sample.batch for sample in samples}) == 1:
-        count = sum(len(sample.x) for sample in samples)
-        return torch.arange(count, device=samples[0].x.device) % 2 == 1
-    return torch.cat([sample.x.new_full((len(sample.x),), sample.batch % 2).bool() for sample in samples])
+
+    def half(number: int) -> Tensor:
+        own, x = samples[number], fetched(samples[number].x)
+        if own.batch is None:
+            return torch.arange(len(x), device=x.device) % 2 == 1
+        return x.new_full((len(x),), own.batch % 2, dtype=torch.bool)
+
+    return Blocks(len(samples), half)

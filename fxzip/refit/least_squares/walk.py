@@ -7,22 +7,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ...rewriting.module import ZippedModule, part_of, sources_of
 from ...rewriting.zip_plan import ZipPlan
+from ...tracing import quiet_execution
 from ...tracing.calls import Call, batch_size
 from ..linear_calls.counterparts import Counterparts
 from ..linear_calls.parameter_uses import survey
-from ..linear_calls.units import Unit, find_units
+from ..linear_calls.units import Site, Unit, find_units
 from ..unfit import Unfit
 from .alternating import Wish
+from .batches import Batches
+from .blocks import Blocks
 from .dataflow import Function, follow
 from .free_features import Freedom
-from .goals import HeadGoals, NarrowGoals, TrunkGoals
+from .goals import Goal, HeadGoals, NarrowGoals, TrunkGoals
 from .lockstep import Lockstep
 from .samples import Batch, Sample, Sampler
 from .solving import Fit, Settings, offset_of, solve
+from .spilling import fetched
 
 
 @dataclass(eq=False)
@@ -63,30 +67,29 @@ class Walk:
     """The walk over the zipped network and the originals in lockstep."""
 
     def __init__(
-        self, net: ZippedModule, plan: ZipPlan, batches: Sequence[tuple[int, int, Call]], settings: Settings,
-        unfit: Mapping[str, str], *, trial: bool = False,
+        self, net: ZippedModule, plan: ZipPlan, batches: Batches, settings: Settings, unfit: Mapping[str, str],
+        *, trial: bool = False,
     ) -> None:  # fmt: skip
         self.net, self.plan, self.settings, self.unfit, self.is_trial = net, plan, settings, unfit, trial
-        self.sources = [source for source, _, _ in batches]
-        calls = [call for _, _, call in batches]
+        self.batches = batches
         programs = plan.trunk.alignment.programs
         self.survey = survey(net, programs[0].call)
-        self.zipped = Lockstep(net, calls)
-        self.originals = [Lockstep(program.module, calls) for program in programs]
+        self.zipped = batches.lockstep(net)
+        self.originals = [batches.lockstep(program.module) for program in programs]
         self.names = [plan.trunk.names(k) for k in range(len(self.originals))]
-        numbers = [number for _, number, _ in batches]
         self.flow = follow(net, programs[0].call)
         self.fit = Fit()
         self.counterparts = [Counterparts(self.survey, program) for program in programs]
         self.relied = set[tuple[fx.Node, int]]()
-        self.parts = self._find_parts(max(self.sources) + 1)
+        self.parts = self._find_parts(batches.sources)
+        self.units = 0
         if settings.turns and not trial:
-            self.relied = self._readers(programs[0].call, calls)
+            self.relied = self._readers(programs[0].call)
             for part in self.parts.values():
                 if part.merged is not None:
                     part.freedom = Freedom(part.merged.plan, part.merged, self.flow, self.relied)
         self.sampler = Sampler(
-            self.zipped, self.survey, numbers, settings.positions, settings.least, settings.memory / 2,
+            self.zipped, self.survey, batches.numbers, batches.all, settings.positions, settings.least,
             free=lambda node: (part := self.parts.get(part_of(node))) is not None and part.function(node) is not None,
             trial=trial,
         )  # fmt: skip
@@ -117,10 +120,10 @@ class Walk:
             result[f"head {k}"] = part(f"head {k}", [original], aims, merged)
         return result
 
-    def _readers(self, sample: Call, calls: Sequence[Call]) -> set[tuple[fx.Node, int]]:
+    def _readers(self, sample: Call) -> set[tuple[fx.Node, int]]:
         """The linear calls that will be fitted and read all features at once."""
         found = set()
-        rows = sum(batch_size(call) or 1 for call in calls) / (batch_size(sample) or 1)
+        rows = self.batches.inputs / (batch_size(sample) or 1)
         places = {(step.node, step.call): step.shape.numel() * rows for step in self.flow.steps}
         for part in self.parts.values():
             for unit in part.units:
@@ -183,7 +186,7 @@ class Walk:
         total = self.flow.sum_behind(unit.sites[0].output) if unit.inputs and len(unit.sites) == 1 else None
         if total is None or part_of(total) != part.name:
             return
-        missing = {node: self.zipped.missing(self.zipped.envs[0], node) for node in total.all_input_nodes}
+        missing = {node: self.zipped.lacking(node) for node in total.all_input_nodes}
         others = [node for node, needed in missing.items() if needed and unit.sites[0].node not in needed]
         ahead = [(node, own) for other in others for node in missing[other] for own in starts.get(node, ())]
         later = {site.node for units in starts.values() for own in units for site in own.sites[1:]}
@@ -194,9 +197,8 @@ class Walk:
         for node, smaller in ahead:
             starts[node].remove(smaller)
             self._fit(part, smaller)
-        for env in self.zipped.envs:
-            for other in others:
-                self.zipped.value(env, other)
+        for other in others:
+            self.zipped.ahead(other)
 
     def _stems(self) -> None:
         """What the models compute on their own in front of the trunk, and where it is merged: nothing is fitted."""
@@ -218,9 +220,14 @@ class Walk:
             Unfit: it is left, and others were fitted in the belief that it would not be.
         """
         try:
-            samples = self._draw(part, unit)
+            with (
+                quiet_execution()
+            ):  # around networks only: its watch over random numbers costs more than small products
+                samples = self._draw(part, unit)
             if not self.is_trial:
-                solve(self.net, unit, samples, self.settings, self.fit, self._wish(part, unit, samples))
+                wish, file = self._wish(part, unit, samples), self.batches.samples_file
+                solve(self.net, unit, samples, self.settings, self.fit, wish, file)
+                self.batches.meter.look()
         except Unfit as found:
             if any((site.node, site.call) in self.relied for site in unit.sites):
                 found.restart = unit.name
@@ -230,25 +237,37 @@ class Walk:
             self.zipped.forget(unit.sites[0].node)
 
     def _draw(self, part: _Part, unit: Unit) -> list[Sample]:
-        """Samples of all calls of a unit."""
-        samples = []
-        for place, site in enumerate(unit.sites):
-            goal = part.goals.of(unit, site)
-            if goal is None:
-                raise Unfit("its features are fixed, or lie in several orders")
-            if unit.kernel is None and goal.axes != (unit.axis,):
-                shared = unit.axis in goal.axes
-                raise Unfit("several features share one parameter" if shared else "it has no parameter per feature")
-            for batch, source in enumerate(self.sources):
-                envs = [net.envs[batch] for net in (self.zipped, *part.originals)]
-                if place:  # a call further on: what lies in between is computed ahead and forgotten
-                    envs = [dict(env) for env in envs]
-                drawn = Batch(batch, source, envs[0], envs[1:])
-                samples.append(self.sampler.draw(unit, site, drawn, goal, part.goals.at))
+        """Samples of all calls of a unit, batch by batch: each catches up with what was run so far."""
+        goals = [self._goal(part, unit, site) for site in unit.sites]
+        networks = (self.zipped, *part.originals)
+        samples: list[Sample] = []
+        for batch in range(len(self.zipped)):
+            self.sampler.seed(self.units, batch)
+            opened = [network.open(batch) for network in networks]
+            for place, (site, goal) in enumerate(zip(unit.sites, goals, strict=True)):
+                # A call further on: what lies in between is computed ahead and forgotten.
+                envs = [dict(env) for env in opened] if place else opened
+                drawn = Batch(batch, self.batches.source[batch], envs[0], envs[1:])
+                sample = self.sampler.draw(unit, site, drawn, goal, part.goals.at)
+                samples.append(sample if self.batches.samples_file is None else sample.on(self.batches.samples_file))
+            self.batches.meter.look()
+            for network in networks:
+                network.close(batch)
+        self.units += 1
         per_feature = next((t for t in (unit.scale, unit.shift) if t is not None), None)
         if unit.kernel is None and per_feature is not None and per_feature.numel() != samples[0].x.shape[1]:
             raise Unfit("several features share one parameter")
         return samples
+
+    def _goal(self, part: _Part, unit: Unit, site: Site) -> Goal:
+        """What a call of a unit should give."""
+        goal = part.goals.of(unit, site)
+        if goal is None:
+            raise Unfit("its features are fixed, or lie in several orders")
+        if unit.kernel is None and goal.axes != (unit.axis,):
+            shared = unit.axis in goal.axes
+            raise Unfit("several features share one parameter" if shared else "it has no parameter per feature")
+        return goal
 
     def _wish(self, part: _Part, unit: Unit, samples: Sequence[Sample]) -> Wish | None:
         """What the features of a unit should tell, where they are free."""
@@ -259,8 +278,13 @@ class Walk:
         function, goal = part.function(node), part.goals.at(node)
         assert function is not None
         assert goal is not None
-        features = [function(torch.cat(own)) for own in zip(*apart, strict=True)]
-        return Wish(torch.cat(features, 1), part.freedom.metric(goal, features), function, offset_of(samples))
+
+        def acted(number: int) -> Tensor:
+            return torch.cat([function(fetched(own)) for own in apart[number]], 1)
+
+        file = self.batches.samples_file
+        features = Blocks(len(apart), acted, file)
+        return Wish(features, part.freedom.metric(goal, features), function, offset_of(samples, file))
 
 
 def _has_goals(part: _Part, unit: Unit) -> bool:

@@ -1,0 +1,103 @@
+"""The batches of a fit: all of them, in memory or on a temporary file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import fx, nn
+
+from ...tracing.calls import Call, batch_size
+from ...tracing.containers import flatten
+from .lockstep import Lockstep
+from .memory import Bound, Meter, Usage
+from .spilling import Shelf, SpillFile, free_on_disk
+
+_SPARE = 1.5  # times what the values take: a file has gaps
+
+
+@dataclass(eq=False)
+class Batches:
+    """Calls of all sources, of this process.
+
+    Attributes:
+        calls: each gives the call: from memory, or from the file.
+        source: of each batch, the number of its source.
+        numbers: of each batch, its own among those of all processes.
+        sources: how many sources there are.
+        all: how many batches, of all processes.
+        inputs: how many inputs, of all processes.
+        kept: how many batches stay in memory, the first ones; None: all.
+        file: where the others lie; None: nowhere, their values are computed anew each time.
+        samples_file: where the samples of a regression lie; None: in memory.
+        usage: what the fit is going to take.
+        meter: measures what it takes.
+    """
+
+    calls: list[Callable[[], Call]]
+    source: list[int]
+    numbers: list[int]
+    sources: int
+    all: int
+    inputs: int
+    kept: int | None = None
+    file: SpillFile | None = None
+    samples_file: SpillFile | None = None
+    usage: Usage | None = None
+    meter: Meter = field(default_factory=Meter)
+
+    @classmethod
+    def of(cls, call: Call) -> Batches:
+        """A single one."""
+        return cls([lambda: call], [0], [0], 1, 1, batch_size(call) or 1)
+
+    @classmethod
+    def read(cls, numbered: Iterable[tuple[int, Call]], sources: int, bound: Bound, file: SpillFile) -> Batches:
+        """All batches of all sources; those that are too many for the bound go to the file as they come."""
+        meter = Meter()
+        calls, source, rows = list[Callable[[], Call]](), list[int](), list[int]()
+        kept, full = 0, False
+        for number, call in numbered:
+            source.append(number)
+            rows.append(batch_size(call) or 1)
+            full = full or sum(rows) > bound.rows(max(rows))
+            kept += not full
+            calls.append(_on_file(call, file) if full else partial(_same, call))
+
+        largest, inside = max(rows, default=0), sum(rows[:kept])
+        outside = bound.per_row * (sum(rows) - inside)
+        room = free_on_disk()
+        usage = Usage(
+            bound.limit, bound.expected(inside, largest, len(rows)), outside, on_file=_SPARE * outside <= room
+        )
+        return cls(
+            calls, source, list(range(len(rows))), sources, len(rows), sum(rows), kept,
+            file=file if usage.on_file else None,
+            samples_file=file if bound.samples_on_file and bound.samples <= room else None,
+            usage=usage,
+            meter=meter,
+        )  # fmt: skip
+
+    def lockstep(self, module: fx.GraphModule) -> Lockstep:
+        """A network on all of them."""
+        return Lockstep(module, self.calls, self.kept, self.file)
+
+    def measured(self) -> Usage | None:
+        """What the fit has taken."""
+        return None if self.usage is None else self.meter.on(self.usage)
+
+
+def _same(call: Call) -> Call:
+    return call
+
+
+def _on_file(call: Call, file: SpillFile) -> Callable[[], Call]:
+    """Gives a call from the file; from memory if there is no room for it there."""
+    found, structure = flatten((call.args, call.kwargs))
+    shelf = Shelf(file)
+    try:
+        shelf.put({"inputs": tuple(found)}, nn.Module())
+    except OSError:
+        return partial(_same, call)
+    return lambda: Call(*structure.build(shelf.taken()["inputs"]))

@@ -1,0 +1,117 @@
+"""Tall matrices by blocks of rows, a batch each: what is summed over rows is summed in float64, block by block.
+
+So a result depends neither on what lies in memory at a time nor on which process has a batch: the products of one block
+are the same numbers everywhere, and the rounding of sums in float64 is far below that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...calibration.processes import gathered, total
+from .spilling import Page, SpillFile, fetched
+
+_WIDE = 256  # columns that are multiplied at a time
+
+
+class Blocks:
+    """A matrix [rows, n] by blocks, each made when it is asked for.
+
+    >>> blocks = Blocks.of([torch.ones(2, 3), torch.ones(1, 3)])
+    >>> [len(block) for block in blocks.map(lambda own: own + 1)], blocks.rows
+    ([2, 1], 3)
+
+    Attributes:
+        file: where blocks that are kept lie; None: in memory.
+    """
+
+    def __init__(self, count: int, block: Callable[[int], Tensor], file: SpillFile | None = None) -> None:
+        self._count, self._block, self.file = count, block, file
+
+    @classmethod
+    def of(cls, value: Tensor | Sequence[Tensor] | Blocks, file: SpillFile | None = None) -> Blocks:
+        """A matrix as it is, or by blocks that are there."""
+        if isinstance(value, Blocks):
+            return value
+        parts = [value] if isinstance(value, Tensor) else value
+        return cls(len(parts), parts.__getitem__, file)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self._block(number) for number in range(self._count))
+
+    def block(self, number: int) -> Tensor:
+        """One of the blocks, [its rows, n]."""
+        return self._block(number)
+
+    def map(self, function: Callable[..., Tensor], *others: Blocks) -> Blocks:
+        """What a function gives for each block, and the same block of other matrices; not computed yet."""
+
+        def block(number: int) -> Tensor:
+            return function(self._block(number), *(other.block(number) for other in others))
+
+        return Blocks(self._count, block, self.file)
+
+    def stored(self) -> Blocks:
+        """The same, computed once and kept: on the file, if there is one."""
+        if self.file is None:
+            return Blocks(self._count, list(self).__getitem__)
+        pages = [Page.of(self.file, own) for own in self]
+        return Blocks(self._count, lambda number: fetched(pages[number]), self.file)
+
+    @cached_property
+    def rows(self) -> int:
+        """Of all blocks, of all processes."""
+        return int(total(torch.tensor(sum(len(own) for own in self), dtype=torch.int64)))
+
+    def whole(self) -> Tensor:
+        """The matrix, of all processes."""
+        return gathered(torch.cat(list(self)))
+
+    def product(self, other: Blocks) -> Tensor:
+        """selfᵀ other, float64, of products in the blocks' own precision."""
+        found: Tensor | None = None
+        for own, theirs in zip(self, other, strict=True):
+            part = (own.T @ theirs).double()
+            found = part if found is None else found.add_(part)
+        assert found is not None
+        return total(found)
+
+    def gram(self) -> Tensor:
+        """selfᵀ self, float64; above the diagonal only, the rest is its mirror image."""
+        gram: Tensor | None = None
+        for own in self:
+            width = own.shape[1]
+            gram = own.new_zeros(width, width, dtype=torch.float64) if gram is None else gram
+            for start in range(0, width, _WIDE):
+                gram[start : start + _WIDE, start:] += own[:, start : start + _WIDE].T @ own[:, start:]
+        assert gram is not None
+        gram = total(gram)
+        for start in range(0, len(gram), _WIDE):
+            stop = start + _WIDE
+            gram[stop:, start:stop] = gram[start:stop, stop:].T
+        return gram
+
+    def sum(self) -> Tensor:
+        """Over the rows, float64 [n]."""
+        found: Tensor | None = None
+        for own in self:
+            part = own.sum(0, dtype=torch.float64)
+            found = part if found is None else found.add_(part)
+        assert found is not None
+        return total(found)
+
+    def mean(self) -> Tensor:
+        """Over the rows, float64 [n]."""
+        return self.sum() / self.rows
+
+    def centred(self) -> Blocks:
+        """Less the mean."""
+        mean = self.mean()
+        return self.map(lambda own: own - mean.to(own))
