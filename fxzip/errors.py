@@ -70,6 +70,10 @@ class SaveError(FxzipError):
     """A network holds what a saved folder cannot hold, or the folder holds something else."""
 
 
+class ProcessError(FxzipError):
+    """Under `torch.distributed`: another process has failed, has gone another way, or cannot be reached."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a search or a table, with what was done by then.
 

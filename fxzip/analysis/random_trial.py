@@ -177,7 +177,7 @@ def sane_values(
     for name, tensor in values.items():
         if name in but or not tensor.is_floating_point() or not (name in parameters or name in program.persistent):
             continue
-        noise = torch.empty(tensor.shape, dtype=torch.float32)
+        noise = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
         generator.random(out=noise.numpy(), dtype=np.float32)
         if tensor.ndim < 2:
             noise += 0.5

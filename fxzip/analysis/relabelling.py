@@ -22,8 +22,8 @@ _PART = 1 << 17  # elements
 
 def _shuffle(size: int, generator: torch.Generator) -> Tensor:
     """A random permutation, never the identity if there is another."""
-    perm = torch.randperm(size, generator=generator)
-    return perm.roll(1) if bool((perm == torch.arange(size)).all()) else perm
+    perm = torch.randperm(size, generator=generator, device="cpu")
+    return perm.roll(1) if bool((perm == torch.arange(size, device="cpu")).all()) else perm
 
 
 def random_relabelling(
@@ -133,7 +133,7 @@ class Movement:
             source = self._runs.sources(labels)
             if source is None:
                 continue
-            if not torch.equal(source.sort().values, torch.arange(len(source))):
+            if not torch.equal(source.sort().values, torch.arange(len(source), device="cpu")):
                 return None
             moving.append((labels, source.to(value.device)))
 

@@ -41,7 +41,7 @@ def resized(layout: Layout, sizes: Mapping[int, int]) -> Layout:
 
 def _resized(layout: Layout, space: int, size: int) -> Layout:
     starts, inner, order = _segments(layout, space)
-    features = torch.cat([order[order < size], torch.arange(len(order), max(len(order), size))])
+    features = torch.cat([order[order < size], torch.arange(len(order), max(len(order), size), device="cpu")])
     length = len(order) * inner
     pieces: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -49,7 +49,7 @@ def _resized(layout: Layout, space: int, size: int) -> Layout:
     for number, start in enumerate(starts):
         pieces.append((layout.space[end:start], layout.feature[end:start], layout.occurrence[end:start]))
         own = features.repeat_interleave(inner)
-        times = (torch.arange(inner) + number * inner).repeat(len(features))
+        times = (torch.arange(inner, device="cpu") + number * inner).repeat(len(features))
         pieces.append((torch.full_like(own, space), own, times))
         end = start + length
 
@@ -74,7 +74,7 @@ def _segments(layout: Layout, space: int) -> tuple[list[int], int, Tensor]:
         raise IrregularLayoutError("its features do not lie side by side")
 
     rows = places.reshape(times // inner, inner, features).transpose(1, 2).reshape(times // inner, -1)
-    if not torch.equal(rows, rows[:, :1] + torch.arange(rows.shape[1])):
+    if not torch.equal(rows, rows[:, :1] + torch.arange(rows.shape[1], device="cpu")):
         raise IrregularLayoutError("its features do not lie side by side")
 
     return rows[:, 0].tolist(), inner, order

@@ -126,7 +126,7 @@ def slots(layout: Layout, space: int) -> Tensor:
     here = (layout.space == space).nonzero().flatten()
     times = int(layout.occurrence[here].max()) + 1
     count = len(here) // times
-    result = torch.empty(times, count, dtype=torch.int64)
+    result = torch.empty(times, count, dtype=torch.int64, device="cpu")
     result[layout.occurrence[here], layout.feature[here]] = here
     return result
 
@@ -178,7 +178,7 @@ def solve(
 
 
 def _joined(pairs: list[Tensor]) -> Ints:
-    return torch.cat([torch.zeros(2, 0, dtype=torch.int64), *pairs], 1).numpy()
+    return torch.cat([torch.zeros(2, 0, dtype=torch.int64, device="cpu"), *pairs], 1).numpy()
 
 
 def _pins(
@@ -209,7 +209,7 @@ def _assemble(
     dual = np.zeros(solver.count, bool)
     for labels in (labels for stated in constraints for how, labels in stated.touched if how == "dual"):
         dual[solver.klass[labels.numpy()]] = True
-    space_of, feature_of, tie_of = (torch.full((solver.count,), -1) for _ in range(3))
+    space_of, feature_of, tie_of = (torch.full((solver.count,), -1, device="cpu") for _ in range(3))
     spaces: list[FeatureSpace] = []
 
     def add(classes: Ints, tie: int | None = None, blocks: Tensor | None = None) -> None:
@@ -218,7 +218,7 @@ def _assemble(
             return
 
         index = torch.from_numpy(classes)
-        space_of[index], feature_of[index] = len(spaces), torch.arange(len(classes))
+        space_of[index], feature_of[index] = len(spaces), torch.arange(len(classes), device="cpu")
         legality: Legality = "free" if tie is None else "blockwise"
         reason = "" if tie is None else _TIED
         if dual[classes].any():
@@ -247,7 +247,7 @@ def _assemble(
             tie_of[torch.from_numpy(roots)], feature_of[torch.from_numpy(roots)] = tie, torch.arange(len(family))
     held = np.flatnonzero(solver.pinned)
     pins = {c: solver.reasons[why] for c, why in zip(held.tolist(), solver.pinned[held].tolist(), strict=True)}
-    klass, block_of = torch.from_numpy(solver.klass), torch.full((solver.count,), -1)
+    klass, block_of = torch.from_numpy(solver.klass), torch.full((solver.count,), -1, device="cpu")
     blocks, members = torch.from_numpy(solver.free_edges())
     block_of[members] = blocks
     return FeatureSpaces(labelling, tuple(spaces), klass, space_of, feature_of, tie_of, pins, roles.consumed, block_of)

@@ -82,6 +82,13 @@ class _TensorSums:
         self.total += y.sum().item()
         self.entries += y.numel()
 
+    def join(self, other: _TensorSums) -> None:
+        """Add what another has summed up."""
+        self.classes = other.classes if other.entries else self.classes
+        self.hits, self.count = self.hits + other.hits, self.count + other.count
+        self.error, self.square = self.error + other.error, self.square + other.square
+        self.total, self.entries = self.total + other.total, self.entries + other.entries
+
     def score(self) -> float:
         if self.count:
             return self.hits / self.count
@@ -103,6 +110,17 @@ class Comparison:
         self.tensors.extend(_TensorSums() for _ in original[len(self.tensors) :])
         for own, z, y in zip(self.tensors, found, original, strict=True):
             own.add(z, y)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Comparison]) -> Comparison:
+        """Of the inputs of several."""
+        result = cls()
+        for part in parts:
+            result.inputs += part.inputs
+            result.tensors.extend(_TensorSums() for _ in part.tensors[len(result.tensors) :])
+            for own, other in zip(result.tensors, part.tensors, strict=False):
+                own.join(other)
+        return result
 
     def result(self) -> HeadAgreement:
         """Of all batches so far; of none, that of equal outputs."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..tracing import Program, run_eager
 from ..tracing.calls import Call, batch_size, leaves, select_rows
+from . import processes
 from .agreement import Comparison, HeadAgreement
 from .sources import Calibration, as_batch
 
@@ -48,8 +49,9 @@ class HeldOut:
 
     @classmethod
     def of(cls, calls: Sequence[tuple[int, Call]], programs: Sequence[Program]) -> HeldOut:
-        """Run the originals."""
-        several = len({source for source, _ in calls}) == len(programs) > 1
+        """Run the originals on the calls of this process."""
+        sources = {source for own in processes.everyone({source for source, _ in calls}) for source in own}
+        several = len(sources) == len(programs) > 1
         expected, inputs = [], [0] * len(programs)
         for source, call in calls:
             outputs: list[list[Tensor] | None] = []
@@ -58,12 +60,12 @@ class HeldOut:
                 outputs.append(leaves([run_eager(program.module, call)]) if asked else None)
                 inputs[k] += (batch_size(call) or 1) if asked else 0
             expected.append(tuple(outputs))
-        return cls(tuple(calls), tuple(expected), tuple(inputs))
+        return cls(tuple(calls), tuple(expected), tuple(processes.before(inputs)[1]))
 
     @property
     def size(self) -> int:
-        """Number of inputs."""
-        return sum(batch_size(call) or 1 for _, call in self.calls)
+        """Number of inputs, of all processes."""
+        return processes.before([sum(batch_size(call) or 1 for _, call in self.calls)])[1][0]
 
     def compared(self, network: nn.Module) -> tuple[HeadAgreement, ...]:
         """How far each head of a multi-head network, that returns a tuple, agrees with its original."""
@@ -73,7 +75,8 @@ class HeldOut:
             for own, output, expected in zip(sums, given, wanted, strict=True):
                 if expected is not None:
                     own.add(leaves([output]), expected, batch_size(call) or 1)
-        return tuple(own.result() for own in sums)
+        every = processes.everyone(sums)
+        return tuple(Comparison.joined([theirs[k] for theirs in every]).result() for k in range(len(sums)))
 
     def agreement(self, network: nn.Module) -> tuple[float, ...]:
         """One score in [0, 1] for each head of a multi-head network."""
@@ -99,12 +102,16 @@ def hold_out(
     whole = not dense or any(not program.batch_axes for program in programs)
     held: list[tuple[int, Call]] = []
     rows, out = [Counter[int]() for _ in calibration.sources], [0] * len(calibration.sources)
-    seen, total = [0] * len(out), [0] * len(out)
+    seen, total = _counted_before(calibration, whole=whole), [0] * len(out)
     last: dict[int, Call] = {}
 
     for source, call in calibration("holding out").by_source():
         size = batch_size(call) or 1
-        places = torch.full((size,), seen[source]) if whole else torch.arange(size) + seen[source]
+        places = (
+            torch.full((size,), seen[source], device="cpu")
+            if whole
+            else torch.arange(size, device="cpu") + seen[source]
+        )
         mine = places % every == every - 1
         seen[source] += 1 if whole else size
         total[source] += size
@@ -112,9 +119,12 @@ def hold_out(
         if bool(mine.any()):
             _take(held, rows, out, source, call if whole else _chosen(call, mine), whole=whole)
 
+    everywhere, counts = processes.before(out)[1], processes.everyone(seen)
     for source, call in last.items():
-        if whole and not out[source] and seen[source] > 1:  # at least one batch, if that leaves another
-            _take(held, rows, out, source, call, whole=True)
+        latest = max(range(len(counts)), key=lambda number: (counts[number][source], number))
+        if whole and not everywhere[source] and seen[source] > 1 and latest == processes.rank():
+            _take(held, rows, out, source, call, whole=True)  # at least one batch, if that leaves another
+    out, total = processes.before(out)[1], processes.before(total)[1]
     for found, number in zip(out, total, strict=True):
         if needed_by and found < LEAST:
             raise DataError(
@@ -122,7 +132,7 @@ def hold_out(
                 f"agreement on at least {LEAST}; found {found} of {number}{' in whole batches' if whole else ''}. Pass "
                 f"at least {every * LEAST} inputs."
             )
-    if not held or not all(out):
+    if not all(out):
         return calibration, None
     rest = replace(calibration, without=Without(tuple(rows), whole))
     return (_kept(rest) if needed_by else rest), HeldOut.of(held, programs)
@@ -134,6 +144,15 @@ def _kept(calibration: Calibration) -> Calibration:
     for source, call in calibration("holding out").by_source():
         kept[source].append(as_batch(call))
     return replace(calibration, sources=tuple(kept), without=None)
+
+
+def _counted_before(calibration: Calibration, *, whole: bool) -> list[int]:
+    """How many inputs of each source the processes of lower ranks have; `whole`: how many batches."""
+    counts = [0] * len(calibration.sources)
+    if processes.count() > 1:
+        for source, call in calibration("counting").by_source():
+            counts[source] += 1 if whole else batch_size(call) or 1
+    return processes.before(counts)[0]
 
 
 _ORDINALS = {5: "fifth", 10: "tenth"}
@@ -164,7 +183,7 @@ class Without:
                 keep.append(left[source][own] <= 0)
                 left[source][own] -= 1
             if any(keep):  # of a whole batch there is one answer for all rows
-                yield source, call if self.whole else _chosen(call, torch.tensor(keep))
+                yield source, call if self.whole else _chosen(call, torch.tensor(keep, device="cpu"))
 
 
 def checksum(call: Call) -> int:

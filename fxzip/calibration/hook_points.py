@@ -59,7 +59,7 @@ class Watch:
     def in_order(self) -> tuple[bool, ...]:
         """For each model whether the run is its features, once and in order: nothing is to be gathered then."""
         runs = zip(self.index, self.sizes, strict=True)
-        return tuple(index.equal(torch.arange(math.prod(sizes))[None]) for index, sizes in runs)
+        return tuple(index.equal(torch.arange(math.prod(sizes), device="cpu")[None]) for index, sizes in runs)
 
 
 def watches(trunk: Trunk) -> list[Watch]:

@@ -23,6 +23,7 @@ from ..partition.region import Trunk
 from ..tracing import Program, quiet_execution
 from ..tracing.aten_calls import AtenCall, run
 from ..tracing.calls import Call
+from . import processes
 from .batches import not_finite, wrong_shape
 from .hook_points import VALUE, Spot, Watch, watches
 
@@ -206,6 +207,7 @@ def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[C
     """Moments by the places' `space` number, in one pass."""
     watchers = [_Watcher(places, k) for k in range(len(programs))]
     sums: dict[int, _Sums] = {}
+    shared = False
     for index, call in enumerate(data):
         for program, watcher in zip(programs, watchers, strict=True):
             try:
@@ -213,12 +215,44 @@ def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[C
             except RuntimeError as error:
                 raise wrong_shape(call, index, program.call, error) from error
         _check_finite(places, watchers, index, call)
-        _take(sums, places, watchers)
-    return {space: found.moments() for space, found in sums.items() if found.count}
+        _take(sums, places, watchers, share=not shared)
+        shared = True
+    if not shared:  # a process all of whose inputs are held out
+        _share_centres(sums)
+    return _of_all({space: found for space, found in sums.items() if found.count})
 
 
-def _take(sums: dict[int, _Sums], places: list[Watch], watchers: list[_Watcher]) -> None:
-    """Add what was taken from a batch, one product per space."""
+def _share_centres(sums: dict[int, _Sums]) -> None:
+    """All processes take the centres of the first, so that each batch's products are those of a single process."""
+    centres = processes.of_first(lambda: {space: own.centre.cpu() for space, own in sums.items()})
+    for space, own in sums.items():
+        own.centre = centres.get(space, own.centre).to(own.centre)
+
+
+def _of_all(sums: dict[int, _Sums]) -> dict[int, Moments]:
+    """The moments of what all processes have seen."""
+    if processes.count() == 1:
+        return {space: own.moments() for space, own in sums.items()}
+    widths: dict[int, tuple[int, ...]] = {}
+    for theirs in processes.everyone({space: own.sizes for space, own in sums.items()}):
+        widths = theirs | widths
+    device = next((own.outer.device for own in sums.values()), torch.device("cpu"))
+
+    result = {}
+    for space, sizes in sorted(widths.items()):
+        zero = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=device)
+        own = sums[space].moments() if space in sums else Moments(0.0, zero[0].clone(), zero, sizes)
+        samples = own.samples if own.samples is not None else zero[:0].float()
+        drawn = processes.gathered(samples)[:SAMPLES]
+        count = processes.total(torch.tensor(own.count, dtype=torch.float64, device="cpu"))
+        sums_of_all = processes.total(own.total), processes.total(own.outer)
+        result[space] = Moments(float(count), *sums_of_all, sizes, drawn if len(drawn) else None)
+    return result
+
+
+def _take(sums: dict[int, _Sums], places: list[Watch], watchers: list[_Watcher], *, share: bool) -> None:
+    """Add what was taken from a batch, one product per space. `share`: the centres of what it shows first are those of
+    all processes."""
     seen: dict[int, list[Tensor]] = defaultdict(list)
     drawn: list[tuple[int, Tensor]] = []
     for number, watch in enumerate(places):
@@ -232,6 +266,8 @@ def _take(sums: dict[int, _Sums], places: list[Watch], watchers: list[_Watcher])
         seen[watch.space].append(joint)
         if watch.space not in sums:
             sums[watch.space] = _Sums.like(joint, tuple(own.shape[1] for own in features))
+    if share:
+        _share_centres(sums)
     for space, parts in seen.items():
         sums[space].add(torch.cat(parts) if len(parts) > 1 else parts[0])
     for number, joint in drawn:

@@ -13,6 +13,7 @@ import torch
 from ..errors import FxzipError
 from ..tracing.calls import Call, JointCall, batch_size, map_tensors
 from ..tracing.shapes import shapes_of
+from . import processes
 from .sources import Calibration
 
 BATCHES = 64
@@ -38,7 +39,16 @@ def other_shapes(calibration: Calibration, sample: Call) -> list[Call]:
                 found.append(_first_rows(call))
     except FxzipError:  # what is wrong with the data is said where they are used
         pass
-    return found
+    return _of_all(found)
+
+
+def _of_all(calls: list[Call]) -> list[Call]:
+    """Those of all processes, each shape once, at most `SHAPES`: a trace must be the same everywhere."""
+    known: dict[Any, Call] = {}
+    for theirs in processes.everyone(calls):
+        for call in theirs:
+            known.setdefault(shapes_of(call), call)
+    return list(known.values())[:SHAPES]
 
 
 def _first_rows(call: Call) -> Call:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from ..tracing.calls import Call, JointCall, batch_size
+from . import processes
 from .batches import batches
 from .data_forms import MAX_BATCHES, PerModel, Source, sources_of
 
@@ -111,8 +112,8 @@ class Calibration:
 
     @property
     def inputs(self) -> int | None:
-        """How many inputs the last pass gave; None before one went to its end."""
-        return self.counts[-1][0] if self.counts else None
+        """How many inputs the last pass gave, of all processes; None before one went to its end."""
+        return processes.before([self.counts[-1][0]])[1][0] if self.counts else None
 
     def _counted(self, stage: str) -> Iterator[tuple[int, Call]]:
         inputs = passed = 0
@@ -153,9 +154,9 @@ class Replay:
 def tell(data: Iterable[Call], text: str) -> None:
     """Say something to whoever watches a pass over data; what nobody watches goes to the log `fxzip`."""
     say = data.say if isinstance(data, Replay) else None
-    if say is None:
+    if say is None and processes.rank() == 0:
         logger.info("%s", text)
-    else:
+    elif say is not None:
         say(text)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
+from ..calibration.processes import together
 from ..errors import Interrupted
 from ..matching import Method
 from ..refit import Refit, refit_with_notes
@@ -61,6 +62,7 @@ def compile_zip(
 def compile_zip(
     models: Sequence[nn.Module] | Mapping[str, nn.Module], /, sample_input: Any, **options: Unpack[CompileOptions]
 ) -> ZippedModule: ...
+@together()
 @plain_context()
 def compile_zip(
     *models: Any,

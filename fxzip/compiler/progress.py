@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
+from ..calibration import processes
+
 T = TypeVar("T")
 logger = logging.getLogger("fxzip")
 
@@ -57,7 +59,8 @@ class Display:
 
     def __init__(self, *, show: bool | None = None) -> None:
         """`show`: a bar; None: on a terminal or in a notebook only."""
-        self.show = _watched() if show is None else show
+        self.first = processes.rank() == 0
+        self.show = self.first and (_watched() if show is None else show)
         self._bar: Any = None
         self._pulse: Pulse | None = None
         self._total = sum(ONCE.values()) + sum(EACH.values())
@@ -106,7 +109,7 @@ class Display:
             yield
         finally:
             self._stage = before
-        logger.info("%s%s: %.1f s", name, f" ({self._about})" if self._about else "", time.perf_counter() - start)
+        self._log("%s%s: %.1f s", name, f" ({self._about})" if self._about else "", time.perf_counter() - start)
         self._reach(base + _share(name))
 
     def watch(self, name: str, items: Iterator[T], total: int | None) -> Iterator[T]:
@@ -118,9 +121,14 @@ class Display:
             if total:
                 self._reach(base + _share(self._stage) * 0.9 * min(number / total, 1.0))
 
+    def _log(self, text: str, *values: object) -> None:
+        """Of several processes the first speaks for all."""
+        if self.first:
+            logger.info(text, *values)
+
     def say(self, text: str) -> None:
         """A sentence: in the log, and above the bar."""
-        logger.info("%s", text)
+        self._log("%s", text)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
 

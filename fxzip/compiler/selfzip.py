@@ -288,9 +288,9 @@ def _merges(trunk: Trunk, perms: Sequence[Tensor]) -> dict[int, Merge]:
     result = {}
     for space, number in enumerate(trunk.partners[1]):
         size = trunk.spaces[0].spaces[space].size
-        place = torch.empty(size, dtype=torch.int64)
+        place = torch.empty(size, dtype=torch.int64, device="cpu")
         place[perms[number]] = mates[space]
-        result[space] = Merge.from_clusters(torch.cat([torch.arange(size), place]), (size, size))
+        result[space] = Merge.from_clusters(torch.cat([torch.arange(size, device="cpu"), place]), (size, size))
     return result
 
 
@@ -298,7 +298,7 @@ def _mates(trunk: Trunk) -> list[Tensor]:
     """For each space of the first model, and each feature of the second in it, the feature of the first one that lies
     at the same places."""
     first, second = trunk.spaces
-    mates = [torch.arange(space.size) for space in first.spaces]
+    mates = [torch.arange(space.size, device="cpu") for space in first.spaces]
     for name, labels in first.labelling.params.items():
         other = second.labelling.params.get(trunk.alignment.params.get(name, ("", ""))[1])
         for run, twin in zip(labels.fields, () if other is None else other.fields, strict=False):

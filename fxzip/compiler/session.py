@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ..calibration.holdout import EVERY_FIFTH, EVERY_TENTH, HeldOut, hold_out
+from ..calibration import processes
+from ..calibration.holdout import EVERY_FIFTH, EVERY_TENTH, HeldOut, checksum, hold_out
 from ..calibration.observer import observe, observe_all
 from ..calibration.shapes import other_shapes
 from ..calibration.sources import Calibration
@@ -20,7 +21,7 @@ from ..partition.region import Trunk
 from ..refit.joint.logit_shifts import needs_classifiers, needs_tasks, with_shifts
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
-from ..tracing.calls import Call, JointCall
+from ..tracing.calls import Call, JointCall, leaves, map_tensors
 from ..widths.narrow_heads import behind
 from ..widths.observed import Observed
 from .arguments import Given, data_of
@@ -77,6 +78,7 @@ class Session:
             InputError, OptionError, TraceError, AlignError, DataError, BarrierError, SelfCheckError: see
                 `fxzip.errors`.
         """
+        given = _of_first(given)
         models, call = given.networks, given.call
         _check_start(call, options)
         if options.data_free:
@@ -157,6 +159,23 @@ class Session:
             network.name_tasks(tasks)
             network.meta["fxzip_report"] = Report({**network.report, "tasks": list(tasks)})
         return network
+
+
+def _of_first(given: Given) -> Given:
+    """Of several processes all take the sample input of the first; the models must be the same everywhere."""
+    if processes.count() == 1:
+        return given
+    sums = [checksum(Call(tuple(model.state_dict().values()), {})) for model in given.networks]
+    processes.same(sums, "models, parameters and buffers to the bit")
+    own = leaves(given.call)
+    theirs = iter(processes.of_first(lambda: [value.detach().cpu() for value in own]))
+
+    def taken(call: Call) -> Call:
+        if isinstance(call, JointCall):
+            return JointCall.of(map(taken, call.parts))
+        return map_tensors(lambda value: next(theirs).to(value.device), call)
+
+    return replace(given, call=taken(given.call))
 
 
 def _calibration(given: Given, data: Any, options: Options, display: Display) -> Calibration:

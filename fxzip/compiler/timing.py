@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..calibration import processes
 from ..tracing.calls import Call, leaves, map_tensors
 from ..tracing.state import restored_state
 
@@ -26,7 +27,7 @@ def fastest(
     >>> slow > quick
     True
 
-    Random state and buffers are afterwards what they were.
+    Random state and buffers are afterwards what they were. Of several processes the first measures for all.
 
     Args:
         networks: in evaluation mode.
@@ -34,6 +35,10 @@ def fastest(
         rounds: at most; the first warms up and does not count.
         seconds: no further round is begun after that, if there were three.
     """
+    return processes.of_first(lambda: _fastest(networks, call, rounds, seconds))
+
+
+def _fastest(networks: Sequence[nn.Module], call: Call, rounds: int, seconds: float) -> list[float]:
     device = next((value.device for value in leaves(call)), None)
     best = [float("inf")] * len(networks)
     with restored_state(), torch.no_grad(), _buffers_kept(networks):

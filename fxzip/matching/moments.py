@@ -93,7 +93,7 @@ class Moments:
 
     def offsets(self) -> tuple[int, ...]:
         """Start of every model's features in x, and N at the end."""
-        ends = torch.tensor([0, *self.sizes]).cumsum(0)
+        ends = torch.tensor([0, *self.sizes], device="cpu").cumsum(0)
         return tuple(int(end) for end in ends)
 
     def select(self, parts: Sequence[Tensor]) -> Moments:

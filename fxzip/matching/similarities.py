@@ -96,7 +96,7 @@ def model_index(sizes: Sequence[int], device: torch.device | None = None) -> Ten
     >>> model_index((2, 1))
     tensor([0, 0, 1])
     """
-    return torch.cat([torch.full((n,), k, device=device) for k, n in enumerate(sizes)])
+    return torch.cat([torch.full((n,), k, device=device or "cpu") for k, n in enumerate(sizes)])
 
 
 def mean_similarity(labels: Tensor, alike: Tensor) -> float:

@@ -112,7 +112,7 @@ def unmatched_labels(constraints: Sequence[Constraints], spaces: FeatureSpaces) 
 
 def _matched(spaces: FeatureSpaces) -> Tensor:
     """For each class whether it lies in a space of several features."""
-    several = torch.tensor([space.size > 1 for space in spaces.spaces] + [False])
+    several = torch.tensor([space.size > 1 for space in spaces.spaces] + [False], device="cpu")
     return several[spaces.space_of]
 
 

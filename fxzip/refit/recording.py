@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..calibration import processes
 from ..rewriting.batchnorm_affine import restate
 from ..rewriting.module import ZippedModule
 from ..tracing import TOLERANCE, quiet_execution
@@ -70,6 +71,16 @@ class _Seen:
         else:
             self.sums.add(value, 1)
 
+    def join(self) -> None:
+        """Take in what the other processes have seen; rows are those of the first that has some."""
+        every = processes.everyone((self.wrong, self.calls, self.rows if processes.count() > 1 else None))
+        self.sums, self.deviations = self.sums.of_all(), self.deviations.of_all()
+        if len(every) > 1:
+            self.wrong = next((wrong for wrong, _, _ in every if wrong), "")
+            self.calls = sum(calls for _, calls, _ in every)
+            device = self.rows.device if self.rows is not None else torch.device("cpu")
+            self.rows = next((rows.to(device) for _, _, rows in every if rows is not None), None)
+
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and variance as the normalisation keeps them, float64."""
         mean, deviation = self.sums.result()
@@ -101,8 +112,11 @@ def recorded_statistics(zipped: ZippedModule, data: Iterable[Call]) -> Refitted:
     finally:
         for hook in hooks:
             hook.remove()
+    batches = processes.before([batches])[1][0]
     if not batches:
         return Refitted(result, (_UNMEASURED,))
+    for own in found:
+        own.join()
     shared = _held_twice(result)
     for own in found:
         with torch.no_grad():

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ..calibration import processes
 from ..calibration.sources import with_sources
 from ..errors import OptionError
 from ..matching.linalg import ridged_cholesky
@@ -38,7 +39,10 @@ from ..rewriting.zip_plan import ZipPlan
 from ..tracing import quiet_execution
 from ..tracing.aten_calls import AtenCall, run
 from ..tracing.calls import Call
-from .least_squares.lockstep import Lockstep, bytes_per_row, laid_out, within_memory
+from .least_squares.batches import Batches
+from .least_squares.lockstep import Lockstep, bytes_per_row, laid_out
+from .least_squares.memory import Bound, limit_of
+from .least_squares.spilling import SpillFile
 from .linear_calls.kernels import effective, install, sampled_places
 from .linear_calls.parameter_uses import survey
 from .linear_calls.units import Site, Unit, called, find_units
@@ -83,14 +87,15 @@ class RegMean:
         with quiet_execution():
             for k in range(models):
                 own = _original(zipped, plan, k)
-                numbered = list(with_sources(data)[0])
-                several = len({source for source, _ in numbered}) == models
+                numbered, sources = with_sources(data)
+                several = sources == models
                 units = _units(own, sample)
                 grams = _Grams(own, units.values(), self.positions)
                 for source, call in numbered:
                     if not several or source == k:
                         grams.take(call)
-                for place, seen in grams.found.items():
+                for place in sorted({place for theirs in processes.everyone(list(grams.found)) for place in theirs}):
+                    seen = grams.found[place].of_all()
                     sums[place].add(seen.shrunk(self.alpha), *_calls(own, units[place]))
             for place, unit in _units(result, sample).items():
                 if place in sums:
@@ -111,10 +116,10 @@ class RegMeanPlusPlus(RegMean):
 
     Attributes:
         alpha, positions: as in `RegMean`.
-        memory: bytes for the values of nodes on all batches; batches beyond are left out.
+        memory: bytes for the values of nodes at a time, as in `LeastSquares`.
     """
 
-    memory: float = 4e9
+    memory: float | None = None
 
     def __call__(self, zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedModule:
         """Refit the trunk. A new module; one pass over `data`.
@@ -126,10 +131,10 @@ class RegMeanPlusPlus(RegMean):
         sample, models = programs[0].call, len(programs)
         numbered, sources = with_sources(data)
         laid = ((source, laid_out(call, sample)) for source, call in numbered)
-        with quiet_execution():
+        bound = Bound(limit_of(self.memory, sample), bytes_per_row(zipped, programs), 0.0, 0.0)
+        with SpillFile() as file, quiet_execution():
             result = copy.deepcopy(zipped)
-            batches, _ = within_memory(laid, bytes_per_row(zipped, programs), self.memory, sources)
-            owners = [source if sources == models else None for source, _, _ in batches]
+            batches = Batches.read(laid, sources, bound, file)
             originals = [_original(zipped, plan, k) for k in range(models)]
             calls = [_units(own, sample) for own in originals]
             starts: dict[fx.Node, list[_Place]] = defaultdict(list)
@@ -137,12 +142,12 @@ class RegMeanPlusPlus(RegMean):
             for place, unit in units.items():
                 starts[unit.sites[0].node].append(place)
 
-            walk = Lockstep(result, [call for _, _, call in batches])
+            walk = batches.lockstep(result)
             for node in result.graph.nodes:
                 if node.op == "output" or part_of(node).startswith("head "):
                     continue
                 for place in starts.get(node, ()):
-                    seen = self._seen(walk, units[place], owners, models)
+                    seen = self._seen(walk, units[place], batches, models)
                     total = _Sum()
                     for k, own in enumerate(originals):
                         total.add(seen[k].shrunk(self.alpha), *_calls(own, calls[k][place]))
@@ -152,18 +157,21 @@ class RegMeanPlusPlus(RegMean):
                 walk.release(node)
         return result
 
-    def _seen(self, walk: Lockstep, unit: Unit, owners: Sequence[int | None], models: int) -> list[_Seen]:
+    def _seen(self, walk: Lockstep, unit: Unit, batches: Batches, models: int) -> list[_Seen]:
         """What all calls of a unit read, for each model on its own data, or all of it where nobody's is known."""
         found = [_Seen() for _ in range(models)]
-        generator = torch.Generator().manual_seed(0)
-        for env, owner in zip(walk.envs, owners, strict=True):
+        generator = torch.Generator()
+        for batch, source in enumerate(batches.source):
+            generator.manual_seed(batches.numbers[batch])  # the same places whichever process has the batch
+            env = walk.open(batch)
             for number, site in enumerate(unit.sites):
                 there = dict(env) if number else env  # a call further on: what lies in between is forgotten
                 walk.inputs(there, site.node)
                 x = self._inputs(walk, there, unit, site, generator)
-                for own in found if owner is None else [found[owner]]:
+                for own in [found[source]] if batches.sources == models else found:
                     own.add(x)
-        return found
+            walk.close(batch)
+        return [own.of_all() for own in found]
 
     def _inputs(self, walk: Lockstep, env: dict[fx.Node, Any], unit: Unit, site: Site, generator: Any) -> Tensor:
         """Inputs of one call, [groups, places, inputs]."""
@@ -222,6 +230,17 @@ class _Seen:
         self.total = self.total.to(x.device) + x.double().sum(1)
         self.count += x.shape[1]
 
+    def of_all(self) -> _Seen:
+        """The sums of all processes."""
+        shapes = [shape for shape in processes.everyone((self.gram.shape, self.total.shape)) if shape[0]]
+        if processes.count() == 1 or not shapes:
+            return self
+        gram, total = (
+            own.expand(size).contiguous() for own, size in zip((self.gram, self.total), shapes[0], strict=True)
+        )
+        count = processes.before([self.count])[1][0]
+        return _Seen(processes.total(gram), processes.total(total), count)
+
     def shrunk(self, alpha: float) -> _Seen:
         """With off-diagonal entries of the Gram matrix times α."""
         diagonal = torch.diag_embed(self.gram.diagonal(dim1=-2, dim2=-1))
@@ -279,13 +298,14 @@ class _Grams:
 
     def __init__(self, module: ZippedModule, units: Iterable[Unit], positions: int) -> None:
         self.module, self.positions = module, positions
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator()
         self.sites = {(site.node.name, site.call): (unit, site) for unit in units for site in unit.sites}
         self.found: dict[_Place, _Seen] = defaultdict(_Seen)
 
     def take(self, call: Call) -> None:
         """A batch."""
         trunk = {node for node in self.module.graph.nodes if part_of(node) == "trunk"}
+        self.generator.manual_seed(0)  # the same places whichever batches came before, in this process or another
         run(self.module, call, on_call=self._see, only=trunk.__contains__)
 
     def _see(self, call: AtenCall) -> Any:

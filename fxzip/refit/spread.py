@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..calibration import processes
+
 
 @dataclass
 class Sums:
@@ -34,6 +36,17 @@ class Sums:
         self.total = total if self.total is None else self.total + total
         self.square = square if self.square is None else self.square + square
         return mean, variance.sqrt()
+
+    def of_all(self) -> Sums:
+        """The sums of all processes."""
+        shapes = processes.everyone(None if self.total is None else self.total.shape)
+        shape = next((own for own in shapes if own is not None), None)
+        if shape is None or processes.count() == 1:
+            return self
+        nothing = torch.zeros(shape, dtype=torch.float64) if self.total is None else self.total
+        count = processes.total(torch.tensor(self.count, dtype=torch.float64, device="cpu"))
+        square = torch.zeros_like(nothing) if self.square is None else self.square
+        return Sums(float(count), processes.total(nothing), processes.total(square))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per feature over all of it, float64."""

@@ -38,7 +38,7 @@ def _of_model(trunk: Trunk, k: int, reach: Tensor) -> dict[int, list[Tensor]]:
     """Downstream weights of model k by its spaces."""
     spaces, labelling = trunk.spaces[k], trunk.labellings[k]
     module = trunk.alignment.programs[k].module
-    summed = torch.zeros(len(spaces.klass), dtype=torch.bool)
+    summed = torch.zeros(len(spaces.klass), dtype=torch.bool, device="cpu")
     for stated in labelling.constraints.values():
         for contracted in stated.consumed:
             summed[contracted] = True
@@ -66,7 +66,7 @@ def _features(weight: Tensor, layout: Layout, space: int, size: int) -> Tensor:
     are read with 0."""
     here = (layout.space == space).nonzero().flatten()
     occurrence, feature = layout.occurrence[here], layout.feature[here]
-    if len(here) == weight.shape[-1] == size and torch.equal(feature, torch.arange(size)):
+    if len(here) == weight.shape[-1] == size and torch.equal(feature, torch.arange(size, device="cpu")):
         return weight
     result = weight.new_zeros(len(weight), int(occurrence.max()) + 1, weight.shape[1], size)
     for number, own in enumerate(result.unbind(1)):

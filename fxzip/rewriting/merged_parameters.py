@@ -63,7 +63,7 @@ class PlaceMap:
         rest = [~torch.stack(held).any(0) if held else torch.ones(len(layout.space), dtype=torch.bool)
                 for held, layout in ((here, source), (there, result))]  # fmt: skip
         columns, rows = ([mask.nonzero().flatten()] for mask in rest)
-        weights = [torch.ones(len(rows[0]), dtype=torch.float64)]
+        weights = [torch.ones(len(rows[0]), dtype=torch.float64, device="cpu")]
         for (own, other), matrix in matrices.items():
             origin, sink = slots(source, own), slots(result, other)
             held = Entries.of(matrix) if isinstance(matrix, Tensor) else matrix
@@ -107,7 +107,7 @@ class PlaceMap:
     def _sparse(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         index = torch.stack([self.rows, self.columns]).to(device)
         return torch.sparse_coo_tensor(
-            index, self.weights.to(device, dtype), (self.height, self.width), check_invariants=False
+            index, self.weights.to(device, dtype), (self.height, self.width), check_invariants=False, device="cpu"
         )
 
 
@@ -226,7 +226,7 @@ def merged_param(
         return wide[0] if same else torch.stack(wide).mean(0)
     if all(torch.equal(value, wide[0]) for value in wide[1:]) and _stands(names, spaces, partners, merges):
         return wide[0]  # the mean of what is equal to the bit would be rounded
-    total, weight = torch.zeros(()), torch.zeros(())
+    total, weight = torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
     for k, value in enumerate(wide):
         part = share(value, names[k], names[0], Change(spaces[k], spaces[0], partners[k], merges, k))
         total, weight = part.value + total.to(part.value), part.weight() + weight.to(part.value)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
+from ..calibration.processes import together
 from ..compiler.arguments import Given
 from ..compiler.one_base import base_tensors, check_base, for_fine_tunes, takes_base, weights_by_model
 from ..compiler.options import Options, Recipe
@@ -41,6 +42,7 @@ ALONE = "alone"
 """The row of the networks narrowed each by itself, side by side."""
 
 
+@together()
 @plain_context()
 def sweep(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],
@@ -109,6 +111,7 @@ def sweep(
         return table.at(cuts, score, strict=True)
 
 
+@together()
 @plain_context()
 def compare(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
 from ..calibration.observer import observe
+from ..calibration.processes import together
 from ..compiler.arguments import Given
 from ..compiler.options import Options
 from ..compiler.progress import Display
@@ -94,6 +95,7 @@ class Barrier:
         return ax
 
 
+@together()
 @plain_context()
 def barrier(
     a: nn.Module,

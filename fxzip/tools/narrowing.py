@@ -14,6 +14,7 @@ from torch import nn
 
 from ..analysis.rules import Rule
 from ..calibration.data_forms import MAX_BATCHES
+from ..calibration.processes import together
 from ..calibration.sources import as_batch
 from ..compiler.arguments import Given
 from ..compiler.options import Options, Recipe
@@ -32,6 +33,7 @@ from ..widths.requests import width_request
 from .unmerged import side_by_side
 
 
+@together()
 @plain_context()
 def narrow(
     model: nn.Module,

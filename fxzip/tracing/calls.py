@@ -152,5 +152,5 @@ def batch_size(call: Call) -> int | None:
 def _noise(rows: Tensor, generator: torch.Generator) -> Tensor:
     finite = rows[rows.isfinite()]
     scale = finite.double().abs().pow(2).mean().sqrt().item() if finite.numel() and not rows.is_complex() else 1.0
-    noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64, device="cpu")
     return (0.3 * (scale or 1.0) * noise).to(rows.device, rows.dtype)

@@ -216,11 +216,11 @@ def _rows(call: Call) -> int:
 def _spread(size: int, more: int, generator: torch.Generator | None) -> Merge:
     """So many features, `size + more` in all, of which only those of the model are read: at the end, or at random
     places. What lies at the others is the model's features too, until `_distinct`."""
-    places = torch.arange(size + more)
-    order = places.roll(size) if generator is None else torch.randperm(size + more, generator=generator)
-    merge = torch.zeros(size + more, size, dtype=torch.float64)
+    places = torch.arange(size + more, device="cpu")
+    order = places.roll(size) if generator is None else torch.randperm(size + more, generator=generator, device="cpu")
+    merge = torch.zeros(size + more, size, dtype=torch.float64, device="cpu")
     merge[order, places % size] = 1
-    unmerge = torch.zeros(size, size + more, dtype=torch.float64)
+    unmerge = torch.zeros(size, size + more, dtype=torch.float64, device="cpu")
     unmerge[places[:size], order[:size]] = 1
     return Merge(merge, unmerge, (size,), 1.0)
 
@@ -237,7 +237,7 @@ def _distinct(alone: Trunk, wider: Mapping[int, Merge], values: Mapping[str, Ten
             if (name, place) in spaces.consumed or (labels.groups > 1 and place):
                 continue
             layout = merged_layout(spaces, run, wider)
-            factor = torch.ones(len(layout.space), dtype=torch.float64)
+            factor = torch.ones(len(layout.space), dtype=torch.float64, device="cpu")
             for s, unread in idle.items():
                 here = layout.space == s
                 factor[here] = torch.where(unread[layout.feature[here]], _LARGER, 1.0).to(factor)

@@ -70,7 +70,7 @@ def occurrences(labels: Tensor) -> Tensor:
     ranked = labels[order]
     start = torch.ones_like(ranked, dtype=torch.bool)
     start[1:] = ranked[1:] != ranked[:-1]
-    places = torch.arange(len(ranked))
+    places = torch.arange(len(ranked), device="cpu")
     first = torch.where(start, places, 0).cummax(0).values if len(ranked) else places
     result = torch.empty_like(places)
     result[order] = places - first

@@ -67,7 +67,7 @@ class ConstraintStore:
     def fresh(self, *shape: int) -> Tensor:
         """New labels, one per element of `shape`."""
         count = int(torch.Size(shape).numel())
-        labels = torch.arange(self.size, self.size + count).reshape(shape)
+        labels = torch.arange(self.size, self.size + count, device="cpu").reshape(shape)
         self.size += count
         return labels
 
@@ -137,7 +137,7 @@ class ConstraintStore:
             labels = labels[labels > 0]
         if labels.numel() < self.size >> 7:  # sorting takes as long as a look at a hundred times as many flags
             return torch.as_tensor(labels.unique())
-        found = torch.zeros(self.size, dtype=torch.bool)
+        found = torch.zeros(self.size, dtype=torch.bool, device="cpu")
         found[labels] = True
         return found.nonzero().flatten()
 

@@ -50,7 +50,7 @@ class Descent:
         """Visit coordinates in random order until none gains. A visit is due when a parameter it shares has changed."""
         due = set(range(len(self.coordinates)))
         for _ in range(sweeps):
-            for c in torch.randperm(len(self.coordinates), generator=generator).tolist():
+            for c in torch.randperm(len(self.coordinates), generator=generator, device="cpu").tolist():
                 if c in due:
                     due.discard(c)
                     if self._step(c):
@@ -121,7 +121,7 @@ def slices(value: Tensor, axis: int, slots: Tensor) -> Tensor:
     """
     times, n = slots.shape
     moved = value.movedim(axis, 0)
-    if times == 1 and n == len(moved) and torch.equal(slots[0], torch.arange(n)):
+    if times == 1 and n == len(moved) and torch.equal(slots[0], torch.arange(n, device="cpu")):
         return moved.reshape(n, -1)
     taken = moved.index_select(0, slots.reshape(-1).to(value.device))
     return taken.reshape(times, n, -1).transpose(0, 1).reshape(n, -1)
@@ -146,7 +146,7 @@ def _summed(
     weights: Sequence[Weight], reference: Sequence[Tensor], placed: Sequence[Tensor], space: int, k: int, own: Space
 ) -> Tensor:
     """C [n_0, n_k] of parameters that are all in the layout of model k, by one product for each run."""
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for weight, target, value in zip(weights, reference, placed, strict=True):
         for run in weight.runs if weight.groups == 1 else ():
             if space in run.slots:
@@ -164,7 +164,7 @@ def assigned(
     first = problem.spaces[spaces[0]]
     if first.tie is None:
         rows, columns = best_pairs(tables[spaces[0]])
-        return {spaces[0]: torch.full((first.sizes[0],), -1).scatter_(0, rows, columns)}
+        return {spaces[0]: torch.full((first.sizes[0],), -1, device="cpu").scatter_(0, rows, columns)}
 
     blocks = {s: (problem.spaces[s].blocks[0].cpu(), problem.spaces[s].blocks[k].cpu()) for s in spaces}
     cut = {s: tables[s][a][:, :, b].permute(0, 2, 1, 3) for s, (a, b) in blocks.items()}

@@ -23,7 +23,7 @@ def signature_table(weights: Sequence[Weight], space: int, k: int) -> Tensor:
     Signatures are taken less their mean in each model, which adds to rows and columns of the table and so changes no
     one-to-one assignment, but leaves the digits to what tells features apart.
     """
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for weight in weights:
         for place, run in enumerate(weight.runs):
             if space in run.slots:

@@ -119,7 +119,7 @@ def identity(problem: Problem, k: int) -> Matching:
     result = {}
     for number, space in enumerate(problem.spaces):
         n, own = space.sizes[0], space.sizes[k]
-        index = torch.arange(n)
+        index = torch.arange(n, device="cpu")
         if space.blocks:
             first, mine = space.blocks[0].cpu(), space.blocks[k].cpu()
             width = min(first.shape[1], mine.shape[1])
@@ -183,11 +183,11 @@ def merge_of(problem: Problem, number: int, matchings: Sequence[Mapping[int, Ten
     """
     space = problem.spaces[number]
     weights = [weight for weight in problem.weights if number in weight.spaces]
-    labels, cosines = [torch.arange(space.sizes[0])], []
+    labels, cosines = [torch.arange(space.sizes[0], device="cpu")], []
 
     for k, matching in enumerate(matchings[1:], 1):
         here = (matching[number] >= 0).nonzero().flatten()
-        own = torch.full((space.sizes[k],), -1).scatter_(0, matching[number][here], here)
+        own = torch.full((space.sizes[k],), -1, device="cpu").scatter_(0, matching[number][here], here)
         rest = (own < 0).nonzero().flatten()
         if len(rest):
             own[rest] = _likest(space, weights, number, k, matching)[rest]
@@ -200,7 +200,7 @@ def merge_of(problem: Problem, number: int, matchings: Sequence[Mapping[int, Ten
 
 def _cosines(space: Space, weights: Sequence[Weight], number: int, k: int, matching: Mapping[int, Tensor]) -> Tensor:
     """The cosine of the slices of each feature of model 0 and of that in its place in model k, [n_0]; 1 without any."""
-    sums = torch.zeros(3, space.sizes[0], dtype=torch.float64)
+    sums = torch.zeros(3, space.sizes[0], dtype=torch.float64, device="cpu")
     for weight in weights:
         first, other = weight.values[0], weight.aligned(k, matching)
         for place, run in enumerate(weight.runs):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ...calibration import processes
 from ...calibration.batches import not_finite
 from ...calibration.data_forms import MAX_BATCHES
 from ...calibration.sources import Calibration
@@ -37,6 +38,7 @@ from .logistic import Evidence, Shifts, fit_shifts
 LEAST = 10  # inputs of each task
 
 
+@processes.together()
 @plain_context()
 def calibrate_joint(
     network: ZippedModule,
@@ -159,17 +161,30 @@ def _observe(network: ZippedModule, heads: Sequence[Ending], calibration: Calibr
             shares[k] &= bool((z >= 0).all() and ((z.float().sum(1) - 1).abs() < 1e-2).all())
         scores.append(torch.stack([z.amax(1).cpu().double() for z in logits], 1))
         tasks.append(torch.full((len(scores[-1]),), task, device="cpu"))
+    shares = [all(own) for own in zip(*processes.everyone(shares), strict=True)]
     if any(shares):
         raise InputError(
             f"Joint decisions need logits of each head; head {shares.index(True)} returns shares that sum to one, as a "
             "softmax gives. Let the model end in front of it."
         )
-    counts = torch.bincount(torch.cat(tasks), minlength=len(heads)).tolist()
+    evidence = _of_all([torch.cat(own) for own in features], torch.cat(scores), torch.cat(tasks), precision)
+    counts = torch.bincount(evidence.tasks, minlength=len(heads)).tolist()
     if min(counts) < LEAST:
         raise DataError(
             f"Joint decisions need at least {LEAST} inputs of each task; found {', '.join(map(str, counts))}."
         )
-    return Evidence(tuple(torch.cat(own) for own in features), torch.cat(scores), torch.cat(tasks), precision)
+    return evidence
+
+
+def _of_all(features: Sequence[Tensor], scores: Tensor, tasks: Tensor, precision: float) -> Evidence:
+    """What all processes have seen, task by task: in the order in which one process would have seen it."""
+    if processes.count() == 1:
+        return Evidence(tuple(features), scores, tasks, precision)
+    tasks = processes.gathered(tasks)
+    order = tasks.argsort(stable=True)
+    features = [processes.gathered(own)[order] for own in features]
+    precision = max(processes.everyone(precision))
+    return Evidence(tuple(features), processes.gathered(scores)[order], tasks[order], precision)
 
 
 def _check_batch(probe: fx.GraphModule, heads: Sequence[Ending], call: Call) -> None:

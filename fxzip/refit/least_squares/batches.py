@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import fx, nn
 
+from ...calibration import processes
 from ...tracing.calls import Call, batch_size
 from ...tracing.containers import flatten
 from .lockstep import Lockstep
@@ -71,8 +72,10 @@ class Batches:
         usage = Usage(
             bound.limit, bound.expected(inside, largest, len(rows)), outside, on_file=_SPARE * outside <= room
         )
+        numbers, everything = _numbered(source, sources)
+        inputs = processes.before([sum(rows)])[1][0]
         return cls(
-            calls, source, list(range(len(rows))), sources, len(rows), sum(rows), kept,
+            calls, source, numbers, sources, everything, inputs, kept,
             file=file if usage.on_file else None,
             samples_file=file if bound.samples_on_file and bound.samples <= room else None,
             usage=usage,
@@ -86,6 +89,18 @@ class Batches:
     def measured(self) -> Usage | None:
         """What the fit has taken."""
         return None if self.usage is None else self.meter.on(self.usage)
+
+
+def _numbered(source: Sequence[int], sources: int) -> tuple[list[int], int]:
+    """The number of each batch among those of all processes, source by source, and how many there are."""
+    counts = [source.count(number) for number in range(sources)]
+    lower, every = processes.before(counts)
+    following = [sum(every[:number]) + lower[number] for number in range(sources)]
+    numbers = []
+    for number in source:
+        numbers.append(following[number])
+        following[number] += 1
+    return numbers, sum(every)
 
 
 def _same(call: Call) -> Call:

@@ -68,7 +68,7 @@ class Blocks:
     @cached_property
     def rows(self) -> int:
         """Of all blocks, of all processes."""
-        return int(total(torch.tensor(sum(len(own) for own in self), dtype=torch.int64)))
+        return int(total(torch.tensor(sum(len(own) for own in self), dtype=torch.int64, device="cpu")))
 
     def whole(self) -> Tensor:
         """The matrix, of all processes."""

@@ -12,7 +12,6 @@ calls read features that are only nearly its own, and the later ones repair what
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,20 +22,18 @@ from ...calibration.sources import tell, with_sources
 from ...rewriting.module import ZippedModule
 from ...rewriting.zip_plan import ZipPlan
 from ...tracing import Program, quiet_execution
-from ...tracing.calls import Call, leaves
+from ...tracing.calls import Call
 from ..refitted import Refitted, noting
 from ..unfit import Unfit
 from .batches import Batches
 from .lockstep import bytes_per_row, laid_out
-from .memory import SHARE, Bound, free_memory
+from .memory import Bound, limit_of
 from .samples import sample_bytes
 from .solving import Fit, Settings
 from .spilling import SpillFile
 from .walk import Walk
 
 __all__ = ["Fit", "LeastSquares", "fit_least_squares"]
-
-logger = logging.getLogger("fxzip")
 
 
 @dataclass(frozen=True)
@@ -68,15 +65,13 @@ class LeastSquares(Settings):
                         raise
                     unfit[found.restart] = str(found)
         walk.fit.inputs, walk.fit.memory = batches.inputs, batches.measured()
-        logger.info("least squares: %s", walk.fit.memory)
+        tell(data, f"least squares is done: {walk.fit.memory}")
         result.meta["fxzip_fit"] = walk.fit
         return Refitted(result, tuple(walk.fit.notes()))
 
     def _bound(self, zipped: ZippedModule, programs: Sequence[Program]) -> Bound:
-        device = next((value.device for value in leaves(programs[0].call)), torch.device("cpu"))
-        limit = SHARE * free_memory(device) if self.memory is None else self.memory
         samples, gram = sample_bytes(zipped, self.positions, self.least)
-        return Bound(limit, bytes_per_row(zipped, programs), samples, gram)
+        return Bound(limit_of(self.memory, programs[0].call), bytes_per_row(zipped, programs), samples, gram)
 
 
 def _tried(zipped: ZippedModule, plan: ZipPlan, settings: Settings) -> dict[str, str]:

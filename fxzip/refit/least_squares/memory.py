@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ...tracing.calls import Call, leaves
+
 SHARE = 1 / 3
 """Of the memory that is free: what a fit takes unless it is told."""
 
@@ -24,6 +26,12 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min(_available(), _left_to_the_group())
+
+
+def limit_of(memory: float | None, call: Call) -> float:
+    """The bound that somebody asked for; None: a share of what is free where a call's tensors are."""
+    device = next((value.device for value in leaves(call)), torch.device("cpu"))
+    return SHARE * free_memory(device) if memory is None else memory
 
 
 def _available() -> int:

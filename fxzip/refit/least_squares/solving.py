@@ -17,7 +17,7 @@ from .blocks import Blocks
 from .memory import Usage
 from .ridge import Regression, affine_solution, best_ridge, ridge_solution
 from .samples import Sample
-from .spilling import Page, SpillFile, fetched
+from .spilling import Page, fetched
 
 
 @dataclass
@@ -113,10 +113,10 @@ class _Joined:
     held: Blocks
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], file: SpillFile | None) -> _Joined:
-        x, t = blocks_of([own.x for own in samples], file), blocks_of([own.t for own in samples], file)
+    def of(cls, samples: Sequence[Sample]) -> _Joined:
+        x, t = _blocks([own.x for own in samples]), _blocks([own.t for own in samples])
         rectified = all(sample.rectified for sample in samples)
-        return cls(x, t, offset_of(samples, file), rectified, _half(samples))
+        return cls(x, t, offset_of(samples), rectified, _half(samples))
 
     def regression(self, group: int, outputs: slice, prior: Tensor) -> Regression:
         """That of one group; without a constant if the prior has no row for it."""
@@ -126,26 +126,24 @@ class _Joined:
         return Regression(x, t, prior, offset, constant)
 
 
-def blocks_of(values: Sequence[Tensor | Page], file: SpillFile | None) -> Blocks:
-    """What was drawn on each batch."""
+def _blocks(values: Sequence[Tensor | Page]) -> Blocks:
+    """What was drawn on each batch; what is made of it lies where it lies."""
+    file = next((value.file for value in values if isinstance(value, Page)), None)
     return Blocks(len(values), lambda number: fetched(values[number]), file)
 
 
-def offset_of(samples: Sequence[Sample], file: SpillFile | None) -> Blocks | None:
+def offset_of(samples: Sequence[Sample]) -> Blocks | None:
     """What residual sums add, if they do on all samples."""
     offsets = [sample.offset for sample in samples if sample.offset is not None]
-    return blocks_of(offsets, file) if len(offsets) == len(samples) else None
+    return _blocks(offsets) if len(offsets) == len(samples) else None
 
 
 def solve(
     net: ZippedModule, unit: Unit, samples: Sequence[Sample], settings: Settings, fit: Fit,
-    wish: Wish | None = None, file: SpillFile | None = None,
+    wish: Wish | None = None,
 ) -> None:  # fmt: skip
-    """Solve the regression of one unit and write the solution into its parameters.
-
-    `file`: where what is as large as the samples lies; None: in memory.
-    """
-    joined = _Joined.of(samples, file)
+    """Solve the regression of one unit and write the solution into its parameters."""
+    joined = _Joined.of(samples)
     if unit.kernel is not None:
         _solve_linear(net, unit, joined, settings, fit, wish)
     else:

@@ -71,7 +71,7 @@ def find_targets(plan: ZipPlan, places: Sequence[tuple[str, int | None]], source
 
 def _merge_matrix(plan: ZipPlan, merged: Layout, layouts: Sequence[Layout], k: int, source: int | None) -> Tensor:
     """M_k over the places of a run; with a source, restricted to that model's members of each cluster."""
-    result = torch.zeros(len(merged.space), len(layouts[k].space))
+    result = torch.zeros(len(merged.space), len(layouts[k].space), device="cpu")
     for space in merged.space.unique().tolist():
         merge = plan.merges[space]
         matrix = merge.M(k)

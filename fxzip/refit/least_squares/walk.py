@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ...calibration import processes
 from ...rewriting.module import ZippedModule, part_of, sources_of
 from ...rewriting.zip_plan import ZipPlan
 from ...tracing import quiet_execution
@@ -220,13 +221,9 @@ class Walk:
             Unfit: it is left, and others were fitted in the belief that it would not be.
         """
         try:
-            with (
-                quiet_execution()
-            ):  # around networks only: its watch over random numbers costs more than small products
-                samples = self._draw(part, unit)
+            samples = self._drawn(part, unit)
             if not self.is_trial:
-                wish, file = self._wish(part, unit, samples), self.batches.samples_file
-                solve(self.net, unit, samples, self.settings, self.fit, wish, file)
+                solve(self.net, unit, samples, self.settings, self.fit, self._wish(part, unit, samples))
                 self.batches.meter.look()
         except Unfit as found:
             if any((site.node, site.call) in self.relied for site in unit.sites):
@@ -235,6 +232,19 @@ class Walk:
             self.fit.left[unit.name] = str(found)
         else:
             self.zipped.forget(unit.sites[0].node)
+
+    def _drawn(self, part: _Part, unit: Unit) -> list[Sample]:
+        """What all processes can draw samples of; where one cannot, none does."""
+        samples, why = list[Sample](), ""
+        try:
+            with quiet_execution():  # networks only: its watch over random numbers costs more than small products
+                samples = self._draw(part, unit)
+        except Unfit as found:
+            why = str(found)
+        reasons = [why] if self.is_trial else processes.everyone(why)
+        if any(reasons):
+            raise Unfit(next(reason for reason in reasons if reason))
+        return samples
 
     def _draw(self, part: _Part, unit: Unit) -> list[Sample]:
         """Samples of all calls of a unit, batch by batch: each catches up with what was run so far."""
@@ -282,9 +292,8 @@ class Walk:
         def acted(number: int) -> Tensor:
             return torch.cat([function(fetched(own)) for own in apart[number]], 1)
 
-        file = self.batches.samples_file
-        features = Blocks(len(apart), acted, file)
-        return Wish(features, part.freedom.metric(goal, features), function, offset_of(samples, file))
+        features = Blocks(len(apart), acted, self.batches.samples_file)
+        return Wish(features, part.freedom.metric(goal, features), function, offset_of(samples))
 
 
 def _has_goals(part: _Part, unit: Unit) -> bool:

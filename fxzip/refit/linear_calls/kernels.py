@@ -25,7 +25,11 @@ def sampled_places(shape: Sequence[int], axes: Sequence[int], count: int, genera
     """At most `count` random places over all axes but those of the features: one index tensor per axis."""
     sizes = [n for a, n in enumerate(shape) if a not in axes]
     total = math.prod(sizes)
-    flat = torch.arange(total) if count >= total else torch.randint(total, (count,), generator=generator)
+    flat = (
+        torch.arange(total, device="cpu")
+        if count >= total
+        else torch.randint(total, (count,), generator=generator, device="cpu")
+    )
     return unravelled(flat, sizes)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...calibration import processes
 from ...calibration.batches import not_finite
 from ...rewriting.module import ZippedModule
 from ...rewriting.zip_plan import ZipPlan
@@ -44,9 +45,23 @@ def reset_batchnorm(zipped: ZippedModule, _plan: ZipPlan, data: Iterable[Call]) 
             hook.remove()
 
     for norm, momentum in momenta.items():
+        _average(norm)
         norm.momentum = momentum
         norm.eval()
     return Refitted(result)
+
+
+def _average(norm: _BatchNorm) -> None:
+    """The mean over the batches of all processes, of means over those of each."""
+    if processes.count() == 1:
+        return
+    assert norm.num_batches_tracked is not None
+    own = norm.num_batches_tracked.double()
+    every = processes.total(own)
+    for held in (norm.running_mean, norm.running_var):
+        if held is not None:
+            held.copy_(processes.total(held.double() * own) / every)
+    norm.num_batches_tracked.copy_(every)
 
 
 class _Reading:

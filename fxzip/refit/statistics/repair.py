@@ -125,9 +125,10 @@ class _Target:
         return self._merged(seen, spreads)
 
     def in_all(self, originals: Sequence[_Original]) -> _MeanStd:
-        """Mean and standard deviation over all batches so far."""
-        seen = [originals[k].sums[name].result() for k, name in self.layer.twins.items()]
-        return self._merged(seen, {i: move.sums.result()[1] for i, move in enumerate(self.moves) if move.mixed})
+        """Mean and standard deviation over all batches so far, of all processes."""
+        seen = [originals[k].sums[name].of_all().result() for k, name in self.layer.twins.items()]
+        mixed = {i: move.sums.of_all().result()[1] for i, move in enumerate(self.moves) if move.mixed}
+        return self._merged(seen, mixed)
 
     def _merged(self, seen: Sequence[_MeanStd], spreads: Mapping[int, Tensor]) -> _MeanStd:
         if not self.moves:
@@ -173,7 +174,7 @@ def repair(zipped: ZippedModule, plan: ZipPlan, data: Iterable[Call]) -> ZippedM
     for target in targets:
         layer = target.layer
         with torch.no_grad():
-            layer.rescale(*_correction(layer, *sums[layer.at].result(), *target.in_all(originals)))
+            layer.rescale(*_correction(layer, *sums[layer.at].of_all().result(), *target.in_all(originals)))
     return result
 
 

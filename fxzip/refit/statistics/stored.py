@@ -89,7 +89,7 @@ def _norms(net: ZippedModule, plan: ZipPlan) -> list[_Norm]:
 def _variance(plan: ZipPlan, norm: _Norm) -> Tensor:
     """σ*², [features]."""
     trunk = plan.trunk
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for k, program in enumerate(trunk.alignment.programs):
         change = Change(trunk.spaces[k], trunk.spaces[0], trunk.partners[k], plan.merges, k)
         names = [trunk.alignment.params[name][k] for name in (norm.weight, norm.variance)]
