@@ -71,29 +71,42 @@ def evaluate_zipped(
     import fxzip
 
     device = settings.device
+    sample = draw_sample(drawn, settings.latency_batch).to(device)
     if settings.data_per_model or settings.joint:
         data: Any = per_model(drawn, settings)
     else:
         data = [batch.to(device) for batch in mixed_batches(drawn, settings.batch_size, seed)]
     start = time.perf_counter()
-    zipped = fxzip.compile_zip(
-        [model.network for model in models],
-        drawn[0][:2].to(device),
-        data=data,
-        method=parse_method(method),
-        until=parse_until(until),
-        **parse_width(width),
-        refit=None if refit == "none" else refit,
-        joint=settings.joint,
-        hold_out=settings.hold_out,
-        progress=False if settings.quiet else None,
-    )
+    options = parse_width(width) | ({"budget": settings.budget} if width.startswith("auto") else {})
+    if method == "alone":
+        zipped = narrowed_alone(models, sample, data, width, settings.budget)
+    else:
+        zipped = fxzip.compile_zip(
+            [model.network for model in models],
+            sample,
+            data=data,
+            method=parse_method(method),
+            until=parse_until(until),
+            **options,
+            refit=None if refit == "none" else refit,
+            joint=settings.joint,
+            hold_out=settings.hold_out,
+            progress=False if settings.quiet else None,
+        )
     seconds = time.perf_counter() - start
     accuracy = evaluate(zipped, models, images, device)
     name = f"{refit}, joint" if settings.joint else refit
     found = zipped.report.get("auto")
+    taken = latency(zipped, models, sample)
     until = until if found is None else f"{until}: {found['until'] or 'none'}"
-    return Result(method, until, width, name, *astuple(accuracy), *ratios(zipped), seconds)
+    costs = ratios(zipped, models, len(sample))
+    return Result(method, until, width, name, *astuple(accuracy), *costs, seconds, latency=taken)
+
+
+def draw_sample(drawn: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """The batch that latency is that of."""
+    every = torch.cat(list(drawn))
+    return every[torch.arange(size) % len(every)]
 
 
 def per_model(drawn: Sequence[torch.Tensor], settings: argparse.Namespace) -> Any:
@@ -103,9 +116,12 @@ def per_model(drawn: Sequence[torch.Tensor], settings: argparse.Namespace) -> An
     return fxzip.PerModel(*([batch.to(settings.device) for batch in own.split(settings.batch_size)] for own in drawn))
 
 
-def ratios(network: Any) -> list[float]:
-    """FLOPs and parameters, relative to the first model."""
-    return [network.report[key]["total"] / network.report[key]["originals"][0] for key in ("flops", "parameters")]
+def ratios(network: Any, models: Sequence[Trained], batch: int) -> list[float]:
+    """FLOPs and parameters, relative to the first model; the network's report is of so many images."""
+    parameters = list(models[0].network.parameters())
+    flops = count_flops(models[0], str(parameters[0].device)) * batch
+    total = {key: network.report[key]["total"] for key in ("flops", "parameters")}
+    return [total["flops"] / flops, total["parameters"] / sum(p.numel() for p in parameters)]
 
 
 def evaluate_joint(
@@ -120,7 +136,7 @@ def evaluate_joint(
     both = fxzip.calibrate_joint(both, sample, per_model(drawn, settings), progress=False)
     seconds = time.perf_counter() - start
     accuracy = evaluate(both, models, images, settings.device)
-    return Result("side by side", "", "", "joint", *astuple(accuracy), *ratios(both), seconds)
+    return Result("side by side", "", "", "joint", *astuple(accuracy), *ratios(both, models, 2), seconds)
 
 
 def evaluate(forward: Any, models: Sequence[Trained], images: Images, device: str) -> HeadAccuracy:
@@ -147,6 +163,32 @@ def parse_width(text: str) -> dict[str, Any]:
     """Arguments of `compile_zip` for a number, or `auto:COST`."""
     name, _, cost = text.partition(":")
     return {"width": "auto", "max_cost": float(cost or 1)} if name == "auto" else {"width": float(text)}
+
+
+def narrowed_alone(models: Sequence[Trained], sample: torch.Tensor, data: Any, width: str, budget: str) -> Any:
+    """Each network narrowed by itself to its share of the cost of one, side by side."""
+    import fxzip
+
+    cost = parse_width(width).get("max_cost", 1.0) / len(models)
+    options = {"data": data, "max_cost": cost, "budget": budget, "hold_out": False, "progress": False}
+    apart = [fxzip.narrow(model.network, sample, **options) for model in models]
+    return fxzip.side_by_side(apart, sample)
+
+
+def latency(network: torch.nn.Module, models: Sequence[Trained], batch: torch.Tensor, rounds: int = 40) -> float:
+    """Least seconds of the network over those of the first model, run in turn."""
+    both = network, models[0].network
+    best = [float("inf")] * 2
+    with torch.no_grad():
+        for done in range(rounds + 2):
+            for place, one in enumerate(both):
+                start = time.perf_counter()
+                one(batch)
+                if batch.is_cuda:
+                    torch.cuda.synchronize()
+                if done > 1:
+                    best[place] = min(best[place], time.perf_counter() - start)
+    return best[0] / best[1]
 
 
 def count_flops(model: Trained, device: str) -> int:
@@ -206,6 +248,8 @@ def find_models(settings: argparse.Namespace) -> list[Trained]:
 def run(settings: argparse.Namespace) -> Iterator[Result]:
     """Rows of the table, one by one."""
     torch.manual_seed(settings.seed)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     cifar = load_cifar(settings.data, settings.cache)
     calibration, held = holdout_split(cifar.train)
     if settings.train:
@@ -252,6 +296,9 @@ def parser() -> argparse.ArgumentParser:
     add("--data-per-model", action="store_true", help="give `data` as one iterable per model instead of mixed batches")
     add("--joint", action="store_true", help="fit shifts of the heads' logits (`joint=True`); implies --data-per-model")
     add("--hold-out", action="store_true", help="keep every tenth calibration image out of the fits, as by default")
+    add("--budget", default="flops", help="what an auto:COST counts: flops, latency, memory or parameters")
+    add("--latency-batch", type=int, default=32, help="size of the sample input, which latency is measured on")
+    add("--threads", type=int, help="of PyTorch (default: as many as it takes)")
     add("--batch-size", type=int, default=125, help="of the calibration batches")
     add("--seed", type=int, default=0, help="of the calibration images; with --train, of the first network")
     add(

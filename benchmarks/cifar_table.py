@@ -6,13 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
-COLUMNS = ("network", "until", "width", "refit", "per task", "average", "joint", "FLOPs", "parameters", "seconds")
+COLUMNS = (
+    "network", "until", "width", "refit", "per task", "average", "joint", "FLOPs", "latency", "parameters", "seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Result:
     """One row of the table. Ratios are to the first model; seconds are those of `compile_zip`.
 
+    `latency`: the least of many runs of the network over that of the first model, in turn (see `--latency-batch`).
     `spread`: standard deviation of `average` and `joint` over the draws, where there are several.
     """
 
@@ -27,6 +30,7 @@ class Result:
     parameters: float
     seconds: float | None
     spread: tuple[float, float | None] | None = None
+    latency: float | None = None
 
 
 def averaged(rows: Sequence[Result]) -> Result:
@@ -43,6 +47,7 @@ def averaged(rows: Sequence[Result]) -> Result:
         flops=mean(row.flops for row in rows),
         parameters=mean(row.parameters for row in rows),
         seconds=mean(seconds) if seconds else None,
+        latency=None if rows[0].latency is None else mean(row.latency or 0.0 for row in rows),
         spread=(stdev(row.average for row in rows), stdev(joint) if joint else None),
     )
 
@@ -61,6 +66,7 @@ def format_table(rows: Sequence[Result], markdown: bool = False) -> str:
             _percent(row.average, spread[0]),
             "" if row.joint is None else _percent(row.joint, spread[1]),
             f"{row.flops:.3f}",
+            "" if row.latency is None else f"{row.latency:.3f}",
             f"{row.parameters:.3f}",
             "" if row.seconds is None else f"{row.seconds:.1f}",
         ]

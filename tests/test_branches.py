@@ -116,7 +116,9 @@ def test_heads_without_their_redundant_features_compute_the_same(method):
 
 def test_by_need_heads_give_up_what_they_have_twice_first():
     models = twins(4, 5)[1]
-    zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="stem", width="auto", max_cost=1.55, hold_out=False)
+    zipped = fxzip.compile_zip(
+        *models, X[:2], data=[X], until="stem", width="auto", max_cost=1.55, budget="flops", hold_out=False
+    )
     flops = zipped.report["flops"]
     assert flops["total"] <= 1.55 * flops["originals"][0]
     assert {own["name"] for head in zipped.report["narrowed"] for own in head} <= {"conv.weight", "hidden.weight"}
@@ -147,7 +149,7 @@ def test_features_beside_those_of_the_trunk_are_not_narrowed():
 
     models = [randomise(Between(n), n).double() for n in (4, 5)]
     assert names_behind(survey(models, as_call(X[:2])), "first") == {"third.weight"}
-    zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="first", width="auto", max_cost=1.2)
+    zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="first", width="auto", max_cost=1.2, budget="flops")
     assert [tuple(y.shape) for y in zipped(X[:3])] == [(3, 4), (3, 5)]
 
 
@@ -178,7 +180,9 @@ def test_a_size_that_is_written_into_the_code_of_a_head_stays():
             return self.head(F.relu(self.third(x)))
 
     models = [randomise(Written(n), n).double() for n in (4, 5)]
-    report = fxzip.compile_zip(*models, X[:2], data=[X], until="first", width="auto", max_cost=1.1).report
+    report = fxzip.compile_zip(
+        *models, X[:2], data=[X], until="first", width="auto", max_cost=1.1, budget="flops"
+    ).report
     assert sum("`second.weight` in head" in note for note in report["notes"]) == 2
     assert all(own["name"] == "third.weight" for head in report["narrowed"] for own in head)
 
@@ -189,7 +193,7 @@ def test_every_method_leaves_narrow_heads_that_work(method):
     method = fxzip.baselines.Recover(fxzip.Zip()) if method == "recover+zip" else method
     models = [randomise(Residual(n), n).double() for n in (4, 5)]
     keeps = method in ("average", "weights")
-    width = {} if keeps else {"width": "auto", "max_cost": 1.2}
+    width = {} if keeps else {"width": "auto", "max_cost": 1.2, "budget": "flops"}
     zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="layer1", method=method, refit="lstsq", **width)
     assert any(zipped.report["narrowed"]) != keeps
     single = copy.deepcopy(zipped).single(1)
@@ -198,7 +202,7 @@ def test_every_method_leaves_narrow_heads_that_work(method):
 
 def test_without_least_squares_heads_stay_as_they_are():
     models = [randomise(Residual(n), n).double() for n in (4, 5)]
-    settings = {"data": [X], "until": "layer1", "width": "auto", "max_cost": 1.4}
+    settings = {"data": [X], "until": "layer1", "width": "auto", "max_cost": 1.4, "budget": "flops"}
     for refit in ("repair", None):
         zipped = fxzip.compile_zip(*models, X[:2], refit=refit, **settings)
         assert zipped.report["narrowed"] == [[], []]
@@ -216,7 +220,7 @@ def test_without_least_squares_heads_stay_as_they_are():
 def test_three_models_data_per_model_and_a_cut_that_is_looked_for():
     models = [randomise(Residual(n), n).double() for n in (4, 5, 3)]
     data = fxzip.PerModel(*([X + 0.1 * i] for i in range(3)))
-    zipped = fxzip.compile_zip(models, X[:2], data=data, until="auto", width="auto", max_cost=1.2)
+    zipped = fxzip.compile_zip(models, X[:2], data=data, until="auto", width="auto", max_cost=1.2, budget="flops")
     flops = zipped.report["flops"]
     assert flops["total"] <= 1.2 * flops["originals"][0]
     assert [tuple(y.shape) for y in zipped(X[:3])] == [(3, 4), (3, 5), (3, 3)]
@@ -228,7 +232,7 @@ def test_narrow_heads_lose_less_than_a_narrow_trunk():
     held = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(9)).double()
 
     def lost(until):
-        zipped = fxzip.compile_zip(*models, X[:2], data=[X], until=until, width="auto", max_cost=1.3)
+        zipped = fxzip.compile_zip(*models, X[:2], data=[X], until=until, width="auto", max_cost=1.3, budget="flops")
         with torch.no_grad():
             return sum(relative(y, model(held)) for y, model in zip(zipped(held), models, strict=True))
 
@@ -244,7 +248,7 @@ def test_networks_with_nearly_everything_in_common_share_it():
         for p in second.parameters():
             p.mul_(1 + 0.01 * torch.randn(p.shape, generator=generator))
     report = fxzip.compile_zip(
-        first, second, X[:2], data=[X, X.flip(-1)], until="auto", width="auto", max_cost=1.05
+        first, second, X[:2], data=[X, X.flip(-1)], until="auto", width="auto", max_cost=1.05, budget="flops"
     ).report
     assert report["flops"]["trunk"] > 0.9 * report["flops"]["total"]
     assert min(report["auto"]["agreement"]) > 0.9
@@ -333,7 +337,7 @@ class Beside(nn.Module):
 @pytest.mark.parametrize("convolutional", [False, True])
 def test_features_that_the_last_layer_reads_beside_those_of_the_trunk(convolutional, until):
     models = [randomise(Beside(n, convolutional), n).double() for n in (4, 5)]
-    settings = {"data": [X, X.flip(-1)], "until": until, "width": "auto"}
+    settings = {"data": [X, X.flip(-1)], "until": until, "width": "auto", "budget": "flops"}
     zipped = fxzip.compile_zip(*models, X[:2], max_cost=1.3, **settings)
     assert {own["name"] for head in zipped.report["narrowed"] for own in head} <= {"second.weight"}
     assert zipped.report["flops"]["total"] <= 1.3 * zipped.report["flops"]["originals"][0]
@@ -348,7 +352,7 @@ def test_features_that_the_last_layer_reads_beside_those_of_the_trunk(convolutio
 def test_half_precision(dtype, until):
     models = [randomise(Residual(n), n).to(dtype) for n in (4, 5)]
     x = X.to(dtype)
-    zipped = fxzip.compile_zip(*models, x[:2], data=[x], until=until, width="auto", max_cost=1.4)
+    zipped = fxzip.compile_zip(*models, x[:2], data=[x], until=until, width="auto", max_cost=1.4, budget="flops")
     with torch.no_grad():
         assert all(y.dtype == dtype and bool(y.isfinite().all()) for y in zipped(x))
 
@@ -366,7 +370,7 @@ def test_models_of_unlike_widths_take_what_they_may(widths, cost):
             return self.head(F.relu(self.c3(F.relu(self.c2(F.relu(self.c1(x)))))).mean((2, 3)))
 
     models = [randomise(Net(n, *sizes), n).double() for n, sizes in zip((4, 5), widths, strict=True)]
-    zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="c1", width="auto", max_cost=cost)
+    zipped = fxzip.compile_zip(*models, X[:2], data=[X], until="c1", width="auto", max_cost=cost, budget="flops")
     flops = zipped.report["flops"]
     assert min(0.9 * cost, 1.5) < flops["total"] / flops["originals"][0] <= cost
     assert [tuple(y.shape) for y in zipped(X[:3])] == [(3, 4), (3, 5)]
@@ -374,6 +378,8 @@ def test_models_of_unlike_widths_take_what_they_may(widths, cost):
 
 def test_spaces_seen_at_hardly_any_positions_keep_their_size():
     models = [randomise(Stages(n), n).double() for n in (4, 5)]
-    few = fxzip.compile_zip(*models, X[:2], data=[X[:2]], until="stem", width="auto", max_cost=1.9).report
+    few = fxzip.compile_zip(
+        *models, X[:2], data=[X[:2]], until="stem", width="auto", max_cost=1.9, budget="flops"
+    ).report
     assert all(own["name"] != "hidden.weight" for head in few["narrowed"] for own in head)
     assert any("`hidden.weight` in head 0 keeps its 6 features: it was not observed" in note for note in few["notes"])

@@ -95,8 +95,8 @@ def test_a_method_that_fails_is_a_row_with_its_message(compared):
 
 def test_a_table_prints_in_columns(compared):
     lines = str(compared).splitlines()
-    assert lines[0].split() == ["method", "refit", "until", "cost", "parameters", "agreement", "worst", "score",
-                                "seconds"]  # fmt: skip
+    assert lines[0].split() == ["method", "refit", "until", "cost", "parameters", "latency", "agreement", "worst",
+                                "score", "seconds"]  # fmt: skip
     assert len(lines) == 2 + len(compared) + 1
     assert lines[2].startswith("side by side ")
     assert "heads" in lines[3]
@@ -209,13 +209,14 @@ def test_a_sweep_is_the_frontier(pair):
 
 @pytest.mark.slow
 def test_a_sweep_over_costs_with_widths_by_need(pair):
-    table = fxzip.sweep(pair, X, data=DATA, cuts=["layer1", None], max_costs=[0.001, 1.0, 1.5], progress=False)
-    assert [(row["until"], row["max_cost"]) for row in table[1:]] == [
-        (cut, cost) for cut in ("layer1", None) for cost in (0.001, 1.0, 1.5)
-    ]
+    costs, cuts = (0.001, 1.0, 1.5), ["layer1", None]
+    table = fxzip.sweep(pair, X, data=DATA, cuts=cuts, max_costs=costs, budget="flops", progress=False)
+    wanted = {("auto", cut, cost) for cut in cuts for cost in costs} | {("alone", None, cost) for cost in costs}
+    assert {(row["method"], row["until"], row["max_cost"]) for row in table[1:]} == wanted
     for row in table[1:]:
         assert (row["cost"] or 0) <= row["max_cost"]
         assert ("CostError" in (row["error"] or "")) == (row["max_cost"] == 0.001)
+        assert row["error"] or row["latency"] > 0
     assert "max_cost" in str(table)
     with pytest.raises(fxzip.OptionError, match="`max_cost` must be positive"):
         fxzip.sweep(pair, X, data=DATA, max_costs=[0.0], progress=False)

@@ -139,7 +139,7 @@ def test_width_by_need_takes_the_flops_that_it_may(cost, until):
     """Also where the trunk ends inside a residual stage, whose features the head reads in its own basis."""
     models = pair(Residual)
     x = X.double()
-    zipped = fxzip.compile_zip(*models, x[:2], data=[x], width="auto", max_cost=cost, until=until)
+    zipped = fxzip.compile_zip(*models, x[:2], data=[x], width="auto", max_cost=cost, budget="flops", until=until)
     flops = zipped.report["flops"]
     assert 0.9 * cost < flops["total"] / flops["originals"][0] <= cost
     assert len({space["kept"] / space["size"] for space in zipped.report["spaces"]}) > 1
@@ -166,7 +166,7 @@ def test_width_by_need_spends_on_what_is_read():
         with torch.no_grad():
             model[2].weight[:, 4:] = 0  # of the first layer only four features matter
     x = torch.randn(200, 6, dtype=torch.float64)
-    zipped = fxzip.compile_zip(*models, x[:2], data=[x], width="auto")
+    zipped = fxzip.compile_zip(*models, x[:2], data=[x], width="auto", budget="flops")
     first, second = (space["kept"] for space in zipped.report["spaces"])
     assert first < 16 < second
 
@@ -275,8 +275,8 @@ def test_features_that_lie_among_others_keep_their_number(irregular):
         ({"width": 0}, r"`width` must lie in \(0, 2\]"),
         ({"width": "wide"}, '`width` must be a number, a dict of numbers by space, or "auto"'),
         ({"width": {"layer9": 1.5}}, "`width` must name spaces of the trunk"),
-        ({"width": "auto", "max_cost": -1}, "`max_cost` must be positive"),
-        ({"width": "auto", "max_cost": 0.001}, r"`max_cost=0\.001` cannot be reached"),
+        ({"width": "auto", "max_cost": -1, "budget": "flops"}, "`max_cost` must be positive"),
+        ({"width": "auto", "max_cost": 0.001, "budget": "flops"}, r"`max_cost=0\.001` cannot be reached"),
         ({"width": 1.25, "max_cost": 1.2}, 'must go with `until="auto"`'),
         ({"width": 1.25, "method": "average"}, "`average` keeps every feature"),
         ({"width": 1.25, "method": "weights"}, "`width` needs a method that keeps any number of features"),

@@ -323,7 +323,15 @@ def test_with_a_search_for_the_cut():
     models = [randomise(Residual(n), n) for n in (3, 4)]
     data = fxzip.PerModel(*([draw(100, 3, 8, 8, seed=task).float() + task] for task in range(2)))
     zipped = fxzip.compile_zip(
-        models, data[0][0][:2], data=data, until="auto", max_cost=1.6, refit="repair", joint=True, progress=False
+        models,
+        data[0][0][:2],
+        data=data,
+        until="auto",
+        max_cost=1.6,
+        budget="flops",
+        refit="repair",
+        joint=True,
+        progress=False,
     )
     assert any(note.startswith("joint: ") for note in zipped.report["notes"])
     assert zipped.report["flops"]["total"] <= 1.6 * zipped.report["flops"]["originals"][0]

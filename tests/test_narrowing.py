@@ -44,7 +44,7 @@ def test_what_is_there_twice_goes_without_loss():
     wide = doubled(model)
     assert relative(wide(X), model(X)) < 1e-12
     cost = sum(layer.weight.numel() for layer in model[::2]) / sum(layer.weight.numel() for layer in wide[::2])
-    narrowed = fxzip.narrow(wide, X[:4], data=[X], max_cost=cost * 1.01, progress=False)
+    narrowed = fxzip.narrow(wide, X[:4], data=[X], max_cost=cost * 1.01, budget="flops", progress=False)
     assert relative(narrowed(X), model(X)) < 1e-3
     assert narrowed.report.cost <= cost * 1.01
     assert {space["kept"] for space in narrowed.report["spaces"]} == {16}
@@ -54,7 +54,7 @@ def test_what_is_there_twice_goes_without_loss():
 def test_the_result_is_an_ordinary_network(cost, tmp_path):
     model, x = randomise(Residual(5), 1), torch.randn(100, 3, 8, 8)
     before = copy.deepcopy(model.state_dict())
-    narrowed = fxzip.narrow(model, x[:4], data=[x], max_cost=cost, progress=False)
+    narrowed = fxzip.narrow(model, x[:4], data=[x], max_cost=cost, budget="flops", progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert 0.9 * cost < narrowed.report.cost <= cost
     assert narrowed.report.headline.startswith(f"one network, narrowed: {narrowed.report.cost:.2f}x the FLOPs; ")
@@ -68,7 +68,7 @@ def test_the_result_is_an_ordinary_network(cost, tmp_path):
 def test_narrowing_is_better_than_leaving_weights_out():
     """Against the same widths with the largest weights kept, the rest cut off."""
     model = mlp(width=32)
-    narrowed = fxzip.narrow(model, X[:4], data=[X[:200]], max_cost=0.5, progress=False)
+    narrowed = fxzip.narrow(model, X[:4], data=[X[:200]], max_cost=0.5, budget="flops", progress=False)
     cut = copy.deepcopy(model)
     kept = [space["kept"] for space in narrowed.report["spaces"]]
     layers = [layer for layer in cut if isinstance(layer, nn.Linear)]
@@ -82,7 +82,7 @@ def test_narrowing_is_better_than_leaving_weights_out():
 
 def test_networks_narrowed_apart_stand_in_the_table():
     models = [mlp(3, seed=0), mlp(4, seed=1)]
-    table = fxzip.compare(models, X[:4], data=[X], methods=["zip", "alone"], progress=False)
+    table = fxzip.compare(models, X[:4], data=[X], methods=["zip", "alone"], budget="flops", progress=False)
     row = table[2]
     assert (row["method"], row["refit"], row["error"]) == ("alone", "lstsq", None)
     assert 0.8 < row["cost"] <= 1.001
@@ -95,7 +95,7 @@ def test_networks_narrowed_apart_stand_in_the_table():
 )
 def test_costs_out_of_reach(cost, error):
     with pytest.raises(error, match="max_cost"):
-        fxzip.narrow(mlp(), X[:4], data=[X], max_cost=cost, progress=False)
+        fxzip.narrow(mlp(), X[:4], data=[X], max_cost=cost, budget="flops", progress=False)
 
 
 def test_mistakes():

@@ -64,7 +64,9 @@ def narrowed():
         inner = [layer for pair in copy.deepcopy(layers) for layer in pair]
         models.append(randomise(nn.Sequential(nn.Linear(4, 16), nn.ReLU(), *inner, nn.Linear(16, 3)), k))
     x = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
-    return fxzip.compile_zip(*models, x, until="3", width="auto", max_cost=1.1, refit="lstsq", progress=False)
+    return fxzip.compile_zip(
+        *models, x, until="3", width="auto", max_cost=1.1, budget="flops", refit="lstsq", progress=False
+    )
 
 
 def apart():
@@ -199,7 +201,7 @@ def test_narrowed_heads_carry_spaces_of_their_own(tmp_path):
 def test_a_narrowed_network_has_a_page(tmp_path):
     x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     model = randomise(nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)), 0)
-    found = fxzip.narrow(model, x[:2], data=[x], max_cost=0.6, progress=False)
+    found = fxzip.narrow(model, x[:2], data=[x], max_cost=0.6, budget="flops", progress=False)
     parsed = page(found, tmp_path)
     data = data_of(parsed)
     assert [node["name"] for node in data["nodes"]] == [node.name for node in found.graph.nodes]

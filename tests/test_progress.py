@@ -123,7 +123,15 @@ class Pressed:
 
 
 def test_a_search_gives_back_the_best_zip_so_far(pair):
-    settings = {"data": DATA, "method": "zip", "until": "auto", "width": "auto", "max_cost": 1.6, "progress": False}
+    settings = {
+        "data": DATA,
+        "method": "zip",
+        "until": "auto",
+        "width": "auto",
+        "max_cost": 1.6,
+        "budget": "flops",
+        "progress": False,
+    }
     text = r"interrupted after 1 zips; 'layer1.0' is the best of them: `error.zipped` holds it"
     with pytest.raises(fxzip.Interrupted, match=text) as e:
         fxzip.compile_zip({"low": pair[0], "high": pair[1]}, X[:4], refit=Pressed(2), **settings)

@@ -27,7 +27,7 @@ DATA = [images(20, seed) for seed in (1, 2, 3)]
 REFITS = {
     "lstsq": {}, "repair": {"refit": "repair"}, "batchnorm": {"refit": "batchnorm"}, "stored": {"refit": "stored"},
     "none": {"refit": None}, "regmean": {"refit": "regmean", "method": "permute"},
-    "early cut": {"until": "stem"}, "narrow": {"width": "auto", "until": "stem"},
+    "early cut": {"until": "stem"}, "narrow": {"width": "auto", "until": "stem", "budget": "flops"},
 }  # fmt: skip
 
 

@@ -154,9 +154,10 @@ def test_networks_of_transformers_come_back(tmp_path):
 
 
 OPTIONS = [
-    {}, {"width": "auto"}, {"refit": "repair"},
+    {}, {"width": "auto", "budget": "flops"}, {"refit": "repair"},
     {"method": fxzip.baselines.Recover(fxzip.Zip()), "refit": None, "until": "2"},
-    {"method": fxzip.Energy(), "refit": None, "until": "2"}, {"start": "2"}, {"until": "auto", "max_cost": 1.9},
+    {"method": fxzip.Energy(), "refit": None, "until": "2"}, {"start": "2"},
+    {"until": "auto", "max_cost": 1.9, "budget": "flops"},
 ]  # fmt: skip
 
 

@@ -100,6 +100,7 @@ def test_slips_say_how(models, call, message):
 
 @pytest.mark.parametrize("options", [
     {"width": 5}, {"width": "wide"}, {"width": "auto", "max_cost": -1}, {"until": "auto", "min_agreement": 2},
+    {"width": "auto", "budget": "time"}, {"budget": "flops"},
     {"max_batches": 0}, {"method": "zipp"}, {"refit": "fix"}, {"until": 3.0}, {"until": "auto", "max_cost": 0},
 ])  # fmt: skip
 def test_values_out_of_range_are_value_errors(models, options):

@@ -409,7 +409,7 @@ def test_cuts_lie_behind_the_start():
         zipped = fxzip.compile_zip(a, b, X[:2], start="layer1", until=cut.until, verify=False, refit=None, **SETTINGS)
         flops = zipped.report["flops"]
         assert cut.cost == pytest.approx(flops["total"] / flops["originals"][0])
-    zipped = fxzip.compile_zip(a, b, X[:2], start="layer1", until="auto", max_cost=1.6, **SETTINGS)
+    zipped = fxzip.compile_zip(a, b, X[:2], start="layer1", until="auto", max_cost=1.6, budget="flops", **SETTINGS)
     assert zipped.report["auto"]["cost"] <= 1.6
 
 

@@ -10,24 +10,27 @@ from ..errors import CalibrationWarning, FxzipWarning, TrunkWarning
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
 from ..tracing import Program
+from .memory import peak_bytes
 from .session import Session
-from .timing import fastest
+from .timing import as_used, fastest
 
 SMALL_TRUNK = 0.2
 """A trunk of less than this share of the first model's FLOPs is worth a warning where the graphs diverge."""
 
 
 def judged(session: Session, zipped: ZippedModule) -> Report:
-    """The report of a zip, with "agreement" and "latency", and with warnings given and noted.
+    """The report of a zip, with "agreement", "latency" and "memory", and with warnings given and noted.
 
     "agreement" holds, on inputs that nothing was fitted on, "inputs" (how many, per head) and "heads" (of each
     "same_class", "relative_error" and "r_squared", see `calibration/agreement.py`); None where none were held out.
-    "latency" holds "zipped", "originals" (each) and "side_by_side", in seconds on the sample input.
+    "latency" holds "zipped", "originals" (each) and "side_by_side", in seconds on the sample input; "memory" the same
+    in bytes at the peak.
     """
     report = zipped.report
     values = {
         "agreement": _agreement(session, zipped),
         "latency": latency(zipped, session.survey.alignment.programs),
+        "memory": memory(zipped, session.survey.alignment.programs),
     }
     warned = [*_about_data(session, report), *_about_the_trunk(session, report)]
     for kind, text in warned:
@@ -49,10 +52,18 @@ def _agreement(session: Session, zipped: ZippedModule) -> dict[str, Any] | None:
 def latency(zipped: ZippedModule, programs: Sequence[Program]) -> dict[str, Any]:
     """Seconds that the zipped network, each original and all of them take on the sample input, interleaved in one run.
 
-    The originals run as they were traced. Each figure is the least of several.
+    Each figure is the least of several.
     """
-    seconds = fastest([zipped, *(program.module for program in programs)], programs[0].call)
+    seconds = fastest([zipped, *(as_used(program.module) for program in programs)], programs[0].call)
     return {"zipped": seconds[0], "originals": seconds[1:], "side_by_side": sum(seconds[1:])}
+
+
+def memory(zipped: ZippedModule, programs: Sequence[Program]) -> dict[str, Any]:
+    """Peak bytes of the zipped network, of each original and of all of them on the sample input: parameters, and the
+    tensors that live at once."""
+    modules, call = [as_used(program.module) for program in programs], programs[0].call
+    originals = [peak_bytes([module], call) for module in modules]
+    return {"zipped": peak_bytes([zipped], call), "originals": originals, "side_by_side": peak_bytes(modules, call)}
 
 
 def _about_data(session: Session, report: Mapping[str, Any]) -> list[tuple[type[FxzipWarning], str]]:

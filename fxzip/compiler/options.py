@@ -14,7 +14,7 @@ from ..errors import OptionError
 from ..matching import Method, resolve
 from ..matching.weights_of_models import weighted
 from ..refit import Refit, refits
-from ..widths.requests import UNCHANGED, Budget, WidthRequest
+from ..widths.requests import UNCHANGED, Budget, Currency, WidthRequest, currency
 from .pairs import check_pair, is_least_squares, method_for
 
 MethodName = Literal[
@@ -36,6 +36,7 @@ class CompileOptions(TypedDict, total=False):
     width: Literal["auto"] | float | Mapping[str, float]
     min_agreement: float | None
     max_cost: float | None
+    budget: Currency | None
     refit: RefitName | Refit | None
     joint: bool
     hold_out: bool
@@ -149,14 +150,15 @@ class DeepestAgreeing:
 
 @dataclass(frozen=True)
 class EarliestAffordable:
-    """The trunk ends as early as the zip takes at most this many FLOPs, relative to the first model."""
+    """The trunk ends as early as the zip costs at most so much, relative to the first model."""
 
     max_cost: float
+    currency: Currency = "latency"
 
 
 @dataclass(frozen=True)
 class BestWithin:
-    """Every cut takes `max_cost` FLOPs by its widths; the trunk ends where the heads agree best."""
+    """Every cut costs `max_cost` by its widths; the trunk ends where the heads agree best."""
 
     max_cost: float
 
@@ -164,19 +166,26 @@ class BestWithin:
 CutRequest = FixedCut | DeepestAgreeing | EarliestAffordable | BestWithin
 
 
-def cut_request(until: Until, min_agreement: float | None, max_cost: float | None, *, by_need: bool) -> CutRequest:
+def cut_request(
+    until: Until, min_agreement: float | None, max_cost: float | None, *, by_need: bool, budget: Currency | None = None
+) -> CutRequest:
     """What `until` and its goals ask for.
 
     >>> cut_request("auto", None, 1.3, by_need=False)
-    EarliestAffordable(max_cost=1.3)
+    EarliestAffordable(max_cost=1.3, currency='latency')
 
     Args:
-        until, min_agreement, max_cost: as in `compile_zip`.
+        until, min_agreement, max_cost, budget: as in `compile_zip`.
         by_need: widths are chosen by need, which `max_cost` is for too.
 
     Raises:
         OptionError: the arguments contradict each other, or are out of range.
     """
+    if budget is not None and max_cost is None and not by_need:
+        raise OptionError(
+            f"`budget` says what `max_cost` counts; found `budget={budget!r}` without it. Pass `max_cost`, with "
+            '`width="auto"` or `until="auto"`.'
+        )
     if until != "auto" and by_need:
         max_cost = None  # it is the widths' then
     given = {"min_agreement": min_agreement, "max_cost": max_cost}
@@ -197,7 +206,7 @@ def cut_request(until: Until, min_agreement: float | None, max_cost: float | Non
         raise OptionError(f"`min_agreement` must lie in (0, 1]; found {min_agreement!r}. Try 0.98.")
     if max_cost is not None and not max_cost > 0:
         raise OptionError(
-            f"`max_cost` must be positive, FLOPs relative to the first model alone; found {max_cost!r}. Try 1.3."
+            f"`max_cost` must be positive, relative to the first model alone; found {max_cost!r}. Try 1.3."
         )
     if by_need and max_cost is None:
         raise OptionError(
@@ -205,7 +214,7 @@ def cut_request(until: Until, min_agreement: float | None, max_cost: float | Non
             f"found {names[0] if names else 'no goal'}. Try `max_cost=1.3`, or leave `width` out."
         )
     if max_cost is not None:
-        return BestWithin(max_cost) if by_need else EarliestAffordable(max_cost)
+        return BestWithin(max_cost) if by_need else EarliestAffordable(max_cost, currency(budget))
     return DeepestAgreeing() if min_agreement is None else DeepestAgreeing(min_agreement)
 
 

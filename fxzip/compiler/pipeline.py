@@ -20,16 +20,13 @@ from ..errors import Interrupted
 from ..matching import Method
 from ..refit import Refit, refit_with_notes
 from ..refit.recording import recorded_statistics
-from ..rewriting.emit import rewrite
 from ..rewriting.module import ZippedModule, reuse_memory
 from ..rewriting.report import Report, make_report
-from ..rewriting.zip_plan import plan
 from ..tracing import plain_context
-from ..widths.choose import choose_widths, overspent
-from ..widths.narrow_heads import narrowed
+from ..widths.choose import overspent
 from ..widths.observed import Observed
-from ..widths.prices import flop_prices
-from ..widths.requests import width_request
+from ..widths.requests import Currency, width_request
+from .affording import affordable
 from .arguments import Given
 from .judging import SMALL_TRUNK, judged
 from .one_base import about_base, base_tensors, check_base, for_fine_tunes, weights_by_model
@@ -74,6 +71,7 @@ def compile_zip(
     width: Literal["auto"] | float | Mapping[str, float] = 1.0,
     min_agreement: float | None = None,
     max_cost: float | None = None,
+    budget: Currency | None = None,
     refit: RefitName | Refit | None = "auto",
     joint: bool = False,
     hold_out: bool = True,
@@ -119,15 +117,19 @@ def compile_zip(
         until: where the trunk ends: None (at the heads), a module path or node name of the first model, or a fraction
             in (0, 1] of the FLOPs to share; or "auto", which looks for it (see `compiler/search.py`).
         width: how many features the spaces of the trunk keep, relative to the first model; or a dict of that by the
-            name of a space (see `inspect`); or "auto", by need, so that the zip takes `max_cost` FLOPs (default 1.0) of
-            the first model (see `widths/choose.py`): under least squares the heads keep fewer features then, too
+            name of a space (see `inspect`); or "auto", by need, so that the zip costs at most `max_cost` (default 1.0)
+            of the first model (see `widths/choose.py`): under least squares the heads keep fewer features then, too
             (`widths/narrow_heads.py`). Spaces whose size is written into the code, or matters to it, keep it, and the
             report says so.
         min_agreement: with `until="auto"`: the deepest cut at which every head agrees with its original on this share
             of held-out inputs, a fifth of `data` (see `calibration/holdout.py`). The default, 0.98.
-        max_cost: with `until="auto"`: the earliest cut at which the zip takes at most so many FLOPs, relative to the
-            first model. With `width="auto"`: what the zip may take; with both, the best of some cuts at that cost, by
-            the agreement of the heads on held-out inputs.
+        max_cost: with `until="auto"`: the earliest cut at which the zip costs at most so much, relative to the first
+            model. With `width="auto"`: what the zip may cost; with both, the best of some cuts at that cost, by the
+            agreement of the heads on held-out inputs.
+        budget: what `max_cost` counts: "latency" (the default: seconds on the device of the sample input, with its
+            batch and the threads that PyTorch has; calls are timed once and kept in the user's cache folder, and the
+            result is timed, see `widths/latency.py`), "flops", "memory" (bytes at the peak: parameters, and the tensors
+            that live at once) or "parameters".
         refit: "auto" ("lstsq" where `data` is given, else "repair"), None, "batchnorm" (statistics re-estimated),
             "repair" (REPAIR, arXiv 2211.08403), "stored" (without data,
             from the statistics stored in BatchNorms), "lstsq" (least squares, closed form, layer by layer), or an
@@ -161,11 +163,11 @@ def compile_zip(
     """
     given = Given.of(models if sample_input is None else (*models, sample_input))
     by_need = width == "auto"
-    request = width_request(width, max_cost if by_need else None, len(given.networks))
+    request = width_request(width, max_cost if by_need else None, len(given.networks), budget)
     own_weights = weights_by_model(weights, given.tasks, len(given.networks))
     recipe = Recipe.of(method, refit, calibrated=data is not None, width=request, weights=own_weights)
     check_base(base, recipe)
-    cut = cut_request(until, min_agreement, max_cost, by_need=by_need)
+    cut = cut_request(until, min_agreement, max_cost, by_need=by_need, budget=budget)
     options = Options(
         start=start, joint=joint, hold_out=hold_out, verify=verify, strict=strict, by_position=recipe.by_position,
         max_batches=max_batches, rules=rules, data_free=recipe.data_free, base=base_tensors(base),
@@ -187,7 +189,7 @@ def _zipped(session: Session, recipe: Recipe, cut: CutRequest) -> ZippedModule:
     if isinstance(cut, FixedCut):
         return _at(session, recipe, cut.until)
     if isinstance(cut, EarliestAffordable):
-        return earliest_affordable(session, partial(_at, session, recipe), cut.max_cost)
+        return earliest_affordable(session, partial(_at, session, recipe), cut)
 
     exact, small = session.survey.shared_layers, SMALL_TRUNK * sum(session.survey.flops[0].values())
     if isinstance(cut, DeepestAgreeing) and exact is not None and session.survey.shared_flops >= small:
@@ -216,14 +218,9 @@ def assemble(
     if tried.trunk is not observed.trunk:
         observed = session.observed(tried.trunk, recipe)
 
-    with stage("matching"):
-        widths = choose_widths(observed, recipe.width, flop_prices(found.flops), solo)
-        whole = plan(observed.trunk, observed.moments, recipe.method, widths.kept, session.options.base)
-        zipping = narrowed(whole, solo, widths.heads, recipe.method)
-    with stage("rewriting"):
-        merged = rewrite(zipping)
+    made = affordable(session, observed, recipe, solo)
     with stage("refitting"):
-        refitted = refit_with_notes(recipe.refit, merged, zipping, calibration("refitting"))
+        refitted = refit_with_notes(recipe.refit, made.network, made.plan, calibration("refitting"))
     with stage("recording statistics"):
         recorded = recorded_statistics(refitted.module, calibration("recording statistics"))
     zipped = recorded.module
@@ -233,14 +230,15 @@ def assemble(
         "method": repr(recipe.method),
         "refit": recipe.refit_name,
         "data": calibration.description,
+        "budget": made.spending(recipe.width),
         "self_check": list(found.errors),
         "notes": [
-            *about_base(recipe), *observed.trunk.notes, *found.notes, *tried.notes, *calibration.notes, *widths.notes,
-            *refitted.notes, *recorded.notes,
+            *about_base(recipe), *observed.trunk.notes, *found.notes, *tried.notes, *calibration.notes,
+            *made.widths.notes, *refitted.notes, *recorded.notes,
         ],
     }  # fmt: skip
     moments = {k: one.moments for k, one in solo.items()}
-    report = make_report(zipped, zipping, settings, observed.moments, moments)
+    report = make_report(zipped, made.plan, settings, observed.moments, moments)
     zipped.meta["fxzip_report"] = report.noting(*overspent(report, recipe.width), *_saves_nothing(report))
     return zipped
 

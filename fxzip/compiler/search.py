@@ -21,6 +21,9 @@ from ..errors import CostError, CutError, Interrupted
 from ..partition.cut_points import Cut
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
+from ..widths.requests import Budget
+from .affording import MEASURED, SLACK, spent_by
+from .options import EarliestAffordable
 from .session import Candidate, Session
 from .survey import cuts_and_trunks
 
@@ -84,7 +87,7 @@ class _Trials:
         """The zip at a cut, judged."""
         self.session.display.about(f"cut {_place(self.cuts[place])}, {len(self.agreement) + 1}. try")
         zipped = self.build(self.candidates[place])
-        self.agreement[place], self.costs[place] = self.held.agreement(zipped), zipped.report.cost
+        self.agreement[place], self.costs[place] = self.held.agreement(zipped), _cost(zipped)
         return zipped
 
     @contextmanager
@@ -162,27 +165,32 @@ def deepest_agreeing(session: Session, candidates: Sequence[Candidate], build: B
 
 
 def earliest_affordable(
-    session: Session, zipped_at: Callable[[str | float | None], ZippedModule], limit: float
+    session: Session, zipped_at: Callable[[str | float | None], ZippedModule], asked: EarliestAffordable
 ) -> ZippedModule:
-    """The zip of the earliest cut that costs at most `limit`: of those, the one that shares least.
+    """The zip of the earliest cut that costs at most what is asked for: of those, the one that shares least.
 
     `zipped_at` makes a zip of which nothing but the cut is known.
 
     Raises:
         CutError: even the full trunk costs more.
     """
-    cuts, _ = cuts_and_trunks(session.survey)
+    limit, budget = asked.max_cost, Budget(asked.max_cost, asked.currency)
+    cuts, _ = cuts_and_trunks(session.survey, prices=session.prices(asked.currency))
+    slack = SLACK if asked.currency in MEASURED else 1.0
     first = next((i for i, cut in enumerate(cuts) if cut.cost <= limit), len(cuts) - 1)
     for place in range(first, len(cuts)):  # unmerging may cost a little more than a cut lets expect
         session.display.about(f"cut {_place(cuts[place])}")
         zipped = zipped_at(cuts[place].until)
-        cost = zipped.report.cost
-        if cost <= limit:
-            note = f'`until="auto"` chose {_place(cuts[place])} of {len(cuts)} cuts: cost {cost:.3f} of at most {limit}'
+        cost = spent_by(session, zipped, budget)
+        if cost <= limit * slack:
+            note = (
+                f'`until="auto"` chose {_place(cuts[place])} of {len(cuts)} cuts: {budget.noun} {cost:.3f} of at most '
+                f"{limit}"
+            )
             return _noted(zipped, {"until": cuts[place].until, "cost": cost}, note)
     raise CutError(
-        f"`max_cost={limit}` must be in reach; the zip that shares most, up to the heads, costs {cost:.3f} times the "
-        f"first model. Pass at least `max_cost={cost + 0.005:.2f}`."
+        f"`max_cost={limit}` must be in reach; the zip that shares most, up to the heads, has {cost:.3f} times the "
+        f"{budget.noun} of the first model. Pass at least `max_cost={cost + 0.005:.2f}`."
     )
 
 
@@ -228,6 +236,12 @@ def best_agreeing(session: Session, candidates: Sequence[Candidate], build: Buil
         f"{cost:.3f} of at most {limit}, the heads agree on {trials.agreeing}"
     )
     return trials.noted({"until": cut.until, "cost": cost}, note)
+
+
+def _cost(zipped: ZippedModule) -> float:
+    """In the currency of its budget, relative to the first model."""
+    spent = (zipped.report["budget"] or {}).get("spent")
+    return zipped.report.cost if spent is None else float(spent)
 
 
 def _mean(trials: _Trials, place: int) -> float:

@@ -22,8 +22,13 @@ from ..refit.joint.logit_shifts import needs_classifiers, needs_tasks, with_shif
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
 from ..tracing.calls import Call, JointCall, leaves, map_tensors
+from ..widths.cached_seconds import CachedSeconds
+from ..widths.latency import latency_prices
 from ..widths.narrow_heads import behind
 from ..widths.observed import Observed
+from ..widths.prices import Prices, byte_prices, flop_prices, parameter_prices
+from ..widths.requests import Currency
+from ..widths.resizable import resizable_spaces
 from .arguments import Given, data_of
 from .options import Options, Recipe
 from .progress import Display
@@ -147,6 +152,29 @@ class Session:
     def _solo(self) -> Mapping[int, Observed]:
         own = self.survey.whole_trunks
         return {k: Observed(one, observe(one, self.calibration("observing heads"))) for k, one in own.items()}
+
+    def prices(self, currency: Currency) -> Prices:
+        """Of every node of every model, in a currency."""
+        if currency == "flops":
+            return flop_prices(self.survey.flops)
+        if currency == "parameters":
+            return parameter_prices(self.survey.labellings)
+        return self._bytes if currency == "memory" else self._seconds
+
+    @cached_property
+    def _bytes(self) -> Prices:
+        return byte_prices(self.survey.labellings)
+
+    @cached_property
+    def _seconds(self) -> Prices:
+        programs, solo = self.survey.alignment.programs, self.__dict__.get("_solo", {})
+        with self.display.stage("timing"):
+            alone = {
+                k: (trunk, solo[k].elastic if k in solo else resizable_spaces(trunk))
+                for k, trunk in self.survey.whole_trunks.items()
+            }
+            known = CachedSeconds.of(programs[0].call.device)
+            return processes.of_first(lambda: latency_prices(programs, alone, known))
 
     def shifted(self, network: ZippedModule) -> ZippedModule:
         """The network with the logits of its heads moved such that they tell the tasks apart, where that is asked."""

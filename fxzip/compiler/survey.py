@@ -24,6 +24,7 @@ from ..tracing import Program, plain_context
 from ..tracing.calls import Call
 from ..tracing.joint_inputs import trace_all
 from ..widths.narrow_heads import whole_trunks
+from ..widths.prices import Prices
 from .options import Options
 from .progress import Display
 from .soundness import Sound, sound
@@ -157,15 +158,21 @@ def _with_lifted(alignment: Alignment, labellings: Sequence[Labelling]) -> list[
     return None if any(program is None for program in result) else [p for p in result if p is not None]
 
 
-def cuts_and_trunks(found: Survey, limit: int = 32) -> tuple[list[Cut], list[Trunk]]:
+def cuts_and_trunks(found: Survey, limit: int = 32, prices: Prices | None = None) -> tuple[list[Cut], list[Trunk]]:
     """Where the trunk may end, in a row, and the trunks; cuts that cannot be solved for all models alike are left out.
+
+    Args:
+        found: what is known of the models.
+        limit: cuts at most.
+        prices: of every node of every model, for the cuts' costs; None: FLOPs.
 
     Raises:
         AlignError: nothing can be shared.
     """
     full = found.trunk()
     pairs = []
-    for cut in find_cuts(full, found.flops, limit=limit):
+    spent = None if prices is None else [{name: price.at(1.0) for name, price in own.items()} for own in prices]
+    for cut in find_cuts(full, found.flops, limit=limit, spent=spent):
         with suppress(AlignError, CutError):
             trunk = full if cut.until is None else found.trunk(cut.until)
             if not trunk.alike:  # else the heads would read a value that is nobody's own

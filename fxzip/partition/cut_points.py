@@ -30,7 +30,7 @@ class Cut:
 
     Attributes:
         until: what `compile_zip` takes as `until`; None: at the heads.
-        cost: FLOPs of the zip relative to the first model alone, without unmerging.
+        cost: what the zip costs relative to the first model alone, without unmerging.
         crossing: how many tensors the trunk hands over.
     """
 
@@ -44,11 +44,19 @@ class Cut:
         return cls(until, float("nan"), 0)
 
 
-def find_cuts(full: Trunk, flops: Sequence[Mapping[str, int]], *, limit: int = 32) -> list[Cut]:
-    """Cuts from the cheapest to the dearest trunk; the last is the full trunk. At most `limit`, evenly over the FLOPs.
+def find_cuts(
+    full: Trunk, flops: Sequence[Mapping[str, int]], *, limit: int = 32,
+    spent: Sequence[Mapping[str, float]] | None = None,
+) -> list[Cut]:  # fmt: skip
+    """Cuts from the cheapest to the dearest trunk; the last is the full trunk.
 
-    In: the trunk that goes as far as sharing can, and the FLOPs of each node of each model.
+    Args:
+        full: the trunk that goes as far as sharing can.
+        flops: of each node of each model; cuts lie evenly over them.
+        limit: cuts at most.
+        spent: what each node of each model costs, in any currency; None: the FLOPs.
     """
+    costs = flops if spent is None else spent
     graph, order = shareable(full.alignment)
     bits = {node.name: 1 << place for place, node in enumerate(order)}
     sets: dict[str, int] = {}
@@ -60,14 +68,14 @@ def find_cuts(full: Trunk, flops: Sequence[Mapping[str, int]], *, limit: int = 3
             sets[node.name] |= sets.get(source, 0)
         if _possible(full, node, inside):
             members = [other for other in order if bits[other.name] & sets[node.name]]
-            spent = sum(flops[0].get(other.name, 0) for other in members)
+            total = sum(flops[0].get(other.name, 0) for other in members)
             weight = 1.0 if _crossing(full, members) == 1 else _CROSSED
-            found.append((spent, weight, sets[node.name], node))
+            found.append((total, weight, sets[node.name], node))
     total = sum(flops[0].get(name, 0) for name in full.nodes)
     chain = _thinned([entry for entry in _chain(found) if entry[0] < total], limit - 1)
-    cuts = [cut for entry in chain if (cut := _cut(full, graph, order, entry[3], flops)) is not None]
+    cuts = [cut for entry in chain if (cut := _cut(full, graph, order, entry[3], costs)) is not None]
     members = [node for node in order if node.name in inside]
-    return [*cuts, Cut(None, _cost(full, inside, flops), _crossing(full, members))]
+    return [*cuts, Cut(None, _cost(full, inside, costs), _crossing(full, members))]
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ def _chain(found: list[_Entry]) -> list[_Entry]:
 
 
 def _cut(
-    full: Trunk, graph: nx.DiGraph, order: Sequence[fx.Node], node: fx.Node, flops: Sequence[Mapping[str, int]]
+    full: Trunk, graph: nx.DiGraph, order: Sequence[fx.Node], node: fx.Node, costs: Sequence[Mapping[str, float]]
 ) -> Cut | None:
     """The cut behind a node; None if it has no name."""
     name = _name(graph, order, node)
@@ -158,7 +166,7 @@ def _cut(
         return None
     wanted = before(graph, [node])
     members = [other for other in order if other.name in wanted]
-    return Cut(name, _cost(full, wanted, flops), _crossing(full, members))
+    return Cut(name, _cost(full, wanted, costs), _crossing(full, members))
 
 
 def _name(graph: nx.DiGraph, order: Sequence[fx.Node], node: fx.Node) -> str | None:
@@ -173,13 +181,13 @@ def _name(graph: nx.DiGraph, order: Sequence[fx.Node], node: fx.Node) -> str | N
     return None
 
 
-def _cost(full: Trunk, names: set[str], flops: Sequence[Mapping[str, int]]) -> float:
-    """FLOPs of trunk and heads relative to model 0."""
-    spent = sum(flops[0].get(name, 0) for name in names)
-    for k, own in enumerate(flops):
+def _cost(full: Trunk, names: set[str], costs: Sequence[Mapping[str, float]]) -> float:
+    """What trunk and heads cost relative to model 0."""
+    spent = sum(costs[0].get(name, 0) for name in names)
+    for k, own in enumerate(costs):
         twins = full.names(k)
         spent += sum(own.values()) - sum(own.get(twins[name], 0) for name in names if name in twins)
-    return spent / max(sum(flops[0].values()), 1)
+    return spent / (sum(costs[0].values()) or 1)
 
 
 def _thinned(chain: list[_Entry], limit: int) -> list[_Entry]:

@@ -22,6 +22,7 @@ from ..compiler.pipeline import assemble
 from ..compiler.progress import Display
 from ..compiler.session import Candidate, Session
 from ..compiler.survey import cuts_and_trunks
+from ..compiler.timing import as_used, fastest
 from ..errors import CostError, InputError, Interrupted
 from ..matching import FIRST_CLASS, Method
 from ..matching.weights_of_models import takes_weights, weighted
@@ -29,7 +30,7 @@ from ..refit import Refit
 from ..rewriting.module import ZippedModule
 from ..tracing import plain_context
 from ..widths.observed import Observed
-from ..widths.requests import Budget, WidthRequest, width_request
+from ..widths.requests import Budget, Currency, WidthRequest, width_request
 from .narrowing import narrowed_apart
 from .table import Table
 from .unmerged import side_by_side
@@ -51,6 +52,7 @@ def sweep(
     data: Any = None,
     cuts: Sequence[str | float | None] | None = None,
     max_costs: Sequence[float] | None = None,
+    budget: Currency | None = None,
     method: str | Method = "auto",
     refit: str | Refit | None = "auto",
     score: Score | None = None,
@@ -82,7 +84,9 @@ def sweep(
         cuts: what `until` takes, each. None: up to twelve, evenly over the FLOPs, such that one tensor alone crosses
             if there are as many.
         max_costs: widths by need at each of these costs, as `compile_zip` with `width="auto"`: a row for each of them
-            at each cut. A cost that cannot be had at a cut is a row with the message.
+            at each cut, and for each of them a row "alone", every network narrowed by itself to its share of it. A cost
+            that cannot be had at a cut is a row with the message.
+        budget: what these costs count, as in `compile_zip`.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
         held_out: batches to measure agreement on, as `data`. None: every fifth input of `data`, which then serves for
             nothing else; without `data` agreement is not measured.
@@ -97,8 +101,10 @@ def sweep(
     check_base(base, recipe)
     widths: Sequence[WidthRequest] = [recipe.width]
     if max_costs is not None:
-        widths = [width_request("auto", float(cost), len(given.networks)) for cost in max_costs]
+        widths = [width_request("auto", float(cost), len(given.networks), budget) for cost in max_costs]
     lines = [_Line(_shown(method) or "", _shown(recipe.refit_name), replace(recipe, width=width)) for width in widths]
+    if data is not None:
+        lines += [_Line.alone(width) for width in widths if isinstance(width, Budget)]
     options = Options(
         start=start, joint=joint, verify=verify, strict=strict, by_position=recipe.by_position,
         max_batches=max_batches, rules=rules, data_free=recipe.data_free,
@@ -121,6 +127,7 @@ def compare(
     score: Score | None = None,
     methods: Sequence[Any] | None = None,
     cuts: Sequence[str | float | None] = (None,),
+    budget: Currency | None = None,
     refit: str | Refit | None = "auto",
     held_out: Any = None,
     start: str | Sequence[str] | None = None,
@@ -151,6 +158,7 @@ def compare(
             itself to its share of the first one's cost (`fxzip.narrow`), and nothing shared. None: energy, zip,
             permute, weights, average and alone. One that fails is a row with its message.
         cuts: what `until` takes, each.
+        budget: what the cost of "alone" counts, as in `compile_zip`.
         refit: of the methods that come without one.
         held_out: as in `sweep`.
 
@@ -161,7 +169,9 @@ def compare(
     entries = (*FIRST_CLASS, *([ALONE] if data is not None else [])) if methods is None else methods
     given = Given.of((models, sample_input), "compare")
     own_weights = weights_by_model(weights, given.tasks, len(given.networks))
-    chosen = [_Line.of(entry, refit, calibrated=data is not None).weighing(own_weights) for entry in entries]
+    chosen = [
+        _Line.of(entry, refit, calibrated=data is not None, budget=budget).weighing(own_weights) for entry in entries
+    ]
     for line in chosen:
         if takes_base(line.recipe.method):
             check_base(base, line.recipe)
@@ -191,10 +201,15 @@ class _Line:
         return replace(self, recipe=replace(self.recipe, method=weighted(method, weights)))
 
     @classmethod
-    def of(cls, entry: Any, refit: str | Refit | None, *, calibrated: bool) -> _Line:
+    def alone(cls, width: WidthRequest) -> _Line:
+        """Each network narrowed by itself, all of them together within a budget."""
+        return cls(ALONE, "lstsq", Recipe.of("energy", "lstsq", calibrated=True, width=width))
+
+    @classmethod
+    def of(cls, entry: Any, refit: str | Refit | None, *, calibrated: bool, budget: Currency | None) -> _Line:
         method, own = entry if isinstance(entry, tuple) else (entry, refit)
         if isinstance(method, str) and method == ALONE:
-            return cls(method, "lstsq", Recipe.of("energy", "lstsq", calibrated=calibrated))
+            return cls.alone(width_request("auto", None, 1, budget))
         recipe = Recipe.of(method, own, calibrated=calibrated)
         return cls(_shown(method) or "", _shown(recipe.refit_name), recipe)
 
@@ -275,7 +290,9 @@ class _Rows:
     ) -> dict[str, Any]:
         start = time.perf_counter()
         if line.method == ALONE:
-            zipped = self.session.shifted(narrowed_apart(self.session))
+            budget = line.recipe.width
+            assert isinstance(budget, Budget)
+            zipped = self.session.shifted(narrowed_apart(self.session, budget.cost, budget.currency))
         else:
             zipped = self.session.shifted(assemble(self.session, candidate, line.recipe, solo))
         return self._values(zipped, score, time.perf_counter() - start)
@@ -292,6 +309,9 @@ class _Rows:
             name: network.report[key]["total"] / max(network.report[key]["originals"][0], 1)
             for name, key in (("cost", "flops"), ("parameters", "parameters"))
         }
+        programs = self.session.survey.alignment.programs
+        taken = fastest([network, as_used(programs[0].module)], programs[0].call)
+        costs["latency"] = taken[0] / taken[1]
         held = self.session.held
         agreement: dict[str, float] = {}
         if held is not None:

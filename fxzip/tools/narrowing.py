@@ -29,7 +29,7 @@ from ..rewriting.module import EmittedModule, ZippedModule
 from ..rewriting.report import Report
 from ..tracing import plain_context
 from ..tracing.calls import JointCall
-from ..widths.requests import width_request
+from ..widths.requests import Currency, width_request
 from .unmerged import side_by_side
 
 
@@ -41,6 +41,7 @@ def narrow(
     *,
     data: Any = None,
     max_cost: float = 0.5,
+    budget: Currency | None = None,
     method: str | Method = "auto",
     refit: str | Refit | None = "auto",
     hold_out: bool = True,
@@ -54,7 +55,7 @@ def narrow(
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
     >>> x = torch.randn(200, 8)
-    >>> narrowed = narrow(model, x[:4], data=[x], max_cost=0.5, progress=False)
+    >>> narrowed = narrow(model, x[:4], data=[x], max_cost=0.5, budget="flops", progress=False)
     >>> narrowed(x).shape, narrowed.report.cost <= 0.5
     (torch.Size([200, 3]), True)
 
@@ -62,7 +63,8 @@ def narrow(
         model: a trained network.
         sample_input: as in `compile_zip`.
         data: unlabelled calibration data, as in `compile_zip`; None: the sample input serves, which is far too little.
-        max_cost: FLOPs of the result relative to the model, in (0, 1].
+        max_cost: what the result may cost relative to the model, in (0, 1].
+        budget: what that counts, as in `compile_zip`: "latency" by default, "flops", "memory" or "parameters".
         method: "auto" ("energy" under least squares, else "zip"), "energy" or "zip"; other methods match features of
             several models.
         refit, hold_out, verify, progress, max_batches, rules: as in `compile_zip`.
@@ -76,7 +78,7 @@ def narrow(
             raises.
     """
     given = Given.one(model, sample_input, "narrow")
-    width = width_request("auto", max_cost, 1)
+    width = width_request("auto", max_cost, 1, budget)
     recipe = Recipe.of(method, refit, calibrated=data is not None, width=width)
     options = Options(hold_out=hold_out, verify=verify, max_batches=max_batches, rules=rules)
     with Display(show=progress) as display:
@@ -92,11 +94,11 @@ def narrow(
     return result
 
 
-def narrowed_apart(session: Session, cost: float = 1.0) -> ZippedModule:
+def narrowed_apart(session: Session, cost: float = 1.0, budget: Currency = "flops") -> ZippedModule:
     """Each network of a session narrowed by itself to its share of `cost`, all of them side by side.
 
-    Nothing is shared. With `cost` relative to the first model, model k of K may take cost / K of the first model's
-    FLOPs. The report's costs are relative to the models as they were.
+    Nothing is shared. With `cost` relative to the first model, model k of K may cost cost / K of what the first model
+    does, in the currency of `budget`. The report's costs are relative to the models as they were.
 
     Raises:
         InputError: the models have inputs of their own. CostError: what has to keep its size takes more.
@@ -105,17 +107,18 @@ def narrowed_apart(session: Session, cost: float = 1.0) -> ZippedModule:
     if isinstance(given.call, JointCall):
         raise InputError("Models with inputs of their own cannot be narrowed in one table with their zips.")
 
+    spent = [sum(price.at(1.0) for price in own.values()) for own in session.prices(budget)]
     batches: list[list[Any]] = [[] for _ in session.calibration.sources]
     for source, call in session.calibration("observing").by_source():
         batches[source].append(as_batch(call))
     apart = []
     for k, network in enumerate(given.networks):
         own = batches[k] if len(batches) == len(given.networks) else batches[0]
-        share = cost * flops[0] / max(len(given.networks) * flops[k], 1)
+        share = cost * spent[0] / (len(given.networks) * spent[k] or 1)
         options = session.options
         narrower = narrow(
-            network, given.sample, data=own, max_cost=min(share, 1.0), hold_out=False, verify=options.verify,
-            progress=False, rules=options.rules,
+            network, given.sample, data=own, max_cost=min(share, 1.0), budget=budget, hold_out=False,
+            verify=options.verify, progress=False, rules=options.rules,
         )  # fmt: skip
         apart.append(narrower)
 

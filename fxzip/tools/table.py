@@ -9,7 +9,19 @@ from typing import Any
 from ..rewriting.pages import fragment
 from .plotting import axes
 
-FIXED = ("method", "refit", "until", "max_cost", "cost", "parameters", "agreement", "worst", "seconds", "error")
+FIXED = (
+    "method",
+    "refit",
+    "until",
+    "max_cost",
+    "cost",
+    "parameters",
+    "latency",
+    "agreement",
+    "worst",
+    "seconds",
+    "error",
+)
 """Keys of every row; what the score function gives stands between "worst" and "seconds"."""
 _BOUND = "side by side"
 _MEASURES = {
@@ -34,9 +46,9 @@ class Table(Sequence[Mapping[str, Any]]):
 
     Attributes:
         rows: one zip each, with the keys "method", "refit", "until", "max_cost" (what widths by need may take, else
-            None), "cost" and "parameters" (of the zip, relative to the first model), "agreement" (mean over the heads),
-            "worst" (of the heads), the user's scores, "seconds" (of matching, rewriting and refit), and "error": None,
-            or why there is no zip.
+            None), "cost" (FLOPs), "parameters" and "latency" (of the zip, relative to the first model), "agreement"
+            (mean over the heads), "worst" (of the heads), the user's scores, "seconds" (of matching, rewriting and
+            refit), and "error": None, or why there is no zip.
         note: what holds for all rows.
     """
 

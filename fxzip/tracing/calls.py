@@ -27,6 +27,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first tensor lies; the CPU if there is none."""
+        return next((value.device for value in leaves(self)), torch.device("cpu"))
+
 
 @dataclass(frozen=True)
 class JointCall(Call):

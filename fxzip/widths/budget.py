@@ -13,8 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
+
 from ..errors import CostError
 from .costs import CallCosts
+from .latency import multiple_of
 from .levers import TRUNK, Floats, Key, Lever, allocate
 from .observed import Observed
 from .prices import Prices
@@ -40,7 +43,8 @@ def by_need(
     Raises:
         CostError: what has to keep its size takes more than the budget.
     """
-    levers, base = _levers(observed, solo, narrow)
+    device = observed.trunk.alignment.programs[0].call.device if budget.currency == "latency" else None
+    levers, base = _levers(observed, solo, narrow, device)
     costs = CallCosts(observed, prices, solo, {k: own.spaces for k, own in narrow.items()}, base)
     limit = budget.cost * costs.one
     kept, total = allocate(levers, costs, limit)
@@ -57,9 +61,12 @@ def by_need(
 
 
 def _levers(
-    observed: Observed, solo: Mapping[int, Observed], narrow: Mapping[int, Elastic]
+    observed: Observed, solo: Mapping[int, Observed], narrow: Mapping[int, Elastic], device: torch.device | None
 ) -> tuple[list[Lever], dict[Key, int]]:
-    """The spaces, those together that have one size; and their sizes in the first model."""
+    """The spaces, those together that have one size; and their sizes in the first model.
+
+    `device`: the one whose vector units the sizes should fill.
+    """
     base: dict[Key, int] = {}
     groups: list[list[Key]] = []
     losses: dict[Key, Floats] = {}
@@ -75,4 +82,9 @@ def _levers(
     units = {group[0]: tuple(group) for group in groups}
     units |= {s: (s,) for s in base if s not in tied}
     ordered = [units[s] for s in base if s in units]
-    return [Lever(unit, tuple(losses[s] for s in unit), math.ceil(base[unit[0]] / 16)) for unit in ordered], base
+    levers = []
+    for unit in ordered:
+        size = base[unit[0]]
+        multiple = 1 if device is None else multiple_of(size, device)
+        levers.append(Lever(unit, tuple(losses[s] for s in unit), math.ceil(size / 16), multiple=multiple))
+    return levers, base

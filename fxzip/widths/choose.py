@@ -95,14 +95,17 @@ def _notes(trunk: Trunk, reasons: Mapping[int, str], where: str = "") -> list[st
 
 def overspent(report: Mapping[str, Any], request: WidthRequest) -> tuple[str, ...]:
     """A note if a zip by need takes more than it may: what heads spend on reading features through a matrix."""
-    flops = report["flops"]
-    cost = flops["total"] / max(flops["originals"][0], 1)
-    if not isinstance(request, Budget) or cost <= request.cost * (1 + 1e-9):
+    if not isinstance(request, Budget) or request.currency not in ("flops", "parameters"):
+        return ()
+
+    spent = report[request.currency]
+    cost = spent["total"] / max(spent["originals"][0], 1)
+    if cost <= request.cost * (1 + 1e-9):
         return ()
 
     return (
-        f"the zip takes {cost:.3f} of the first model's FLOPs, not {request.cost}: heads read features through a "
-        "matrix, which widths by need do not count",
+        f"the zip takes {cost:.3f} of the first model's {request.noun}, not {request.cost}: heads read features "
+        "through a matrix, which widths by need do not count",
     )
 
 

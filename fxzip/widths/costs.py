@@ -82,7 +82,7 @@ class CallCosts:
         given: dict[Key, float] = {(TRUNK, s): 1.0 for s in free}
         for node, price in prices[0].items():
             if node in inside:
-                lengths = _lengths(trunk, 0, node, trunk.labellings[0].touches[node], TRUNK)
+                lengths = axes_of(trunk, 0, node, trunk.labellings[0].touches[node], TRUNK)
                 self._add((TRUNK, node), price, lengths, given)
         for k, (own, reach) in enumerate(zip(prices, trunk.reach, strict=True)):
             inside, params = set(trunk.names(k).values()), head_params(trunk, k)
@@ -95,9 +95,9 @@ class CallCosts:
                 if name not in own:
                     continue
                 touched = trunk.labellings[k].touches[name] & params
-                lengths = _lengths(trunk, k, name, touched, TRUNK, reach)
+                lengths = axes_of(trunk, k, name, touched, TRUNK, reach)
                 if k in narrow:
-                    mine = _lengths(solo[k].trunk, 0, name, touched, k)
+                    mine = axes_of(solo[k].trunk, 0, name, touched, k)
                     both = zip(lengths, mine, strict=True)
                     lengths = [(axis, {**shared, **more}) for (axis, shared), (_, more) in both]
                 self._add((k, name), own[name], lengths, given)
@@ -160,7 +160,7 @@ def factorised_cost(price: Price, call: LinearCall, rank: float, outputs: float 
     return price.at(rank * inputs / call.outputs) + price.at(rank * outputs / call.inputs)
 
 
-def _lengths(
+def axes_of(
     trunk: Trunk, k: int, node: str, params: Collection[str], part: int, reach: Tensor | None = None
 ) -> list[_Length]:
     """The labelled axes of a node's largest labelled parameter, or of its value, each with space -> its share of the

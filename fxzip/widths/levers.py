@@ -37,12 +37,18 @@ class Lever:
         losses: for each of them what is lost with 0, 1, ..., N kept, float64 [N + 1], falling.
         step: by how much it is made smaller at a time.
         far: whether steps of several lengths count, since a short one may save nothing.
+        multiple: sizes are multiples of it, but for the largest.
+
+    >>> lever = Lever(((TRUNK, 0),), (np.zeros(41),), step=3, multiple=8)
+    >>> lever.next(40, -1), lever.next(32, -1), lever.next(8, -1), lever.next(32, +1), lever.next(38, +1)
+    ([32], [24], [], [40], [40])
     """
 
     keys: tuple[Key, ...]
     losses: tuple[Floats, ...]
     step: int
     far: bool = False
+    multiple: int = 1
 
     @property
     def most(self) -> int:
@@ -56,12 +62,17 @@ class Lever:
     def next(self, now: int, sign: int) -> Sequence[int]:
         """The sizes that a step leads to, smaller ones (-1) or larger ones (+1)."""
         if not self.far:
-            sizes = [min(now + sign * self.step, self.most)]
+            sizes = [self._rounded(now + sign * self.step, sign)]
         else:
             end = self.most + 1 if sign > 0 else 0
-            sizes = list(range(now + sign * self.step, end, sign * self.step))
+            sizes = [self._rounded(size, sign) for size in range(now + sign * self.step, end, sign * self.step)]
             sizes += [self.most] if sign > 0 and now < self.most and self.most not in sizes else []
-        return [size for size in sizes if 1 <= size != now]
+        return [size for size in dict.fromkeys(sizes) if 1 <= size != now]
+
+    def _rounded(self, size: int, sign: int) -> int:
+        """A multiple that lies at least so far in the direction of the step."""
+        whole = -(-size // self.multiple) if sign > 0 else size // self.multiple
+        return min(whole * self.multiple, self.most)
 
 
 class Costs(Protocol):

@@ -10,8 +10,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from ..analysis.labelling import Labelling
+from ..tracing import Program
+from ..tracing.calls import map_tensors
+from ..tracing.execution import flat_inputs, quiet_execution, storage_of
 
 
 @dataclass(frozen=True)
@@ -65,3 +73,64 @@ def parameter_prices(labellings: Sequence[Labelling]) -> Prices:
                 own[node.name] = Price.proportional(sum(named[name].numel() for name in new))
         result.append(own)
     return result
+
+
+def byte_prices(labellings: Sequence[Labelling]) -> Prices:
+    """Of the parameters that a node is the first to read, and of its value if it lives when most values do.
+
+    Where the peak is may change with the widths: what comes of it is measured on the result.
+    """
+    parameters = parameter_prices(labellings)
+    result = []
+    for labelling, counted in zip(labellings, parameters, strict=True):
+        program = labelling.program
+        width = {name: param.element_size() for name, param in program.module.named_parameters()}
+        item = max(width.values(), default=4)
+        living = _living_at_the_peak(program)
+        own = {}
+        for node in program.module.graph.nodes:
+            spent = counted[node.name].at(1.0) * item if node.name in counted else 0.0
+            spent += living.get(node.name, 0)
+            if spent:
+                own[node.name] = Price.proportional(spent)
+        result.append(own)
+    return result
+
+
+class _Sizes(fx.Interpreter):
+    """Runs a graph, and keeps the bytes of each node's value; a view lives in the memory of what it is a view of."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.bytes: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op not in ("placeholder", "get_attr", "output"):
+            read = tree_leaves(self.fetch_args_kwargs_from_env(n))
+            if storage_of(value) not in {storage_of(own) for own in read if isinstance(own, Tensor)}:
+                self.bytes[n.name] = value.numel() * value.element_size()
+        return value
+
+
+def _living_at_the_peak(program: Program) -> dict[str, int]:
+    """Nodes whose values live at the moment at which the most bytes do, with their bytes."""
+    sized = _Sizes(program.module)
+    own = map_tensors(torch.clone, program.call)
+    with quiet_execution():
+        sized.run(*flat_inputs(program.module, own), enable_io_processing=False)
+
+    living: dict[str, int] = {}
+    best: dict[str, int] = {}
+    nodes = program.module.graph.nodes
+    left = {node.name: len(node.users) for node in nodes}
+    for node in nodes:
+        if node.name in sized.bytes:
+            living[node.name] = sized.bytes[node.name]
+        if sum(living.values()) > sum(best.values()):
+            best = dict(living)
+        for source in node.all_input_nodes:
+            left[source.name] -= 1
+            if left[source.name] == 0:
+                living.pop(source.name, None)
+    return best

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from ..errors import OptionError
 
@@ -46,16 +46,32 @@ WidthRequest = Scaled | ScaledSpaces | Budget
 UNCHANGED = Scaled()
 
 
-def width_request(width: Width, max_cost: float | None, models: int) -> WidthRequest:
-    """What `width` and `max_cost` ask for, of a zip of so many models.
+def currency(budget: str | None) -> Currency:
+    """What a cost is counted in; None: seconds, which is what people wait for.
 
-    >>> width_request(1.25, None, 2), width_request("auto", 1.3, 2)
+    Raises:
+        OptionError: it is no currency.
+    """
+    if budget is None:
+        return "latency"
+    if budget not in get_args(Currency):
+        known = ", ".join(map(repr, get_args(Currency)))
+        raise OptionError(f"`budget` must be one of {known}, what `max_cost` counts; found {budget!r}.")
+    return cast("Currency", budget)
+
+
+def width_request(width: Width, max_cost: float | None, models: int, budget: str | None = None) -> WidthRequest:
+    """What `width`, `max_cost` and `budget` ask for, of a zip of so many models.
+
+    >>> width_request(1.25, None, 2), width_request("auto", 1.3, 2, "flops")
     (Scaled(share=1.25), Budget(cost=1.3, currency='flops'))
 
     Args:
         width: a share in (0, models], a dict of them by space name, or "auto".
-        max_cost: with "auto", FLOPs relative to the first model; None: 1. Otherwise it does not concern the widths.
+        max_cost: with "auto", what the zip may cost relative to the first model; None: 1. Otherwise it does not concern
+            the widths.
         models: how many are zipped; with a share of that nothing need be merged.
+        budget: what a cost is counted in, see `currency`.
 
     Raises:
         OptionError: a value is none of these, or out of range.
@@ -65,7 +81,7 @@ def width_request(width: Width, max_cost: float | None, models: int) -> WidthReq
             raise OptionError(f'`width` must be a number, a dict of numbers by space, or "auto"; found {width!r}.')
         if max_cost is not None and not max_cost > 0:
             raise OptionError(f"`max_cost` must be positive; found {max_cost!r}. Try 1.3, or 1.0 for the cost of one.")
-        return Budget(1.0 if max_cost is None else float(max_cost))
+        return Budget(1.0 if max_cost is None else float(max_cost), currency(budget))
 
     for value in width.values() if isinstance(width, Mapping) else (width,):
         if not 0 < value <= models:

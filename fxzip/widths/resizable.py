@@ -74,6 +74,13 @@ def elastic_spaces(trunk: Trunk, statistics: Mapping[int, Moments], asked: Colle
     return replace(found, reasons={**reasons, **found.reasons}).among(wanted, [space.name for space in spaces])
 
 
+def resizable_spaces(trunk: Trunk) -> Elastic:
+    """All free spaces that can get another size, whatever the data show of them."""
+    spaces = trunk.spaces[0].spaces
+    able = [s for s, space in enumerate(spaces) if space.legality == "free" and space.tie is None]
+    return _tried(trunk, able).among(able, [space.name for space in spaces])
+
+
 def stiff_spaces(trunk: Trunk, candidates: Sequence[int]) -> dict[int, str]:
     """Those of the spaces that must keep their size, with the reason. In: a trunk and space numbers of model 0."""
     return dict(_tried(trunk, candidates).reasons)

@@ -1,0 +1,148 @@
+"""The plan of a zip that keeps its budget: widths by prices, then a look at what the network really takes.
+
+Prices are of each node by itself, and from few sizes. So under a budget of latency or memory the network is emitted and
+measured against the first model before anything is fitted, and where it takes more than it may, or much less, the
+widths are chosen again under a limit that is corrected by what was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import CostError
+from ..rewriting.emit import rewrite
+from ..rewriting.module import ZippedModule
+from ..rewriting.zip_plan import ZipPlan, plan
+from ..widths.choose import Widths, choose_widths
+from ..widths.narrow_heads import narrowed
+from ..widths.observed import Observed
+from ..widths.requests import Budget, WidthRequest
+from .memory import peak_bytes
+from .options import Recipe
+from .session import Session
+from .timing import as_used, fastest
+
+MEASURED = ("latency", "memory")
+"""Currencies of which a sum over nodes is an estimate."""
+
+TRIES, CLOSE, SLACK = 5, 0.97, 1.01
+"""Choices of widths at most; the share of the budget that need not be improved on; what counts as keeping it."""
+
+_FLAT = 0.2  # what is measured hardly follows the limit: noise
+
+ROUNDS, SECONDS = 100, 6.0
+"""Timings of the network and the first model in turn: at most, and how long."""
+
+
+@dataclass(frozen=True)
+class Affordable:
+    """A network that is ready to be fitted, and how it came about.
+
+    Attributes:
+        widths: how many features are kept.
+        plan: what is merged.
+        network: the zip, not fitted.
+        spent: in the budget's currency relative to the first model, as it was measured; None: not measured.
+        promised: what the prices said it would take.
+    """
+
+    widths: Widths
+    plan: ZipPlan
+    network: ZippedModule
+    spent: float | None = None
+    promised: float | None = None
+
+    def spending(self, request: WidthRequest) -> dict[str, Any] | None:
+        """For the report: what was allowed, what prices promised, and what was measured; None without a budget."""
+        if not isinstance(request, Budget):
+            return None
+        allowed = {"currency": request.currency, "max_cost": request.cost}
+        return {**allowed, "promised": self.promised, "spent": self.spent}
+
+    def note(self, budget: Budget) -> str:
+        """What the report says of it."""
+        assert self.spent is not None
+        assert self.promised is not None
+        text = (
+            f"{budget.noun}: at most {budget.cost:g} times that of the first model was asked for, prices said "
+            f"{self.promised:.3f}, the network without fits takes {self.spent:.3f}"
+        )
+        return text if self.spent <= budget.cost * SLACK else f"{text}, and nothing cheaper was found"
+
+
+def affordable(session: Session, observed: Observed, recipe: Recipe, solo: Mapping[int, Observed]) -> Affordable:
+    """Widths, plan and network by a recipe.
+
+    Raises:
+        CostError: what has to keep its size takes more than the budget. InputError: see `plan`.
+    """
+    budget = recipe.width
+    if not isinstance(budget, Budget) or budget.currency not in MEASURED:
+        return _made(session, observed, recipe, solo)
+
+    request, tried = budget, list[Affordable]()
+    for _ in range(TRIES):
+        try:
+            made = _made(session, observed, replace(recipe, width=request), solo)
+        except CostError:
+            if not tried:
+                raise
+            break
+        spent = spent_by(session, made.network, budget)
+        tried.append(replace(made, spent=spent, promised=request.cost))
+        if CLOSE * budget.cost <= spent <= SLACK * budget.cost:
+            break
+        request = replace(request, cost=_corrected(tried, budget.cost))
+
+    kept = [one for one in tried if one.spent is not None and one.spent <= SLACK * budget.cost]
+    best = max(kept, key=_spent) if kept else min(tried, key=_spent)
+    notes = (*best.widths.notes, best.note(budget))
+    return replace(best, widths=replace(best.widths, notes=notes))
+
+
+def _corrected(tried: Sequence[Affordable], wanted: float) -> float:
+    """The limit under which the prices are likely to give a network that takes what is wanted.
+
+    In proportion to the last one at first, then along the line through the last two.
+    """
+    points = [(one.promised or 0.0, one.spent or 0.0) for one in tried]
+    limit, spent = points[-1]
+    found = limit * wanted / spent
+    if len(points) > 1:
+        before, spent_before = points[-2]
+        slope = (spent - spent_before) / (limit - before) if limit != before else 0.0
+        if slope > _FLAT:
+            found = limit + (wanted - spent) / slope
+    return min(max(found, limit / 2), limit * 2)
+
+
+def _spent(one: Affordable) -> float:
+    assert one.spent is not None
+    return one.spent
+
+
+def _made(session: Session, observed: Observed, recipe: Recipe, solo: Mapping[int, Observed]) -> Affordable:
+    with session.display.stage("matching"):
+        currency = recipe.width.currency if isinstance(recipe.width, Budget) else "flops"
+        widths = choose_widths(observed, recipe.width, session.prices(currency), solo)
+        whole = plan(observed.trunk, observed.moments, recipe.method, widths.kept, session.options.base)
+        zipping = narrowed(whole, solo, widths.heads, recipe.method)
+    with session.display.stage("rewriting"):
+        return Affordable(widths, zipping, rewrite(zipping))
+
+
+def spent_by(session: Session, network: ZippedModule, budget: Budget) -> float:
+    """What a network takes in the currency of a budget, measured, relative to the first model."""
+    first = session.survey.alignment.programs[0]
+    if budget.currency in ("flops", "parameters"):
+        counted: Mapping[str, Any] = network.report[budget.currency]
+        return float(counted["total"] / max(counted["originals"][0], 1))
+    both = as_used(network), as_used(first.module)
+    if budget.currency == "memory":
+        taken, one = (peak_bytes([module], first.call) for module in both)
+        return taken / max(one, 1)
+
+    seconds = fastest(both, first.call, rounds=ROUNDS, seconds=SECONDS)
+    return seconds[0] / seconds[1]
