@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -64,6 +64,7 @@ def evaluate_zipped(
     method: str,
     until: str,
     width: str,
+    rank: str,
     refit: str,
     seed: int,
 ) -> Result:
@@ -77,9 +78,11 @@ def evaluate_zipped(
     else:
         data = [batch.to(device) for batch in mixed_batches(drawn, settings.batch_size, seed)]
     start = time.perf_counter()
-    options = parse_width(width) | ({"budget": settings.budget} if width.startswith("auto") else {})
+    options = {**parse_width(width), **parse_rank(rank)}
+    if "auto" in (options["width"], options["rank"]):
+        options["budget"] = settings.budget
     if method == "alone":
-        zipped = narrowed_alone(models, sample, data, width, settings.budget)
+        zipped = narrowed_alone(models, sample, data, options)
     else:
         zipped = fxzip.compile_zip(
             [model.network for model in models],
@@ -99,6 +102,7 @@ def evaluate_zipped(
     found = zipped.report.get("auto")
     taken = latency(zipped, models, sample)
     until = until if found is None else f"{until}: {found['until'] or 'none'}"
+    width = width if rank == "1" else f"{width}, rank {rank}"
     costs = ratios(zipped, models, len(sample))
     return Result(method, until, width, name, *astuple(accuracy), *costs, seconds, latency=taken)
 
@@ -165,13 +169,24 @@ def parse_width(text: str) -> dict[str, Any]:
     return {"width": "auto", "max_cost": float(cost or 1)} if name == "auto" else {"width": float(text)}
 
 
-def narrowed_alone(models: Sequence[Trained], sample: torch.Tensor, data: Any, width: str, budget: str) -> Any:
+def parse_rank(text: str) -> dict[str, Any]:
+    """The same of `rank`; `auto` alone shares the budget of the widths."""
+    name, _, cost = text.partition(":")
+    if name != "auto":
+        return {"rank": float(text)}
+    return {"rank": "auto", "max_cost": float(cost)} if cost else {"rank": "auto"}
+
+
+def narrowed_alone(
+    models: Sequence[Trained], sample: torch.Tensor, data: Any, options: Mapping[str, Any]
+) -> torch.nn.Module:
     """Each network narrowed by itself to its share of the cost of one, side by side."""
     import fxzip
 
-    cost = parse_width(width).get("max_cost", 1.0) / len(models)
-    options = {"data": data, "max_cost": cost, "budget": budget, "hold_out": False, "progress": False}
-    apart = [fxzip.narrow(model.network, sample, **options) for model in models]
+    cost = options.get("max_cost", 1.0) / len(models)
+    given = {"data": data, "max_cost": cost, "hold_out": False, "progress": False}
+    given |= {key: options[key] for key in ("rank", "budget") if key in options}
+    apart = [fxzip.narrow(model.network, sample, **given) for model in models]
     return fxzip.side_by_side(apart, sample)
 
 
@@ -262,8 +277,9 @@ def run(settings: argparse.Namespace) -> Iterator[Result]:
     drawn = {seed: draw_calibration(calibration, tasks, settings.images, seed) for seed in seeds}
     if settings.joint:
         yield averaged([evaluate_joint(models, drawn[seed], images, settings) for seed in seeds])
-    for refit, method, until, width in product(settings.refit, settings.methods, settings.cuts, settings.widths):
-        kind = (method, until, width, refit)
+    kinds = product(settings.refit, settings.methods, settings.cuts, settings.widths, settings.ranks)
+    for refit, method, until, width, rank in kinds:
+        kind = (method, until, width, rank, refit)
         yield averaged([evaluate_zipped(models, drawn[seed], images, settings, *kind, seed) for seed in seeds])
 
 
@@ -290,6 +306,9 @@ def parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", default=["zip:0.1,0.5", "zip:1,1", "permute", "average"], help="zip:ALPHA,BETA, …")
     add("--cuts", nargs="+", default=["none", "layer2", "layer1"], help="values of `until`")
     add("--widths", nargs="+", default=["1"], help="values of `width`: a number, or auto:COST for `max_cost=COST`")
+    add(
+        "--ranks", nargs="+", default=["1"], help="values of `rank`: a number, auto (with widths by need), or auto:COST"
+    )
     add("--refit", nargs="+", default=["repair"], help="repair, batchnorm, none, …")
     add("--images", type=int, default=1000, help="unlabelled calibration images of all tasks together")
     add("--draws", type=int, default=1, help="draws of them, with seeds from --seed on; rows then show mean ± spread")

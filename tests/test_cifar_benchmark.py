@@ -164,6 +164,14 @@ def test_several_draws_make_one_row_of_means_and_spreads():
 
 
 @pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("0.5", {"rank": 0.5}), ("auto", {"rank": "auto"}), ("auto:0.7", {"rank": "auto", "max_cost": 0.7})],
+)
+def test_ranks_are_numbers_or_share_the_budget(text: str, wanted: dict[str, object]) -> None:
+    assert cifar.parse_rank(text) == wanted
+
+
+@pytest.mark.parametrize(
     ("text", "wanted"), [("1.25", {"width": 1.25}), ("auto:1.4", {"width": "auto", "max_cost": 1.4})]
 )
 def test_widths_are_numbers_or_a_cost(text, wanted):

@@ -37,7 +37,7 @@ def test_fewer_positions_than_inputs_give_what_the_normal_equations_give(constan
     d, scale = 30 - constant, torch.logspace(-2, 2, 30 - constant)
     x, t = torch.randn(positions, d, generator=generator) * scale, torch.randn(positions, 2, generator=generator)
     prior = torch.randn(30, 2, generator=generator)
-    found, ridge, _ = ridge_solution(Regression(x.to(dtype), t.to(dtype), prior, constant=constant), 1e-3)
+    found, ridge, *_ = ridge_solution(Regression(x.to(dtype), t.to(dtype), prior, constant=constant), 1e-3)
     ones = torch.cat([x, torch.ones(positions, 1)], 1).double() if constant else x.double()
     gram = ones.T @ ones
     regular = gram + 1e-3 * gram.diagonal().mean() * torch.eye(30, dtype=torch.float64)
@@ -50,7 +50,7 @@ def test_fewer_positions_than_inputs_give_what_the_normal_equations_give(constan
 def test_rank_deficient_inputs_raise_the_ridge_and_still_fit() -> None:
     x = torch.randn(40, 1).repeat(1, 6)
     t = 2 * x[:, :1] + 1
-    found, ridge, _ = ridge_solution(Regression(x, t, torch.zeros(7, 1)), 0.0)
+    found, ridge, *_ = ridge_solution(Regression(x, t, torch.zeros(7, 1)), 0.0)
     assert ridge > 0
     torch.testing.assert_close(x @ found[:-1].float() + found[-1].float(), t, atol=1e-3, rtol=1e-3)
 

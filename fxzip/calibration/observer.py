@@ -203,6 +203,29 @@ def observe_all(trunks: Sequence[Trunk], data: Iterable[Call], *, memory: int = 
     return [{space: seen[group] for space, group in own.items() if group in seen} for own in wanted]
 
 
+def observe_values(
+    programs: Sequence[Program], values: Sequence[tuple[Sequence[str], int]], data: Iterable[Call]
+) -> list[Moments | None]:
+    """Moments of the features of values, of all models side by side, over calibration data; None of those that no batch
+    has in the shape that was traced.
+
+    Args:
+        programs: the models.
+        values: for each the nodes that give it, one of every model, and the axis that its features lie along, from the
+            end or from the front.
+        data: calls.
+    """
+    places = []
+    for number, (nodes, axis) in enumerate(values):
+        shapes = [program.shapes[node] for program, node in zip(programs, nodes, strict=True)]
+        sizes = tuple((shape[axis],) for shape in shapes)
+        index = tuple(torch.arange(size)[None] for (size,) in sizes)
+        axes = (axis % len(shapes[0]),)
+        places.append(Watch(number, tuple(nodes), VALUE, -1, axes, (), sizes, index))
+    seen = _observed(programs, places, data)
+    return [seen.get(number) for number in range(len(values))]
+
+
 def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[Call]) -> dict[int, Moments]:
     """Moments by the places' `space` number, in one pass."""
     watchers = [_Watcher(places, k) for k in range(len(programs))]

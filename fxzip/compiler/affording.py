@@ -18,7 +18,8 @@ from ..rewriting.zip_plan import ZipPlan, plan
 from ..widths.choose import Widths, choose_widths
 from ..widths.narrow_heads import narrowed
 from ..widths.observed import Observed
-from ..widths.requests import Budget, WidthRequest
+from ..widths.ranks import as_emitted, choose_ranks
+from ..widths.requests import Budget
 from .memory import peak_bytes
 from .options import Recipe
 from .session import Session
@@ -54,11 +55,11 @@ class Affordable:
     spent: float | None = None
     promised: float | None = None
 
-    def spending(self, request: WidthRequest) -> dict[str, Any] | None:
+    def spending(self, budget: Budget | None) -> dict[str, Any] | None:
         """For the report: what was allowed, what prices promised, and what was measured; None without a budget."""
-        if not isinstance(request, Budget):
+        if budget is None:
             return None
-        allowed = {"currency": request.currency, "max_cost": request.cost}
+        allowed = {"currency": budget.currency, "max_cost": budget.cost}
         return {**allowed, "promised": self.promised, "spent": self.spent}
 
     def note(self, budget: Budget) -> str:
@@ -78,19 +79,19 @@ def affordable(session: Session, observed: Observed, recipe: Recipe, solo: Mappi
     Raises:
         CostError: what has to keep its size takes more than the budget. InputError: see `plan`.
     """
-    budget = recipe.width
-    if not isinstance(budget, Budget) or budget.currency not in MEASURED:
+    budget = recipe.budget
+    if budget is None or budget.currency not in MEASURED:
         return _made(session, observed, recipe, solo)
 
     request, tried = budget, list[Affordable]()
     for _ in range(TRIES):
         try:
-            made = _made(session, observed, replace(recipe, width=request), solo)
+            made = _made(session, observed, recipe.within(request), solo)
         except CostError:
             if not tried:
                 raise
             break
-        spent = spent_by(session, made.network, budget)
+        spent = spent_by(session, as_emitted(made.network, made.plan.ranks), budget)
         tried.append(replace(made, spent=spent, promised=request.cost))
         if CLOSE * budget.cost <= spent <= SLACK * budget.cost:
             break
@@ -125,12 +126,17 @@ def _spent(one: Affordable) -> float:
 
 def _made(session: Session, observed: Observed, recipe: Recipe, solo: Mapping[int, Observed]) -> Affordable:
     with session.display.stage("matching"):
-        currency = recipe.width.currency if isinstance(recipe.width, Budget) else "flops"
-        widths = choose_widths(observed, recipe.width, session.prices(currency), solo)
+        prices = session.prices(recipe.budget.currency if recipe.budget else "flops")
+        by_need = recipe.rank if isinstance(recipe.rank, Budget) else None
+        calls = session.call_outputs.losses(observed.trunk) if by_need else {}
+        widths = choose_widths(observed, recipe.width, prices, solo, ranks=by_need, calls=calls)
         whole = plan(observed.trunk, observed.moments, recipe.method, widths.kept, session.options.base)
         zipping = narrowed(whole, solo, widths.heads, recipe.method)
     with session.display.stage("rewriting"):
-        return Affordable(widths, zipping, rewrite(zipping))
+        merged = rewrite(zipping)
+        ranks = choose_ranks(merged, recipe.rank, widths.ranks)
+        widths = replace(widths, notes=(*widths.notes, *ranks.notes))
+        return Affordable(widths, replace(zipping, ranks=ranks.kept), merged)
 
 
 def spent_by(session: Session, network: ZippedModule, budget: Budget) -> float:

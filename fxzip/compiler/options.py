@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..errors import OptionError
 from ..matching import Method, resolve
 from ..matching.weights_of_models import weighted
 from ..refit import Refit, refits
-from ..widths.requests import UNCHANGED, Budget, Currency, WidthRequest, currency
+from ..widths.requests import UNCHANGED, WHOLE, Budget, Currency, RankRequest, WidthRequest, currency
 from .pairs import check_pair, is_least_squares, method_for
 
 MethodName = Literal[
@@ -34,6 +34,7 @@ class CompileOptions(TypedDict, total=False):
     start: str | Sequence[str] | None
     until: Literal["auto"] | str | float | None
     width: Literal["auto"] | float | Mapping[str, float]
+    rank: Literal["auto"] | float | Mapping[str, float]
     min_agreement: float | None
     max_cost: float | None
     budget: Currency | None
@@ -58,6 +59,7 @@ class Recipe:
         refit: what corrects the zipped network.
         refit_name: what the report calls the refit.
         width: how many features the spaces keep.
+        rank: which calls become two.
         data_free: nothing is read from data: the method looks at weights, the refit at stored statistics.
         automatic: the method was left open; for fine-tunes of one base it is another (see `one_base`).
         weights: of the models, for the method.
@@ -68,6 +70,7 @@ class Recipe:
     refit: Refit
     refit_name: Any
     width: WidthRequest = UNCHANGED
+    rank: RankRequest = WHOLE
     data_free: bool = False
     automatic: bool = False
     weights: tuple[float, ...] | None = None
@@ -77,6 +80,17 @@ class Recipe:
     def observes(self) -> bool:
         """Whether anything that is to be decided depends on what the data show."""
         return "moments" in self.method.needs or self.width != UNCHANGED
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the zip may cost, where widths or ranks are by need."""
+        asked: tuple[WidthRequest | RankRequest, ...] = (self.width, self.rank)
+        return next((own for own in asked if isinstance(own, Budget)), None)
+
+    def within(self, budget: Budget) -> Recipe:
+        """The same under another budget."""
+        width = budget if isinstance(self.width, Budget) else self.width
+        return replace(self, width=width, rank=budget if isinstance(self.rank, Budget) else self.rank)
 
     @property
     def narrows(self) -> bool:
@@ -97,6 +111,7 @@ class Recipe:
         calibrated: bool,
         width: WidthRequest = UNCHANGED,
         weights: tuple[float, ...] | None = None,
+        rank: RankRequest = WHOLE,
     ) -> Recipe:
         """The defaults filled in.
 
@@ -110,7 +125,8 @@ class Recipe:
         True
 
         Raises:
-            OptionError: one of them is unknown, or they do not go together (see `pairs`).
+            OptionError: one of them is unknown, or they do not go together (see `pairs`); or ranks are asked for, which
+                least squares alone can fit.
         """
         automatic = isinstance(method, str) and method == "auto"
         weights_alone = not automatic and "moments" not in resolve(method).needs
@@ -126,7 +142,17 @@ class Recipe:
         if weights is not None and not automatic:
             chosen = weighted(chosen, weights)
         check_pair(chosen, corrected)
-        return cls(chosen, corrected, refit, width, data_free, automatic, weights)
+        if rank != WHOLE and not is_least_squares(corrected):
+            raise OptionError(
+                f'`rank` needs `refit="lstsq"`, which fits calls of a given rank; found refit={refit!r}. '
+                + ("Pass unlabelled `data`." if not calibrated else "Leave `refit` out.")
+            )
+        if isinstance(width, Budget) and rank != WHOLE and not isinstance(rank, Budget):
+            raise OptionError(
+                '`width="auto"` takes `rank` 1 or "auto": what calls cost by their ranks is part of the budget; found '
+                'ranks that are given. Pass `rank="auto"`.'
+            )
+        return cls(chosen, corrected, refit, width, rank, data_free, automatic, weights)
 
 
 def _named(refit: str | Refit | None) -> str | None:

@@ -25,7 +25,7 @@ from ..rewriting.report import Report, make_report
 from ..tracing import plain_context
 from ..widths.choose import overspent
 from ..widths.observed import Observed
-from ..widths.requests import Currency, width_request
+from ..widths.requests import Currency, rank_request, width_request
 from .affording import affordable
 from .arguments import Given
 from .judging import SMALL_TRUNK, judged
@@ -69,6 +69,7 @@ def compile_zip(
     start: str | Sequence[str] | None = None,
     until: Literal["auto"] | str | float | None = None,
     width: Literal["auto"] | float | Mapping[str, float] = 1.0,
+    rank: Literal["auto"] | float | Mapping[str, float] = 1.0,
     min_agreement: float | None = None,
     max_cost: float | None = None,
     budget: Currency | None = None,
@@ -121,6 +122,10 @@ def compile_zip(
             of the first model (see `widths/choose.py`): under least squares the heads keep fewer features then, too
             (`widths/narrow_heads.py`). Spaces whose size is written into the code, or matters to it, keep it, and the
             report says so.
+        rank: what convolutions and linear layers of trunk and heads take, relative to what they take as one call: with
+            0.5 each is made two, k×k to r features and 1×1 behind it, which take half (see `widths/ranks.py`); or a
+            dict of that by module path; or "auto", by need within `max_cost`, together with the widths if those are.
+            Needs least squares, which fits both. Grouped and shared layers stay as they are.
         min_agreement: with `until="auto"`: the deepest cut at which every head agrees with its original on this share
             of held-out inputs, a fifth of `data` (see `calibration/holdout.py`). The default, 0.98.
         max_cost: with `until="auto"`: the earliest cut at which the zip costs at most so much, relative to the first
@@ -162,10 +167,11 @@ def compile_zip(
             will do: `error.zipped` is the best so far.
     """
     given = Given.of(models if sample_input is None else (*models, sample_input))
-    by_need = width == "auto"
+    by_need = "auto" in (width, rank)
     request = width_request(width, max_cost if by_need else None, len(given.networks), budget)
+    ranks = rank_request(rank, max_cost if by_need else None, budget)
     own_weights = weights_by_model(weights, given.tasks, len(given.networks))
-    recipe = Recipe.of(method, refit, calibrated=data is not None, width=request, weights=own_weights)
+    recipe = Recipe.of(method, refit, calibrated=data is not None, width=request, rank=ranks, weights=own_weights)
     check_base(base, recipe)
     cut = cut_request(until, min_agreement, max_cost, by_need=by_need, budget=budget)
     options = Options(
@@ -230,7 +236,7 @@ def assemble(
         "method": repr(recipe.method),
         "refit": recipe.refit_name,
         "data": calibration.description,
-        "budget": made.spending(recipe.width),
+        "budget": made.spending(recipe.budget),
         "self_check": list(found.errors),
         "notes": [
             *about_base(recipe), *observed.trunk.notes, *found.notes, *tried.notes, *calibration.notes,
@@ -239,7 +245,7 @@ def assemble(
     }  # fmt: skip
     moments = {k: one.moments for k, one in solo.items()}
     report = make_report(zipped, made.plan, settings, observed.moments, moments)
-    zipped.meta["fxzip_report"] = report.noting(*overspent(report, recipe.width), *_saves_nothing(report))
+    zipped.meta["fxzip_report"] = report.noting(*overspent(report, recipe.budget), *_saves_nothing(report))
     return zipped
 
 

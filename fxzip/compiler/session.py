@@ -27,6 +27,7 @@ from ..widths.latency import latency_prices
 from ..widths.narrow_heads import behind
 from ..widths.observed import Observed
 from ..widths.prices import Prices, byte_prices, flop_prices, parameter_prices
+from ..widths.rank_losses import CallOutputs
 from ..widths.requests import Currency
 from ..widths.resizable import resizable_spaces
 from .arguments import Given, data_of
@@ -175,6 +176,11 @@ class Session:
             }
             known = CachedSeconds.of(programs[0].call.device)
             return processes.of_first(lambda: latency_prices(programs, alone, known))
+
+    @cached_property
+    def call_outputs(self) -> CallOutputs:
+        """What the data show of the calls that may be factorised."""
+        return CallOutputs.observe(self.survey.alignment, self.calibration("observing calls"))
 
     def shifted(self, network: ZippedModule) -> ZippedModule:
         """The network with the logits of its heads moved such that they tell the tasks apart, where that is asked."""

@@ -18,6 +18,7 @@ from ..partition.node_names import module_path
 from ..tracing import Program, flat_inputs
 from ..tracing.calls import Call
 from ..tracing.shapes import checked_shapes
+from .factorised import factorised_calls
 from .module import EmittedModule, ZippedModule, is_unmerge, part_of
 from .node_facts import node_facts
 from .report_text import headline, lines
@@ -32,11 +33,11 @@ class Report(Mapping[str, Any]):
     """A read-only dict of plain values; `str(report)` is a text for people.
 
     Keys: "models", "method", "refit", "data", "agreement",
-    "latency" (see `compiler/judging.py`), "cut", "spaces", "narrowed", "flops", "parameters", "unmerges", "mixed",
-    "barriers", "self_check", "tracing", "notes", "nodes". "narrowed" holds for each head its spaces that keep fewer
-    features. A space has, for each model, its "sizes" and its "error", the share of the features' variance that merging
-    loses (see `space_facts.py`). "nodes" holds for each node of the graph where it is, what it gives and why it is not
-    shared (see `node_facts.py`).
+    "latency" (see `compiler/judging.py`), "cut", "spaces", "narrowed", "ranks", "flops", "parameters", "unmerges",
+    "mixed", "barriers", "self_check", "tracing", "notes", "nodes". "narrowed" holds for each head its spaces that keep
+    fewer features; "ranks" the calls that were made two (see `factorised.py`). A space has, for each model, its "sizes"
+    and its "error", the share of the features' variance that merging loses (see `space_facts.py`). "nodes" holds for
+    each node of the graph where it is, what it gives and why it is not shared (see `node_facts.py`).
     "flops" and "parameters" hold "trunk", "heads", "total", "originals", "side_by_side"; "flops" also
     "unknown", the calls whose FLOPs are not known and count as none. "unmerges" are the nodes that
     give a head its own features; "mixed" those of them that take a matrix product, the others gather.
@@ -236,6 +237,7 @@ def make_report(
         },
         "spaces": space_facts(plan, statistics),
         "narrowed": [narrowed_facts(plan, k, alone.get(k, NOTHING)) for k in range(len(programs))],
+        "ranks": factorised_calls(zipped),
         **spent,
         "unmerges": [node.name for node in left],
         "mixed": [node.name for node in left if node.target is mix],

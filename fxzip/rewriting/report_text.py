@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -80,6 +80,7 @@ def lines(v: Mapping[str, Any]) -> list[str]:
     for k, narrow in enumerate(v.get("narrowed", [])):
         names = [f"head {k}: {own['name']}"[:40] for own in narrow]
         result += [f"{name:40}{own['size']:>6}{own['kept']:>6}" for name, own in zip(names, narrow, strict=True)]
+    result += _factorised(v.get("ranks", []))
     mixed = set(v.get("mixed", []))
     for how, names in (
         ("a gather", [name for name in v["unmerges"] if name not in mixed]),
@@ -94,6 +95,21 @@ def lines(v: Mapping[str, Any]) -> list[str]:
             result.append(f"model {k} traced by {tracing['rung']}: " + " ".join(tracing["failures"]))
     result += [f"note: {note}" for note in v.get("notes", [])]
     return result
+
+
+def _factorised(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for every call that was made two.
+
+    >>> _factorised([{"name": "trunk.conv1", "rank": 4, "outputs": 12, "inputs": 108}])[1].split()
+    ['trunk.conv1', '12', 'x', '108', '4']
+    """
+    if not ranks:
+        return []
+    lines = [f"{'call made two':40}{'outputs x inputs':>18}{'rank':>6}"]
+    for own in ranks:
+        size = f"{own['outputs']} x {own['inputs']}"
+        lines.append(f"{own['name'][:40]:40}{size:>18}{own['rank']:>6}")
+    return lines
 
 
 def _folded(space: Mapping[str, Any]) -> str:

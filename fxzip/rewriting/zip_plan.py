@@ -39,6 +39,7 @@ class ZipPlan:
         readings: (space, model) -> how the head reads its features from the merged ones where they are not copied from
             its own clusters, [features of the model, merged features].
         combination: what makes one of the models' parameters; None: their weighted means, by the merges.
+        ranks: (part, node of the part's first model) -> the rank of a call that becomes two, see `factorised.py`.
     """
 
     trunk: Trunk
@@ -50,6 +51,7 @@ class ZipPlan:
     heads: Mapping[int, ZipPlan] = field(default_factory=dict)
     readings: Mapping[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     combination: Combination | None = None
+    ranks: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def U(self, space: int, k: int) -> torch.Tensor:
         """How head k gets its features of a space from the merged ones where that is not folded into its weights."""

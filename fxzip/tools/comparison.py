@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ from ..refit import Refit
 from ..rewriting.module import ZippedModule
 from ..tracing import plain_context
 from ..widths.observed import Observed
-from ..widths.requests import Budget, Currency, WidthRequest, width_request
+from ..widths.requests import UNCHANGED, Budget, Currency, WidthRequest, rank_request, width_request
 from .narrowing import narrowed_apart
 from .table import Table
 from .unmerged import side_by_side
@@ -53,6 +53,7 @@ def sweep(
     cuts: Sequence[str | float | None] | None = None,
     max_costs: Sequence[float] | None = None,
     budget: Currency | None = None,
+    rank: Literal["auto"] | float | Mapping[str, float] = 1.0,
     method: str | Method = "auto",
     refit: str | Refit | None = "auto",
     score: Score | None = None,
@@ -87,6 +88,7 @@ def sweep(
             at each cut, and for each of them a row "alone", every network narrowed by itself to its share of it. A cost
             that cannot be had at a cut is a row with the message.
         budget: what these costs count, as in `compile_zip`.
+        rank: as in `compile_zip`, for all rows; "auto", with `max_costs`, shares the budget with the widths.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
         held_out: batches to measure agreement on, as `data`. None: every fifth input of `data`, which then serves for
             nothing else; without `data` agreement is not measured.
@@ -97,14 +99,18 @@ def sweep(
     """
     given = Given.of((models, sample_input), "sweep")
     own_weights = weights_by_model(weights, given.tasks, len(given.networks))
-    recipe = Recipe.of(method, refit, calibrated=data is not None, weights=own_weights)
+    recipes = []
+    for cost in (None,) if max_costs is None else tuple(map(float, max_costs)):
+        width = UNCHANGED if cost is None else width_request("auto", cost, len(given.networks), budget)
+        ranks = rank_request(rank, cost, budget)
+        recipes.append(
+            Recipe.of(method, refit, calibrated=data is not None, width=width, rank=ranks, weights=own_weights)
+        )
+    recipe = recipes[0]
     check_base(base, recipe)
-    widths: Sequence[WidthRequest] = [recipe.width]
-    if max_costs is not None:
-        widths = [width_request("auto", float(cost), len(given.networks), budget) for cost in max_costs]
-    lines = [_Line(_shown(method) or "", _shown(recipe.refit_name), replace(recipe, width=width)) for width in widths]
+    lines = [_Line(_shown(method) or "", _shown(own.refit_name), own) for own in recipes]
     if data is not None:
-        lines += [_Line.alone(width) for width in widths if isinstance(width, Budget)]
+        lines += [_Line.alone(own.width) for own in recipes if isinstance(own.width, Budget)]
     options = Options(
         start=start, joint=joint, verify=verify, strict=strict, by_position=recipe.by_position,
         max_batches=max_batches, rules=rules, data_free=recipe.data_free,

@@ -8,7 +8,7 @@ Networks narrowed each by itself to 1/K of their cost, side by side, are what ev
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -29,7 +29,7 @@ from ..rewriting.module import EmittedModule, ZippedModule
 from ..rewriting.report import Report
 from ..tracing import plain_context
 from ..tracing.calls import JointCall
-from ..widths.requests import Currency, width_request
+from ..widths.requests import Currency, rank_request, width_request
 from .unmerged import side_by_side
 
 
@@ -42,6 +42,7 @@ def narrow(
     data: Any = None,
     max_cost: float = 0.5,
     budget: Currency | None = None,
+    rank: Literal["auto"] | float = 1.0,
     method: str | Method = "auto",
     refit: str | Refit | None = "auto",
     hold_out: bool = True,
@@ -65,6 +66,8 @@ def narrow(
         data: unlabelled calibration data, as in `compile_zip`; None: the sample input serves, which is far too little.
         max_cost: what the result may cost relative to the model, in (0, 1].
         budget: what that counts, as in `compile_zip`: "latency" by default, "flops", "memory" or "parameters".
+        rank: "auto": convolutions and linear layers may become two calls of a lower rank, too, by need within
+            `max_cost`. 1: they stay one.
         method: "auto" ("energy" under least squares, else "zip"), "energy" or "zip"; other methods match features of
             several models.
         refit, hold_out, verify, progress, max_batches, rules: as in `compile_zip`.
@@ -79,7 +82,8 @@ def narrow(
     """
     given = Given.one(model, sample_input, "narrow")
     width = width_request("auto", max_cost, 1, budget)
-    recipe = Recipe.of(method, refit, calibrated=data is not None, width=width)
+    ranks = rank_request(rank, max_cost, budget)
+    recipe = Recipe.of(method, refit, calibrated=data is not None, width=width, rank=ranks)
     options = Options(hold_out=hold_out, verify=verify, max_batches=max_batches, rules=rules)
     with Display(show=progress) as display:
         session = Session.open(given, data, options, display)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import InputError
 from ..partition.region import Trunk
-from .budget import by_need
+from .budget import NONE, by_need, ranks_by_need
+from .levers import Key
 from .narrow_heads import behind
 from .observed import Observed
 from .prices import Prices
-from .requests import UNCHANGED, Budget, ScaledSpaces, WidthRequest
+from .rank_losses import RankLosses
+from .requests import UNCHANGED, Budget, Scaled, ScaledSpaces, WidthRequest
 from .resizable import elastic_spaces
 
 
@@ -26,17 +28,20 @@ class Widths:
         kept: by space number of model 0.
         notes: for the report.
         heads: model -> the same of its head's spaces, by their numbers in the model alone.
+        ranks: (part, node of the part's first model) -> rank of a call, where ranks are by need.
     """
 
     kept: Mapping[int, int]
     notes: tuple[str, ...] = ()
     heads: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    ranks: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 def choose_widths(
-    observed: Observed, request: WidthRequest, prices: Prices, solo: Mapping[int, Observed] = MappingProxyType({})
-) -> Widths:
-    """The numbers of features to keep.
+    observed: Observed, request: WidthRequest, prices: Prices, solo: Mapping[int, Observed] = MappingProxyType({}),
+    *, ranks: Budget | None = None, calls: Mapping[Key, RankLosses] = NONE,
+) -> Widths:  # fmt: skip
+    """The numbers of features to keep, and the ranks of calls if those are to be chosen by need.
 
     Args:
         observed: what is shared; its spaces that were not observed keep their size.
@@ -44,18 +49,25 @@ def choose_widths(
         prices: of every node of every model, in the currency of the request, if that is a budget.
         solo: models by themselves, by number; under a budget their heads may keep fewer features too. Without, heads
             stay as they are.
+        ranks: what the zip may cost by the ranks of calls; None: they are not by need.
+        calls: that may have a lower rank.
 
     Raises:
         InputError: a name is no space of the trunk, or cannot have another size.
         CostError: what has to keep its size takes more than the budget.
     """
-    if request == UNCHANGED:
-        return Widths({})
-
-    trunk = observed.trunk
     if isinstance(request, Budget):
-        return _within(observed, request, prices, solo)
+        return _within(observed, request, prices, solo, calls)
 
+    found = Widths({}) if request == UNCHANGED else _scaled(observed, request)
+    if ranks is None:
+        return found
+    return replace(found, ranks=ranks_by_need(observed, ranks, prices, found.kept, calls))
+
+
+def _scaled(observed: Observed, request: Scaled | ScaledSpaces) -> Widths:
+    """The numbers of features by shares."""
+    trunk = observed.trunk
     spaces = trunk.spaces[0].spaces
     if isinstance(request, ScaledSpaces):
         elastic = elastic_spaces(trunk, observed.moments, _asked(trunk, request.shares))
@@ -68,7 +80,9 @@ def choose_widths(
     return Widths(_changed(trunk, kept), tuple(_notes(trunk, elastic.reasons)))
 
 
-def _within(observed: Observed, budget: Budget, prices: Prices, solo: Mapping[int, Observed]) -> Widths:
+def _within(
+    observed: Observed, budget: Budget, prices: Prices, solo: Mapping[int, Observed], calls: Mapping[Key, RankLosses]
+) -> Widths:
     """The numbers of features by need, in the trunk and in the heads of the models that are looked at by themselves."""
     notes, narrow = _notes(observed.trunk, observed.elastic.reasons), {}
     for k, own in solo.items():
@@ -76,9 +90,9 @@ def _within(observed: Observed, budget: Budget, prices: Prices, solo: Mapping[in
         narrow[k] = own.elastic.among(behind(observed.trunk, k, own.trunk), names)
         notes += _notes(own.trunk, narrow[k].reasons, f" in head {k}")
 
-    kept, found = by_need(observed, budget, prices, solo, narrow)
-    heads = {k: _changed(solo[k].trunk, sizes) for k, sizes in found.items()}
-    return Widths(_changed(observed.trunk, kept), tuple(notes), {k: sizes for k, sizes in heads.items() if sizes})
+    found = by_need(observed, budget, prices, solo, narrow, calls)
+    heads = {k: changed for k, sizes in found.heads.items() if (changed := _changed(solo[k].trunk, sizes))}
+    return Widths(_changed(observed.trunk, found.spaces), tuple(notes), heads, found.ranks)
 
 
 def _changed(trunk: Trunk, kept: Mapping[int, int]) -> dict[int, int]:
@@ -93,9 +107,9 @@ def _notes(trunk: Trunk, reasons: Mapping[int, str], where: str = "") -> list[st
     ]
 
 
-def overspent(report: Mapping[str, Any], request: WidthRequest) -> tuple[str, ...]:
+def overspent(report: Mapping[str, Any], request: Budget | None) -> tuple[str, ...]:
     """A note if a zip by need takes more than it may: what heads spend on reading features through a matrix."""
-    if not isinstance(request, Budget) or request.currency not in ("flops", "parameters"):
+    if request is None or request.currency not in ("flops", "parameters"):
         return ()
 
     spent = report[request.currency]

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..analysis.labelling import Labelling
 from ..analysis.relabelling import group_run
 from ..partition.region import Trunk
+from ..rewriting.factorised import LinearSize
 from ..rewriting.zip_plan import head_params, unmerged_spaces
 from .levers import TRUNK, Key, Lever, Sizes
 from .observed import Observed
@@ -28,28 +29,13 @@ _Axis = Mapping[Key, tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class LinearCall:
-    """A call y = W x at every place that may be factorised into one to r features and one from there.
-
-    Attributes:
-        outputs: how many features it gives.
-        inputs: how many values each of them is a sum of: input features times places of the kernel.
-        along: the axis of its weight that the outputs lie along.
-    """
-
-    outputs: int
-    inputs: int
-    along: int = 0
-
-
-@dataclass(frozen=True)
 class _Call:
     """What a node costs, the spaces along the axes that its work goes with, and what rank it may have."""
 
     price: Price
     axes: Sequence[tuple[int, _Axis]]
     key: Key | None = None
-    linear: LinearCall | None = None
+    linear: LinearSize | None = None
 
 
 _Length = tuple[int, Mapping[Key, float]]
@@ -70,7 +56,7 @@ class CallCosts:
 
     def __init__(
         self, observed: Observed, prices: Prices, solo: Mapping[int, Observed], narrow: Mapping[int, Collection[int]],
-        base: Sizes, ranks: Mapping[Key, LinearCall] = MappingProxyType({}),
+        base: Sizes, ranks: Mapping[Key, LinearSize] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         trunk, free = observed.trunk, observed.elastic.spaces
         self.one = sum(price.at(1.0) for price in prices[0].values())
@@ -144,10 +130,10 @@ class CallCosts:
         return 1 + sum(f * (sizes[s] / self.base[s] * first - 1) for s, (f, first) in axis.items())
 
 
-def factorised_cost(price: Price, call: LinearCall, rank: float, outputs: float = 1.0, inputs: float = 1.0) -> float:
+def factorised_cost(price: Price, call: LinearSize, rank: float, outputs: float = 1.0, inputs: float = 1.0) -> float:
     """What a call of this rank costs as two: to so many features, and from there.
 
-    >>> flops, call = Price.proportional(100.0), LinearCall(10, 10)
+    >>> flops, call = Price.proportional(100.0), LinearSize(10, 10)
     >>> factorised_cost(flops, call, 4), factorised_cost(flops, call, 4, inputs=0.5)
     (80.0, 60.0)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -103,9 +104,9 @@ class _Step(NamedTuple):
 class _Greedy:
     """Levers at their present sizes, and the steps from there."""
 
-    def __init__(self, levers: Sequence[Lever], costs: Costs) -> None:
+    def __init__(self, levers: Sequence[Lever], costs: Costs, fixed: Sizes) -> None:
         self.levers, self.costs = levers, costs
-        self.sizes: dict[Key, int] = {key: lever.most for lever in levers for key in lever.keys}
+        self.sizes: dict[Key, int] = {**fixed, **{key: lever.most for lever in levers for key in lever.keys}}
         self.total = costs.total(self.sizes)
         self._calls = [frozenset(costs.calls(lever)) for lever in levers]
         self._known: dict[int, list[_Step]] = {}
@@ -141,10 +142,12 @@ class _Greedy:
         self._known.clear()
 
 
-def allocate(levers: Sequence[Lever], costs: Costs, limit: float) -> tuple[dict[Key, int], float]:
+def allocate(
+    levers: Sequence[Lever], costs: Costs, limit: float, fixed: Sizes = MappingProxyType({})
+) -> tuple[dict[Key, int], float]:
     """The sizes that lose little at a cost of at most `limit`, and what they cost; more than `limit` if nothing more
-    can be given up."""
-    greedy = _Greedy(levers, costs)
+    can be given up. `fixed`: sizes that stay."""
+    greedy = _Greedy(levers, costs, fixed)
     while greedy.total > limit and (possible := greedy.steps(-1)):
         greedy.take(possible[0])
 

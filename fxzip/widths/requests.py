@@ -1,4 +1,4 @@
-"""What a user may ask of widths, checked: one share for all spaces, shares by name, or what the budget allows."""
+"""What a user may ask of widths and ranks, checked: one share for all, shares by name, or what the budget allows."""
 
 from __future__ import annotations
 
@@ -45,6 +45,27 @@ class Budget:
 WidthRequest = Scaled | ScaledSpaces | Budget
 UNCHANGED = Scaled()
 
+Rank = Width
+"""As users write it: a share, shares by the names of calls, or "auto"."""
+
+
+@dataclass(frozen=True)
+class ScaledRanks:
+    """Every call takes this share of what it would take as one."""
+
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class NamedRanks:
+    """The calls named take these shares of what they would take as one."""
+
+    shares: Mapping[str, float]
+
+
+RankRequest = ScaledRanks | NamedRanks | Budget
+WHOLE = ScaledRanks()
+
 
 def currency(budget: str | None) -> Currency:
     """What a cost is counted in; None: seconds, which is what people wait for.
@@ -79,9 +100,7 @@ def width_request(width: Width, max_cost: float | None, models: int, budget: str
     if isinstance(width, str):
         if width != "auto":
             raise OptionError(f'`width` must be a number, a dict of numbers by space, or "auto"; found {width!r}.')
-        if max_cost is not None and not max_cost > 0:
-            raise OptionError(f"`max_cost` must be positive; found {max_cost!r}. Try 1.3, or 1.0 for the cost of one.")
-        return Budget(1.0 if max_cost is None else float(max_cost), currency(budget))
+        return _budget(max_cost, budget)
 
     for value in width.values() if isinstance(width, Mapping) else (width,):
         if not 0 < value <= models:
@@ -90,3 +109,39 @@ def width_request(width: Width, max_cost: float | None, models: int, budget: str
                 f"{value!r}. Try 1.25."
             )
     return ScaledSpaces(dict(width)) if isinstance(width, Mapping) else Scaled(float(width))
+
+
+def rank_request(rank: Rank, max_cost: float | None, budget: str | None = None) -> RankRequest:
+    """What `rank`, `max_cost` and `budget` ask for.
+
+    >>> rank_request(0.5, None), rank_request("auto", 1.3, "flops")
+    (ScaledRanks(share=0.5), Budget(cost=1.3, currency='flops'))
+
+    Args:
+        rank: what calls are to take relative to what they take as one, in (0, 1]; a dict of that by the names of calls;
+            or "auto".
+        max_cost: with "auto", what the zip may cost relative to the first model; None: 1. Otherwise it does not concern
+            the ranks.
+        budget: what a cost is counted in, see `currency`.
+
+    Raises:
+        OptionError: a value is none of these, or out of range.
+    """
+    if isinstance(rank, str):
+        if rank != "auto":
+            raise OptionError(f'`rank` must be a number, a dict of numbers by call, or "auto"; found {rank!r}.')
+        return _budget(max_cost, budget)
+
+    for value in rank.values() if isinstance(rank, Mapping) else (rank,):
+        if not 0 < value <= 1:
+            raise OptionError(
+                f"`rank` must lie in (0, 1], at 1 every call stays as it is, at 0.5 two calls take half of what one "
+                f"does; found {value!r}. Try 0.5."
+            )
+    return NamedRanks(dict(rank)) if isinstance(rank, Mapping) else ScaledRanks(float(rank))
+
+
+def _budget(max_cost: float | None, budget: str | None) -> Budget:
+    if max_cost is not None and not max_cost > 0:
+        raise OptionError(f"`max_cost` must be positive; found {max_cost!r}. Try 1.3, or 1.0 for the cost of one.")
+    return Budget(1.0 if max_cost is None else float(max_cost), currency(budget))

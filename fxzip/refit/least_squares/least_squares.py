@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ...calibration.sources import tell, with_sources
+from ...rewriting.factorised import factorise
 from ...rewriting.module import ZippedModule
 from ...rewriting.zip_plan import ZipPlan
 from ...tracing import Program, quiet_execution
@@ -65,6 +66,7 @@ class LeastSquares(Settings):
                         raise
                     unfit[found.restart] = str(found)
         walk.fit.inputs, walk.fit.memory = batches.inputs, batches.measured()
+        factorise(result, walk.fit.take_factors())
         tell(data, f"least squares is done: {walk.fit.memory}")
         result.meta["fxzip_fit"] = walk.fit
         return Refitted(result, tuple(walk.fit.notes()))

@@ -27,6 +27,7 @@ from ...errors import DataError
 from ...matching.linalg import ridged_cholesky
 from .alternating import Wish, alternate, precise
 from .blocks import Blocks
+from .reduced_rank import Cut, cut_rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +92,13 @@ class Solution(NamedTuple):
     weight: Tensor
     ridge: float
     lost: float | None
+    factors: tuple[Tensor, Tensor] | None = None
 
 
 def ridge_solution(
-    regression: Regression, ridge: float, *, rounds: int = 0, wish: Wish | None = None, turns: int = 0
-) -> Solution:
+    regression: Regression, ridge: float, *, rounds: int = 0, wish: Wish | None = None, turns: int = 0,
+    rank: int | None = None,
+) -> Solution:  # fmt: skip
     """The regression, and the ridge that it took.
 
     >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
@@ -111,9 +114,11 @@ def ridge_solution(
             Each round replaces such targets by the present value or 0: the sum of squares that forgives values ≤ 0
             there never grows.
         wish, turns: where the targets are but a means: from the solution on, so many rounds of `alternate`.
+        rank: of W without its last row, see `reduced_rank`; None: whatever comes.
 
     Returns:
-        W in float64, [d + 1, n]; the ridge used; with a wish the share that is lost.
+        W in float64, [d + 1, n]; the ridge used; with a wish the share that is lost; with a rank what W is made of,
+        [d, rank] and [rank, n].
     """
     ones, base, prior = regression.inputs, regression.base, regression.prior
     system = _Normal(ones)
@@ -122,19 +127,27 @@ def ridge_solution(
     def solve(left: Blocks) -> Tensor:
         return prior.double() + system.solve(factor, system.side(left))
 
+    def cut(full: Tensor) -> Cut:
+        if rank is None:
+            return Cut(full, full, full)
+        return cut_rank(full, ones, ridge * system.scale, rank, constant=regression.constant)
+
     solution, lost = solve(regression.left), None
     if wish is not None:
         solution, losses = alternate(ones, solution, wish, lambda r: system.solve(factor, system.side(r)), turns)
         lost = losses[-1] if losses else None
         if len(losses) > 1:
-            return Solution(solution, ridge, lost)
+            found = cut(solution)
+            return Solution(found.weight, ridge, lost, None if rank is None else (found.first, found.second))
 
     def forgiving(t: Tensor, start: Tensor, present: Tensor, base: Tensor) -> Tensor:
         return torch.where(t + base > 0, t, (present + base).clamp(max=0) - base) - start
 
+    found = cut(solution)
     for _ in range(rounds):
-        solution = solve(regression.targets.map(forgiving, regression.start, _outputs(ones, solution), base))
-    return Solution(solution, ridge, lost)
+        present = _outputs(ones, found.weight)
+        found = cut(solve(regression.targets.map(forgiving, regression.start, present, base)))
+    return Solution(found.weight, ridge, lost, None if rank is None else (found.first, found.second))
 
 
 def best_ridge(

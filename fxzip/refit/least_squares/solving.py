@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ...errors import OptionError
+from ...rewriting.factorised import Factors
 from ...rewriting.module import ZippedModule
 from ..linear_calls.kernels import effective, install
 from ..linear_calls.units import Unit, called
@@ -32,6 +33,14 @@ class Fit:
     inputs: int = 0
     memory: Usage | None = None
     lost: dict[str, float] = field(default_factory=dict)
+    factors: dict[fx.Node, Factors] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def take_factors(self) -> dict[fx.Node, Factors]:
+        """What the weights of calls of a given rank are made of; kept are only the ranks, by name."""
+        found, self.factors = self.factors, {}
+        self.ranks = {node.name: len(own.first) for node, own in found.items()}
+        return found
 
     def notes(self) -> list[str]:
         """What the report says of it."""
@@ -97,6 +106,22 @@ class Settings:
 
 
 @dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of a unit's solution beside the least error.
+
+    Attributes:
+        wish: what its features should tell, where they are free.
+        rank: that its weight is to have; None: any.
+    """
+
+    wish: Wish | None = None
+    rank: int | None = None
+
+
+ANYTHING = Asked()
+
+
+@dataclass(frozen=True, eq=False)
 class _Joined:
     """The samples of all calls of a unit on all batches, one below the other.
 
@@ -140,12 +165,12 @@ def offset_of(samples: Sequence[Sample]) -> Blocks | None:
 
 def solve(
     net: ZippedModule, unit: Unit, samples: Sequence[Sample], settings: Settings, fit: Fit,
-    wish: Wish | None = None,
+    asked: Asked = ANYTHING,
 ) -> None:  # fmt: skip
     """Solve the regression of one unit and write the solution into its parameters."""
     joined = _Joined.of(samples)
     if unit.kernel is not None:
-        _solve_linear(net, unit, joined, settings, fit, wish)
+        _solve_linear(net, unit, joined, settings, fit, asked)
     else:
         _solve_affine(unit, joined, settings)
     fit.fitted.append(unit.name)
@@ -165,8 +190,8 @@ def _solve_affine(unit: Unit, joined: _Joined, settings: Settings) -> None:
 
 
 def _solve_linear(
-    net: ZippedModule, unit: Unit, joined: _Joined, settings: Settings, fit: Fit, wish: Wish | None
-) -> None:
+    net: ZippedModule, unit: Unit, joined: _Joined, settings: Settings, fit: Fit, asked: Asked
+) -> None:  # fmt: skip
     """x [places, groups, inputs], t [places, outputs]: one regression per group."""
     kernel = unit.kernel
     assert kernel is not None
@@ -187,9 +212,12 @@ def _solve_linear(
             # Halves want more of it than the whole, and what it holds back adds up from call to call.
             given = max(given, best / 10)
 
-        solution, ridge, lost = ridge_solution(
-            regression, given, rounds=rounds, wish=None if scarce else wish, turns=settings.turns
-        )
+        solution, ridge, lost, factors = ridge_solution(
+            regression, given, rounds=rounds, wish=None if scarce else asked.wish, turns=settings.turns,
+            rank=asked.rank,
+        )  # fmt: skip
+        if factors is not None:
+            fit.factors[unit.sites[0].node] = Factors(factors[0].T, factors[1].T)
         flat[g] = (solution[:-1] if constant else solution).T
         if constant:
             bias[mine] = solution[-1]

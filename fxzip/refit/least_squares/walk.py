@@ -26,7 +26,7 @@ from .free_features import Freedom
 from .goals import Goal, HeadGoals, NarrowGoals, TrunkGoals
 from .lockstep import Lockstep
 from .samples import Batch, Sample, Sampler
-from .solving import Fit, Settings, offset_of, solve
+from .solving import Asked, Fit, Settings, offset_of, solve
 from .spilling import fetched
 
 
@@ -223,7 +223,8 @@ class Walk:
         try:
             samples = self._drawn(part, unit)
             if not self.is_trial:
-                solve(self.net, unit, samples, self.settings, self.fit, self._wish(part, unit, samples))
+                asked = Asked(self._wish(part, unit, samples), self._rank(part, unit))
+                solve(self.net, unit, samples, self.settings, self.fit, asked)
                 self.batches.meter.look()
         except Unfit as found:
             if any((site.node, site.call) in self.relied for site in unit.sites):
@@ -245,6 +246,12 @@ class Walk:
         if any(reasons):
             raise Unfit(next(reason for reason in reasons if reason))
         return samples
+
+    def _rank(self, part: _Part, unit: Unit) -> int | None:
+        """The rank that the call of a unit is to have; None: it stays one call."""
+        node = unit.sites[0].node
+        sources = sources_of(node)
+        return self.plan.ranks.get((part.name, sources[0])) if sources else None
 
     def _draw(self, part: _Part, unit: Unit) -> list[Sample]:
         """Samples of all calls of a unit, batch by batch: each catches up with what was run so far."""
