@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import RuleError
+from ..tracing.randomness import unwatched
 from .inplace_writes import Earlier, write_in_place, written_by
 from .label_state import Barrier, Entry, Probed, Site, State, tensors
 from .rules import AxisLabels, Invocation, contraction, elementwise, is_pointwise, is_random, movement, varying
@@ -36,31 +37,33 @@ class LabelMode(TorchDispatchMode):
 
         earlier = Earlier.of(state, inputs, written) if written else Earlier({}, {})
         out = func(*args, **kwargs)
-        if written and name.endswith("_"):
-            name = name.rstrip("_")
+        with unwatched():
+            call = Invocation(
+                name.rstrip("_") if written else name, func, tuple(args), kwargs, out, state.store,
+                lambda t: earlier.operands.get(id(t)) or state.operand(t), state.restart,
+            )  # fmt: skip
+            self._label(call, inputs, written, earlier)
 
-        call = Invocation(
-            name, func, tuple(args), kwargs, out, state.store,
-            lambda t: earlier.operands.get(id(t)) or state.operand(t), state.restart,
-        )  # fmt: skip
-        dynamic = any(not state.entry(t).static for t in inputs)
-        dynamic = dynamic or is_random(func)
+        return out
+
+    def _label(self, call: Invocation, inputs: list[Tensor], written: list[Tensor], earlier: Earlier) -> None:
+        """Apply the rule of a call and file what it gives."""
+        state, random = self.state, is_random(call.func)
+        dynamic = random or any(not state.entry(t).static for t in inputs)
         if dynamic and _weighs(state, call):
             state.store.constraints.sums = True
 
         labelled = any(state.entry(t).fields for t in inputs)
-        state.store.call, state.store.where = name, state.where
-        result = _apply(state, call) if labelled or (is_random(func) and name in state.rules) else None
+        state.store.call, state.store.where = call.name, state.where
+        result = _apply(state, call) if labelled or (random and call.name in state.rules) else None
         if written:
             write_in_place(state, call, written, result, dynamic, earlier)
-        if not written or not any(out is t for t in written):
+        if not written or not any(call.out is t for t in written):
             _file(state, call, result, dynamic)
 
         _end_at_uncertain_sizes(state, call)
         _note_sites(state, call)
         state.calls += 1
-
-        return out
 
 
 def _weighs(state: State, call: Invocation) -> bool:

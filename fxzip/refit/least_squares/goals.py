@@ -13,6 +13,7 @@ from ...analysis import Labelling
 from ...analysis.rules import varying
 from ...rewriting.module import sources_of
 from ...rewriting.zip_plan import ZipPlan
+from ...tracing.randomness import unwatched
 from ..linear_calls.counterparts import Counterparts, labels_at
 from ..linear_calls.kernels import Places, as_rows, take
 from ..linear_calls.units import Site, Unit
@@ -138,7 +139,8 @@ class TrunkGoals:
             own.of(site, name, biased=unit.kernel.bias is not None)
             for own, name in zip(self.counterparts, twins, strict=True)
         ]
-        targets = find_targets(self.plan, [(call.start[0].name, call.start[1]) for call in calls], self.sources)
+        with unwatched():
+            targets = find_targets(self.plan, [(call.start[0].name, call.start[1]) for call in calls], self.sources)
         if targets is None or (targets.axes != unit.kernel.axes and not flat):
             return None
         readings = [Reading(net, *call.end) for net, call in zip(self.originals, calls, strict=True)]
@@ -147,7 +149,8 @@ class TrunkGoals:
     def at(self, node: fx.Node) -> Goal | None:
         """For what a node returns."""
         twins = self.plan.trunk.alignment.pairs[sources_of(node)[0]]
-        targets = find_targets(self.plan, [(twin, None) for twin in twins], self.sources)
+        with unwatched():
+            targets = find_targets(self.plan, [(twin, None) for twin in twins], self.sources)
         readings = [Reading(net, net.nodes[twin], None) for net, twin in zip(self.originals, twins, strict=True)]
         return None if targets is None else Goal(targets.axes, tuple(readings), targets)
 
