@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from .threads import Replacement, ThreadPatch
 
@@ -85,15 +85,22 @@ class OwnRandomness(TorchDispatchMode):
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Inside, no dispatch mode sees a call: for what is computed beside a network that is being watched. To look at
-    every small product of labels takes longer than the product.
+    """Inside, no dispatch mode of this thread sees a call: for what is computed beside a network that is being watched.
+    To look at every small product of labels takes longer than the product.
+
+    PyTorch's `_disable_current_modes` is not for this: it also takes modes off a stack that all threads share, on which
+    an export in another thread relies.
 
     >>> with OwnRandomness(0), unwatched():
     ...     torch._C._len_torch_dispatch_stack()
     0
     """
-    with _disable_current_modes():
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
         yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 def draws(func: Any, args: Any, kwargs: Any) -> bool:
