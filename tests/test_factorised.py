@@ -14,9 +14,12 @@ from torch.nn.utils import parametrizations
 from zoo import randomise
 
 import fxzip
+from fxzip.refit.least_squares import walk
 from fxzip.refit.least_squares.blocks import Blocks
 from fxzip.refit.least_squares.reduced_rank import cut_rank
 from fxzip.refit.least_squares.ridge import Regression, ridge_solution
+from fxzip.refit.least_squares.solving import solve
+from fxzip.refit.unfit import Unfit
 from fxzip.rewriting.factorised import Factors, LinearSize, factorise, factorised_calls, linear_size, why_whole
 from fxzip.widths.ranks import as_emitted, choose_ranks
 from fxzip.widths.requests import ScaledRanks
@@ -305,6 +308,18 @@ def test_what_is_left_alone_is_named_with_its_reason() -> None:
         assert any(f".{name}`" in note and why in note for note in notes), (name, notes)
     everywhere = _zip(*models, x=x, rank=0.4)
     assert [path for path in _calls(everywhere) if path.endswith(".1")] == ["trunk.plain.1", "trunk.normed.1"]
+
+
+def test_a_call_that_cannot_be_fitted_stays_one_and_is_named(monkeypatch) -> None:
+    def refuse(net, unit, *rest) -> None:
+        if "conv1" in unit.name:
+            raise Unfit("it is not to be had")
+        solve(net, unit, *rest)
+
+    monkeypatch.setattr(walk, "solve", refuse)
+    zipped = _zip(_residual(3, 0), _residual(4, 1), x=_images(), rank={"3.conv1": 0.5, "3.conv2": 0.5})
+    assert [own["name"] for own in zipped.report["ranks"]] == ["trunk.3.conv2"]
+    assert any("but one stays" in note and "_3_conv1" in note for note in zipped.report.notes)
 
 
 def test_whatever_a_zip_can_do_it_can_do_with_ranks(tmp_path) -> None:

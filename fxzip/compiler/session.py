@@ -180,7 +180,7 @@ class Session:
     @cached_property
     def call_outputs(self) -> CallOutputs:
         """What the data show of the calls that may be factorised."""
-        return CallOutputs.observe(self.survey.alignment, self.calibration("observing calls"))
+        return CallOutputs.observe(self.survey.alignment, lambda: self.calibration("observing calls"))
 
     def shifted(self, network: ZippedModule) -> ZippedModule:
         """The network with the logits of its heads moved such that they tell the tasks apart, where that is asked."""

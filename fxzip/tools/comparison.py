@@ -30,7 +30,7 @@ from ..refit import Refit
 from ..rewriting.module import ZippedModule
 from ..tracing import plain_context
 from ..widths.observed import Observed
-from ..widths.requests import UNCHANGED, Budget, Currency, WidthRequest, rank_request, width_request
+from ..widths.requests import UNCHANGED, WHOLE, Budget, Currency, RankRequest, WidthRequest, rank_request, width_request
 from .narrowing import narrowed_apart
 from .table import Table
 from .unmerged import side_by_side
@@ -110,7 +110,7 @@ def sweep(
     check_base(base, recipe)
     lines = [_Line(_shown(method) or "", _shown(own.refit_name), own) for own in recipes]
     if data is not None:
-        lines += [_Line.alone(own.width) for own in recipes if isinstance(own.width, Budget)]
+        lines += [_Line.alone(own.width, own.rank) for own in recipes if isinstance(own.width, Budget)]
     options = Options(
         start=start, joint=joint, verify=verify, strict=strict, by_position=recipe.by_position,
         max_batches=max_batches, rules=rules, data_free=recipe.data_free,
@@ -207,9 +207,9 @@ class _Line:
         return replace(self, recipe=replace(self.recipe, method=weighted(method, weights)))
 
     @classmethod
-    def alone(cls, width: WidthRequest) -> _Line:
+    def alone(cls, width: WidthRequest, rank: RankRequest = WHOLE) -> _Line:
         """Each network narrowed by itself, all of them together within a budget."""
-        return cls(ALONE, "lstsq", Recipe.of("energy", "lstsq", calibrated=True, width=width))
+        return cls(ALONE, "lstsq", Recipe.of("energy", "lstsq", calibrated=True, width=width, rank=rank))
 
     @classmethod
     def of(cls, entry: Any, refit: str | Refit | None, *, calibrated: bool, budget: Currency | None) -> _Line:
@@ -298,7 +298,8 @@ class _Rows:
         if line.method == ALONE:
             budget = line.recipe.width
             assert isinstance(budget, Budget)
-            zipped = self.session.shifted(narrowed_apart(self.session, budget.cost, budget.currency))
+            rank: Literal["auto"] | float = 1.0 if line.recipe.rank == WHOLE else "auto"
+            zipped = self.session.shifted(narrowed_apart(self.session, budget.cost, budget.currency, rank))
         else:
             zipped = self.session.shifted(assemble(self.session, candidate, line.recipe, solo))
         return self._values(zipped, score, time.perf_counter() - start)

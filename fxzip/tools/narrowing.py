@@ -98,11 +98,14 @@ def narrow(
     return result
 
 
-def narrowed_apart(session: Session, cost: float = 1.0, budget: Currency = "flops") -> ZippedModule:
+def narrowed_apart(
+    session: Session, cost: float = 1.0, budget: Currency = "flops", rank: Literal["auto"] | float = 1.0
+) -> ZippedModule:
     """Each network of a session narrowed by itself to its share of `cost`, all of them side by side.
 
     Nothing is shared. With `cost` relative to the first model, model k of K may cost cost / K of what the first model
-    does, in the currency of `budget`. The report's costs are relative to the models as they were.
+    does, in the currency of `budget`; `rank` as in `narrow`. The report's costs are relative to the models as they
+    were.
 
     Raises:
         InputError: the models have inputs of their own. CostError: what has to keep its size takes more.
@@ -121,7 +124,7 @@ def narrowed_apart(session: Session, cost: float = 1.0, budget: Currency = "flop
         share = cost * spent[0] / (len(given.networks) * spent[k] or 1)
         options = session.options
         narrower = narrow(
-            network, given.sample, data=own, max_cost=min(share, 1.0), budget=budget, hold_out=False,
+            network, given.sample, data=own, max_cost=min(share, 1.0), budget=budget, rank=rank, hold_out=False,
             verify=options.verify, progress=False, rules=options.rules,
         )  # fmt: skip
         apart.append(narrower)

@@ -11,7 +11,7 @@ the product of the shares kept, which for small losses is the least sum.)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -65,9 +65,11 @@ class CallOutputs:
     pairs: Mapping[str, Sequence[str]]
 
     @classmethod
-    def observe(cls, alignment: Alignment, data: Iterable[Call]) -> CallOutputs:
-        """One pass over the data for the calls that all models make, and one for each model that makes others."""
-        batches = list(data)
+    def observe(cls, alignment: Alignment, data: Callable[[], Iterable[Call]]) -> CallOutputs:
+        """One pass over the data for the calls that all models make, and one for each model that makes others.
+
+        `data`: gives all batches whenever it is called.
+        """
         programs = alignment.programs
         sizes = tuple(_sizes(program) for program in programs)
         joint = {
@@ -75,12 +77,12 @@ class CallOutputs:
             for name, twins in alignment.pairs.items()
             if all(twin in own for twin, own in zip(twins, sizes, strict=True))
         }
-        found = _observed(programs, list(joint.values()), batches)
+        found = _observed(programs, list(joint.values()), data)
         rest = []
         for k, program in enumerate(programs):
             paired = {twins[k] for twins in joint.values()}
             names = [name for name in sizes[k] if name not in paired]
-            seen = _observed((program,), [(name,) for name in names], batches) if names else []
+            seen = _observed((program,), [(name,) for name in names], data) if names else []
             rest.append({name: own for name, own in zip(names, seen, strict=True) if own is not None})
         both = {name: own for name, own in zip(joint, found, strict=True) if own is not None}
         return cls(sizes, both, tuple(rest), joint)
@@ -121,7 +123,7 @@ def _sizes(program: Program) -> dict[str, LinearSize]:
 
 
 def _observed(
-    programs: Sequence[Program], calls: Sequence[Sequence[str]], data: Sequence[Call]
+    programs: Sequence[Program], calls: Sequence[Sequence[str]], data: Callable[[], Iterable[Call]]
 ) -> list[Moments | None]:
     """Moments of what calls give, one of every model each."""
     values = []
@@ -130,7 +132,7 @@ def _observed(
         nodes = [_output(program.module, call) for program, call in zip(programs, linear_calls, strict=True)]
         linear = isinstance(attribute(programs[0].module, str(linear_calls[0].target)), nn.Linear)
         values.append(([node.name for node in nodes], -1 if linear else 1))
-    return observe_values(programs, values, data) if values else []
+    return observe_values(programs, values, data()) if values else []
 
 
 def _output(net: fx.GraphModule, node: fx.Node) -> fx.Node:

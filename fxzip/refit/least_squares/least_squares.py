@@ -20,7 +20,7 @@ import torch
 
 from ...calibration.sources import tell, with_sources
 from ...rewriting.factorised import factorise
-from ...rewriting.module import ZippedModule
+from ...rewriting.module import ZippedModule, part_of, sources_of
 from ...rewriting.zip_plan import ZipPlan
 from ...tracing import Program, quiet_execution
 from ...tracing.calls import Call
@@ -66,6 +66,8 @@ class LeastSquares(Settings):
                         raise
                     unfit[found.restart] = str(found)
         walk.fit.inputs, walk.fit.memory = batches.inputs, batches.measured()
+        fitted = {(part_of(node), sources_of(node)[0]) for node in walk.fit.factors}
+        walk.fit.whole = [f"{part}: {name}" for part, name in plan.ranks if (part, name) not in fitted]
         factorise(result, walk.fit.take_factors())
         tell(data, f"least squares is done: {walk.fit.memory}")
         result.meta["fxzip_fit"] = walk.fit

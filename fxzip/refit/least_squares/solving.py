@@ -24,8 +24,9 @@ from .spilling import Page, fetched
 @dataclass
 class Fit:
     """What was fitted: calls fitted, calls left as zipped with the reason, calls whose ridge had to grow,
-    how many inputs were used, the memory that was expected and taken, and for calls with free features the share of the
-    originals' that is lost."""
+    how many inputs were used, the memory that was expected and taken, for calls with free features the share of the
+    originals' that is lost, what the weights of calls of a given rank are made of and (once the graph has both) their
+    ranks, and the calls that were to have a rank and could not be fitted."""
 
     fitted: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Fit:
     lost: dict[str, float] = field(default_factory=dict)
     factors: dict[fx.Node, Factors] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
+    whole: list[str] = field(default_factory=list)
 
     def take_factors(self) -> dict[fx.Node, Factors]:
         """What the weights of calls of a given rank are made of; kept are only the ranks, by name."""
@@ -54,6 +56,9 @@ class Fit:
         for why in dict.fromkeys(self.left.values()):
             names = [f"`{name}`" for name, own in self.left.items() if own == why]
             notes.append(f"left as zipped, since {why}: " + ", ".join(names))
+        if self.whole:
+            calls = ", ".join(f"`{name}`" for name in self.whole)
+            notes.append(f"two calls were asked for, but one stays, since it could not be fitted: {calls}")
         notes += [
             f"`{name}` needed a ridge of {ridge:.0e}: its inputs are rank-deficient"
             for name, ridge in self.raised.items()
