@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from zoo import randomise
 
 import fxzip
+from fxzip.partition.alignment import align
 from fxzip.refit.least_squares import walk
 from fxzip.refit.least_squares.blocks import Blocks
 from fxzip.refit.least_squares.reduced_rank import cut_rank
@@ -21,6 +22,10 @@ from fxzip.refit.least_squares.ridge import Regression, ridge_solution
 from fxzip.refit.least_squares.solving import solve
 from fxzip.refit.unfit import Unfit
 from fxzip.rewriting.factorised import Factors, LinearSize, factorise, factorised_calls, linear_size, why_whole
+from fxzip.tracing import trace
+from fxzip.tracing.calls import as_call
+from fxzip.widths import rank_losses
+from fxzip.widths.rank_losses import CallOutputs
 from fxzip.widths.ranks import as_emitted, choose_ranks
 from fxzip.widths.requests import ScaledRanks
 
@@ -376,6 +381,25 @@ def test_ranks_by_need_keep_the_budget(options) -> None:
     zipped = _zip(*models, x=x, rank="auto", max_cost=0.5, budget="flops", **options)
     assert 0.4 < zipped.report.cost <= 0.5
     assert zipped.report["ranks"] or options.get("width") == "auto"
+
+
+def test_calls_are_observed_in_several_passes_where_memory_is_short(monkeypatch) -> None:
+    x = _images()
+    programs = tuple(trace(_residual(n, n), as_call(x[:2])) for n in (3, 4))
+    passes = []
+
+    def data():
+        passes.append(1)
+        return [as_call(x[:80]), as_call(x[80:])]
+
+    whole = CallOutputs.observe(align(programs), data)
+    assert len(passes) == 1
+    monkeypatch.setattr(rank_losses, "MEMORY", 8 * 24**2 * 2)
+    parts = CallOutputs.observe(align(programs), data)
+    assert len(passes) == 1 + 3  # two at a time of the six that both make
+    assert list(parts.joint) == list(whole.joint)
+    for own, other in zip(parts.joint.values(), whole.joint.values(), strict=True):
+        assert torch.equal(own.outer, other.outer)
 
 
 def test_ranks_keep_budgets_of_other_kinds() -> None:

@@ -11,7 +11,7 @@ the product of the shares kept, which for small losses is the least sum.)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,6 +28,9 @@ from ..rewriting.factorised import LinearSize, linear_size, why_whole
 from ..tracing import Program
 from ..tracing.calls import Call
 from .levers import TRUNK, Floats, Key
+
+MEMORY = 2 << 30
+"""Bytes of the statistics of calls that are taken in one pass over the data."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +135,27 @@ def _observed(
         nodes = [_output(program.module, call) for program, call in zip(programs, linear_calls, strict=True)]
         linear = isinstance(attribute(programs[0].module, str(linear_calls[0].target)), nn.Linear)
         values.append(([node.name for node in nodes], -1 if linear else 1))
-    return observe_values(programs, values, data()) if values else []
+    found: list[Moments | None] = []
+    for group in _within_memory(programs, values):
+        found += observe_values(programs, group, data())
+    return found
+
+
+def _within_memory(
+    programs: Sequence[Program], values: Sequence[tuple[Sequence[str], int]]
+) -> Iterator[Sequence[tuple[Sequence[str], int]]]:
+    """The values in groups whose statistics fit into `MEMORY`, in order; a pass over the data for each."""
+    group: list[tuple[Sequence[str], int]] = []
+    taken = 0
+    for names, axis in values:
+        features = sum(program.shapes[name][axis] for program, name in zip(programs, names, strict=True))
+        if group and taken + 8 * features**2 > MEMORY:
+            yield group
+            group, taken = [], 0
+        group.append((names, axis))
+        taken += 8 * features**2
+    if group:
+        yield group
 
 
 def _output(net: fx.GraphModule, node: fx.Node) -> fx.Node:
