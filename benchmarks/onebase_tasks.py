@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -139,21 +140,24 @@ def networks(architecture: str, train: Images, folder: Path) -> tuple[nn.Module,
         folder / f"{name}_base.safetensors",
         lambda: train_network(architecture, first, BASE_CLASSES, width=how.width, epochs=how.epochs),
     )
-    tuned = {}
-    for number, (what, task) in enumerate(TASKS.items()):
+
+    def fine_tuned(number: int, task: Task) -> Trained:
         own = task.make(second[torch.arange(len(second) - HELD)], 100 + number)
-        tuned[what] = kept(
-            folder / f"{name}_{how.images}x{how.tune}_r{how.rate:g}_{what}.safetensors",
-            lambda own=own, task=task, number=number: train_network(  # type: ignore[misc]
-                architecture,
-                own[torch.arange(min(len(own), how.images))],
-                tuple(range(task.classes)),
-                epochs=how.tune,
-                seed=1 + number,
-                recipe=Recipe(rate=how.rate, flip=task.flips),
-                start=_with_head(base, HEADS[architecture], task.classes, number),
-            ),
+        return train_network(
+            architecture,
+            own[torch.arange(min(len(own), how.images))],
+            tuple(range(task.classes)),
+            epochs=how.tune,
+            seed=1 + number,
+            recipe=Recipe(rate=how.rate, flip=task.flips),
+            start=_with_head(base, HEADS[architecture], task.classes, number),
         )
+
+    ending = f"{how.images}x{how.tune}_r{how.rate:g}"
+    tuned = {
+        what: kept(folder / f"{name}_{ending}_{what}.safetensors", partial(fine_tuned, number, task))
+        for number, (what, task) in enumerate(TASKS.items())
+    }
     return base, tuned
 
 

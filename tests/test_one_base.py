@@ -363,16 +363,31 @@ def test_fine_tunes_are_recognised_and_others_are_not(make):
 
 def test_what_was_recognised_is_merged_as_it_stands_and_said():
     _, tuned = family(Residual)
-    zipped = fxzip.compile_zip(tuned, X[:2], data=[X], verify=False, progress=False)
-    assert zipped.report["method"].startswith("Average(")
-    assert sum("are fine-tunes of one base" in note for note in zipped.report.notes) == 1
+    for refit, method in {"repair": "Average(", "regmean": "Average(", "lstsq": "Energy("}.items():
+        zipped = fxzip.compile_zip(tuned, X[:2], data=[X], refit=refit, verify=False, progress=False)
+        assert zipped.report["method"].startswith(method)
+        (note,) = [note for note in zipped.report.notes if "are fine-tunes of one base" in note]
+        assert note.endswith("nothing is matched" if method == "Average(" else "least squares does better by that")
     turned = copy.deepcopy(tuned[1])
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         turned.inner.weight.copy_(turned.inner.weight[order])
-    matched = fxzip.compile_zip([tuned[0], turned], X[:2], data=[X], verify=False, progress=False)
-    assert matched.report["method"].startswith("Energy(")
+    matched = fxzip.compile_zip([tuned[0], turned], X[:2], data=[X], refit="repair", verify=False, progress=False)
+    assert matched.report["method"].startswith("Zip(")
     assert not any("are fine-tunes of one base" in note for note in matched.report.notes)
+
+
+def test_a_base_decides_what_auto_is():
+    base, tuned = family(Residual, classes=(2, 3))
+    how = {"base": base, "verify": False, "progress": False}
+    free = fxzip.compile_zip(tuned, X[:2], **how)
+    assert free.report["method"] == "TSV(scale=1.0, weights=None)"
+    assert free.report["refit"] == "stored"
+    fitted = fxzip.compile_zip(tuned, X[:2], data=[X], **how)
+    assert fitted.report["method"].startswith("Energy(")
+    assert any(note.startswith("`base` was not looked at") for note in fitted.report.notes)
+    weighed = fxzip.compile_zip(tuned, X[:2], data=[X], refit="repair", weights=[2, 1], **how)
+    assert weighed.report["method"] == "TSV(scale=1.0, weights=(2.0, 1.0))"
 
 
 # Bad input

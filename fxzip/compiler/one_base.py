@@ -3,7 +3,8 @@
 Networks trained from different initialisations have features in different orders, and their kernels, place by place, a
 cosine of about 0. Fine-tuning moves weights little: features stay where they were. So networks count as fine-tunes of
 one base where nine of ten weights of the graph that they have in common (parameters with two axes or more) have a
-cosine of at least a half with the first network's. Then nothing has to be matched.
+cosine of at least a half with the first network's. Then nothing has to be matched. Least squares is the exception: it
+finds its coefficients itself, and features merged by what they tell, across places too, serve it better.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def takes_base(method: Method) -> bool:
     return isinstance(method, TaskVectorMethod)
 
 
-def check_base(base: Any, recipe: Recipe) -> None:
-    """A base and a method must go together.
+def check_base(base: Any, recipe: Recipe, *, named: bool = True) -> None:
+    """A base and a method must go together; `named`: the user has named the method.
 
     Raises:
         OptionError: the method needs a base and there is none, or it takes none.
@@ -74,22 +75,27 @@ def check_base(base: Any, recipe: Recipe) -> None:
             f'`method="{recipe.method.name}"` needs `base`, the network that the models were fine-tuned from, or its '
             'state dict; found None. Without it use `method="average"`.'
         )
-    if base is not None and not needed and not recipe.automatic:
+    if base is not None and not needed and named:
         raise OptionError(
             f"`base` must go with a method that merges what fine-tuning has changed; found `{recipe.method!r}`, which "
             'does not look at it. Use `method="task-arithmetic"`, "ties", "tsv" or "iso-c", or leave `base` out.'
         )
 
 
-def about_base(recipe: Recipe) -> list[str]:
-    """What the report says of networks that were recognised."""
+def about_base(recipe: Recipe, base: Mapping[str, Tensor] | None) -> list[str]:
+    """What the report says of networks that were recognised, and of a base that nothing looks at."""
+    if base is not None and not takes_base(recipe.method):
+        name = recipe.method.name
+        return [f'`base` was not looked at: `method="auto"` is `{name}` in front of this refit, which does without']
     if recipe.nearness is None:
         return []
-    return [
+    known = (
         f"the models are fine-tunes of one base: nine of ten of their weights have a cosine of at least "
-        f"{recipe.nearness:.2f} with those of the first, place by place. So features are taken as they stand "
-        f'(`method="{recipe.method.name}"`), and nothing is matched'
-    ]
+        f"{recipe.nearness:.2f} with those of the first, place by place"
+    )
+    if recipe.by_position:
+        return [f"{known}. So features are taken as they stand, and nothing is matched"]
+    return [f"{known}. They are matched all the same, for least squares does better by that"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def for_fine_tunes(recipe: Recipe, survey: Survey) -> Recipe:
     if recipe.automatic and recipe.width == UNCHANGED:
         found = closeness(survey.alignment, survey.labellings[0])
         if found.fine_tunes:
-            method = resolve(method_for_fine_tunes(recipe.refit))
+            method = resolve("average" if recipe.weights else method_for_fine_tunes(recipe.refit))
             recipe = replace(recipe, method=method, nearness=found.least)
     if recipe.weights is not None:
         recipe = replace(recipe, method=weighted(recipe.method, recipe.weights))

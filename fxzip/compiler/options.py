@@ -15,7 +15,7 @@ from ..matching import Method, resolve
 from ..matching.weights_of_models import weighted
 from ..refit import Refit, refits
 from ..widths.requests import UNCHANGED, WHOLE, Budget, Currency, RankRequest, WidthRequest, currency
-from .pairs import check_pair, is_least_squares, method_for
+from .pairs import check_pair, is_least_squares, method_for, method_with_base
 
 MethodName = Literal[
     "auto", "energy", "zip", "permute", "weights", "average", "agglomerative", "c2m3", "kmeans", "mudsc",
@@ -110,10 +110,10 @@ class Recipe:
         *,
         calibrated: bool,
         width: WidthRequest = UNCHANGED,
-        weights: tuple[float, ...] | None = None,
         rank: RankRequest = WHOLE,
+        based: bool = False,
     ) -> Recipe:
-        """The defaults filled in.
+        """The defaults filled in. `based`: the base is given that the models were fine-tuned from.
 
         `refit="auto"` is least squares where there is data, else REPAIR; where there is none and the method looks at
         weights only, it is "stored". `method="auto"` is `Energy` under least squares, `Permute` under RegMean, else
@@ -129,18 +129,16 @@ class Recipe:
                 least squares alone can fit.
         """
         automatic = isinstance(method, str) and method == "auto"
-        weights_alone = not automatic and "moments" not in resolve(method).needs
+        weights_alone = based if automatic else "moments" not in resolve(method).needs
         data_free = not calibrated and weights_alone and _named(refit) in ("auto", "stored", None)
         if _named(refit) == "auto":
             refit = "stored" if data_free else "lstsq" if calibrated else "repair"
 
         corrected = refits(refit)
         if automatic:
-            method = method_for(corrected)
+            method = method_with_base(corrected) if based else method_for(corrected)
 
         chosen = resolve(method)
-        if weights is not None and not automatic:
-            chosen = weighted(chosen, weights)
         check_pair(chosen, corrected)
         if rank != WHOLE and not is_least_squares(corrected):
             raise OptionError(
@@ -152,7 +150,20 @@ class Recipe:
                 '`width="auto"` takes `rank` 1 or "auto": what calls cost by their ranks is part of the budget; found '
                 'ranks that are given. Pass `rank="auto"`.'
             )
-        return cls(chosen, corrected, refit, width, rank, data_free, automatic, weights)
+        open_still = automatic and not based  # what the networks are decides, too
+        return cls(chosen, corrected, refit, width, rank, data_free, open_still)
+
+    def weighing(self, weights: tuple[float, ...] | None) -> Recipe:
+        """The same with weights of the models; where the method is still open they wait for it.
+
+        Raises:
+            OptionError: the method takes none.
+        """
+        if weights is None:
+            return self
+        if self.automatic:
+            return replace(self, weights=weights)
+        return replace(self, method=weighted(self.method, weights))
 
 
 def _named(refit: str | Refit | None) -> str | None:

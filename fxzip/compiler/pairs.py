@@ -33,8 +33,22 @@ def method_for(refit: Refit) -> str:
 
 
 def method_for_fine_tunes(refit: Refit) -> str:
-    """The same for networks that are recognised as fine-tunes of one base (see `one_base`)."""
-    return "average"
+    """The same for networks that are recognised as fine-tunes of one base (see `one_base`).
+
+    Least squares makes more of features that are merged across places as well: docs/results.md, Fine-tunes of one base.
+    """
+    return "energy" if is_least_squares(refit) else "average"
+
+
+def method_with_base(refit: Refit) -> str:
+    """The same where the base is given, which says that the networks are fine-tunes of it.
+
+    >>> [method_with_base(REFITS[name]) for name in ("lstsq", "repair", "regmean")]
+    ['energy', 'tsv', 'average']
+    """
+    if is_least_squares(refit):
+        return "energy"
+    return "average" if needs_pairs(refit) else "tsv"
 
 
 def check_pair(method: Method, refit: Refit) -> None:

@@ -107,7 +107,8 @@ def compile_zip(
             `calibration/data_forms.py`). None: the sample input serves; a method
             that looks at weights only ("weights") then runs without any data, with the refit "stored" unless another
             is asked for.
-        method: "auto" ("energy" under least squares, "permute" under RegMean, else "zip"), "energy" (features merged
+        method: "auto" ("energy" under least squares, "permute" under RegMean, else "zip"; for fine-tunes of one base
+            see `base`), "energy" (features merged
             within and across models that lose the least if all others may stand in for them), "zip" (ZipIt!, arXiv
             2305.03053), "permute" (Git Re-Basin, arXiv 2209.04836), "average", "weights" (Git Re-Basin on weights, no
             data needed), another of `fxzip.METHODS`, or an object with its settings such as
@@ -153,6 +154,8 @@ def compile_zip(
         rules: rule table for ATen calls, `fxzip.RULES | {...}`; None: `fxzip.RULES`.
         base: the network that the models were fine-tuned from, or its state dict, for methods that merge what
             fine-tuning has changed: "task-arithmetic", "ties", "tsv", "iso-c". It may have another head, or none.
+            `method="auto"` is then "energy" under least squares, "average" under RegMean, else "tsv", without data too.
+            Without it, fine-tunes of one base are recognised by their weights, and "auto" is "average", not "tsv".
         weights: how much each model counts, for methods that weigh models: those four and "average". By the names of
             the tasks where models have names. Only ratios count, but with "task-arithmetic" they are its coefficients.
 
@@ -170,9 +173,10 @@ def compile_zip(
     by_need = "auto" in (width, rank)
     request = width_request(width, max_cost if by_need else None, len(given.networks), budget)
     ranks = rank_request(rank, max_cost if by_need else None, budget)
-    own_weights = weights_by_model(weights, given.tasks, len(given.networks))
-    recipe = Recipe.of(method, refit, calibrated=data is not None, width=request, rank=ranks, weights=own_weights)
-    check_base(base, recipe)
+    based = base is not None
+    recipe = Recipe.of(method, refit, calibrated=data is not None, width=request, rank=ranks, based=based)
+    recipe = recipe.weighing(weights_by_model(weights, given.tasks, len(given.networks)))
+    check_base(base, recipe, named=method != "auto")
     cut = cut_request(until, min_agreement, max_cost, by_need=by_need, budget=budget)
     options = Options(
         start=start, joint=joint, hold_out=hold_out, verify=verify, strict=strict, by_position=recipe.by_position,
@@ -239,8 +243,8 @@ def assemble(
         "budget": made.spending(recipe.budget),
         "self_check": list(found.errors),
         "notes": [
-            *about_base(recipe), *observed.trunk.notes, *found.notes, *tried.notes, *calibration.notes,
-            *made.widths.notes, *refitted.notes, *recorded.notes,
+            *about_base(recipe, session.options.base), *observed.trunk.notes, *found.notes, *tried.notes,
+            *calibration.notes, *made.widths.notes, *refitted.notes, *recorded.notes,
         ],
     }  # fmt: skip
     moments = {k: one.moments for k, one in solo.items()}

@@ -25,12 +25,12 @@ from ..compiler.survey import cuts_and_trunks
 from ..compiler.timing import as_used, fastest
 from ..errors import CostError, InputError, Interrupted
 from ..matching import FIRST_CLASS, Method
-from ..matching.weights_of_models import takes_weights, weighted
 from ..refit import Refit
 from ..rewriting.module import ZippedModule
 from ..tracing import plain_context
 from ..widths.observed import Observed
-from ..widths.requests import UNCHANGED, WHOLE, Budget, Currency, RankRequest, WidthRequest, rank_request, width_request
+from ..widths.requests import UNCHANGED, WHOLE, Budget, Currency, rank_request, width_request
+from .lines import ALONE, Line, shown
 from .narrowing import narrowed_apart
 from .table import Table
 from .unmerged import side_by_side
@@ -39,8 +39,6 @@ Score = Callable[[nn.Module], float | Mapping[str, float]]
 """Of a network that returns a tuple with each model's output; greater is better, or several numbers with names."""
 
 SWEPT = 12
-ALONE = "alone"
-"""The row of the networks narrowed each by itself, side by side."""
 
 
 @together()
@@ -103,14 +101,13 @@ def sweep(
     for cost in (None,) if max_costs is None else tuple(map(float, max_costs)):
         width = UNCHANGED if cost is None else width_request("auto", cost, len(given.networks), budget)
         ranks = rank_request(rank, cost, budget)
-        recipes.append(
-            Recipe.of(method, refit, calibrated=data is not None, width=width, rank=ranks, weights=own_weights)
-        )
+        found = Recipe.of(method, refit, calibrated=data is not None, width=width, rank=ranks, based=base is not None)
+        recipes.append(found.weighing(own_weights))
     recipe = recipes[0]
-    check_base(base, recipe)
-    lines = [_Line(_shown(method) or "", _shown(own.refit_name), own) for own in recipes]
+    check_base(base, recipe, named=method != "auto")
+    lines = [Line(shown(method) or "", shown(own.refit_name), own) for own in recipes]
     if data is not None:
-        lines += [_Line.alone(own.width, own.rank) for own in recipes if isinstance(own.width, Budget)]
+        lines += [Line.alone(own.width, own.rank) for own in recipes if isinstance(own.width, Budget)]
     options = Options(
         start=start, joint=joint, verify=verify, strict=strict, by_position=recipe.by_position,
         max_batches=max_batches, rules=rules, data_free=recipe.data_free,
@@ -176,7 +173,7 @@ def compare(
     given = Given.of((models, sample_input), "compare")
     own_weights = weights_by_model(weights, given.tasks, len(given.networks))
     chosen = [
-        _Line.of(entry, refit, calibrated=data is not None, budget=budget).weighing(own_weights) for entry in entries
+        Line.of(entry, refit, calibrated=data is not None, budget=budget).weighing(own_weights) for entry in entries
     ]
     for line in chosen:
         if takes_base(line.recipe.method):
@@ -192,50 +189,16 @@ def compare(
 
 
 @dataclass(frozen=True, eq=False)
-class _Line:
-    """A method with a refit, under the names that the table shows."""
-
-    method: str
-    refit: str | None
-    recipe: Recipe
-
-    def weighing(self, weights: tuple[float, ...] | None) -> _Line:
-        """The same with weights of the models, where its method takes some."""
-        method = self.recipe.method
-        if weights is None or not takes_weights(method):
-            return self
-        return replace(self, recipe=replace(self.recipe, method=weighted(method, weights)))
-
-    @classmethod
-    def alone(cls, width: WidthRequest, rank: RankRequest = WHOLE) -> _Line:
-        """Each network narrowed by itself, all of them together within a budget."""
-        return cls(ALONE, "lstsq", Recipe.of("energy", "lstsq", calibrated=True, width=width, rank=rank))
-
-    @classmethod
-    def of(cls, entry: Any, refit: str | Refit | None, *, calibrated: bool, budget: Currency | None) -> _Line:
-        method, own = entry if isinstance(entry, tuple) else (entry, refit)
-        if isinstance(method, str) and method == ALONE:
-            return cls.alone(width_request("auto", None, 1, budget))
-        recipe = Recipe.of(method, own, calibrated=calibrated)
-        return cls(_shown(method) or "", _shown(recipe.refit_name), recipe)
-
-
-def _shown(value: Any) -> str | None:
-    """A method or refit as the table shows it."""
-    return value if value is None or isinstance(value, str) else repr(value)
-
-
-@dataclass(frozen=True, eq=False)
 class _Rows:
     """The rows of one table: all lines, at cuts of one session."""
 
     session: Session
-    lines: Sequence[_Line]
+    lines: Sequence[Line]
     seconds: float
 
     @classmethod
     def of(
-        cls, given: Given, data: Any, held_out: Any, options: Options, lines: Sequence[_Line], display: Display
+        cls, given: Given, data: Any, held_out: Any, options: Options, lines: Sequence[Line], display: Display
     ) -> _Rows:
         """Open the session."""
         start = time.perf_counter()
@@ -292,7 +255,7 @@ class _Rows:
         return f"{measured}; tracing, checking and observing, once for all rows, took {seconds:.1f} s"
 
     def _measured(
-        self, line: _Line, candidate: Candidate, solo: Mapping[int, Observed], score: Score | None
+        self, line: Line, candidate: Candidate, solo: Mapping[int, Observed], score: Score | None
     ) -> dict[str, Any]:
         start = time.perf_counter()
         if line.method == ALONE:

@@ -76,6 +76,9 @@ class TSV(_ByMatrix):
     def _matrix(self, vectors: Tensor) -> Tensor:
         left, sizes, right = torch.linalg.svd(vectors, full_matrices=False)
         kept = max(sizes.shape[1] // len(vectors), 1)
+        # A singular value that is rounding has any vectors, which must not push those of other tasks aside.
+        real = sizes > torch.finfo(sizes.dtype).eps * max(vectors.shape[1:]) * sizes[:, :1]
+        left, right = left * real[:, None], right * real[:, :, None]
         sizes = sizes[:, :kept].reshape(-1)
         left = left[:, :, :kept].movedim(0, 1).flatten(1)
         right = right[:, :kept].flatten(0, 1)
