@@ -164,7 +164,7 @@ def _movers(spaces: FeatureSpaces) -> list[list[int]]:
 
 def _only(perms: Sequence[Tensor], moving: Collection[int]) -> list[Tensor]:
     """The relabelling of some spaces alone."""
-    return [perm if number in moving else torch.arange(len(perm)) for number, perm in enumerate(perms)]
+    return [perm if number in moving else torch.arange(len(perm), device="cpu") for number, perm in enumerate(perms)]
 
 
 def _first_label(spaces: FeatureSpaces, number: int) -> int:
@@ -178,7 +178,7 @@ def _reads(spaces: FeatureSpaces, movers: Collection[int]) -> set[tuple[str, int
         (name, place)
         for name, labels in spaces.labelling.params.items()
         for place, run in enumerate(labels.fields)
-        if bool(torch.isin(spaces.layout(run).space, torch.tensor(sorted(movers))).any())
+        if bool(torch.isin(spaces.layout(run).space, torch.tensor(sorted(movers), device="cpu")).any())
     ]
     return set(spaces.consumed.intersection(places)) or set(places[1:])
 

@@ -120,7 +120,7 @@ def _assembled(base: Operand, old: Tensor | None, value: Operand, new: Tensor | 
     varied = (varying(old) if old is not None else frozenset()) | (varying(new) if new is not None else frozenset())
     varied |= where.partial
     shape = [n if a in varied else 1 for a, n in enumerate(base.tensor.shape)]
-    full = torch.full(shape, filler(base, varied)) if old is None else old.expand(shape).clone()
+    full = torch.full(shape, filler(base, varied), device="cpu") if old is None else old.expand(shape).clone()
     part = full[tuple(place if a in varied else slice(None) for a, place in enumerate(where.places))]
     part.fill_(FIXED)
     empty = bool((full == VOID).any())  # what is written is then no such place, unless it is the same constant
@@ -140,7 +140,7 @@ def seen_through(view: Tensor, base: Tensor, fields: AxisLabels) -> AxisLabels |
         return tuple(part for labels in fields if varying(part := _part(labels, where, view.ndim)))
 
     size = max(base.untyped_storage().nbytes() // base.element_size(), 1)
-    memory = torch.zeros(size, dtype=torch.int64)
+    memory = torch.zeros(size, dtype=torch.int64, device="cpu")
     inside = memory.as_strided(base.shape, base.stride(), base.storage_offset())
     outside = memory.as_strided(view.shape, view.stride(), view.storage_offset())
     inside.fill_(1)

@@ -150,7 +150,7 @@ def nudged(value: Tensor, generator: torch.Generator) -> Tensor:
     """Every other element off by four units of rounding."""
     if not value.is_floating_point():
         return value
-    nudges = torch.randint(0, 2, value.shape, generator=generator).to(value.device, value.dtype)
+    nudges = torch.randint(0, 2, value.shape, generator=generator, device="cpu").to(value.device, value.dtype)
     return value * (1 + 4 * torch.finfo(value.dtype).eps * nudges)
 
 

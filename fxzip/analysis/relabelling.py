@@ -40,7 +40,7 @@ def random_relabelling(
     ties = {spaces.spaces[number].tie for number in chosen}
     for number, space in enumerate(spaces.spaces):
         if number not in chosen and (space.tie is None or space.tie not in ties):
-            perms.append(torch.arange(space.size))
+            perms.append(torch.arange(space.size, device="cpu"))
         elif space.blocks is None or space.tie is None:
             perms.append(_shuffle(space.size, generator))
         else:
@@ -48,7 +48,7 @@ def random_relabelling(
             if space.tie not in shuffled:
                 shuffled[space.tie] = _shuffle(count, generator)
             inner = torch.stack([_shuffle(width, generator) for _ in range(count)])
-            perm = torch.empty(space.size, dtype=torch.int64)
+            perm = torch.empty(space.size, dtype=torch.int64, device="cpu")
             perm[space.blocks] = space.blocks[shuffled[space.tie]].gather(1, inner)
             perms.append(perm)
     return perms
@@ -64,7 +64,7 @@ def dense_kernel(value: Tensor, groups: int) -> Tensor:
     """A grouped kernel [rows, columns, ...] as a dense one [rows, groups · columns, ...], zero between groups."""
     rows, columns = value.shape[:2]
     result = value.new_zeros(groups, rows // groups, groups, columns, *value.shape[2:])
-    index = torch.arange(groups)
+    index = torch.arange(groups, device="cpu")
     result[index, :, index] = value.reshape(groups, rows // groups, columns, *value.shape[2:])
     return result.reshape(rows, groups * columns, *value.shape[2:])
 
@@ -233,7 +233,7 @@ def _grouped_kernel(value: Tensor, labels: ParamLabels, runs: _Runs, stay: Seque
     rows, columns = value.shape[0] // labels.groups, value.shape[1]
     first = None if stay[0] else runs.sources(labels.fields[0])
     second = None if stay[1] else runs.sources(group_run(labels))
-    first = torch.arange(len(value)) if first is None else first
-    second = torch.arange(labels.groups * columns) if second is None else second
+    first = torch.arange(len(value), device="cpu") if first is None else first
+    second = torch.arange(labels.groups * columns, device="cpu") if second is None else second
     own = second.reshape(labels.groups, columns).remainder(columns).repeat_interleave(rows, 0)
     return value[first[:, None].to(value.device), own.to(value.device)]

@@ -149,7 +149,7 @@ def _places_moved(value: Tensor, after: Tensor, labels: Tensor) -> Tensor:
     ends = [axis for axis, size in enumerate(labels.shape) if size > 1]
     rest = [axis for axis in range(value.ndim) if axis not in ends]
     if not value.numel():  # rows of which a model picks none
-        return torch.zeros(labels.numel(), dtype=torch.bool)
+        return torch.zeros(labels.numel(), dtype=torch.bool, device="cpu")
 
     largest = gap.amax(rest) if rest else gap
     return (largest > 1e-6 * scale).flatten().cpu()

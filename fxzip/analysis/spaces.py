@@ -242,9 +242,12 @@ def _assemble(
             places[order] = np.arange(rows.size)
             add(rows.reshape(-1)[order], tie, torch.from_numpy(places.reshape(rows.shape)))
         roots = np.array([unit.root for unit in family])
-        add(roots, tie, torch.arange(len(family))[:, None])
+        add(roots, tie, torch.arange(len(family), device="cpu")[:, None])
         if int(space_of[roots[0]]) < 0:
-            tie_of[torch.from_numpy(roots)], feature_of[torch.from_numpy(roots)] = tie, torch.arange(len(family))
+            tie_of[torch.from_numpy(roots)], feature_of[torch.from_numpy(roots)] = (
+                tie,
+                torch.arange(len(family), device="cpu"),
+            )
     held = np.flatnonzero(solver.pinned)
     pins = {c: solver.reasons[why] for c, why in zip(held.tolist(), solver.pinned[held].tolist(), strict=True)}
     klass, block_of = torch.from_numpy(solver.klass), torch.full((solver.count,), -1, device="cpu")

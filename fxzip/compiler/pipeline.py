@@ -43,6 +43,7 @@ from .options import (
     RefitName,
     cut_request,
 )
+from .placement import brought_back, device_of
 from .progress import Display
 from .search import best_agreeing, deepest_agreeing, earliest_affordable, exactly_shared
 from .session import Candidate, Session
@@ -188,7 +189,7 @@ def compile_zip(
         recipe = for_fine_tunes(recipe, session.survey)
         session = session.positional(recipe)
         try:
-            return finished(session, _zipped(session, recipe, cut))
+            return brought_back(finished(session, _zipped(session, recipe, cut)), device_of(given))
         except Interrupted as stop:
             stop.zipped = None if stop.zipped is None else session.named(session.shifted(stop.zipped))
             raise

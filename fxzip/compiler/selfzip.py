@@ -90,7 +90,7 @@ class Couple:
         """
         numbers = {self.trunk.partners[1][s] for s in range(len(self.perms)) if moving is None or s in moving}
         numbers -= self.still
-        perms = [perm if n in numbers else torch.arange(len(perm)) for n, perm in enumerate(self.perms)]
+        perms = [perm if n in numbers else torch.arange(len(perm), device="cpu") for n, perm in enumerate(self.perms)]
         beside = {name: value for name, value in self.values.items() if name not in self.stem}
         values = self.values | relabelled(beside, self.trunk.spaces[1], perms)
         own = self._alone(values, perms)
@@ -213,7 +213,9 @@ class Couple:
         if value is None:
             return None
         folded = {self.trunk.partners[1][space] for space in plan.folded[1]}
-        back = [perm.argsort() if n in folded else torch.arange(len(perm)) for n, perm in enumerate(perms)]
+        back = [
+            perm.argsort() if n in folded else torch.arange(len(perm), device="cpu") for n, perm in enumerate(perms)
+        ]
         fields = [plan.reach[1][labels.clamp(min=0)] for labels in self.watched[1][node]]
         return Movement(self.trunk.spaces[1], back)(value, fields)
 

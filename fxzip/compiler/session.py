@@ -32,6 +32,7 @@ from ..widths.requests import Currency
 from ..widths.resizable import resizable_spaces
 from .arguments import Given, data_of
 from .options import Options, Recipe
+from .placement import at_work
 from .progress import Display
 from .survey import Survey, cuts_and_trunks, survey
 
@@ -84,7 +85,7 @@ class Session:
             InputError, OptionError, TraceError, AlignError, DataError, BarrierError, SelfCheckError: see
                 `fxzip.errors`.
         """
-        given = _of_first(given)
+        given = at_work(_of_first(given))
         models, call = given.networks, given.call
         _check_start(call, options)
         if options.data_free:

@@ -13,6 +13,7 @@ from torch import fx, nn
 from ..calibration import processes
 from ..rewriting.module import reuse_memory
 from ..tracing.calls import Call, leaves, map_tensors
+from ..tracing.precision import callers_precision
 from ..tracing.state import restored_state
 
 ROUNDS = 40
@@ -46,7 +47,7 @@ def fastest(
 def _fastest(networks: Sequence[nn.Module], call: Call, rounds: int, seconds: float) -> list[float]:
     device = next((value.device for value in leaves(call)), None)
     taken: list[list[float]] = [[] for _ in networks]
-    with restored_state(), torch.no_grad(), _buffers_kept(networks):
+    with restored_state(), callers_precision(), torch.no_grad(), _buffers_kept(networks):
         begin = time.perf_counter()
         for done in range(rounds + 1):
             if done > FEWEST and (time.perf_counter() - begin > seconds or all(map(_quiet, taken))):

@@ -58,7 +58,7 @@ class BlockMoments:
                 f"`blocks` must have one entry per model; got {len(self.blocks)} for {len(self.moments.sizes)} models."
             )
         for k, (blocks, n) in enumerate(zip(self.blocks, self.moments.sizes, strict=True)):
-            if not torch.equal(blocks.flatten().sort().values.cpu(), torch.arange(n)):
+            if not torch.equal(blocks.flatten().sort().values.cpu(), torch.arange(n, device="cpu")):
                 raise InputError(
                     f"The blocks of model {k} must hold each of its {n} features exactly once; "
                     f"got {tuple(blocks.shape)} features, {len(blocks.unique())} of them different."
@@ -97,7 +97,7 @@ def match_blocks(spaces: Sequence[BlockMoments], method: SpaceMethod) -> tuple[l
 
     alike = [similarity(space.moments) if space.moments.count else None for space in spaces]
     models = range(len(spaces[0].blocks))
-    partners = [torch.arange(counts[0][0])] + [_match_model(spaces, alike, k) for k in models[1:]]
+    partners = [torch.arange(counts[0][0], device="cpu")] + [_match_model(spaces, alike, k) for k in models[1:]]
     merges = [_merge_space(space, table, partners, method) for space, table in zip(spaces, alike, strict=True)]
 
     return merges, partners
@@ -107,7 +107,7 @@ def _match_model(spaces: Sequence[BlockMoments], alike: Sequence[Tensor | None],
     """The block of model k that goes with each block of model 0, int64 [n_blocks]."""
     tables = [_cross(space, table, k) for space, table in zip(spaces, alike, strict=True) if table is not None]
     if not tables:
-        return torch.arange(len(spaces[0].blocks[0]))
+        return torch.arange(len(spaces[0].blocks[0]), device="cpu")
     return best_blocks(tables)
 
 
@@ -119,7 +119,7 @@ def best_blocks(tables: Sequence[Tensor]) -> Tensor:
     """
     n = len(tables[0])
     score = torch.stack([_bound(table) for table in tables]).sum(0)
-    solved = torch.tensor([all(1 in (t.shape[2], t.shape[3]) for t in tables)]).expand(n, n).clone()
+    solved = torch.tensor([all(1 in (t.shape[2], t.shape[3]) for t in tables)], device="cpu").expand(n, n).clone()
 
     while True:
         rows, columns = best_pairs(score)

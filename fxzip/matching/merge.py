@@ -106,7 +106,7 @@ class Merge:
 
         `weights`: of the models, positive; only their ratios count.
         """
-        device = None if moments is None else moments.outer.device
+        device = torch.device("cpu") if moments is None else moments.outer.device
         even = cls.from_clusters(torch.arange(n, device=device).repeat(models), (n,) * models, moments)
         if weights is None:
             return even

@@ -110,12 +110,12 @@ def _permute() -> SpaceMethod:
 
 def _by_position(sizes: tuple[int, ...]) -> Merge:
     """Feature i with feature i, those beyond the first model's with its last."""
-    return Merge.from_clusters(torch.cat([torch.arange(n).clamp(max=sizes[0] - 1) for n in sizes]), sizes)
+    return Merge.from_clusters(torch.cat([torch.arange(n, device="cpu").clamp(max=sizes[0] - 1) for n in sizes]), sizes)
 
 
 def _block_moments(space: Space) -> BlockMoments:
     seen, total = space.moments, sum(space.sizes)
     if seen is None:
-        zero = torch.zeros(total, total, dtype=torch.float64)
+        zero = torch.zeros(total, total, dtype=torch.float64, device="cpu")
         seen = Moments(0.0, zero.diagonal().clone(), zero, space.sizes)
     return BlockMoments(seen, space.blocks, space.legality == "relabel only")

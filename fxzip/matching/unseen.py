@@ -61,8 +61,8 @@ def _placed(merge: Merge, k: int) -> Tensor:
     first, own = merge.assignment(0), merge.assignment(k)
     assert first is not None
     assert own is not None
-    holder = torch.full((merge.size,), -1)
-    holder[own.flip(0).cpu()] = torch.arange(len(own) - 1, -1, -1)
+    holder = torch.full((merge.size,), -1, device="cpu")
+    holder[own.flip(0).cpu()] = torch.arange(len(own) - 1, -1, -1, device="cpu")
     return holder[first.cpu()]
 
 
@@ -114,8 +114,8 @@ def _partner(space: Space, merge: Merge, k: int) -> Tensor:
 
 def _held(found: Tensor, space: Space, k: int, partner: Tensor) -> Tensor:
     """A table in which only pairs of features in blocks that go together can be chosen."""
-    first, own = (torch.empty(space.sizes[model], dtype=torch.int64) for model in (0, k))
+    first, own = (torch.empty(space.sizes[model], dtype=torch.int64, device="cpu") for model in (0, k))
     first[space.blocks[0].cpu()] = partner[:, None]
-    own[space.blocks[k].cpu()] = torch.arange(len(space.blocks[k]))[:, None]
+    own[space.blocks[k].cpu()] = torch.arange(len(space.blocks[k]), device="cpu")[:, None]
     gap = 1.0 + float(found.abs().max())
     return found + 4 * gap * found.shape[0] * (first[:, None] == own)

@@ -105,7 +105,7 @@ def unmatched_labels(constraints: Sequence[Constraints], spaces: FeatureSpaces) 
     """Labels of features that weights write and that no space with a choice holds, sorted."""
     written = [labels for stated in constraints for how, labels in stated.touched if how == "written"]
     if not written:
-        return torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
     labels: Tensor = torch.cat(written).unique()
     return labels[~_matched(spaces)[spaces.klass[labels]]]
 

@@ -220,8 +220,8 @@ class _Seen:
         count: of the inputs.
     """
 
-    gram: Tensor = field(default_factory=lambda: torch.zeros(()).double())
-    total: Tensor = field(default_factory=lambda: torch.zeros(()).double())
+    gram: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu").double())
+    total: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu").double())
     count: int = 0
 
     def add(self, x: Tensor) -> None:

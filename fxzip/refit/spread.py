@@ -43,7 +43,7 @@ class Sums:
         shape = next((own for own in shapes if own is not None), None)
         if shape is None or processes.count() == 1:
             return self
-        nothing = torch.zeros(shape, dtype=torch.float64) if self.total is None else self.total
+        nothing = torch.zeros(shape, dtype=torch.float64, device="cpu") if self.total is None else self.total
         count = processes.total(torch.tensor(self.count, dtype=torch.float64, device="cpu"))
         square = torch.zeros_like(nothing) if self.square is None else self.square
         return Sums(float(count), processes.total(nothing), processes.total(square))

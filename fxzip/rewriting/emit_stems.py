@@ -117,7 +117,7 @@ def _merged(graph: fx.Graph, root: nn.Module, plan: ZipPlan, twins: Sequence[str
         )
     along = axes[0] if axes else ()
     sizes = [tuple(trunk.labellings[k].program.shapes[twin][a] for a in along) for k, twin in enumerate(twins)]
-    like = next((p for p in programs[0].module.parameters() if p.is_floating_point()), torch.zeros(()))
+    like = next((p for p in programs[0].module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
     rows, columns, weights, height = _entry_matrix(plan, runs, sizes)
     if height != math.prod(sizes[0]) and len(along) > 1:
         raise CutError(f"Features of `{twins[0]}` lie along axes {along} together; their number cannot change.")
@@ -139,7 +139,8 @@ def _entry_matrix(
     averaged."""
     trunk = plan.trunk
     labels = [
-        own[0] if own else torch.zeros(math.prod(n), dtype=torch.int64) for own, n in zip(runs, sizes, strict=True)
+        own[0] if own else torch.zeros(math.prod(n), dtype=torch.int64, device="cpu")
+        for own, n in zip(runs, sizes, strict=True)
     ]
     layouts = [spaces.layout(own) for spaces, own in zip(trunk.spaces, labels, strict=True)]
     merged = merged_layout(trunk.spaces[0], labels[0], plan.merges)

@@ -195,7 +195,7 @@ def _together(group: Sequence[_Run], matrices: Mapping[tuple[int, int], Tensor],
     if not torch.equal(keys[place], target * base + again):
         raise CutError(_entangled(name))
     index = order[place]
-    if sizes == merged and index.equal(torch.arange(len(index))):
+    if sizes == merged and index.equal(torch.arange(len(index), device="cpu")):
         return None
     return Step(index, axes, tuple(sizes[a] for a in axes))
 
@@ -221,7 +221,7 @@ def _codes(run: _Run, matrices: Mapping[tuple[int, int], Tensor], name: str) -> 
         start += max(matrix.shape)
     for code in (origin, target, mine):
         rest = code < 0
-        code[rest] = start + torch.arange(int(rest.sum()))
+        code[rest] = start + torch.arange(int(rest.sum()), device="cpu")
     return origin, target, mine
 
 

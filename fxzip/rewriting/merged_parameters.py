@@ -60,7 +60,7 @@ class PlaceMap:
         """
         here = [source.space == space for space, _ in matrices]
         there = [result.space == space for _, space in matrices]
-        rest = [~torch.stack(held).any(0) if held else torch.ones(len(layout.space), dtype=torch.bool)
+        rest = [~torch.stack(held).any(0) if held else torch.ones(len(layout.space), dtype=torch.bool, device="cpu")
                 for held, layout in ((here, source), (there, result))]  # fmt: skip
         columns, rows = ([mask.nonzero().flatten()] for mask in rest)
         weights = [torch.ones(len(rows[0]), dtype=torch.float64, device="cpu")]
@@ -79,7 +79,7 @@ class PlaceMap:
         if len(self.rows) != self.height or not bool((self.weights == 1).all()):
             return None
         order = self.rows.argsort()
-        in_order = torch.equal(self.rows[order], torch.arange(self.height))
+        in_order = torch.equal(self.rows[order], torch.arange(self.height, device="cpu"))
         return self.columns[order] if in_order else None
 
     @property
@@ -123,7 +123,7 @@ def _grouped(value: Tensor, columns: int) -> Tensor:
     groups = value.shape[1] // columns
     rows = value.shape[0] // groups
     blocks = value.reshape(groups, rows, groups, columns, *value.shape[2:])
-    index = torch.arange(groups)
+    index = torch.arange(groups, device="cpu")
     return blocks[index, :, index].reshape(groups * rows, columns, *value.shape[2:])
 
 

@@ -95,7 +95,7 @@ def tensors_again(stored: Mapping[str, Tensor], notes: Any) -> list[Tensor]:
         if stride is not None:
             if not _are_sizes(stride) or len(stride) != value.ndim or not _is_dense(value.shape, stride):
                 raise LoadError(f"the strides of {key!r} are none of a tensor of that shape")
-            value = torch.empty_strided(value.shape, stride, dtype=value.dtype).copy_(value)
+            value = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device).copy_(value)
         held[key] = value
     result = [_tensor(held, entry) for entry in entries]
     if {entry["key"] for entry in entries} != set(held):

@@ -47,16 +47,16 @@ class Piece:
         mine, theirs = _places(*self.elements[1:]), _places(*other.elements[1:])
         if not mine.numel() or not theirs.numel():
             return False
-        marks = torch.zeros(int(max(mine.max(), theirs.max())) + 1, dtype=torch.bool)
+        marks = torch.zeros(int(max(mine.max(), theirs.max())) + 1, dtype=torch.bool, device="cpu")
         marks[mine] = True
         return bool(marks[theirs].any())
 
 
 def _places(offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """Where the elements lie, each once along axes of stride 0."""
-    places = torch.tensor([offset])
+    places = torch.tensor([offset], device="cpu")
     for size, step in zip(shape, stride, strict=True):
-        places = (places[:, None] + step * torch.arange(min(size, 1) if step == 0 else size)).reshape(-1)
+        places = (places[:, None] + step * torch.arange(min(size, 1) if step == 0 else size, device="cpu")).reshape(-1)
     return places
 
 

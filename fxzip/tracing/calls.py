@@ -138,8 +138,8 @@ def with_batch(call: Call, n: int, generator: torch.Generator | None = None) -> 
         if value.is_floating_point() or value.is_complex():
             return rows + _noise(rows, generator)
         if rows.ndim == 1:
-            return rows[torch.randperm(len(rows), generator=generator).to(value.device)]
-        order = torch.randperm(rows.shape[-1], generator=generator).to(value.device)
+            return rows[torch.randperm(len(rows), generator=generator, device="cpu").to(value.device)]
+        order = torch.randperm(rows.shape[-1], generator=generator, device="cpu").to(value.device)
         return rows[..., order].contiguous()
 
     return map_tensors(fresh, call)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import SpecializationError
 from .calls import Call, map_tensors
 from .containers import flatten
+from .precision import full_precision
 from .randomness import own_randomness
 from .state import restored_state
 from .structure import Structure
@@ -30,7 +31,7 @@ _FASTPATH = ThreadPatch(lambda: [(torch.backends.mha, "get_fastpath_enabled", la
 @contextmanager
 def quiet_execution(*, seed: int = 0) -> Iterator[None]:
     """No gradients, no fused transformer layers that hide features, random numbers from own generators; for this thread
-    only, and afterwards all is as it was.
+    only, and afterwards all is as it was. No TF32 meanwhile, in any thread.
 
     >>> state = torch.get_rng_state()
     >>> with quiet_execution():
@@ -38,7 +39,7 @@ def quiet_execution(*, seed: int = 0) -> Iterator[None]:
     >>> bool((torch.get_rng_state() == state).all())
     True
     """
-    with restored_state(), _FASTPATH.inside(), own_randomness(seed), torch.no_grad():
+    with restored_state(), full_precision(), _FASTPATH.inside(), own_randomness(seed), torch.no_grad():
         yield
 
 
@@ -69,7 +70,7 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_context() -> Iterator[None]:
-    """Inference mode and autocast of the caller switched off: values would be other ones, and calls other calls.
+    """Inference mode, autocast and TF32 of the caller switched off: values would be other ones, and calls other calls.
 
     >>> with torch.inference_mode(), plain_context():
     ...     print(torch.is_inference_mode_enabled())
@@ -80,6 +81,7 @@ def plain_context() -> Iterator[None]:
         for kind in ("cpu", "cuda", "mps", "xpu"):
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(full_precision())
         yield
 
 
@@ -260,7 +262,7 @@ def _tensor_difference(found: Tensor, expected: Tensor) -> str | None:
     if odd.any() and not torch.equal(torch.nan_to_num(found[odd]), torch.nan_to_num(expected[odd])):
         return "the output has non-finite values at other places"
     gap = torch.where(odd, 0, found.detach() - expected.detach()).abs()
-    scale = torch.where(odd, 0, expected.detach()).abs().max() if expected.numel() else torch.tensor(0.0)
+    scale = torch.where(odd, 0, expected.detach()).abs().max() if expected.numel() else torch.tensor(0.0, device="cpu")
     error = float(gap.max()) if expected.numel() else 0.0
     error = 0.0 if error == 0.0 else error / float(scale) if float(scale) > 0 else float("inf")
     if error <= TOLERANCE.get(expected.dtype, 2e-2):

@@ -73,6 +73,6 @@ def _narrowed(own: Observed, kept: Mapping[int, int], method: Method) -> ZipPlan
     chosen = sorted(kept)
     found = method.match(Problem(tuple(problem.spaces[s] for s in chosen)))
     sizes = [space.size for space in own.trunk.spaces[0].spaces]
-    merges = {s: Merge.from_clusters(torch.arange(size), (size,)) for s, size in enumerate(sizes)}
+    merges = {s: Merge.from_clusters(torch.arange(size, device="cpu"), (size,)) for s, size in enumerate(sizes)}
     merges |= dict(zip(chosen, found, strict=True))
     return planned(own.trunk, merges, reach, kept=kept)

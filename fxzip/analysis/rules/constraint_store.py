@@ -112,7 +112,7 @@ class ConstraintStore:
 
         rank = occurrences(pairs[0])
         members, which = pairs[0, void].unique(return_inverse=True)
-        marks = torch.zeros(len(members), dtype=torch.int64)
+        marks = torch.zeros(len(members), dtype=torch.int64, device="cpu")
         marks.index_add_(0, which, _scrambled(rank[void] + 1))
         patterns, kind = marks.unique(return_inverse=True)
         mates = self.fresh(len(patterns))
@@ -249,11 +249,11 @@ def _scrambled(numbers: Tensor) -> Tensor:
 def _same_members(rows: Tensor) -> tuple[Tensor, Tensor]:
     """For rows of labels [n, members] the first of each kind, in order, and for each row its kind; by hashes."""
     if len(rows) == 1:
-        return torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        return torch.zeros(1, dtype=torch.int64, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")
     marks = _scrambled(rows).sum(1)
     found, which = marks.unique(return_inverse=True)
-    places = torch.arange(len(rows))
-    first = torch.full((len(found),), len(rows)).scatter_reduce_(0, which, places, "amin")
+    places = torch.arange(len(rows), device="cpu")
+    first = torch.full((len(found),), len(rows), device="cpu").scatter_reduce_(0, which, places, "amin")
     order = first.argsort()
     return first[order], order.argsort()[which]
 
@@ -270,8 +270,10 @@ def _told_apart(labels: Tensor, axes: frozenset[int]) -> bool:
 
     runs = labels.permute(*sorted(axes), *inner).reshape(count, -1)
     found, which = runs.unique(return_inverse=True)
-    pairs = (which * count + torch.arange(count)[:, None]).unique()
-    salts = torch.randint(1 << 62, (count,), generator=torch.Generator().manual_seed(0))
-    marks = torch.zeros(len(found), dtype=torch.int64).index_add_(0, pairs // count, salts[pairs % count])[found > 0]
+    pairs = (which * count + torch.arange(count, device="cpu")[:, None]).unique()
+    salts = torch.randint(1 << 62, (count,), generator=torch.Generator().manual_seed(0), device="cpu")
+    marks = torch.zeros(len(found), dtype=torch.int64, device="cpu").index_add_(
+        0, pairs // count, salts[pairs % count]
+    )[found > 0]
 
     return len(marks.unique()) == len(marks)

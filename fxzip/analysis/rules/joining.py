@@ -84,7 +84,7 @@ def _concatenate(parts: list[Operand], fields: list[Tensor | None], key: frozens
     for part, labels in zip(parts, fields, strict=True):
         shape = [size if axis == dim or axis in key else 1 for axis, size in enumerate(part.tensor.shape)]
         if labels is None:
-            piece = torch.full(shape, filler(part, frozenset({dim}), empty))
+            piece = torch.full(shape, filler(part, frozenset({dim}), empty), device="cpu")
         else:
             piece = torch.where(labels == VOID, FIXED, labels) if empty else labels
             piece = piece.expand(shape)

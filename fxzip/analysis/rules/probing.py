@@ -104,7 +104,7 @@ def _moved(call: Invocation, tensors: Sequence[Tensor], slots: tuple[_Slot, ...]
     for trial in range(TRIALS):
         generator = torch.Generator().manual_seed(trial)
         values = [_random(t, generator) for t in tensors]
-        order = torch.randperm(slots[0].size, generator=generator)
+        order = torch.randperm(slots[0].size, generator=generator, device="cpu")
         moved = list(values)
         for slot in slots:
             moved[slot.operand] = moved[slot.operand].index_select(slot.axis, order.to(values[slot.operand].device))
@@ -126,7 +126,7 @@ def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Random floats in float64; integers and booleans as they are."""
     if not tensor.is_floating_point():
         return tensor
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu").to(tensor.device)
 
 
 def _run(call: Invocation, values: Sequence[Tensor]) -> list[Tensor] | None:

@@ -108,7 +108,7 @@ def _moved(call: Invocation, outs: list[Tensor], of: Callable[[Tensor], Axes]) -
     ):
         return None
 
-    places = torch.arange(1, source.numel() + 1).reshape(source.shape)
+    places = torch.arange(1, source.numel() + 1, device="cpu").reshape(source.shape)
     for axis in still:
         places = places.narrow(axis, 0, 1)
 

@@ -75,7 +75,7 @@ class KMeans(SpaceMethod):
 def _distances(alike: Tensor, labels: Tensor, size: int) -> Tensor:
     """|z_i - mean of cluster c|² less what does not depend on c: [N, size]."""
     member = torch.zeros(len(alike), size, dtype=alike.dtype, device=alike.device)
-    member[torch.arange(len(alike)), labels] = 1
+    member[torch.arange(len(alike), device="cpu"), labels] = 1
     mean = member / member.sum(0)
     reach = alike @ mean
     return (mean * reach).sum(0) - 2 * reach
@@ -124,7 +124,7 @@ class Agglomerative(SpaceMethod):
 
 def _cut(joins: Any, count: int) -> Tensor:
     """The cluster of each of `count` points after some joins of clusters, as scipy lists them."""
-    labels = torch.arange(count)
+    labels = torch.arange(count, device="cpu")
     for number, pair in enumerate(joins.astype(int).tolist()):
-        labels[torch.isin(labels, torch.tensor(pair))] = count + number
+        labels[torch.isin(labels, torch.tensor(pair, device="cpu"))] = count + number
     return labels

@@ -74,7 +74,7 @@ class Transport(SpaceMethod):
 
         library = _library()
         alike = similarity(moments)
-        merge, unmerge = [torch.eye(n).double()], [torch.eye(n).double()]
+        merge, unmerge = [torch.eye(n, device="cpu").double()], [torch.eye(n, device="cpu").double()]
 
         value = 0.0
         for start, end in pairwise(moments.offsets()[1:]):
@@ -101,7 +101,7 @@ def _library() -> Any:
 
 def _coupling(library: Any, cross: Tensor, entropy: float) -> Tensor:
     """The cheapest coupling of uniform masses, [n_0, n_k]."""
-    rows, columns = (torch.full((n,), 1 / n, dtype=torch.float64).numpy() for n in cross.shape)
+    rows, columns = (torch.full((n,), 1 / n, dtype=torch.float64, device="cpu").numpy() for n in cross.shape)
     cost = (1 - cross).numpy()
     if entropy:
         found = library.sinkhorn(rows, columns, cost, entropy, method="sinkhorn_log", numItermax=10_000)

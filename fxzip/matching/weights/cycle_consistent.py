@@ -98,7 +98,7 @@ class CycleConsistent(Method):
 
 def _vertex(matching: Tensor) -> Tensor:
     """A relabelling as a matrix: row i has its 1 at the feature that takes place i."""
-    return torch.eye(len(matching), dtype=torch.float64)[matching]
+    return torch.eye(len(matching), dtype=torch.float64, device="cpu")[matching]
 
 
 def _rounded(problem: Problem, tables: dict[int, Tensor], k: int) -> Matching:
@@ -146,7 +146,10 @@ def objective(weights: Sequence[Weight], relaxed: Relaxed) -> float:
 def gradients(problem: Problem, weights: Sequence[Weight], relaxed: Relaxed) -> Relaxed:
     """Derivatives of the objective by every P_p, [n, n] by model and space."""
     result: Relaxed = [
-        {s: torch.zeros(space.sizes[0], space.sizes[k], dtype=torch.float64) for s, space in enumerate(problem.spaces)}
+        {
+            s: torch.zeros(space.sizes[0], space.sizes[k], dtype=torch.float64, device="cpu")
+            for s, space in enumerate(problem.spaces)
+        }
         for k in range(problem.models)
     ]
     for weight in weights:

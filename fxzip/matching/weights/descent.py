@@ -132,7 +132,7 @@ def table(
     own: Space,
 ) -> Tensor:  # fmt: skip
     """C [n_0, n_k] in float64, all other axes as matched; grouped kernels are left out."""
-    total = torch.zeros(own.sizes[0], own.sizes[k], dtype=torch.float64)
+    total = torch.zeros(own.sizes[0], own.sizes[k], dtype=torch.float64, device="cpu")
     for weight, target in zip(weights, reference, strict=True):
         for run in weight.runs if weight.groups == 1 else ():
             if space in run.slots:
@@ -153,7 +153,7 @@ def _summed(
                 slots = run.slots[space]
                 first, other = slices(target, run.axis, slots[0]), slices(value, run.axis, slots[k]).T
                 total = first @ other if total.ndim == 0 else total.addmm_(first, other)
-    return torch.zeros(own.sizes[0], own.sizes[k]).double() if total.ndim == 0 else total.double().cpu()
+    return torch.zeros(own.sizes[0], own.sizes[k], device="cpu").double() if total.ndim == 0 else total.double().cpu()
 
 
 def assigned(
@@ -173,7 +173,7 @@ def assigned(
     result = {}
     for s, (a, b) in blocks.items():
         mine = b[found.partner].gather(1, found.inner[s].clamp(min=0))
-        held = torch.full((problem.spaces[s].sizes[0],), -1)
+        held = torch.full((problem.spaces[s].sizes[0],), -1, device="cpu")
         held[a] = torch.where(found.inner[s] >= 0, mine, -1)
         result[s] = held
 
@@ -182,10 +182,10 @@ def assigned(
 
 def _by_blocks(blocks: Mapping[int, tuple[Tensor, Tensor]], now: Mapping[int, Tensor]) -> BlockAssignment:
     """A matching of a tie group as one of blocks, and of features inside."""
-    inner, partner = {}, torch.zeros(0)
+    inner, partner = {}, torch.zeros(0, device="cpu")
     for s, (a, b) in blocks.items():
-        place = torch.empty(b.numel(), dtype=torch.int64)
-        place[b.reshape(-1)] = torch.arange(b.numel())
+        place = torch.empty(b.numel(), dtype=torch.int64, device="cpu")
+        place[b.reshape(-1)] = torch.arange(b.numel(), device="cpu")
         held = now[s][a]
         at = place[held.clamp(min=0)]
         partner = torch.where(held >= 0, at // b.shape[1], -1).amax(1)

@@ -85,7 +85,7 @@ class MuDSC(Method):
         coordinates = problem.ties()
 
         for _ in range(self.sweeps if self.balance else 0):
-            for c in torch.randperm(len(coordinates), generator=generator).tolist():
+            for c in torch.randperm(len(coordinates), generator=generator, device="cpu").tolist():
                 for s, merge in self._matched(problem, coordinates[c], seen, merges).items():
                     merges[s] = merge
             now = sum(merge.correlation for merge in merges) / len(merges)
@@ -129,7 +129,7 @@ def as_moments(alike: Tensor, sizes: tuple[int, ...]) -> Moments:
 def weight_cosines(problem: Problem, space: int, merges: Sequence[Merge]) -> Tensor:
     """Cosines of the slices of a space, of all models side by side, [N, N] in float64, 1 on the diagonal."""
     total = sum(problem.spaces[space].sizes)
-    inner = torch.zeros(total, total, dtype=torch.float64)
+    inner = torch.zeros(total, total, dtype=torch.float64, device="cpu")
 
     for weight in problem.weights:
         for run in weight.runs if weight.groups == 1 else ():

@@ -60,11 +60,11 @@ def match_tie(tables: Mapping[int, Tensor], products: Sequence[Product], now: Bl
     if not products:
         weighed = [table * min(table.shape[2:]) for table in tables.values()]
         partner = best_blocks(weighed)
-        index = torch.arange(len(partner))
+        index = torch.arange(len(partner), device="cpu")
         return BlockAssignment(partner, {g: _pairs(table[index, partner]) for g, table in tables.items()})
 
     inner = {g: _pairs(table) for g, table in tables.items()}
-    index = torch.arange(len(now.partner))
+    index = torch.arange(len(now.partner), device="cpu")
 
     for g, held in now.inner.items():
         inner[g][index, now.partner] = held
@@ -84,7 +84,7 @@ def match_tie(tables: Mapping[int, Tensor], products: Sequence[Product], now: Bl
 def _pairs(tables: Tensor) -> Tensor:
     """The best one-to-one pairs of each table [..., s_0, s_k]: int64 [..., s_0], -1 for none."""
     flat = tables.reshape(-1, *tables.shape[-2:]).cpu().numpy()
-    result = torch.full(flat.shape[:2], -1)
+    result = torch.full(flat.shape[:2], -1, device="cpu")
     if flat.shape[1:] == (1, 1):
         return torch.zeros_like(result).reshape(tables.shape[:-1])
     for own, table in zip(result, flat, strict=True):
@@ -95,7 +95,7 @@ def _pairs(tables: Tensor) -> Tensor:
 
 def _given(space: int, products: Sequence[Product], inner: Mapping[int, Tensor]) -> Tensor:
     """What the products add to the table of a space, the other side of each being as it is."""
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for product in products:
         if space == product.row:
             total = total + _contracted(product.first, product.other, inner[product.column])
@@ -118,7 +118,7 @@ def _contracted(first: Tensor, other: Tensor, inner: Tensor) -> Tensor:
 
 def _value(tables: Mapping[int, Tensor], products: Sequence[Product], inner: Mapping[int, Tensor]) -> Tensor:
     """The objective of each pair of blocks, [n_blocks, n_blocks]."""
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for g, table in tables.items():
         total = total + _picked(table, inner[g])
     for product in products:

@@ -123,7 +123,7 @@ def identity(problem: Problem, k: int) -> Matching:
         if space.blocks:
             first, mine = space.blocks[0].cpu(), space.blocks[k].cpu()
             width = min(first.shape[1], mine.shape[1])
-            index = torch.full((n,), -1)
+            index = torch.full((n,), -1, device="cpu")
             index[first[:, :width]] = mine[:, :width]
         result[number] = torch.where(index < own, index, -1)
 
@@ -147,7 +147,7 @@ def merge_many(problem: Problem, start: str, generator: torch.Generator, sweeps:
 
     still = 0
     for _ in range(sweeps):
-        for k in torch.randperm(problem.models, generator=generator).tolist():
+        for k in torch.randperm(problem.models, generator=generator, device="cpu").tolist():
             others = [own for j, own in enumerate(placed) if j != k]
             mean = [torch.stack(values).mean(0) for values in zip(*others, strict=True)]
             end = Descent(problem, k, mean, matchings[k]).run(generator, sweeps)
@@ -228,7 +228,7 @@ def _likest(space: Space, weights: Sequence[Weight], number: int, k: int, matchi
     In tie groups the slot lies inside the block that the feature's block went to.
     """
     alike = table(weights, [weight.values[0] for weight in weights], number, k, matching, space)
-    size = torch.zeros(space.sizes[0], dtype=torch.float64)
+    size = torch.zeros(space.sizes[0], dtype=torch.float64, device="cpu")
 
     for weight in weights:
         for place, run in enumerate(weight.runs if weight.groups == 1 else ()):
@@ -237,10 +237,10 @@ def _likest(space: Space, weights: Sequence[Weight], number: int, k: int, matchi
 
     alike = alike / size.sqrt().clamp(min=torch.finfo(size.dtype).tiny)[:, None]
     if space.blocks:
-        block = torch.empty(space.sizes[k], dtype=torch.int64)
-        block[space.blocks[k].cpu()] = torch.arange(len(space.blocks[k]))[:, None]
+        block = torch.empty(space.sizes[k], dtype=torch.int64, device="cpu")
+        block[space.blocks[k].cpu()] = torch.arange(len(space.blocks[k]), device="cpu")[:, None]
         mine = torch.where(matching[number] >= 0, block[matching[number].clamp(min=0)], -1)
-        home = torch.empty(space.sizes[0], dtype=torch.int64)
+        home = torch.empty(space.sizes[0], dtype=torch.int64, device="cpu")
         for slots in space.blocks[0].cpu():
             home[slots] = mine[slots].amax()
         alike = alike.masked_fill(home[:, None] != block, -torch.inf)

@@ -98,7 +98,7 @@ def fit_shifts(
             best, ridge, after = found, trial, known
     if ridge is None:
         nothing = tuple(torch.zeros_like(m) for m in means)
-        return Shifts(nothing, means, torch.zeros(len(means)).to(means[0]), None, before, before)
+        return Shifts(nothing, means, torch.zeros(len(means), device="cpu").to(means[0]), None, before, before)
     vectors, offsets = _solve(problem, ridge, evidence.weights())
     directions = tuple(b @ v / s for (_, b), v, s in zip(rotated, vectors, spreads, strict=True))
     return Shifts(directions, means, offsets, ridge, before, after)
@@ -124,7 +124,7 @@ def _few_features(features: Tensor) -> tuple[Tensor, Tensor]:
     """The features in a basis of as many as there are inputs, and that basis: a ridge cannot tell the difference."""
     inputs, count = features.shape
     if count <= inputs:
-        return features, torch.eye(count).to(features)
+        return features, torch.eye(count, device="cpu").to(features)
     basis = torch.linalg.qr(features.T)[0]
     return features @ basis, basis
 

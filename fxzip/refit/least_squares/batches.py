@@ -9,6 +9,7 @@ from functools import partial
 from torch import fx, nn
 
 from ...calibration import processes
+from ...errors import DataError
 from ...tracing.calls import Call, batch_size
 from ...tracing.containers import flatten
 from .lockstep import Lockstep
@@ -66,6 +67,12 @@ class Batches:
             kept += not full
             calls.append(_on_file(call, file) if full else partial(_same, call))
 
+        short = [number for number, count in enumerate(processes.everyone(len(rows))) if not count]
+        if short:
+            raise DataError(
+                "A fit needs at least one batch that is not held out of every process; rank "
+                f"{', '.join(map(str, short))} has none. Give each a part of `data`."
+            )
         largest, inside = max(rows, default=0), sum(rows[:kept])
         outside = bound.per_row * (sum(rows) - inside)
         room = free_on_disk()

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...calibration.processes import gathered, total
+from ...calibration.processes import ExactSum, gathered, total
 from .spilling import Page, SpillFile, fetched
 
 _WIDE = 256  # columns that are multiplied at a time
@@ -76,23 +76,21 @@ class Blocks:
 
     def product(self, other: Blocks) -> Tensor:
         """selfᵀ other, float64, of products in the blocks' own precision."""
-        found: Tensor | None = None
+        sums = ExactSum()
         for own, theirs in zip(self, other, strict=True):
-            part = (own.T @ theirs).double()
-            found = part if found is None else found.add_(part)
-        assert found is not None
-        return total(found)
+            sums.add((own.T @ theirs).double())
+        return sums.total()
 
     def gram(self) -> Tensor:
         """selfᵀ self, float64; above the diagonal only, the rest is its mirror image."""
-        gram: Tensor | None = None
+        sums = ExactSum()
         for own in self:
             width = own.shape[1]
-            gram = own.new_zeros(width, width, dtype=torch.float64) if gram is None else gram
+            part = own.new_zeros(width, width, dtype=torch.float64)
             for start in range(0, width, _WIDE):
-                gram[start : start + _WIDE, start:] += own[:, start : start + _WIDE].T @ own[:, start:]
-        assert gram is not None
-        gram = total(gram)
+                part[start : start + _WIDE, start:] = own[:, start : start + _WIDE].T @ own[:, start:]
+            sums.add(part)
+        gram = sums.total()
         for start in range(0, len(gram), _WIDE):
             stop = start + _WIDE
             gram[stop:, start:stop] = gram[start:stop, stop:].T
@@ -100,12 +98,10 @@ class Blocks:
 
     def sum(self) -> Tensor:
         """Over the rows, float64 [n]."""
-        found: Tensor | None = None
+        sums = ExactSum()
         for own in self:
-            part = own.sum(0, dtype=torch.float64)
-            found = part if found is None else found.add_(part)
-        assert found is not None
-        return total(found)
+            sums.add(own.sum(0, dtype=torch.float64))
+        return sums.total()
 
     def mean(self) -> Tensor:
         """Over the rows, float64 [n]."""

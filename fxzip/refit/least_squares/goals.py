@@ -218,7 +218,9 @@ class HeadGoals:
             here = spaces.space_of[spaces.klass[reached[reached > 0]]].unique().tolist()
             for number in {numbers[own] for own in here if own >= 0} & self.plan.folded[k]:
                 matrix = self.plan.merges[number].U(k)
-                if matrix.shape[0] != matrix.shape[1] or not torch.equal(matrix, torch.eye(len(matrix)).to(matrix)):
+                if matrix.shape[0] != matrix.shape[1] or not torch.equal(
+                    matrix, torch.eye(len(matrix), device="cpu").to(matrix)
+                ):
                     return True
         return False
 

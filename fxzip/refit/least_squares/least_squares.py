@@ -24,6 +24,7 @@ from ...rewriting.module import ZippedModule, part_of, sources_of
 from ...rewriting.zip_plan import ZipPlan
 from ...tracing import Program, quiet_execution
 from ...tracing.calls import Call
+from ...tracing.precision import full_precision
 from ..refitted import Refitted, noting
 from ..unfit import Unfit
 from .batches import Batches
@@ -51,7 +52,7 @@ class LeastSquares(Settings):
         programs = plan.trunk.alignment.programs
         sample = programs[0].call
         laid = ((source, laid_out(call, sample)) for source, call in numbered)
-        with SpillFile() as file, torch.no_grad():
+        with SpillFile() as file, full_precision(), torch.no_grad():
             unfit = _tried(zipped, plan, self)
             batches = Batches.read(laid, sources, self._bound(zipped, programs), file)
             tell(data, f"least squares on {batches.inputs} inputs: {batches.usage}")
