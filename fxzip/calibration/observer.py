@@ -230,7 +230,7 @@ def observe_values(
     for number, (nodes, axis) in enumerate(values):
         shapes = [program.shapes[node] for program, node in zip(programs, nodes, strict=True)]
         sizes = tuple((shape[axis],) for shape in shapes)
-        index = tuple(torch.arange(size)[None] for (size,) in sizes)
+        index = tuple(torch.arange(size, device="cpu")[None] for (size,) in sizes)
         axes = (axis % len(shapes[0]),)
         places.append(Watch(number, tuple(nodes), VALUE, -1, axes, (), sizes, index))
     seen = _observed(programs, places, data)

@@ -111,7 +111,10 @@ def _at(trunk: Trunk, elastic: Elastic, share: float) -> tuple[fx.GraphModule, d
 
 def _resized(size: int, kept: int) -> Merge:
     """A merge of one model's features into so many: by turns, copies where there are more."""
-    places, rows = torch.arange(max(size, kept)), torch.zeros(kept, size, dtype=torch.float64)
+    places, rows = (
+        torch.arange(max(size, kept), device="cpu"),
+        torch.zeros(kept, size, dtype=torch.float64, device="cpu"),
+    )
     rows[places % kept, places % size] = 1.0
     return Merge(rows / rows.sum(1, keepdim=True), rows.T / rows.T.sum(1, keepdim=True), (size,), 1.0)
 

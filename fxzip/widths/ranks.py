@@ -146,6 +146,8 @@ def as_emitted(merged: ZippedModule, ranks: Mapping[Call, int]) -> ZippedModule:
         rank = ranks.get(_call(node)) if _fitted(node) else None
         if rank is not None:
             size = linear_size(result, node)
-            factors[node] = Factors(torch.ones(rank, size.inputs), torch.ones(size.outputs, rank))
+            factors[node] = Factors(
+                torch.ones(rank, size.inputs, device="cpu"), torch.ones(size.outputs, rank, device="cpu")
+            )
     factorise(result, factors)
     return result
