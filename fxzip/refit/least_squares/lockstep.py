@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from ...tracing import MathAttention, Program, flat_inputs, run_recorded
 from ...tracing.aten_calls import OnCall, watched
 from ...tracing.calls import Call, batch_size, leaves, map_tensors
+from .memory import give_back
 from .spilling import Env, Shelf, SpillFile
 
 
@@ -75,6 +76,8 @@ class Lockstep:
             shelf = None
         if shelf is None:
             self._done[batch] = 0
+        del env
+        give_back()
 
     def run(self, node: fx.Node) -> None:
         """Compute a node on all batches where it is not there yet; inputs are there from the start, and stay."""

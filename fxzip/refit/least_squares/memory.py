@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -66,6 +69,24 @@ def taken_memory() -> int:
     with suppress(OSError, ValueError, AttributeError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
+
+
+def give_back() -> None:
+    """Let the C library return what is free to the system: glibc keeps it, in pieces between what is in use, and values
+    of many batches that come and go would take half as much again as they hold."""
+    trim = _trimming()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trimming() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    with suppress(OSError, AttributeError):  # another C library
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        return found
+    return None
 
 
 @dataclass(frozen=True)
