@@ -102,26 +102,30 @@ def total(value: Tensor) -> Tensor:
 class ExactSum:
     """A sum of float64 tensors that does not depend on their order, nor on which process has which of them.
 
-    All are rounded to multiples of one power of two, 2⁻⁴⁰ of the first tensor's largest entry, so that no addition
-    rounds as long as the sum is less than 2¹² times that entry. What is lost is far below what products in float32 have
-    lost already; but least squares amplifies it from layer to layer, and processes that sum in another order would end
-    with other weights.
+    All are rounded to multiples of one power of two, so far below the largest entry of the first tensor that no addition
+    rounds, as long as on average none is eight times as large. With n tensors that is 2⁻⁴⁹ n of the entry, far less than
+    products in float32 have lost already; but least squares amplifies what is lost from layer to layer, and processes
+    that sum in another order would end with other weights.
 
-    >>> sums = ExactSum()
+    >>> sums = ExactSum(3)
     >>> for value in (1.0, 1e-9, -1.0):
     ...     sums.add(torch.tensor([value], dtype=torch.float64))
-    >>> bool(abs(sums.total() - 1e-9) < 1e-12)
+    >>> bool(abs(sums.total() - 1e-9) < 1e-14)
     True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: int) -> None:
+        """`tensors`: how many this process is going to add, at least one."""
+        self._tensors = tensors
         self._sum: Tensor | None = None
         self._offset = 0.0
 
     def add(self, value: Tensor) -> None:
-        """Take in a float64 tensor, which is written over. All processes take in at least one."""
+        """Take in a float64 tensor, which is written over."""
         if self._sum is None:
-            self._offset = of_first(lambda: grid(value))
+            every = everyone((_largest(value), self._tensors))
+            tensors = sum(own for _, own in every)
+            self._offset = _offset(every[0][0], 3 + math.ceil(math.log2(tensors)))
         value.add_(self._offset).sub_(self._offset)
         self._sum = value if self._sum is None else self._sum.add_(value)
 
@@ -132,12 +136,18 @@ class ExactSum:
 
 
 def grid(value: Tensor) -> float:
-    """The offset that rounds like `ExactSum`: x + offset - offset is a multiple of 2⁻⁴⁰ of the largest entry; 0 rounds
-    nothing."""
-    most = float(value.abs().max()) if value.numel() else 0.0
-    if not 0.0 < most < math.inf:
-        return 0.0
-    return math.ldexp(1.5, math.frexp(most)[1] + 12)
+    """The offset that rounds like `ExactSum` where it is not known how many tensors come: x + offset - offset is a
+    multiple of 2⁻⁴⁰ of the largest entry."""
+    return _offset(_largest(value), 12)
+
+
+def _largest(value: Tensor) -> float:
+    return float(value.abs().max()) if value.numel() else 0.0
+
+
+def _offset(most: float, room: int) -> float:
+    """Beside it float64 has no digits below 2^(room - 52) of a number; 0 where that is to round nothing."""
+    return math.ldexp(1.5, math.frexp(most)[1] + room) if 0.0 < most < math.inf else 0.0
 
 
 def gathered(value: Tensor) -> Tensor:

@@ -76,14 +76,14 @@ class Blocks:
 
     def product(self, other: Blocks) -> Tensor:
         """selfᵀ other, float64, of products in the blocks' own precision."""
-        sums = ExactSum()
+        sums = ExactSum(len(self))
         for own, theirs in zip(self, other, strict=True):
             sums.add((own.T @ theirs).double())
         return sums.total()
 
     def gram(self) -> Tensor:
         """selfᵀ self, float64; above the diagonal only, the rest is its mirror image."""
-        sums = ExactSum()
+        sums = ExactSum(len(self))
         for own in self:
             width = own.shape[1]
             part = own.new_zeros(width, width, dtype=torch.float64)
@@ -98,7 +98,7 @@ class Blocks:
 
     def sum(self) -> Tensor:
         """Over the rows, float64 [n]."""
-        sums = ExactSum()
+        sums = ExactSum(len(self))
         for own in self:
             sums.add(own.sum(0, dtype=torch.float64))
         return sums.total()
