@@ -102,10 +102,10 @@ def total(value: Tensor) -> Tensor:
 class ExactSum:
     """A sum of float64 tensors that does not depend on their order, nor on which process has which of them.
 
-    All are rounded to multiples of one power of two, so far below the largest entry of the first tensor that no addition
-    rounds, as long as on average none is eight times as large. With n tensors that is 2⁻⁴⁹ n of the entry, far less than
-    products in float32 have lost already; but least squares amplifies what is lost from layer to layer, and processes
-    that sum in another order would end with other weights.
+    All are rounded to multiples of one power of two, so far below the largest entry of the first tensor that no
+    addition rounds, as long as on average none is eight times as large. With n tensors that is 2⁻⁴⁹ n of the entry, far
+    less than products in float32 have lost already; but least squares amplifies what is lost from layer to layer, and
+    processes that sum in another order would end with other weights.
 
     >>> sums = ExactSum(3)
     >>> for value in (1.0, 1e-9, -1.0):
