@@ -1,4 +1,4 @@
-"""RegMean (Jin et al., ICLR 2023, arXiv 2212.09849, section 3): the linear call nearest to those of all models.
+"""RegMean (Jin et al., ICLR 2023, arXiv 2212.09849): the linear call nearest to those of all models.
 
 For inputs X_k that model k sees in its own run, with Gram matrix G_k = X_kᵀ X_k, the weights that minimise
 Σ_k ‖X_k W - X_k W_k‖² are
@@ -14,7 +14,7 @@ A BatchNorm right behind a call is affine in evaluation, and belongs to the call
 together, and b* = mean over all inputs of b_k + x (W_k - W*), the best one for that W*. A mean of running statistics
 would be that of no network.
 
-RegMean++ (Nguyen et al., arXiv 2508.03121, section 4) takes for X_k what the merged network gives on the data of model
+RegMean++ (Nguyen et al., arXiv 2508.03121) takes for X_k what the merged network gives on the data of model
 k, the calls in front merged already: front to back, one call after another.
 """
 

@@ -50,7 +50,7 @@ class _ByMatrix(TaskVectorMethod):
 
 @dataclass(frozen=True)
 class TSV(_ByMatrix):
-    """TSV-Merge (Gargiulo et al., Task Singular Vectors, CVPR 2025, arXiv 2412.00081, section 4.2).
+    """TSV-Merge (Gargiulo et al., Task Singular Vectors, CVPR 2025, arXiv 2412.00081).
 
     Of each task's matrix the first of its singular vectors are kept, a K-th of them. The kept ones of all tasks
     together, U = [U_1 ... U_K] and V alike, are replaced by the nearest matrices with orthonormal columns, so that
@@ -95,7 +95,7 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class IsoC(_ByMatrix):
-    """Iso-C (Marczak et al., No Task Left Behind, ICML 2025, arXiv 2502.04959, section 4.1).
+    """Iso-C (Marczak et al., No Task Left Behind, ICML 2025, arXiv 2502.04959).
 
     The task vectors of a matrix are added up, and each singular value of the sum becomes the mean of all.
 

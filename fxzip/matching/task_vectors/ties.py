@@ -1,4 +1,4 @@
-"""TIES-Merging (Yadav et al., NeurIPS 2023, arXiv 2306.01708, section 4): trim, elect signs, mean of those who agree.
+"""TIES-Merging (Yadav et al., NeurIPS 2023, arXiv 2306.01708): trim, elect signs, mean of those who agree.
 
 Each task vector keeps its greatest entries by magnitude, a share `density` of all of them; the rest is 0. The sign of
 an entry of the merged vector is that of Σ_k τ_k there. The entry is the mean over the task vectors of that sign there.
