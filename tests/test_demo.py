@@ -16,11 +16,11 @@ WIDTH = 8
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One small run: its rows, what it wrote, and the path of the program."""
-    lines: list[str] = []
+    """One run of small networks: its rows, what it wrote, in pieces, and the path of the program."""
+    pieces: list[str] = []
     path = tmp_path_factory.mktemp("demo") / "deep" / "zipped.pt2"
-    rows = demo.run(epochs=4, width=WIDTH, output=path, quiet=True, write=lines.append)
-    return rows, "\n".join(lines), path
+    rows = demo.run(epochs=2, width=WIDTH, output=path, quiet=True, write=pieces.append)
+    return rows, pieces, path
 
 
 def test_the_split_is_disjoint_complete_and_set_by_the_seed():
@@ -55,39 +55,71 @@ def test_training_is_set_by_its_seed():
     assert not torch.allclose(first, other)
 
 
+def test_numbers_are_two_digits_of_one_side_of_the_split():
+    digits = demo.load_digits_split(0)
+    numbers = demo.numbers(digits, train=300, test=100)
+    assert numbers.train_images.shape == (300, 1, 8, 16)
+    assert numbers.test_images.shape == (100, 1, 8, 16)
+    assert numbers.train_labels.max() < 100
+    for images, labels, singles, values in (
+        (numbers.train_images, numbers.train_labels, digits.train_images, digits.train_labels),
+        (numbers.test_images, numbers.test_labels, digits.test_images, digits.test_labels),
+    ):
+        for half, wanted in ((images[..., :8], labels // 10), (images[..., 8:], labels % 10)):
+            nearest = torch.cdist(half.flatten(1), singles.flatten(1)).argmin(1)  # without the noise that was added
+            assert torch.equal(values[nearest], wanted)
+
+
 def test_the_table_has_every_network_once(finished):
-    rows, written, _ = finished
-    names = [row.name for row in rows]
-    assert names[:3] == ["a alone (digits 0-4)", "b alone (digits 5-9)", "a and b side by side"]
-    assert names[3:] == [
-        *(
-            f"{method}, {extent}"
-            for extent in ("all shared", "until layer2", "until layer1")
-            for method in demo.METHODS
-        ),
-        "a and b side by side, deciding together",
-        "zip, all shared, deciding together",
-    ]
-    for name in names:
-        assert sum(line.startswith(f"{name}  ") for line in written.splitlines()) == 1
-    lengths = {len(line) for line in written.splitlines()[: len(rows) + 2]}
+    rows, pieces, _ = finished
+    assert [row.name for row in rows] == demo.row_names()
+    lines = "\n".join(pieces).splitlines()
+    for row in rows:
+        assert sum(line.startswith(f"{row.name}  ") for line in lines) == 1
+    lengths = {len(line) for line in lines[: len(rows) + 2]}
     assert len(lengths) == 1, "the columns of the table are not aligned"
 
 
-def test_costs_and_accuracies_of_the_rows(finished):
+def test_rows_are_written_as_they_come(finished, monkeypatch, tmp_path):
+    events = []
+
+    def compare(models, digits, **options):
+        for name in demo.row_names():
+            events.append(f"made {name}")
+            yield demo.Row(name, 1.0, None, 1.0, 1.0), name
+
+    monkeypatch.setattr(demo, "compare", compare)
+    monkeypatch.setattr(demo, "train", lambda *arguments, **options: None)
+    monkeypatch.setattr(demo, "keep", lambda network, *others: events.append(f"kept {network}"))
+    demo.run(quiet=True, write=lambda text: events.append(f"wrote {text.split('  ')[0]}"))
+    rows = [f"{verb} {name}" for name in demo.row_names() for verb in ("made", "wrote")]
+    assert [event for event in events if event in rows] == rows
+    assert events[-1] == "kept zip, all shared, deciding together"
+
+
+def test_averaging_fails_and_a_zip_does_not(finished):
     rows = {row.name: row for row in finished[0]}
-    side_by_side = rows["a and b side by side"]
-    assert side_by_side.flops == pytest.approx(2.0, abs=0.02)
-    assert side_by_side.parameters == pytest.approx(2.0, abs=0.02)
-    for method in demo.METHODS:
-        full, late, early = (rows[f"{method}, {extent}"] for extent in ("all shared", "until layer2", "until layer1"))
-        assert 0.95 < full.flops < 1.05
-        assert full.flops < late.flops < early.flops < side_by_side.flops
-        assert full.parameters < late.parameters < early.parameters < side_by_side.parameters
-    assert side_by_side.accuracy > 0.9
-    assert rows["zip, until layer1"].accuracy > side_by_side.accuracy - 0.02
-    assert rows["zip, until layer1"].accuracy > rows["average, all shared"].accuracy
-    assert rows["a alone (digits 0-4)"].joint is None
+    apart, zipped = rows["a and b side by side"], rows["zip, all shared"]
+    assert rows["weights averaged"].accuracy < 0.1
+    assert rows["averaged, BatchNorm reset"].accuracy < 0.5 * zipped.accuracy
+    assert rows["ZipIt!, BatchNorm reset"].accuracy < zipped.accuracy
+    assert zipped.accuracy > 0.75 * apart.accuracy
+    assert rows["zip, until layer1"].accuracy > zipped.accuracy
+    assert rows["zip, until layer1"].accuracy > 0.9 * apart.accuracy
+    assert rows["a alone (numbers 00-49)"].joint is None
+
+
+def test_costs_of_the_rows(finished):
+    rows = {row.name: row for row in finished[0]}
+    apart = rows["a and b side by side"]
+    assert apart.flops == pytest.approx(2.0, abs=0.02)
+    assert apart.parameters == pytest.approx(2.0, abs=0.02)
+    full, late, early = (rows[f"zip, {extent}"] for extent in ("all shared", "until layer2", "until layer1"))
+    assert 0.95 < full.flops < 1.1
+    assert full.flops < late.flops < early.flops < apart.flops
+    assert full.parameters < late.parameters < early.parameters < apart.parameters
+    for name in ("weights averaged", "averaged, BatchNorm reset", "ZipIt!, BatchNorm reset"):
+        assert rows[name].flops == pytest.approx(full.flops, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["a and b side by side", "zip, all shared"])
@@ -99,35 +131,21 @@ def test_heads_that_decide_together(finished, name):
     assert (after.flops, after.parameters) == pytest.approx((before.flops, before.parameters), rel=0.02)
 
 
-def test_the_program_loads_and_takes_any_batch_size(finished):
-    _, written, path = finished
-    assert f'torch.export.load("{path}").module()' in written
-    model = torch.export.load(path).module()
-    digits = demo.load_digits_split(0)
+def test_what_is_left_behind(finished):
+    rows, pieces, path = finished
+    assert f'torch.export.load("{path}").module()' in pieces[-1]
+    page = path.with_suffix(".html")
+    assert str(page) in pieces[-1]
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+    program, loaded = torch.export.load(path).module(), fxzip.load(path.with_suffix(""))
+    numbers = demo.numbers(demo.load_digits_split(0))
     for size in (1, 3, 16):
-        heads = model(digits.test_images[:size])
-        assert [tuple(head.shape) for head in heads] == [(size, 5), (size, 5)]
-    accuracy = demo.evaluate(model, digits)
-    row = next(row for row in finished[0] if row.name == "zip, all shared, deciding together")
-    assert accuracy.joint == pytest.approx(row.joint, abs=0.01)
-
-
-def test_a_program_with_other_outputs_is_refused(tmp_path, monkeypatch):
-    model = demo.SmallResNet(classes=5, width=4).eval()
-
-    class Heads(torch.nn.Module):
-        def __init__(self, sign):
-            super().__init__()
-            self.model, self.sign = model, sign
-
-        def forward(self, x):
-            return (self.sign * self.model(x),)
-
-    monkeypatch.setattr(torch.export, "save", lambda program, path: None)
-    loaded = torch.export.export(Heads(-1.0), (torch.ones(7, 1, 8, 8),))
-    monkeypatch.setattr(torch.export, "load", lambda path: loaded)
-    with pytest.raises(demo.fxzip.FxzipError, match=r"at any batch size; head 0 differs by .* on a batch of 7"):
-        demo.export(Heads(1.0), torch.ones(8, 1, 8, 8), tmp_path / "zipped.pt2")
+        heads = program(numbers.test_images[:size])
+        assert [tuple(head.shape) for head in heads] == [(size, 50), (size, 50)]
+        for head, wanted in zip(heads, loaded(numbers.test_images[:size]), strict=True):
+            torch.testing.assert_close(head, wanted, rtol=1e-4, atol=1e-4)
+    assert demo.evaluate(loaded, numbers).joint == pytest.approx(rows[-1].joint, abs=0.01)
 
 
 def test_the_command_passes_its_options_on(monkeypatch):

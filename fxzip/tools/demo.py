@@ -1,14 +1,16 @@
-"""The demonstration behind `fxzip demo`: two small residual networks, trained on disjoint digits, zipped into one.
+"""The demonstration behind `fxzip demo`: two small residual networks that read numbers, zipped into one.
 
-Network a learns the digits 0 to 4 and network b the digits 5 to 9 of scikit-learn's bundled 8×8 images, from different
-seeds. They are then zipped by every method, fully and up to two earlier stages, from unlabelled training images, and
-all results are compared on images that neither the training nor the calibration has seen. Last, heads are made to
-decide together (`fxzip.calibrate_joint`).
+The images are pairs of scikit-learn's bundled digits side by side, 8×16 pixels with noise. Network a learns to read the
+numbers 00 to 49 and network b the numbers 50 to 99, from different seeds: fifty classes each, which needs most of what
+networks of this width can hold. Their weights are averaged, they are zipped by ZipIt!, and by what `compile_zip` does
+by default, fully and up to two earlier stages, from unlabelled training images. All are compared on images of digits
+that neither the training nor the calibration has seen. Last, heads are made to decide together
+(`fxzip.calibrate_joint`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,25 @@ import fxzip
 
 from .accuracy import HeadAccuracy, evaluate_heads
 
-TASKS = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
-METHODS = ("average", "permute", "zip")
-CUTS = (None, "layer2", "layer1")
+TASKS = (tuple(range(50)), tuple(range(50, 100)))
+MERGES: Mapping[str, Mapping[str, Any]] = {
+    "weights averaged": {"method": "average", "refit": None},
+    "averaged, BatchNorm reset": {"method": "average", "refit": "batchnorm"},
+    "ZipIt!, BatchNorm reset": {"method": "zip", "refit": "batchnorm"},
+    "zip, all shared": {},
+    "zip, until layer2": {"until": "layer2"},
+    "zip, until layer1": {"until": "layer1"},
+}
+"""Rows of the table: what `compile_zip` is asked for beside the images. `zip` is what it does by default."""
+
+APART, FULL = "a and b side by side", "zip, all shared"
+TOGETHER = ", deciding together"
+ALONE = ("a alone (numbers 00-49)", "b alone (numbers 50-99)")
 WIDTH = 12
-EPOCHS = 8
+EPOCHS = 4
 BATCH = 32
-COLUMNS = ("network", "per task", "joint", "FLOPs / one", "/ both", "parameters / one", "/ both")
+NOISE = 0.3
+COLUMNS = ("network", "per task", "joint", "FLOPs / one", "parameters / one")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +61,14 @@ class Digits:
 
 @dataclass(frozen=True)
 class Row:
-    """One network of the table. Costs are relative to one model alone.
+    """One network of the table.
 
     Attributes:
         name: what it is.
-        accuracy: mean accuracy of the tasks it knows, each head on its own digits.
-        joint: accuracy of all heads together over ten digits; None for a model that knows five.
+        accuracy: mean accuracy of the tasks it knows, each head on its own numbers.
+        joint: accuracy of all heads together over a hundred numbers; None for a model that knows fifty.
         flops: FLOPs / FLOPs of one model.
         parameters: parameters / parameters of one model.
-        both: FLOPs and parameters of both models side by side, relative to one.
     """
 
     name: str
@@ -63,7 +76,6 @@ class Row:
     joint: float | None
     flops: float
     parameters: float
-    both: tuple[float, float]
 
 
 class BasicBlock(nn.Module):
@@ -86,7 +98,7 @@ class BasicBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A residual network of three stages for 8×8 images.
+    """A residual network of three stages for small images.
 
     >>> SmallResNet(classes=5)(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 5])
@@ -119,6 +131,20 @@ def load_digits_split(seed: int = 0, test_share: float = 0.3) -> Digits:
     test, train = order.split([round(test_share * len(order)), len(order) - round(test_share * len(order))])
     images = (images - images[train].mean()) / images[train].std()
     return Digits(images[train], targets[train], images[test], targets[test])
+
+
+def numbers(digits: Digits, seed: int = 0, train: int = 6000, test: int = 2000) -> Digits:
+    """Images [n, 1, 8, 16] of numbers of two digits, drawn from the images of single ones, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        tens, ones = torch.randint(len(images), (2, count), generator=generator)
+        both = torch.cat([images[tens], images[ones]], dim=3)
+        return both + NOISE * torch.randn(both.shape, generator=generator), 10 * labels[tens] + labels[ones]
+
+    return Digits(
+        *drawn(digits.train_images, digits.train_labels, train), *drawn(digits.test_images, digits.test_labels, test)
+    )
 
 
 def train(
@@ -171,90 +197,47 @@ def evaluate(forward: Callable[[Tensor], Sequence[Tensor]], digits: Digits) -> H
 
 
 def compare(
-    models: Sequence[nn.Module],
-    digits: Digits,
-    *,
-    methods: Sequence[str] = METHODS,
-    cuts: Sequence[str | None] = CUTS,
-    progress: bool | None = None,
-) -> tuple[list[Row], torch.fx.GraphModule]:
-    """Zip by every method and cut; the rows of the table, and the last method's full zip with heads that decide
-    together."""
-    data = calibration_batches(digits.train_images)
-    sample = digits.train_images[:2]
+    models: Sequence[nn.Module], digits: Digits, *, images: int = 1000, progress: bool | None = None
+) -> Iterator[tuple[Row, nn.Module | None]]:
+    """Merge in every way: the rows of the table, each with its network, as they come. `images`: to calibrate on."""
+    sample, halves = digits.train_images[:2], [digits.of(task)[: images // 2] for task in TASKS]
+    mixed = torch.stack(halves, dim=1).flatten(0, 1)  # batches hold images of both tasks
+    own = fxzip.PerModel(*map(calibration_batches, halves))
+    apart = fxzip.side_by_side(models, sample)
+    for name, accuracy in zip(ALONE, evaluate(apart, digits).per_task, strict=True):
+        yield Row(name, accuracy, None, 1.0, 1.0), None
 
-    def score(network: nn.Module) -> dict[str, float]:
-        found = evaluate(network, digits)
-        return {"accuracy": found.average, "joint": found.joint}
+    yield _row(APART, apart, digits), apart
+    full: Any = None
+    for name, options in MERGES.items():
+        found = fxzip.compile_zip(models, sample, data=calibration_batches(mixed), progress=progress, **options)
+        full = found if name == FULL else full
+        yield _row(name, found, digits), found
 
-    table = fxzip.compare(
-        models, sample, data=data, held_out=[digits.test_images], score=score, methods=methods, cuts=cuts,
-        progress=progress,
-    )  # fmt: skip
-    accuracy = evaluate(lambda x: [model(x) for model in models], digits)
-    both = (table[0]["cost"], table[0]["parameters"])
-    alone = [
-        Row(f"{name} alone (digits {task[0]}-{task[-1]})", own, None, 1.0, 1.0, both)
-        for name, task, own in zip("ab", TASKS, accuracy.per_task, strict=True)
-    ]
-    names = ["a and b side by side", *(f"{row['method']}, {_extent(row['until'])}" for row in table[1:])]
-    rows = [
-        Row(name, row["accuracy"], row["joint"], row["cost"], row["parameters"], both)
-        for name, row in zip(names, table, strict=True)
-    ]
-    own = fxzip.PerModel(*(calibration_batches(digits.of(task)) for task in TASKS))
-    full = fxzip.compile_zip(models, sample, data=data, method=fxzip.matching.resolve(methods[-1]), progress=False)
-    for name, network in ((rows[0].name, fxzip.side_by_side(models, sample)), (f"{methods[-1]}, all shared", full)):
-        full = fxzip.calibrate_joint(network, sample, own, progress=False)
-        found, cost = evaluate(full, digits), [full.report[key] for key in ("flops", "parameters")]
-        flops, parameters = (one["total"] / one["originals"][0] for one in cost)
-        rows.append(Row(f"{name}, deciding together", found.average, found.joint, flops, parameters, both))
-    return [*alone, *rows], full
+    for name, network in ((APART, apart), (FULL, full)):
+        judge = fxzip.calibrate_joint(network, sample, own, progress=progress)
+        yield _row(name + TOGETHER, judge, digits), judge
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    """Rows as aligned plain text: accuracies in per cent, costs as ratios."""
-
-    def cells(row: Row) -> tuple[str, ...]:
-        return (
-            row.name,
-            f"{100 * row.accuracy:.1f} %",
-            "-" if row.joint is None else f"{100 * row.joint:.1f} %",
-            f"{row.flops:.2f}",
-            f"{row.flops / row.both[0]:.2f}",
-            f"{row.parameters:.2f}",
-            f"{row.parameters / row.both[1]:.2f}",
-        )
-
-    table = [COLUMNS, *map(cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in table
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def _row(name: str, network: Any, digits: Digits) -> Row:
+    found, cost = evaluate(network, digits), [network.report[key] for key in ("flops", "parameters")]
+    flops, parameters = (one["total"] / one["originals"][0] for one in cost)
+    return Row(name, found.average, found.joint, flops, parameters)
 
 
-def export(zipped: nn.Module, sample: Tensor, path: Path) -> None:
-    """Save as a `torch.export` program of any batch size, load it again, and check it at another batch size.
+def row_names() -> list[str]:
+    """Names of all rows of the table, in their order."""
+    return [*ALONE, APART, *MERGES, APART + TOGETHER, FULL + TOGETHER]
 
-    Raises:
-        FxzipError: the loaded program gives other outputs than the module.
-    """
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(zipped, (sample[:2],), dynamic_shapes=({0: batch},))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.export.save(program, path)
-    loaded = torch.export.load(path).module()
-    other = sample[:7]
-    with torch.no_grad():
-        for head, (found, wanted) in enumerate(zip(loaded(other), zipped(other), strict=True)):
-            if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-4):
-                difference = (found - wanted).abs().max().item()
-                raise fxzip.FxzipError(
-                    f"The exported program must give the outputs of the zipped network at any batch size; head {head} "
-                    f"differs by {difference:.1e} on a batch of {len(other)} after loading {path}."
-                )
+
+def format_row(row: Row | None = None) -> str:
+    """A row as aligned plain text, accuracies in per cent and costs as ratios; None: the heads of the columns."""
+    cells: Sequence[str] = COLUMNS
+    if row is not None:
+        joint = "-" if row.joint is None else f"{100 * row.joint:.1f} %"
+        cells = (row.name, f"{100 * row.accuracy:.1f} %", joint, f"{row.flops:.2f}", f"{row.parameters:.2f}")
+    widths = [max(map(len, row_names())), *(max(len(column), len("100.0 %")) for column in COLUMNS[1:])]
+    return "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
 
 
 def run(
@@ -266,36 +249,44 @@ def run(
     quiet: bool = False,
     write: Callable[[str], Any] = print,
 ) -> list[Row]:
-    """Train, zip, compare, export. Writes the table and how to load the program; returns the rows of the table."""
+    """Train, merge, compare, keep. Writes the table row by row, and what was kept; returns the rows."""
     progress = False if quiet else None
-    digits = load_digits_split(seed)
+    digits = numbers(load_digits_split(seed), seed)
     models = [
         train(
-            digits.train_images,
-            digits.train_labels,
-            task,
-            seed=2 * seed + i,
-            epochs=epochs,
-            width=width,
-            name=f"{name} on digits {task[0]}-{task[-1]}",
+            digits.train_images, digits.train_labels, task, seed=2 * seed + i, epochs=epochs, width=width, name=name,
             progress=progress,
         )
-        for i, (name, task) in enumerate(zip("ab", TASKS, strict=True))
-    ]
-    rows, zipped = compare(models, digits, progress=progress)
-    write(format_table(rows))
+        for i, (name, task) in enumerate(zip(ALONE, TASKS, strict=True))
+    ]  # fmt: skip
+    write(f"{format_row()}\n{'-' * len(format_row())}")
+    rows, networks = [], {}
+    for row, network in compare(models, digits, progress=progress):
+        write(format_row(row))
+        rows.append(row)
+        networks[row.name] = network
+
     write(
-        f"\nAccuracy on {len(digits.test_images)} held-out images; zipped from {len(digits.train_images)} unlabelled "
-        "ones, without training.\nDeciding together: `calibrate_joint`, from images of which the task is known, but "
-        "not the class."
+        f"\nAccuracy on {len(digits.test_images)} held-out images; zipped from unlabelled ones, without training.\n"
+        "Deciding together: `calibrate_joint`, from images of which the task is known, but not the class."
     )
-    path = Path(output)
-    export(zipped, digits.test_images, path)
-    write(f"The last network of the table is in {path}. To load it:\n")
-    write(f'    import torch\n    model = torch.export.load("{path}").module()')
-    write("    digits_0_to_4, digits_5_to_9 = model(torch.zeros(16, 1, 8, 8))")
+    keep(networks[FULL + TOGETHER], digits.test_images[:2], Path(output), write)
     return rows
 
 
-def _extent(cut: str | None) -> str:
-    return "all shared" if cut is None else f"until {cut}"
+def keep(network: Any, sample: Tensor, path: Path, write: Callable[[str], Any]) -> None:
+    """Save as a folder, a page beside it, and a program; write where they are.
+
+    Raises:
+        FxzipError: the program gives other outputs than the network (`fxzip.export`).
+    """
+    folder, page = path.with_suffix(""), path.with_suffix(".html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fxzip.save(network, folder)
+    network.report.html(page)
+    fxzip.export(network, path, sample)
+    write(
+        f"\nThe last network of the table: {page} shows it in a browser, {folder} is for `fxzip.load`, {path} for\n\n"
+        f'    model = torch.export.load("{path}").module()\n'
+        "    numbers_to_49, numbers_from_50 = model(torch.zeros(16, 1, 8, 16))"
+    )

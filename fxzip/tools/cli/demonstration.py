@@ -9,7 +9,7 @@ from fxzip.tools import demo
 
 from .parsing import Flags, Settings, parse
 
-SUMMARY = "train two small networks on disjoint digits, zip them by each method, and compare"
+SUMMARY = "train two small networks that read numbers, merge them in several ways, and compare"
 
 
 def settings(arguments: Sequence[str]) -> Settings:
@@ -17,7 +17,11 @@ def settings(arguments: Sequence[str]) -> Settings:
     flags = Flags("demo", SUMMARY)
     flags.add_argument("--seed", type=int, default=0, help="of the split, the networks and the training")
     flags.add_argument("--epochs", type=_positive, default=demo.EPOCHS, help="of training (default: %(default)s)")
-    flags.add_argument("--output", default="zipped.pt2", help="where the zipped program goes (default: %(default)s)")
+    flags.add_argument(
+        "--output",
+        default="zipped.pt2",
+        help="where the zipped program goes; a saved folder and a page lie beside it (default: %(default)s)",
+    )
     return parse(flags, None, arguments)
 
 
