@@ -295,3 +295,27 @@ def test_lifting_keeps_guards_and_what_is_known_of_memory():
     twin = fxzip.compile_zip(models[0], fxzip.relabel(models[0], x[:4]), x[:4], data=[x], progress=False)
     for found in twin(x):
         torch.testing.assert_close(found, models[0](x), rtol=1e-6, atol=1e-6)
+
+
+class Nearest(nn.Module):
+    """Minus the distances from codes, a row for each class: the codes are reshaped before any input meets them."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.codes = nn.Parameter(torch.randn(classes, 5))
+
+    def forward(self, x):
+        return -torch.cdist(self.second(torch.relu(self.first(x))), self.codes[None].squeeze(0))
+
+
+@pytest.mark.parametrize("classes", [(3, 4), (3, 3)])
+def test_what_only_heads_need_is_not_merged_though_it_depends_on_no_input(classes):
+    """Tables of other numbers of classes cannot be merged, and those of the same number belong to the heads."""
+    models = [randomise(Nearest(n), n + k).double() for k, n in enumerate(classes)]
+    x = torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for until in (None, "first"):
+        zipped = fxzip.compile_zip(*models, x[:4], data=[x], width=2.0, refit=None, until=until, progress=False)
+        for found, model in zip(zipped(x), models, strict=True):
+            torch.testing.assert_close(found, model(x))
+        assert not any(name.startswith("trunk.") and "codes" in name for name, _ in zipped.named_parameters())

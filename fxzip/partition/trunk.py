@@ -141,6 +141,7 @@ class _Search:
         unmatched: dict[str, str] = {}
         names = self._unpacked(names)
         while True:
+            names = self._needed(names)
             self._not_empty(names, ends | unmatched)
             spaces = self.common.solved(names)
             found = self.common.unmatched(names, spaces)
@@ -166,7 +167,7 @@ class _Search:
         missing = [node for node in self.order if node.name in wanted and node.name not in names]
         if missing:
             raise CutError(_beyond(until, missing[0], self.alignment, ends, names))
-        wanted = self._unpacked(wanted, names)
+        wanted = self._needed(self._unpacked(wanted, names))
         self._not_empty(wanted, ends, hint=False)
         spaces = self.common.solved(wanted)
         found = self.common.unmatched(wanted, spaces)
@@ -217,6 +218,12 @@ class _Search:
         shared = self.alignment.pairs if shared is None else shared
         items = {n.name for n in self.order if n.target is operator.getitem and n.name in shared}
         return self.closed(names | {name for name in items if names.issuperset(self.graph.predecessors(name))})
+
+    def _needed(self, names: set[str]) -> set[str]:
+        """Without what only heads need of the nodes that do not depend on the input: a table of classes, say, of which
+        each model has its own number. Heads compute that themselves."""
+        dynamic = self.labellings[0].dynamic
+        return names & before(self.graph, [node for node in self.order if node.name in names & dynamic])
 
     def _not_empty(self, names: set[str], ends: Mapping[str, str], *, hint: bool = True) -> None:
         """Raise unless something with weights is shared; with a `hint`, which is looked for, on what to do instead."""
