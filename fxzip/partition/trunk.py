@@ -141,7 +141,6 @@ class _Search:
         unmatched: dict[str, str] = {}
         names = self._unpacked(names)
         while True:
-            names = self._needed(names)
             self._not_empty(names, ends | unmatched)
             spaces = self.common.solved(names)
             found = self.common.unmatched(names, spaces)
@@ -151,7 +150,9 @@ class _Search:
                 kept = dict.fromkeys(self.common.in_order(self.common.alike(names, spaces)), _ALIKE)
                 kept |= dict.fromkeys(self.common.in_order(self.common.discrete(names, spaces)), _DISCRETE)
             if not found and not kept:
-                return self._trunk(names, spaces, ends, unmatched=unmatched)
+                needed = self._needed(names)
+                spaces = spaces if needed == names else self.common.solved(needed)
+                return self._trunk(needed, spaces, ends, unmatched=unmatched)
             ends = {**ends, **kept}
             names = self.closed(names - found.keys() - kept.keys())
 
@@ -167,7 +168,7 @@ class _Search:
         missing = [node for node in self.order if node.name in wanted and node.name not in names]
         if missing:
             raise CutError(_beyond(until, missing[0], self.alignment, ends, names))
-        wanted = self._needed(self._unpacked(wanted, names))
+        wanted = self._unpacked(wanted, names)
         self._not_empty(wanted, ends, hint=False)
         spaces = self.common.solved(wanted)
         found = self.common.unmatched(wanted, spaces)
@@ -184,6 +185,9 @@ class _Search:
             )
         alike = self.common.in_order(self.common.alike(wanted, spaces))
         returned = self.common.in_order(self.returned & wanted)
+        needed = self._needed(wanted)
+        if needed != wanted:
+            wanted, spaces = needed, self.common.solved(needed)
         return self._trunk(wanted, spaces, ends, alike=alike, returned=returned)
 
     def unsound(self, *, until_given: bool = False) -> dict[str, str]:
@@ -220,10 +224,17 @@ class _Search:
         return self.closed(names | {name for name in items if names.issuperset(self.graph.predecessors(name))})
 
     def _needed(self, names: set[str]) -> set[str]:
-        """Without what only heads need of the nodes that do not depend on the input: a table of classes, say, of which
-        each model has its own number. Heads compute that themselves."""
+        """Without nodes of other shapes in other models that depend on no input and that only heads need: a table of
+        classes, say, of which each model has its own number. Heads compute that themselves."""
         dynamic = self.labellings[0].dynamic
-        return names & before(self.graph, [node for node in self.order if node.name in names & dynamic])
+        needed = before(self.graph, [node for node in self.order if node.name in names & dynamic])
+        shapes = [label.program.shapes for label in self.labellings]
+        odd = set()
+        for name in names - needed:
+            twins = self.alignment.pairs[name]
+            if len({known.get(twin) for known, twin in zip(shapes, twins, strict=True)}) > 1:
+                odd.add(name)
+        return self.closed(names - odd) if odd else names
 
     def _not_empty(self, names: set[str], ends: Mapping[str, str], *, hint: bool = True) -> None:
         """Raise unless something with weights is shared; with a `hint`, which is looked for, on what to do instead."""
