@@ -186,13 +186,13 @@ class Merge:
 
     @cached_property
     def by_position(self) -> bool:
-        """Whether feature i of every model is merged feature i.
+        """Whether feature i of every model is merged feature i, and there are no others.
 
         >>> Merge.identity(2, models=3).by_position, Merge.from_clusters(torch.tensor([0, 1, 1, 0]), (2, 2)).by_position
         (True, False)
         """
         labels, n = self.labels(), self.sizes[0]
-        if labels is None or any(own != n for own in self.sizes):
+        if labels is None or any(own != n for own in (self.size, *self.sizes)):
             return False
         return torch.equal(labels, torch.arange(n, device=labels.device).repeat(len(self.sizes)))
 
