@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..tracing.calls import Call, leaves, map_tensors
+from ..tracing.execution import storage_of
 from ..tracing.state import restored_state
 
 
@@ -27,16 +28,12 @@ class _Living(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, Tensor) and value.layout == torch.strided and _key(value) not in self._others:
+            if isinstance(value, Tensor) and value.layout == torch.strided and storage_of(value) not in self._others:
                 storage = value.untyped_storage()
-                self._living[_key(value)] = StorageWeakRef(storage), storage.nbytes()
+                self._living[storage_of(value)] = StorageWeakRef(storage), storage.nbytes()
         self._living = {key: own for key, own in self._living.items() if not own[0].expired()}
         self.most = max(self.most, sum(size for _, size in self._living.values()))
         return result
-
-
-def _key(value: Tensor) -> int:
-    return int(value.untyped_storage()._cdata)
 
 
 def peak_bytes(networks: Sequence[nn.Module], call: Call) -> int:
@@ -52,8 +49,9 @@ def peak_bytes(networks: Sequence[nn.Module], call: Call) -> int:
         call: what they are given, a copy of it.
     """
     own = map_tensors(torch.clone, call)  # some networks write into their inputs
-    held = {_key(v): v.untyped_storage().nbytes() for net in networks for v in (*net.parameters(), *net.buffers())}
-    living = _Living(held.keys() | {_key(value) for value in leaves(own)})
+    tensors = [value for net in networks for value in (*net.parameters(), *net.buffers())]
+    held = {storage_of(value): value.untyped_storage().nbytes() for value in tensors}
+    living = _Living(held.keys() | {storage_of(value) for value in leaves(own)})
     with restored_state(), torch.no_grad(), living:
         kept = [network(*own.args, **own.kwargs) for network in networks]
     del kept

@@ -12,9 +12,9 @@ from torch import fx, nn
 
 from ..calibration import processes
 from ..rewriting.module import reuse_memory
-from ..tracing.calls import Call, leaves, map_tensors
+from ..tracing.calls import Call, map_tensors
 from ..tracing.precision import callers_precision
-from ..tracing.state import restored_state
+from ..tracing.state import restored_state, wait_for
 
 ROUNDS = 40
 SECONDS = 1.0
@@ -45,7 +45,6 @@ def fastest(
 
 
 def _fastest(networks: Sequence[nn.Module], call: Call, rounds: int, seconds: float) -> list[float]:
-    device = next((value.device for value in leaves(call)), None)
     taken: list[list[float]] = [[] for _ in networks]
     with restored_state(), callers_precision(), torch.no_grad(), _buffers_kept(networks):
         begin = time.perf_counter()
@@ -54,10 +53,10 @@ def _fastest(networks: Sequence[nn.Module], call: Call, rounds: int, seconds: fl
                 break
             for place, network in enumerate(networks):
                 own = map_tensors(torch.clone, call)  # some networks write into their inputs
-                _wait(device)
+                wait_for(call.device)
                 start = time.perf_counter()
                 network(*own.args, **own.kwargs)
-                _wait(device)
+                wait_for(call.device)
                 if done:
                     taken[place].append(time.perf_counter() - start)
     return [min(own) for own in taken]
@@ -89,9 +88,3 @@ def _buffers_kept(networks: Sequence[nn.Module]) -> Iterator[None]:
             if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(value)
-
-
-def _wait(device: torch.device | None) -> None:
-    """Until the device has done what it was asked for."""
-    if device is not None and device.type != "cpu":
-        torch.accelerator.synchronize(device)

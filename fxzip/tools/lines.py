@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compiler.options import Recipe
-from ..matching.weights_of_models import takes_weights, weighted
+from ..matching.weights_of_models import takes_weights
 from ..refit import Refit
 from ..widths.requests import WHOLE, Currency, RankRequest, WidthRequest, width_request
 
@@ -24,10 +24,9 @@ class Line:
 
     def weighing(self, weights: tuple[float, ...] | None) -> Line:
         """The same with weights of the models, where its method takes some."""
-        method = self.recipe.method
-        if weights is None or not takes_weights(method):
+        if not takes_weights(self.recipe.method):
             return self
-        return replace(self, recipe=replace(self.recipe, method=weighted(method, weights)))
+        return replace(self, recipe=self.recipe.weighing(weights))
 
     @classmethod
     def alone(cls, width: WidthRequest, rank: RankRequest = WHOLE) -> Line:

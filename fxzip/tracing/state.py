@@ -85,3 +85,9 @@ def _set_random_states(states: tuple[Any, ...]) -> None:
     torch.default_generator.set_state(states[0])
     random.setstate(states[1])
     np.random.set_state(states[2])
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a device has done what it was asked for: what is timed is then its work, not the asking."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)

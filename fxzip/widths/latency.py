@@ -27,7 +27,7 @@ from ..rewriting.zip_plan import planned
 from ..tracing import Program
 from ..tracing.calls import Call, map_tensors
 from ..tracing.execution import flat_inputs
-from ..tracing.state import restored_state
+from ..tracing.state import restored_state, wait_for
 from .cached_seconds import CachedSeconds
 from .costs import axes_of
 from .levers import TRUNK
@@ -174,16 +174,11 @@ def _shape(value: Any) -> Any:
 
 
 def _clocked(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    _wait(device)
+    wait_for(device)
     start = time.perf_counter()
     result = run()
-    _wait(device)
+    wait_for(device)
     return result, time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize(device)
 
 
 def _by_node(module: fx.GraphModule, call: Call, known: CachedSeconds, timer: Timer) -> dict[str, float]:

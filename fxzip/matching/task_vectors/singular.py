@@ -27,10 +27,20 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
     return None if len(sizes) < 2 else (sizes[0], int(torch.Size(sizes[1:]).numel()))
 
 
+@dataclass(frozen=True)
 class _ByMatrix(TaskVectorMethod):
-    """Merges the task vectors of each matrix by itself."""
+    """Merges the task vectors of each matrix by itself.
 
-    scale: float
+    Attributes:
+        scale: α.
+        weights: of the task vectors; only their ratios count. None: all alike.
+    """
+
+    scale: float = 1.0
+    weights: Weights = None
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights)
 
     def combine(self, parameters: Sequence[Parameter]) -> list[Tensor]:
         """θ_0 + α τ."""
@@ -61,17 +71,10 @@ class TSV(_ByMatrix):
     >>> torch.allclose(TSV().combine([Parameter("weight", torch.zeros(4, 4), (one, two))])[0], one + two)
     True
 
-    Attributes:
-        scale: α; the paper's 1.
-        weights: of the task vectors; only their ratios count. None: all alike.
+    `scale` is the paper's 1.
     """
 
     name: ClassVar[str] = "tsv"
-    scale: float = 1.0
-    weights: Weights = None
-
-    def __post_init__(self) -> None:
-        check_weights(self.weights)
 
     def _matrix(self, vectors: Tensor) -> Tensor:
         left, sizes, right = torch.linalg.svd(vectors, full_matrices=False)
@@ -104,17 +107,10 @@ class IsoC(_ByMatrix):
     >>> bool((sizes - sizes[0]).abs().max() < 1e-5)
     True
 
-    Attributes:
-        scale: α. The paper tunes it on labelled images; 1 where there are none.
-        weights: of the task vectors; only their ratios count. None: all alike.
+    The paper tunes `scale` on labelled images; it is 1 where there are none.
     """
 
     name: ClassVar[str] = "iso-c"
-    scale: float = 1.0
-    weights: Weights = None
-
-    def __post_init__(self) -> None:
-        check_weights(self.weights)
 
     def _matrix(self, vectors: Tensor) -> Tensor:
         left, sizes, right = torch.linalg.svd(vectors.sum(0), full_matrices=False)
