@@ -176,7 +176,7 @@ def _hugging_face(name: str) -> tuple[nn.Module, Any]:
 def home_made_models() -> dict[str, Factory]:
     """The zoo of the tests."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    return dict(importlib.import_module("zoo").ZOO)
+    return dict(importlib.import_module("models.zoo").ZOO)
 
 
 ZOOS: dict[str, Callable[[], dict[str, Factory]]] = {

@@ -16,7 +16,7 @@ PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 NOTEBOOKS = [page for page in PAGES if "file_format: mystnb" in (DOCS / page).read_text(encoding="utf-8")]
 ELSEWHERE = {
     "guide.md": "tests/test_readme.py",
-    "rules.md": "tests/test_rules.py",
+    "rules.md": "tests/analysis/test_rules.py",
     "own_pipeline.md": "tests/test_public_names.py",
     "page.md": None,  # one line, of a network that other pages have
     "cluster.md": None,  # programs for several processes

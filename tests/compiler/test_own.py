@@ -1,0 +1,320 @@
+"""What a model returns is its own, and nothing is averaged that was not matched."""
+
+import sys
+
+import pytest
+import torch
+from models import randomise
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxzip
+from fxzip.analysis import relative_difference
+
+X = torch.randn(96, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+ALONE = {"progress": False, "method": "permute", "refit": None}
+
+
+class Body(nn.Module):
+    """Two hidden layers, an idiom between them, and an ending."""
+
+    def __init__(self, middle=None, end=None, out: int = 1) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.head, self.middle, self.end = nn.Linear(12, out), middle, end
+        self.alpha, self.slope, self.weights = nn.Parameter(torch.rand(())), nn.PReLU(), nn.Parameter(torch.rand(2))
+        self.kernel, self.codes = nn.Conv1d(1, 1, 3, padding=1), nn.Parameter(torch.randn(5, 12))
+        self.score, self.mean = nn.Linear(12, 1), nn.Parameter(torch.randn(6))
+        nn.init.constant_(self.slope.weight, float(torch.rand(())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.second(torch.relu(self.first(x))))
+        if self.middle is not None:
+            h = torch.relu(self.third(self.middle(self, h)))
+        return self.head(h) if self.end is None else self.end(self, h, x)
+
+
+def pair(**kinds):
+    torch.manual_seed(3)
+    return [Body(**kinds).double().eval() for _ in range(2)]
+
+
+def zipped_pair(a, b, **options):
+    return fxzip.compile_zip(a, b, X[:4], data=list(X.split(32)), **(ALONE | options))
+
+
+ENDS = {
+    "one logit": (1, lambda s, h, x: s.head(h)),
+    "one logit, squeezed": (1, lambda s, h, x: s.head(h).squeeze(1)),
+    "tied to the input": (6, lambda s, h, x: x - s.head(h)),
+    "scaled back": (6, lambda s, h, x: s.head(h) * torch.arange(1.0, 7.0, dtype=h.dtype) + 3),
+    "argmax": (4, lambda s, h, x: s.head(h).argmax(1)),
+    "topk": (4, lambda s, h, x: s.head(h).topk(2, 1).values),
+    "mean": (4, lambda s, h, x: s.head(h).mean(1)),
+    "logsumexp": (4, lambda s, h, x: -s.head(h).logsumexp(1)),
+    "distances": (4, lambda s, h, x: torch.cdist(s.head(h), s.head(h))),
+    "sigmoid": (1, lambda s, h, x: torch.sigmoid(s.head(h))),
+    "weights, then a sum": (1, lambda s, h, x: (h * s.codes[0]).sum(1)),
+    "a product and a sum": (1, lambda s, h, x: (h[:, None] * s.codes).sum(2)),
+    "two outputs": (1, lambda s, h, x: (s.head(h), s.score(h)[:, 0])),
+    "a value and features of it": (3, lambda s, h, x: {"max": s.head(h).amax(1), "mean": s.head(h).mean()}),
+    "einsum": (1, lambda s, h, x: torch.einsum("bc,oc->bo", h, s.head.weight)),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_a_model_returns_is_its_own(end):
+    out, how = ENDS[end]
+    a, b = pair(end=how, out=out)
+    zipped = zipped_pair(a, b, width=2)  # all features of both fit side by side
+    for found, model in zip(zipped(X), (a, b), strict=True):
+        assert relative_difference(model(X), found) <= 1e-9
+    assert "relu" in zipped.report["cut"]["after"] or "relu_1" in zipped.report["cut"]["after"]
+    narrow = zipped_pair(a, b)
+    assert relative_difference(*narrow(X)) > 1e-3
+
+
+FIXED = {
+    "cumsum": (lambda s, h: h.cumsum(1), "`cumsum` depends on the order of features"),
+    "sort": (lambda s, h: h.sort(1).values, "`sort` depends on the order of features"),
+    "mask by place": (lambda s, h: h * (torch.arange(12) < 5).to(h.dtype), "carry no feature"),
+    "one-hot of argmax": (lambda s, h: h + F.one_hot(h.argmax(1), 12).to(h.dtype), "`argmax` depends on the order"),
+    "rolled by one": (lambda s, h: h + h.roll(1, 1), "`roll` depends on the order of features"),
+    "cut and joined": (lambda s, h: h + torch.cat([h[:, 1:], h[:, :1]], 1), "may not change places"),
+    "convolution over features": (lambda s, h: s.kernel(h[:, None])[:, 0], "mixes neighbouring places"),
+    "one gate for all": (lambda s, h: h * torch.sigmoid(s.score(h)), "no features that could be matched"),
+    "codebook": (lambda s, h: F.embedding(torch.cdist(h, s.codes).argmin(1), s.codes), "argmin"),
+}
+
+
+@pytest.mark.parametrize("middle", FIXED)
+def test_the_trunk_ends_in_front_of_what_cannot_be_matched(middle):
+    how, why = FIXED[middle]
+    a, b = pair(middle=how)
+    zipped = zipped_pair(a, b, width=2)
+    if all(space["kept"] == 2 * space["size"] for space in zipped.report["spaces"]):
+        for found, model in zip(zipped(X), (a, b), strict=True):
+            assert relative_difference(model(X), found) <= 1e-9
+    else:
+        # what is handed over twice keeps its number, and so may features over which a distance is summed
+        assert middle in ("rolled by one", "cut and joined", "codebook")
+    assert any(why in reason for reason in zipped.report["cut"]["unmatched"].values())
+    with pytest.raises(fxzip.BarrierError, match=r"^`strict=True` allows no"):
+        zipped_pair(a, b, strict=True)
+    with pytest.raises(fxzip.CutError, match="which is not shared"):
+        zipped_pair(a, b, until="third")
+    assert zipped_pair(a, b, method="average").report["cut"]["unmatched"] == {}  # that was asked for
+
+
+@pytest.mark.parametrize("middle", ["cumsum", "codebook", "rolled by one"])
+def test_inspection_names_the_place(middle):
+    how, why = FIXED[middle]
+    found = fxzip.inspect(pair(middle=how)[0], X[:4])
+    if middle != "rolled by one":  # there no node alone says so
+        assert any(why in reason for reason in found.fixed.values())
+        assert "fixed order: node" in str(found)
+
+
+LIFTED = {
+    "gate": lambda s, h: h + s.alpha * s.third(h),
+    "sigmoid of a gate": lambda s, h: torch.sigmoid(s.alpha) * h,
+    "one of several weights": lambda s, h: h * (torch.relu(s.weights) / s.weights.sum())[1],
+    "PReLU": lambda s, h: s.slope(s.third(h)),
+    "prelu": lambda s, h: F.prelu(s.third(h), s.slope.weight),
+    "one bias": lambda s, h: s.third(h) + s.alpha,
+    "divided": lambda s, h: s.third(h) / s.alpha,
+}
+
+
+@pytest.mark.parametrize("middle", LIFTED)
+def test_scalars_are_features_with_equal_entries(middle):
+    a, b = pair(middle=LIFTED[middle])
+    zipped = zipped_pair(a, b, width=2)
+    for found, model in zip(zipped(X), (a, b), strict=True):
+        assert relative_difference(model(X), found) <= 1e-9
+    assert zipped.report["cut"]["unmatched"] == {}
+    assert len(zipped.report["spaces"]) >= 2
+    assert all(space["kept"] == 2 * space["size"] for space in zipped.report["spaces"])
+
+
+def test_models_that_agree_to_the_bit_share_everything():
+    a, _ = pair(middle=FIXED["cumsum"][0], end=lambda s, h, x: x - s.head(h), out=6)
+    zipped = zipped_pair(a, a, method="zip")
+    assert zipped.report["flops"]["total"] == zipped.report["flops"]["originals"][0]
+    for found in zipped(X):
+        assert relative_difference(a(X), found) <= 1e-9
+
+
+def test_what_is_asked_for_beyond_is_said():
+    a, b = pair()
+    zipped = zipped_pair(a, b, until="head")
+    assert torch.equal(*zipped(X))
+    notes = " ".join(zipped.report["notes"])
+    assert "`until` shares `head`, by which the models compute what they return" in notes
+    assert "`head` carries no features of its own for each model: all heads read the same value" in notes
+
+
+def test_a_fraction_never_ends_at_a_value_that_is_nobody_s_own():
+    a, b = pair(middle=lambda s, h: h - h.mean(1, keepdim=True))
+    for part in range(1, 21):
+        try:
+            zipped = zipped_pair(a, b, until=part / 20)
+        except fxzip.AlignError:
+            assert part < 5
+            continue
+        assert zipped.report["cut"]["alike"] == []
+        assert relative_difference(*zipped(X)) > 1e-3
+
+
+def test_where_all_is_returned_the_message_says_what_to_do():
+    a, b = pair(end=lambda s, h, x: (torch.relu(s.first(x)), s.head(h)), out=2)
+    with pytest.raises(fxzip.AlignError, match=r"Say where the trunk ends: `until='relu_1'` shares up to there"):
+        zipped_pair(a, b)
+    zipped = zipped_pair(a, b, until="relu_1", width=2)
+    for found, model in zip(zipped(X), (a, b), strict=True):
+        assert relative_difference(model(X), found) <= 1e-9
+
+
+class Normalised(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - self.mean)
+
+
+def test_a_normalisation_of_the_input_that_differs_stays_with_its_model():
+    a, b = Normalised().double().eval(), Normalised().double().eval()
+    with pytest.raises(fxzip.AlignError, match=r"the models differ in `mean`.* `start='relu'` begins to share there"):
+        zipped_pair(a, b)
+    zipped = zipped_pair(a, b, start="relu", width=2)
+    for found, model in zip(zipped(X), (a, b), strict=True):
+        assert relative_difference(model(X), found) <= 1e-9
+
+
+def test_features_that_are_not_folded_are_read_from_all_merged_ones_where_copies_miss_much(monkeypatch):
+    a, b = pair(middle=lambda s, h: h.cumsum(1))
+    zipped = zipped_pair(a, b, method=fxzip.Energy())
+    monkeypatch.setattr(sys.modules["fxzip.rewriting.zip_plan"], "_BETTER", 0.0)
+    copied = zipped_pair(a, b, method=fxzip.Energy())
+    assert zipped.report["mixed"]
+    assert not copied.report["mixed"]
+    errors = [
+        [relative_difference(model(X), found) for model, found in zip((a, b), one(X), strict=True)]
+        for one in (zipped, copied)
+    ]
+    assert sum(errors[0]) < sum(errors[1])
+    monkeypatch.undo()
+    assert not zipped_pair(a, a, method=fxzip.Energy(), until="relu_1").report["mixed"]
+
+
+class Near(nn.Module):
+    """Distances to vectors of its own: nothing but a call without a rule meets parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x):
+        return torch.cdist(x.abs().sqrt(), self.codes)
+
+
+def test_the_search_for_a_way_out_ends_where_no_cut_shares_anything():
+    with pytest.raises(fxzip.AlignError, match="models that agree from the input on; node `cdist` ends the trunk"):
+        fxzip.compile_zip(Near(), Near(), torch.randn(8, 6))
+
+
+class Table(nn.Module):
+    """Reads the first places of a table of positions."""
+
+    def __init__(self, length: int, kind: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head, self.kind = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3), kind
+        self.table = nn.Parameter(torch.randn(1, length, 12))
+        self.words = nn.Embedding(length, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, steps = self.first(x), x.shape[1]
+        h = h + (self.words(torch.arange(steps)) if self.kind == "words" else self.table[:, :steps])
+        return self.head(torch.relu(self.second(torch.relu(h))).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["words", "table"])
+def test_the_trunk_ends_at_tables_of_other_lengths(kind):
+    a, b = Table(8, kind).double().eval(), Table(11, kind).double().eval()
+    x = X.reshape(24, 4, 6)
+    zipped = fxzip.compile_zip(a, b, x[:4], data=[x], width=2, **ALONE)
+    for found, model in zip(zipped(x), (a, b), strict=True):
+        assert relative_difference(model(x), found) <= 1e-9
+    assert any("has other lengths in other models" in reason for reason in zipped.report["cut"]["unmatched"].values())
+
+
+def test_sparse_inputs_are_refused_by_name():
+    class Graph(nn.Linear):
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return torch.sparse.mm(adjacency, super().forward(x))
+
+    edges = torch.eye(6).to_sparse()
+    with pytest.raises(fxzip.InputError, match=r"must be dense tensors; `sample_input` holds one of shape \(6, 6\)"):
+        fxzip.compile_zip(Graph(6, 2), Graph(6, 3), (torch.randn(6, 6), edges), progress=False)
+
+
+def test_weights_read_through_a_call_are_weights():
+    class Layer(nn.Module):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(outputs, inputs))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.weight / self.weight.norm(dim=1, keepdim=True)).t()
+
+    a, b = (nn.Sequential(Layer(6, 12), nn.Tanh(), Layer(12, 12), nn.Tanh(), Layer(12, n)).double() for n in (2, 3))
+    zipped = zipped_pair(a, b, width=2)
+    assert len(zipped.report["spaces"]) == 2
+    for found, model in zip(zipped(X), (a, b), strict=True):
+        assert relative_difference(model(X), found) <= 1e-9
+
+
+class GatedParts(nn.Module):
+    """A scalar gate, behind a write in place and a Python loop over parts, whose number is guarded."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+        self.alpha = nn.Parameter(torch.rand(()) + 0.5)
+
+    def forward(self, x):
+        h = self.first(x)
+        h[h < 0.1] = 0
+        h = sum(self.second(part) for part in h.chunk(2, 1))
+        return self.head(torch.relu(self.alpha.reshape(1, 1) * h))
+
+
+def test_lifting_keeps_guards_and_what_is_known_of_memory():
+    models = [randomise(GatedParts(), seed).double() for seed in range(2)]
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)).double()
+    zipped = fxzip.compile_zip(models, x[:4], data=[x], progress=False)
+    assert "second" in " ".join(zipped.report["cut"]["modules"]) or "relu" in " ".join(zipped.report["cut"]["after"])
+    twin = fxzip.compile_zip(models[0], fxzip.relabel(models[0], x[:4]), x[:4], data=[x], progress=False)
+    for found in twin(x):
+        torch.testing.assert_close(found, models[0](x), rtol=1e-6, atol=1e-6)
+
+
+class Nearest(nn.Module):
+    """Minus the distances from codes, a row for each class: the codes are reshaped before any input meets them."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.codes = nn.Parameter(torch.randn(classes, 5))
+
+    def forward(self, x):
+        return -torch.cdist(self.second(torch.relu(self.first(x))), self.codes[None].squeeze(0))
+
+
+def test_what_only_heads_need_is_not_merged_though_it_depends_on_no_input():
+    """Tables of other numbers of classes cannot be merged."""
+    models = [randomise(Nearest(n), n).double() for n in (3, 4)]
+    x = torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for until in (None, "first"):
+        zipped = fxzip.compile_zip(*models, x[:4], data=[x], width=2.0, refit=None, until=until, progress=False)
+        for found, model in zip(zipped(x), models, strict=True):
+            torch.testing.assert_close(found, model(x))
+        assert not any(name.startswith("trunk.") and "codes" in name for name, _ in zipped.named_parameters())

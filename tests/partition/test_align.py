@@ -1,0 +1,111 @@
+"""Alignment: the same computation is found whatever weights, widths, names and order; different ones are not."""
+
+import pytest
+import torch
+from models import randomise
+from models.networks import Mixed, Residual
+from torch import Tensor, nn
+
+import fxzip
+from fxzip.partition.alignment import attribute
+
+
+def aligned(*models, sample):
+    return fxzip.partition.align([fxzip.tracing.trace(model, sample) for model in models])
+
+
+class Branches(nn.Module):
+    """Two branches and a sum; `swapped` names and computes them in the other order."""
+
+    def __init__(self, swapped: bool = False, stride: int = 1, width: int = 6) -> None:
+        super().__init__()
+        self.swapped = swapped
+        one, two = nn.Conv1d(3, width, 3, stride, 1), nn.Conv1d(3, width, 1, stride)
+        if swapped:
+            self.z, self.a = two, one
+        else:
+            self.narrow, self.wide = one, two
+        self.last = nn.Conv1d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.swapped:
+            right = self.z(x)
+            left = self.a(x).relu()
+        else:
+            left = self.narrow(x).relu()
+            right = self.wide(x)
+        return self.last(left + right)
+
+
+X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_names_order_and_widths_do_not_matter():
+    found = aligned(Branches(), Branches(swapped=True, width=9), sample=X)
+    assert found.pairs["narrow"] == ("narrow", "a")
+    assert found.pairs["wide"] == ("wide", "z")
+    assert found.pairs["last"] == ("last", "last")
+    assert found.params["narrow.weight"] == ("narrow.weight", "a.weight")
+    assert found.parting == ("",)
+
+
+def test_a_model_aligns_with_itself_node_by_node():
+    model = randomise(Residual())
+    found = aligned(model, model, sample=torch.randn(2, 3, 8, 8))
+    nodes = [node.name for node in found.programs[0].module.graph.nodes if node.op != "output"]
+    assert found.pairs == {name: (name, name) for name in nodes}
+    assert all(ours == theirs for ours, theirs in found.params.values())
+
+
+def test_settings_that_are_no_widths_matter():
+    found = aligned(Branches(), Branches(stride=2), sample=X)
+    assert set(found.pairs) == {"x"}
+    assert found.parting[0].startswith("calls `Conv1d` (`narrow`), ")
+
+
+def test_only_what_all_models_have_in_common_and_what_it_is_computed_from():
+    found = aligned(
+        nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.Tanh()),
+        nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU()),
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh()),
+        sample=torch.randn(2, 4),
+    )  # fmt: skip
+    assert [len(names) for names in found.pairs.values()] == [3, 3]
+    assert len(found.pairs) == 2
+
+
+def test_ties_must_agree():
+    tied, untied = Mixed(), Mixed()
+    untied.decode.weight = nn.Parameter(torch.randn(20, 10))
+    sample = (torch.randn(2, 3, 8, 8), torch.randint(0, 20, (2, 5)))
+    assert "decode" in aligned(tied, Mixed(), sample=sample).pairs
+    for pair in ((tied, untied), (untied, tied)):
+        assert "decode" not in aligned(*pair, sample=sample).pairs
+
+
+class Indexed(nn.Module):
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.register_buffer("order", torch.tensor(order))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x)[:, self.order])
+
+
+@pytest.mark.parametrize(("order", "equal"), [((2, 0, 1), True), ((0, 1, 2), False)])
+def test_integer_buffers_must_hold_the_same_values(order, equal):
+    found = aligned(Indexed(2, 0, 1), Indexed(*order), sample=torch.randn(2, 4))
+    assert ("last" in found.pairs) == equal
+    assert "first" in found.pairs
+
+
+def test_where_models_part_is_said_in_words():
+    a, b = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    assert aligned(a, b, sample=torch.randn(2, 4)).parting == ("the other ends, calls `ReLU` (`1`)",)
+    assert aligned(b, a, sample=torch.randn(2, 4)).parting == ("calls `ReLU` (`1`), the other ends",)
+
+
+def test_attribute_follows_a_dotted_path():
+    model = Residual()
+    assert attribute(model, "layer1.0.conv1.weight") is model.layer1[0].conv1.weight

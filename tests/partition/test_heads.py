@@ -1,0 +1,217 @@
+"""Heads of all kinds on one trunk: what is not shared stays exactly as it was."""
+
+import copy
+
+import pytest
+import torch
+from models import randomise
+from models.networks import Residual, Segmenter
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxzip
+from fxzip.analysis import relative_difference
+
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def zipped_of(*models, sample=X, **options):
+    return fxzip.compile_zip(list(models), sample, data=[sample], progress=False, **options)
+
+
+def same(found, expected, bound=1e-5):
+    assert relative_difference(expected, found) <= bound
+
+
+def test_heads_start_where_the_user_says():
+    a, b = randomise(Residual(4), 1), randomise(Residual(6), 2)
+    for cut, bound in (("stem", 2.0), ("layer1.0.conv1", 2.0)):
+        zipped = zipped_of(a, b, until=cut)
+        first, second = zipped(X)
+        assert first.shape == (6, 4)
+        assert second.shape == (6, 6)
+        assert relative_difference(a(X), first) < bound
+    flops = zipped.report["flops"]
+    assert flops["originals"][0] < flops["total"] < flops["side_by_side"]
+
+
+def test_identical_models_give_the_model():
+    model = randomise(Residual())
+    for method in ("zip", "permute", "average"):
+        for output in zipped_of(model, copy.deepcopy(model), method=method)(X):
+            same(output, model(X))
+
+
+def test_classifier_and_segmenter():
+    classifier = randomise(Residual(), 1)
+    segmenter = randomise(Segmenter(), 2)
+    segmenter.load_state_dict({k: v for k, v in classifier.state_dict().items() if "linear" not in k}, strict=False)
+    zipped = zipped_of(classifier, segmenter, method="permute")
+    classes, mask = zipped(X)
+    same(classes, classifier(X))
+    same(mask, segmenter(X))
+    assert "part" in str(zipped.report)
+
+
+@pytest.mark.parametrize(("first", "second"), [(8, 16), (16, 8)])
+def test_widths_may_differ(first, second):
+    a, b = randomise(Residual(4, first), 1), randomise(Residual(5, second), 2)
+    zipped = zipped_of(a, b)
+    assert [tuple(y.shape) for y in zipped(X[:3])] == [(3, 4), (3, 5)]
+    assert dict(zipped.named_parameters())["trunk.layer1.0.conv1.weight"].shape[0] == first
+
+
+def test_a_wider_twin_holds_the_narrow_model():
+    """Every feature of a twice, halved where it is read: zipping it with a gives a."""
+    a = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).double()
+    b = nn.Sequential(nn.Linear(5, 14), nn.ReLU(), nn.Linear(14, 3)).double()
+    with torch.no_grad():
+        b[0].weight.copy_(a[0].weight.repeat(2, 1))
+        b[0].bias.copy_(a[0].bias.repeat(2))
+        b[2].weight.copy_(a[2].weight.repeat(1, 2) / 2)
+        b[2].bias.copy_(a[2].bias)
+    x = torch.randn(200, 5, dtype=torch.float64)
+    for output in zipped_of(a, b, sample=x, method="zip", refit=None)(x):
+        same(output, a(x), 1e-9)
+
+
+def test_three_models():
+    model = randomise(Residual())
+    twins = [fxzip.relabel(model, X, seed=seed) for seed in (1, 2)]
+    zipped = zipped_of(model, *twins)
+    assert len(zipped(X)) == 3
+    for output in zipped(X):
+        same(output, model(X), 1e-4)
+
+
+class Named(nn.Module):
+    """Dict in, nested structure out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 8), nn.Linear(4, 8)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, left: Tensor, right: Tensor) -> dict:
+        y = F.relu(self.left(left) + self.right(right))
+        return {"logits": self.out(y), "pair": (self.out(y).sum(1), y.mean())}
+
+
+def test_dict_in_structures_out():
+    sample = {"left": torch.randn(4, 3), "right": torch.randn(4, 4)}
+    model = randomise(Named())
+    zipped = fxzip.compile_zip(
+        model, fxzip.relabel(model, sample), sample, data=[sample, (sample, 0)], until="relu", progress=False
+    )
+    first, second = zipped(**sample)
+    assert list(first) == ["logits", "pair"]
+    assert isinstance(second["pair"], tuple)
+    same(second, model(**sample))
+
+
+class Split(nn.Module):
+    """The cut may fall between a split and its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = nn.Linear(4, 12), nn.Linear(6, 5), nn.Linear(6, 5)
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.first(x).chunk(2, 1)
+        n = left.size(1)
+        return self.last(self.a(left.relu()) + self.b(right)) / n
+
+
+@pytest.mark.parametrize("cut", ["first", "chunk", "a", "relu", "b"])
+def test_a_cut_between_a_split_and_its_parts(cut):
+    model, x = randomise(Split()).double(), torch.randn(40, 4, dtype=torch.float64)
+    for output in zipped_of(model, fxzip.relabel(model, x), sample=x, until=cut)(x):
+        same(output, model(x), 1e-9)
+
+
+class InPlace(nn.Module):
+    """The head writes into what the trunk hands over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 8, 3), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y[:, :, 0] = 0.0
+        y.relu_()
+        y += 1
+        return self.out(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("cut", ["conv", None])
+def test_a_head_may_write_in_place(cut):
+    model = randomise(InPlace())
+    zipped = zipped_of(model, copy.deepcopy(model), until=cut, method="average")
+    for output in zipped(X):
+        same(output, model(X))
+
+
+class Scaled(nn.Module):
+    """A parameter over two labelled axes, and one that no axis labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.features = nn.Linear(5, 6), nn.Linear(4, 7)
+        self.table, self.scale = nn.Parameter(torch.randn(7, 6)), nn.Parameter(torch.tensor(1.5))
+        self.back, self.out = nn.Linear(6, 1), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tokens(self.features(x).transpose(1, 2)) + self.table
+        return self.out(self.back(y.relu() * self.scale).squeeze(2))
+
+
+@pytest.mark.parametrize("method", ["permute", "zip"])
+def test_a_parameter_over_two_labelled_axes(method):
+    model, x = Scaled().double().eval(), torch.randn(50, 5, 4, dtype=torch.float64)
+    for output in zipped_of(model, fxzip.relabel(model, x), sample=x, method=method, refit=None)(x):
+        same(output, model(x), 1e-9)
+
+
+class Parted(nn.Module):
+    """Behind `a` some features go another way than the others."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.b(self.way(self.a(x)))))
+
+
+def written(h):
+    h[..., :4].relu_()
+    return h
+
+
+def assigned(h):
+    h[..., :4] = torch.tanh(h[..., :4])
+    return h
+
+
+WAYS = {
+    "put together": lambda h: torch.cat([torch.relu(h[..., :4]), h[..., 4:]], -1),
+    "padded": lambda h: h + torch.nn.functional.pad(torch.relu(h[..., :4]), (0, 4)),
+    "written": written,
+    "assigned": assigned,
+    "left out": lambda h: torch.nn.functional.pad(h[..., 2:], (2, 0)),
+    "in halves": lambda h: torch.cat([h.chunk(2, -1)[0].tanh(), h.chunk(2, -1)[1]], -1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_head_that_treats_some_features_by_themselves_gets_its_own_order(way):
+    models = [Parted(own).double().eval() for own in (lambda h: h, WAYS[way])]
+    x = torch.randn(64, 6, dtype=torch.float64)
+    for order in (models, models[::-1]):
+        zipped = fxzip.compile_zip(*order, x[:4], data=[x], method="permute", refit=None, width=2, until="a")
+        for found, model in zip(zipped(x), order, strict=True):
+            torch.testing.assert_close(found, model(x), rtol=1e-9, atol=1e-9)
+        assert zipped.report["spaces"][0]["folded"] == [model.way is not WAYS[way] for model in order]
