@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,12 +38,16 @@ class LabelMode(TorchDispatchMode):
 
         earlier = Earlier.of(state, inputs, written) if written else Earlier({}, {})
         out = func(*args, **kwargs)
+        numbers: dict[int, Callable[[], None]] = {}
         with unwatched():
             call = Invocation(
                 name.rstrip("_") if written else name, func, tuple(args), kwargs, out, state.store,
                 lambda t: earlier.operands.get(id(t)) or state.operand(t), state.restart,
+                lambda t, why: numbers.update({id(t): why}),
             )  # fmt: skip
             self._label(call, inputs, written, earlier)
+            for t in tensors(out) if numbers else ():
+                state.entry(t).numbers = numbers.get(id(t))
 
         return out
 
@@ -55,6 +60,8 @@ class LabelMode(TorchDispatchMode):
 
         labelled = any(state.entry(t).fields for t in inputs)
         state.store.call, state.store.where = call.name, state.where
+        for tensor in inputs:
+            state.entry(tensor).used()
         result = _apply(state, call) if labelled or (random and call.name in state.rules) else None
         if written:
             write_in_place(state, call, written, result, dynamic, earlier)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,8 @@ class Entry:
 
     `known`: neither input nor parameters went into its values (though its shape may be that of the input), so that they
     may be looked at. `uniform`: axes along which the values are the same whatever the input and the parameters.
+    `numbers`: where it holds numbers of places (the second result of `max` along an axis), what states that these
+    places stay; that holds only where they are used.
     """
 
     tensor: Tensor
@@ -73,6 +75,12 @@ class Entry:
     learned: bool
     known: bool = False
     uniform: frozenset[int] = frozenset()
+    numbers: Callable[[], None] | None = None
+
+    def used(self) -> None:
+        """Numbers of places are used here."""
+        if self.numbers is not None:
+            self.numbers()
 
 
 @dataclass

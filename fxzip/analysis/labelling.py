@@ -83,6 +83,7 @@ class _Run(fx.Interpreter):
         state.where = place_of(n)
         if n.op == "output":
             for tensor in leaves(self.map_nodes_to_values(n.args, n)):
+                state.entry(tensor).used()
                 for labels in state.entry(tensor).fields:
                     state.store.pin(labels, "it is the model's output", "output")
         value = super().run_node(n)
@@ -93,6 +94,7 @@ class _Run(fx.Interpreter):
         self.touches[n.name] = frozenset(state.touches)
         self.seen[n.name] = tuple(state.seen.values())
         if isinstance(value, Tensor):
+            state.entry(value).used()
             self.fields[n.name] = state.entry(value).fields
             if not value.is_floating_point() and not value.is_complex():
                 self.discrete.add(n.name)

@@ -227,7 +227,8 @@ def untangle(solver: Solver, fingerprints: Ints, tangles: list[list[int]]) -> No
     """Give up one of several blockings across each other: the kind with the fewest blocks keeps its places.
 
     Blocks of the other kinds then move along inside these: of heads and places inside a head, where the same parameters
-    serve all heads, the places may move, in all heads alike.
+    serve all heads, the places may move, in all heads alike. Of kinds with equally many blocks it is the one whose
+    labels come first, whatever else there is in the network: its trunk alone is simplified alike.
     """
     partners = _partners(solver, fingerprints)
     if partners:
@@ -236,10 +237,12 @@ def untangle(solver: Solver, fingerprints: Ints, tangles: list[list[int]]) -> No
 
     blocks = set(np.unique(solver.edges[0]).tolist())
 
+    first = solver.labels_of()
     held: list[int] = []
     for classes in tangles:
         tally = Counter(int(fingerprints[c]) for c in classes if c in blocks)
-        kind = min(tally, key=lambda k: (tally[k], k))
+        earliest = {int(fingerprints[c]): int(first[c]) for c in sorted(classes, key=lambda c: -first[c])}
+        kind = min(tally, key=lambda k: (tally[k], earliest[k]))
         held += [c for c in classes if c in blocks and int(fingerprints[c]) == kind]
 
     solver.pin(held, ("it lies in several blockings across each other", "fixed"))

@@ -19,7 +19,9 @@ class Invocation:
     """An ATen call with its operands as they were before the call and its result.
 
     `operand(t)` gives fields and axes of a tensor argument; `restart(t, fields, groups)` gives a parameter other labels
-    than one run per axis, once (a grouped convolution's weight has inputs of its own in every group).
+    than one run per axis, once (a grouped convolution's weight has inputs of its own in every group);
+    `numbers(t, why)` says that a result holds numbers of places, which fixes features only where it is used: `why()`
+    states that then.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Invocation:
     store: ConstraintStore
     operand: Callable[[Tensor], Operand]
     restart: Callable[[Tensor, Callable[[], AxisLabels], int], None]
+    numbers: Callable[[Tensor, Callable[[], None]], None] = lambda result, why: None
 
     @property
     def ledger(self) -> ConstraintStore:

@@ -33,6 +33,8 @@ def reduce(call: Invocation) -> AxisLabels | list[AxisLabels]:
         if rest is not None:
             result.append(rest if keep else rest.reshape([s for a, s in enumerate(rest.shape) if a not in axes]))
 
+    if call.name in ("max", "min") and not isinstance(call.out, Tensor):
+        call.numbers(call.out[1], lambda: _by_place(call, x, axes))
     return _outputs(call, tuple(result))
 
 
@@ -43,15 +45,20 @@ def _is_extremum(call: Invocation) -> bool:
     return call.name in ("amax", "amin", "max", "min", "any", "all", "aminmax")
 
 
+def _by_place(call: Invocation, x: Operand, axes: frozenset[int]) -> None:
+    """The places along `axes` count, so features keep theirs."""
+    for labels in x.fields:
+        call.store.fix(labels, axes, f"`{call.name}` depends on the order of features")
+        if axes & varying(labels):
+            call.store.refuse(f"`{call.name}` depends on the order of features")
+
+
 def positional_reduce(call: Invocation) -> AxisLabels | list[AxisLabels] | None:
     """argmax and the like: which place wins is a number, so the places stay."""
     x = call.operand(call.args[0])
     names = {argument.name: place for place, argument in enumerate(call.func._schema.arguments)}
     axes = axes_of(call.arg(names["dim"], "dim"), x.ndim)
-    for labels in x.fields:
-        call.store.fix(labels, axes, f"`{call.name}` depends on the order of features")
-        if axes & varying(labels):
-            call.store.refuse(f"`{call.name}` depends on the order of features")
+    _by_place(call, x, axes)
     return reduce(call)
 
 
@@ -60,10 +67,7 @@ def ordered(call: Invocation) -> AxisLabels | list[AxisLabels]:
     x = call.operand(call.args[0])
     names = {argument.name: place for place, argument in enumerate(call.func._schema.arguments)}
     axes = axes_of(call.arg(names["dim"], "dim", -1), x.ndim)
-    for labels in x.fields:
-        call.store.fix(labels, axes, f"`{call.name}` depends on the order of features")
-        if axes & varying(labels):
-            call.store.refuse(f"`{call.name}` depends on the order of features")
+    _by_place(call, x, axes)
     return _outputs(call, tuple(labels for labels in x.fields if not axes & varying(labels)))
 
 
