@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -112,6 +112,20 @@ class FeatureSpaces:
         tie = torch.where(flat > 0, self.tie_of[classes], -1)
         space = torch.where(tie >= 0, len(self.spaces) + tie, own.space)
         return Layout(space, torch.where(tie >= 0, self.feature_of[classes], own.feature), own.occurrence)
+
+    def renumbered(self, order: Sequence[int], like: FeatureSpaces) -> FeatureSpaces:
+        """The same with what is space `order[s]` as space s, and tie groups with the numbers that they have in `like`,
+        where space s is the same."""
+        numbers = torch.full((len(order) + 1,), -1, device="cpu")
+        numbers[list(order)] = torch.arange(len(order), device="cpu")
+        pairs = [(self.spaces[own], like.spaces[s]) for s, own in enumerate(order)]
+        ties = {own.tie: twin.tie for own, twin in pairs if own.tie is not None}
+        tie_of = self.tie_of.clone()
+        for own, tie in ties.items():
+            tie_of[self.tie_of == own] = -1 if tie is None else tie
+
+        spaces = tuple(replace(own, tie=twin.tie) for own, twin in pairs)
+        return replace(self, spaces=spaces, space_of=numbers[self.space_of], tie_of=tie_of)
 
     def pin_of(self, labels: Tensor) -> tuple[str, PinKind] | None:
         """(reason, kind) of the worst pin among the labels: output before barrier before fixed; None if free."""

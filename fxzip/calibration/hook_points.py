@@ -153,10 +153,8 @@ def _watches_at(
     layouts = [own.layout(site.labels) for own, site in zip(trunk.spaces, here, strict=True)]
     sizes = tuple(tuple(site.shape[a] for a in axes) for site in here)
     for space in layouts[0].space[layouts[0].space >= 0].unique().tolist():
-        numbers = [partners[space] for partners in trunk.partners]
-        if all(bool((layout.space == number).any()) for layout, number in zip(layouts, numbers, strict=True)):
-            index = tuple(slots(layout, number) for layout, number in zip(layouts, numbers, strict=True))
-            features = [own.spaces[number].size for own, number in zip(trunk.spaces, numbers, strict=True)]
-            if [run.shape[1] for run in index] == features:
+        if all(bool((layout.space == space).any()) for layout in layouts):
+            index = tuple(slots(layout, space) for layout in layouts)
+            if tuple(run.shape[1] for run in index) == trunk.sizes(space):
                 spot = here[0].name, here[0].nth
                 yield Watch(space, twins, spot, here[0].arg, axes, pooled, sizes, index, period)

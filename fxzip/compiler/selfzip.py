@@ -88,7 +88,7 @@ class Couple:
 
         A stem computes what it did; what leaves it is relabelled. Spaces on what stem and trunk share stay.
         """
-        numbers = {self.trunk.partners[1][s] for s in range(len(self.perms)) if moving is None or s in moving}
+        numbers = {s for s in range(len(self.perms)) if moving is None or s in moving}
         numbers -= self.still
         perms = [perm if n in numbers else torch.arange(len(perm), device="cpu") for n, perm in enumerate(self.perms)]
         beside = {name: value for name, value in self.values.items() if name not in self.stem}
@@ -212,9 +212,9 @@ class Couple:
         value = own.seen.get(node)
         if value is None:
             return None
-        folded = {self.trunk.partners[1][space] for space in plan.folded[1]}
         back = [
-            perm.argsort() if n in folded else torch.arange(len(perm), device="cpu") for n, perm in enumerate(perms)
+            perm.argsort() if n in plan.folded[1] else torch.arange(len(perm), device="cpu")
+            for n, perm in enumerate(perms)
         ]
         fields = [plan.reach[1][labels.clamp(min=0)] for labels in self.watched[1][node]]
         return Movement(self.trunk.spaces[1], back)(value, fields)
@@ -288,10 +288,10 @@ def _merges(trunk: Trunk, perms: Sequence[Tensor]) -> dict[int, Merge]:
     """The merges that a relabelling of the second model tells."""
     mates = _mates(trunk)
     result = {}
-    for space, number in enumerate(trunk.partners[1]):
-        size = trunk.spaces[0].spaces[space].size
+    for space, own in enumerate(trunk.spaces[0].spaces):
+        size = own.size
         place = torch.empty(size, dtype=torch.int64, device="cpu")
-        place[perms[number]] = mates[space]
+        place[perms[space]] = mates[space]
         result[space] = Merge.from_clusters(torch.cat([torch.arange(size, device="cpu"), place]), (size, size))
     return result
 
@@ -306,6 +306,6 @@ def _mates(trunk: Trunk) -> list[Tensor]:
         for run, twin in zip(labels.fields, () if other is None else other.fields, strict=False):
             here, there = first.layout(run), second.layout(twin)
             for space in here.space[here.space >= 0].unique().tolist():
-                mine = (here.space == space) & (there.space == trunk.partners[1][space])
+                mine = (here.space == space) & (there.space == space)
                 mates[space][there.feature[mine]] = here.feature[mine]
     return mates

@@ -149,14 +149,11 @@ def coupled(trunk: Trunk, i: int, j: int) -> Trunk:
         parting=("",),
         stems=tuple(own.stems[k] for k in (i, j)) if own.stems else (),
     )
-    back = {number: space for space, number in enumerate(trunk.partners[i])}
-    order = [back[number] for number in range(len(back))]
     return replace(
         trunk,
         alignment=alignment,
         labellings=(trunk.labellings[i], trunk.labellings[j]),
         nodes=tuple(trunk.names(i).values()),
         spaces=(trunk.spaces[i], trunk.spaces[j]),
-        partners=tuple(tuple(trunk.partners[k][space] for space in order) for k in (i, j)),
         ends={},
     )

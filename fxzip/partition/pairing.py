@@ -13,13 +13,17 @@ from ..errors import AlignError
 from .alignment import Alignment
 
 
-def pair_spaces(alignment: Alignment, spaces: Sequence[FeatureSpaces]) -> tuple[tuple[int, ...], ...]:
-    """Pair the spaces of all models by the parameters on which they occur."""
+def pair_spaces(alignment: Alignment, spaces: Sequence[FeatureSpaces]) -> tuple[FeatureSpaces, ...]:
+    """The spaces of all models, numbered as those of model 0 that occur on the same parameters.
+
+    Raises:
+        AlignError: the models do not have the same spaces.
+    """
     signatures = [
         _signatures(own, {twins[k]: name for name, twins in alignment.params.items()}, alignment.entering(k))
         for k, own in enumerate(spaces)
     ]
-    result = []
+    paired = []
     for k, own in enumerate(signatures):
         places = {signature: number for number, signature in enumerate(own)}
         if set(places) != set(signatures[0]) or len(places) != len(own):
@@ -27,8 +31,8 @@ def pair_spaces(alignment: Alignment, spaces: Sequence[FeatureSpaces]) -> tuple[
                 f"Models that are zipped must have the same feature spaces in the trunk; model 0 has "
                 f"{len(signatures[0])}, model {k} has {len(own)}. Choose an earlier cut with `until`."
             )
-        result.append(tuple(places[signature] for signature in signatures[0]))
-    return tuple(result)
+        paired.append(spaces[k].renumbered([places[signature] for signature in signatures[0]], spaces[0]))
+    return tuple(paired)
 
 
 def _signatures(spaces: FeatureSpaces, names: Mapping[str, str], entering: Mapping[str, int]) -> list[tuple]:

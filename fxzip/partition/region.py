@@ -25,8 +25,7 @@ class Trunk:
         alignment: which nodes of the models are the same.
         labellings: labels of each model.
         nodes: names of the trunk's nodes in model 0, in order.
-        spaces: feature spaces of each model's trunk; space s of model 0 is space `partners[k][s]` of model k.
-        partners: per model, space numbers.
+        spaces: feature spaces of each model's trunk; spaces and tie groups have the same numbers in all of them.
         ends: why the trunk goes no further: node name in model 0 -> reason.
         unmatched: those of `ends` where features cannot be matched.
         alike: nodes whose values heads read though they have no features that could be given back to each model: all
@@ -38,7 +37,6 @@ class Trunk:
     labellings: tuple[Labelling, ...]
     nodes: tuple[str, ...]
     spaces: tuple[FeatureSpaces, ...]
-    partners: tuple[tuple[int, ...], ...]
     ends: Mapping[str, str]
     unmatched: Mapping[str, str] = field(default_factory=dict)
     alike: tuple[str, ...] = ()
@@ -78,7 +76,7 @@ class Trunk:
 
     def sizes(self, space: int) -> tuple[int, ...]:
         """How many features each model has in a space of model 0."""
-        return tuple(own.spaces[self.partners[k][space]].size for k, own in enumerate(self.spaces))
+        return tuple(own.spaces[space].size for own in self.spaces)
 
 
 def _reach(trunk: Trunk, k: int) -> torch.Tensor:

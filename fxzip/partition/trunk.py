@@ -272,7 +272,7 @@ class _Search:
     ) -> Trunk:  # fmt: skip
         unmatched = unmatched or {}
         return Trunk(
-            self.alignment, self.labellings, self.common.in_order(names), spaces, pair_spaces(self.alignment, spaces),
+            self.alignment, self.labellings, self.common.in_order(names), pair_spaces(self.alignment, spaces),
             {**ends, **unmatched}, unmatched, alike, returned,
         )  # fmt: skip
 

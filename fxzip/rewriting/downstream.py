@@ -28,10 +28,7 @@ def downstream_weights(trunk: Trunk, reach: Sequence[Tensor]) -> list[tuple[tupl
         reach: for each model, label of a head -> the trunk's label that it is the same feature as, see `ZipPlan`.
     """
     found = [_of_model(trunk, k, own) for k, own in enumerate(reach)]
-    return [
-        tuple(tuple(own[partners[space]]) for own, partners in zip(found, trunk.partners, strict=True))
-        for space in range(len(trunk.spaces[0].spaces))
-    ]
+    return [tuple(tuple(own[space]) for own in found) for space in range(len(trunk.spaces[0].spaces))]
 
 
 def _of_model(trunk: Trunk, k: int, reach: Tensor) -> dict[int, list[Tensor]]:

@@ -45,7 +45,7 @@ def trunk_module(plan: ZipPlan, tensors: Tensors | None = None) -> nn.Module:
         if name in combined:
             set_tensor(module, name, combined[name])
         else:
-            set_tensor(module, name, merged_param(twins, values, trunk.spaces, trunk.partners, plan.merges))
+            set_tensor(module, name, merged_param(twins, values, trunk.spaces, plan.merges))
     adopt_sizes(module)
     return module
 
@@ -73,8 +73,8 @@ def _folded(module: nn.Module, plan: ZipPlan, k: int) -> nn.Module:
     """The unmerge folded into model k's modules, in place."""
     trunk = plan.trunk
     spaces = trunk.spaces[k]
-    matrices = {(trunk.partners[k][s],) * 2: plan.merges[s].entries[1][k].T for s in sorted(plan.folded[k])}
-    sizes = {trunk.partners[k][s]: plan.merges[s].size for s in plan.folded[k]}
+    matrices = {(s, s): plan.merges[s].entries[1][k].T for s in sorted(plan.folded[k])}
+    sizes = {s: plan.merges[s].size for s in plan.folded[k]}
     for name in sorted(head_params(trunk, k) & set(spaces.labelling.params)):
         for run in spaces.labelling.params[name].fields:
             layout = spaces.layout(plan.reach[k][run.reshape(-1)].clamp(min=0))

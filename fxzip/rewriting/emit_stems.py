@@ -147,7 +147,7 @@ def _entry_matrix(
     here = [int(s) for s in merged.space.unique() if s >= 0]
     rows, columns, weights, start = [], [], [], 0
     for k, layout in enumerate(layouts):
-        matrices = {(trunk.partners[k][s], s): plan.merges[s].M(k) for s in here}
+        matrices = {(s, s): plan.merges[s].M(k) for s in here}
         places = PlaceMap.between(layout, merged, matrices)
         plain = merged.space[places.rows] < 0
         rows.append(places.rows)

@@ -127,16 +127,15 @@ def _matrices(plan: ZipPlan, k: int, *, copied: bool = False) -> dict[tuple[int,
     """(space of model 0, space of model k) -> U_k, of what is not folded into the head; blocks included. `copied`: that
     of the merge, where the head reads better what a regression gives."""
     trunk = plan.trunk
-    partners = trunk.partners[k]
     result = {
-        (s, partners[s]): plan.merges[s].U(k) if copied else plan.U(s, k)
-        for s in range(len(partners))
+        (s, s): plan.merges[s].U(k) if copied else plan.U(s, k)
+        for s in range(len(trunk.spaces[0].spaces))
         if s not in plan.folded[k]
     }
     for s, space in enumerate(trunk.spaces[0].spaces):
-        twin = trunk.spaces[k].spaces[partners[s]]
+        twin = trunk.spaces[k].spaces[s]
         if space.tie is not None and twin.tie is not None and space.blocks is not None and twin.blocks is not None:
-            pair = len(partners) + space.tie, len(trunk.spaces[k].spaces) + twin.tie
+            pair = (len(trunk.spaces[0].spaces) + space.tie,) * 2
             result.setdefault(pair, _of_blocks(plan.merges[s].U(k), twin.blocks, space.blocks))
     return result
 

@@ -153,21 +153,19 @@ class Change:
 
     Attributes:
         own, first: the spaces of the model, and of model 0.
-        partners: for each space of model 0 the number of the model's.
         merges: by space of model 0.
         k: the model's number in them.
     """
 
     own: FeatureSpaces
     first: FeatureSpaces
-    partners: Sequence[int]
     merges: Merges
     k: int
 
 
 def share(value: Tensor, name: str, target_name: str, change: Change) -> Share:
     """A model's part of the merged parameter `target_name` of model 0, of its own one called `name`."""
-    own, first, partners, merges, k = change.own, change.first, change.partners, change.merges, change.k
+    own, first, merges, k = change.own, change.first, change.merges, change.k
     labels, target = own.labelling.params[name], first.labelling.params[target_name]
     value = dense_kernel(value, labels.groups) if labels.groups > 1 else value
     weights: dict[int, Tensor] = {}
@@ -175,9 +173,7 @@ def share(value: Tensor, name: str, target_name: str, change: Change) -> Share:
         consumed = (target_name, place) in first.consumed
         layout, wanted = own.layout(run), merged_layout(first, other, merges)
         spaces = [int(s) for s in wanted.space.unique() if int(s) in merges]
-        matrices = {
-            (partners[s], s): merges[s].entries[1][k].T if consumed else merges[s].entries[0][k] for s in spaces
-        }
+        matrices = {(s, s): merges[s].entries[1][k].T if consumed else merges[s].entries[0][k] for s in spaces}
         if matrices:
             places = PlaceMap.between(layout, wanted, matrices)
             value = places.apply(value, axis)
@@ -191,9 +187,7 @@ def share(value: Tensor, name: str, target_name: str, change: Change) -> Share:
     return Share(value, weights)
 
 
-def _stands(
-    names: Sequence[str], spaces: Sequence[FeatureSpaces], partners: Sequence[Sequence[int]], merges: Merges
-) -> bool:
+def _stands(names: Sequence[str], spaces: Sequence[FeatureSpaces], merges: Merges) -> bool:
     """Whether all features along a parameter are merged by position, and lie alike in all models."""
     runs = [_runs(own.labelling.params[name]) for name, own in zip(names, spaces, strict=True)]
     for place, (_, run) in enumerate(runs[0]):
@@ -204,15 +198,14 @@ def _stands(
         for k, own in enumerate(spaces):
             layout = own.layout(runs[k][place][1])
             for s in here:
-                if not torch.equal(slots(layout, partners[k][s]), slots(first, s)):
+                if not torch.equal(slots(layout, s), slots(first, s)):
                     return False
     return True
 
 
 def merged_param(
-    names: Sequence[str], values: Sequence[Tensor], spaces: Sequence[FeatureSpaces], partners: Sequence[Sequence[int]],
-    merges: Merges,
-) -> Tensor:  # fmt: skip
+    names: Sequence[str], values: Sequence[Tensor], spaces: Sequence[FeatureSpaces], merges: Merges
+) -> Tensor:
     """W* for one parameter of the trunk (`names[k]` in model k), in the merged layout, float32 or wider.
 
     Tensors without labels are averaged; integers are those of model 0. What all models agree in to the bit stays so
@@ -224,10 +217,10 @@ def merged_param(
     if names[0] not in spaces[0].labelling.params:
         same = all(torch.equal(value, wide[0]) for value in wide[1:])
         return wide[0] if same else torch.stack(wide).mean(0)
-    if all(torch.equal(value, wide[0]) for value in wide[1:]) and _stands(names, spaces, partners, merges):
+    if all(torch.equal(value, wide[0]) for value in wide[1:]) and _stands(names, spaces, merges):
         return wide[0]  # the mean of what is equal to the bit would be rounded
     total, weight = torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
     for k, value in enumerate(wide):
-        part = share(value, names[k], names[0], Change(spaces[k], spaces[0], partners[k], merges, k))
+        part = share(value, names[k], names[0], Change(spaces[k], spaces[0], merges, k))
         total, weight = part.value + total.to(part.value), part.weight() + weight.to(part.value)
     return total / torch.where(weight == 0, 1, weight)

@@ -62,7 +62,6 @@ class _About:
     def __init__(self, plan: ZipPlan) -> None:
         trunk = plan.trunk
         self.plan, self.trunk = plan, trunk
-        self.numbers = [{own: s for s, own in enumerate(partners)} for partners in trunk.partners]
         self.shared = set(trunk.nodes)
         pairs = trunk.alignment.pairs
         self.back = [{twins[k]: name for name, twins in pairs.items()} for k in range(len(trunk.spaces))]
@@ -73,7 +72,7 @@ class _About:
     def spaces(self, node: fx.Node) -> list[int]:
         """Numbers of the trunk's spaces, as model 0 counts them, along which the value has features."""
         k = _task(part_of(node))
-        return sorted(self.numbers[k][s] for name in sources_of(node)[:1] for s in _carried(self.trunk, k, name))
+        return sorted(s for name in sources_of(node)[:1] for s in _carried(self.trunk, k, name))
 
     def narrowed(self, node: fx.Node) -> list[int]:
         """Numbers, in the order of the report, of the spaces of a head that keep fewer features."""

@@ -39,7 +39,7 @@ def aligned_tensors(plan: ZipPlan, k: int) -> dict[str, Tensor]:
     module = trunk.alignment.programs[k].module
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     merges = {s: Merge(m.U(k).T, m.U(k), (m.sizes[k],), 1.0) for s, m in plan.merges.items()}
-    change = Change(trunk.spaces[k], trunk.spaces[0], trunk.partners[k], merges, 0)
+    change = Change(trunk.spaces[k], trunk.spaces[0], merges, 0)
     result = {}
     for name in sorted({param for node in trunk.nodes for param in trunk.labellings[0].touches[node]}):
         twin = trunk.alignment.params[name][k]

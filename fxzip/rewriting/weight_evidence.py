@@ -115,11 +115,7 @@ def _run(labels: ParamLabels, place: int) -> Tensor:
 
 def _layouts(trunk: Trunk, fields: Sequence[Tensor], axis: int, summed: bool) -> Run:
     layouts = [own.layout(run) for own, run in zip(trunk.spaces, fields, strict=True)]
-    places = {
-        int(s): tuple(slots(layout, trunk.partners[k][int(s)]) for k, layout in enumerate(layouts))
-        for s in layouts[0].space.unique()
-        if s >= 0
-    }
+    places = {int(s): tuple(slots(layout, int(s)) for layout in layouts) for s in layouts[0].space.unique() if s >= 0}
     rest = tuple((layout.space < 0).nonzero().flatten() for layout in layouts)
     return Run(axis, places, rest, summed)
 
@@ -135,7 +131,7 @@ def _in_blocks(trunk: Trunk, runs: Sequence[Run], groups: int) -> bool:
     for k, own in enumerate(trunk.spaces):
         owners = []
         for run, number in zip(runs, (row, column), strict=True):
-            places, blocks = run.slots[number][k], own.spaces[trunk.partners[k][number]].blocks
+            places, blocks = run.slots[number][k], own.spaces[number].blocks
             if blocks is None or len(blocks) != groups or len(places) > 1:
                 return False
             group = places[0][blocks] // (places.numel() // groups)

@@ -74,7 +74,7 @@ def problem_of(
     if "downstream" in method.needs:
         read = downstream_weights(trunk, trunk.reach if reach is None else reach)
     for number, first in enumerate(trunk.spaces[0].spaces):
-        own = [found.spaces[trunk.partners[k][number]] for k, found in enumerate(trunk.spaces)]
+        own = [found.spaces[number] for found in trunk.spaces]
         seen = statistics.get(number)
         spaces.append(
             Space(
@@ -203,12 +203,11 @@ def unmerged_spaces(trunk: Trunk, k: int, reach: torch.Tensor) -> set[int]:
     the features by itself, a slice say, their order is its own.
     """
     spaces = trunk.spaces[k]
-    numbers = {own: s for s, own in enumerate(trunk.partners[k])}
 
     def reached(labels: torch.Tensor) -> set[int]:
         inside = reach[labels[labels > 0]]
         here = spaces.space_of[spaces.klass[inside[inside > 0]]]
-        return {numbers[int(s)] for s in here.unique() if s >= 0}
+        return {int(s) for s in here.unique() if s >= 0}
 
     met = set[int]()
     for name in trunk.head_nodes(k):
@@ -223,11 +222,11 @@ def unmerged_spaces(trunk: Trunk, k: int, reach: torch.Tensor) -> set[int]:
     for run in runs:
         layout = spaces.layout(reach[run.reshape(-1)].clamp(min=0))
         held = layout.space[layout.space >= 0]
-        met |= {numbers[int(s)] for s in held.unique() if not _whole(spaces, layout, int(s))}
+        met |= {int(s) for s in held.unique() if not _whole(spaces, layout, int(s))}
     for labels in _past_the_trunk(trunk, k):
         met |= reached(labels)
     fused = spaces.space_of[spaces.klass[(reach == -1).nonzero().flatten()]]
-    met |= {numbers[int(s)] for s in fused.unique() if s >= 0}
+    met |= {int(s) for s in fused.unique() if s >= 0}
     return met
 
 

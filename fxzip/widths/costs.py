@@ -152,17 +152,16 @@ def axes_of(
     """The labelled axes of a node's largest labelled parameter, or of its value, each with space -> its share of the
     places.
 
-    Spaces are those of model k in `trunk`, by their numbers in model 0, as of `part`.
+    Spaces are those of `trunk`, as of `part`.
     """
     spaces = trunk.spaces[k]
-    numbers = {own: s for s, own in enumerate(trunk.partners[k])}
     result: list[_Length] = []
     for place, run in enumerate(_runs(spaces.labelling, node, params)):
         axis = next((a for a, n in enumerate(run.shape) if n > 1), place)
         flat = run.reshape(-1)
         layout = spaces.layout(flat if reach is None else reach[flat].clamp(min=0))
         found = {int(s): int((layout.space == s).sum()) / len(flat) for s in layout.space.unique() if s >= 0}
-        result.append((axis, {(part, numbers[s]): share for s, share in found.items() if s in numbers}))
+        result.append((axis, {(part, s): share for s, share in found.items()}))
     return result
 
 

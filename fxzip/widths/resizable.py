@@ -160,7 +160,6 @@ class _Trials:
     def __init__(self, trunk: Trunk, k: int) -> None:
         program = trunk.alignment.programs[k]
         self.trial = Trial(program, 0, None, rows=_rows(program.call))
-        self.numbers = trunk.partners[k]
         self.spaces = trunk.spaces[k].spaces
         self.cases = [(_alone(trunk, k, self._holding(v)), expected) for v, expected in self._values()]
 
@@ -186,7 +185,7 @@ class _Trials:
     def failure(self, spaces: Sequence[int]) -> str:
         """Why the spaces cannot all be made twice as wide; "" if they can. Their features lie behind what is added,
         then among it."""
-        more = {self.numbers[s]: self.spaces[self.numbers[s]].size for s in spaces}
+        more = {s: self.spaces[s].size for s in spaces}
         return self._failure(more, None, 0) or self._failure(more, 1, -1)
 
     def failure_apart(self, spaces: Sequence[int]) -> str:
@@ -194,7 +193,7 @@ class _Trials:
 
         The numbers are two apart: `chunk` rounds up, so that its first part may have one feature more by accident.
         """
-        return self._failure({self.numbers[s]: 2 * place + 2 for place, s in enumerate(sorted(spaces))}, 2, 0)
+        return self._failure({s: 2 * place + 2 for place, s in enumerate(sorted(spaces))}, 2, 0)
 
     def _failure(self, more: Mapping[int, int], seed: int | None, case: int) -> str:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -273,6 +272,5 @@ def _alone(trunk: Trunk, k: int, program: Program) -> Trunk:
         (trunk.labellings[k],),
         tuple(trunk.names(k).values()),
         spaces,
-        (tuple(range(len(trunk.spaces[k].spaces))),),
         {},
     )

@@ -1,5 +1,7 @@
 """How far a request is: the display, the log, and what Ctrl-C leaves."""
 
+import functools
+import io
 import itertools
 import logging
 import threading
@@ -9,7 +11,8 @@ from typing import ClassVar
 import pytest
 import torch
 from models import randomise
-from models.networks import Residual
+from models.networks import Residual, torchvision_model
+from tqdm import tqdm
 
 import fxzip
 from fxzip.compiler import progress
@@ -77,6 +80,32 @@ def test_the_display_is_never_old_and_never_goes_back(pair, drawn):
     assert [name for name in seen if name in ONCE | EACH] == [*ONCE, *EACH]
     assert "observing, batch 4 of 4" in texts
     assert not displays()
+
+
+class Terminal(io.StringIO):
+    """Notes when something is written to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.at = []
+
+    def write(self, text):
+        self.at.append(time.monotonic())
+        return super().write(text)
+
+
+@pytest.mark.slow
+def test_what_a_terminal_shows_of_a_long_compile_is_never_older_than_two_seconds(monkeypatch):
+    """The bar as it is drawn, through every stage, on a network of common size."""
+    models = [torchvision_model("resnet18", seed, num_classes=n) for seed, n in enumerate((10, 5))]
+    images = torch.randn(128, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    terminal = Terminal()
+    monkeypatch.setattr(progress, "tqdm", functools.partial(tqdm, file=terminal))
+    begin = time.monotonic()
+    fxzip.compile_zip(*models, images[:4], data=list(images.split(32)), progress=True)
+    times = [begin, *terminal.at, time.monotonic()]
+    assert times[-1] - begin > 20, "too short to tell"
+    assert max(b - a for a, b in itertools.pairwise(times)) <= 2
 
 
 def test_a_search_shows_the_cut_that_is_tried(pair, drawn):

@@ -71,11 +71,10 @@ class Freedom:
 
     def _weights(self, layout: Layout, k: int) -> list[Tensor]:
         """The weights of model k that read a run, [outputs, taps, n_k] each."""
-        numbers = {own: s for s, own in enumerate(self.plan.trunk.partners[k])}
         result = []
         for space in layout.space.unique().tolist():
             here = (layout.space == space).nonzero().flatten()
-            for weight in self._downstream[numbers[space]][k]:
+            for weight in self._downstream[space][k]:
                 full = weight.new_zeros(*weight.shape[:2], len(layout.space))
                 full[:, :, here.to(weight.device)] = weight[:, :, layout.feature[here].to(weight.device)]
                 result.append(full)

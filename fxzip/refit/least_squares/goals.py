@@ -212,11 +212,11 @@ class HeadGoals:
         """Whether some of the fields are those of spaces that the head reads as they are merged, in another order than
         the network's own."""
         trunk, k = self.plan.trunk, self.model
-        spaces, numbers = trunk.spaces[k], {own: s for s, own in enumerate(trunk.partners[k])}
+        spaces = trunk.spaces[k]
         for labels in fields:
             reached = trunk.reach[k][labels.reshape(-1)]
             here = spaces.space_of[spaces.klass[reached[reached > 0]]].unique().tolist()
-            for number in {numbers[own] for own in here if own >= 0} & self.plan.folded[k]:
+            for number in {own for own in here if own >= 0} & self.plan.folded[k]:
                 matrix = self.plan.merges[number].U(k)
                 if matrix.shape[0] != matrix.shape[1] or not torch.equal(
                     matrix, torch.eye(len(matrix), device="cpu").to(matrix)

@@ -80,7 +80,7 @@ def _merge_matrix(plan: ZipPlan, merged: Layout, layouts: Sequence[Layout], k: i
             lone = share <= 1e-12
             mine = matrix / share.clamp(min=1e-12)[:, None] if k == source else torch.zeros_like(matrix)
             matrix = torch.where(lone[:, None], matrix, mine)
-        rows, columns = slots(merged, space), slots(layouts[k], plan.trunk.partners[k][space])
+        rows, columns = slots(merged, space), slots(layouts[k], space)
         for row, column in zip(rows, columns, strict=True):
             result[row[:, None], column[None, :]] = matrix.to(result)
     return result

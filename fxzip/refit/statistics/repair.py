@@ -102,7 +102,7 @@ class _Target:
         merged = merged_layout(trunk.spaces[0], layer.labels[0], plan.merges)
         moves = []
         for space in merged.space.unique().tolist():
-            sources = tuple(slots(layout, trunk.partners[k][space]) for k, layout in enumerate(layouts))
+            sources = tuple(slots(layout, space) for layout in layouts)
             merges = tuple(plan.merges[space].M(k) for k in range(len(layouts)))
             mixed = plan.merges[space].labels() is None
             moves.append(_Move(slots(merged, space), sources, merges, mixed))

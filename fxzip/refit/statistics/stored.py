@@ -91,7 +91,7 @@ def _variance(plan: ZipPlan, norm: _Norm) -> Tensor:
     trunk = plan.trunk
     total = torch.zeros((), device="cpu")
     for k, program in enumerate(trunk.alignment.programs):
-        change = Change(trunk.spaces[k], trunk.spaces[0], trunk.partners[k], plan.merges, k)
+        change = Change(trunk.spaces[k], trunk.spaces[0], plan.merges, k)
         names = [trunk.alignment.params[name][k] for name in (norm.weight, norm.variance)]
         kernel, own = (attribute(program.module, name).detach().double() for name in names)
         size = kernel.square().sum([a for a in range(kernel.ndim) if a != norm.axis], keepdim=True).sqrt()
