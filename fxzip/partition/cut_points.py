@@ -18,7 +18,7 @@ from .alignment import Alignment
 from .node_names import module_path, named
 from .own import agreeing, differing
 from .region import Trunk
-from .trunk import before, shareable
+from .trunk_search import before, shareable
 
 _CROSSED = 0.1  # weight of a cut that several tensors cross
 _Entry = tuple[int, float, int, fx.Node]  # FLOPs of the trunk, weight, its nodes as bits, where it ends

@@ -9,7 +9,7 @@ from torch import fx
 from ..analysis.flops import Flops
 from ..partition.node_names import module_path
 from ..partition.region import Trunk
-from ..partition.trunk import RETURNED
+from ..partition.trunk_search import RETURNED
 from .module import ZippedModule, part_of, sources_of
 from .zip_plan import ZipPlan
 

@@ -22,7 +22,7 @@ basis, plan, rewrite, soundness, trunk, entering = (
         "rewriting.zip_plan",
         "rewriting.emit",
         "compiler.soundness",
-        "partition.trunk",
+        "partition.trunk_search",
         "rewriting.emit_stems",
     )
 )

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.refit.least_squares.alternating import Wish, alternate
+from fxzip.refit.least_squares.alternating import FreeTarget, alternate
 from fxzip.refit.least_squares.blocks import Blocks
 from fxzip.refit.least_squares.dataflow import follow
 from fxzip.refit.least_squares.walk import Walk
@@ -46,8 +46,8 @@ def test_without_a_nonlinearity_it_is_reduced_rank_regression() -> None:
     best = ((features @ root - fitted @ root @ kept).square().sum() / (features @ root).square().sum()).item()
 
     start = torch.randn(6, 2, generator=generator, dtype=torch.float64)
-    wish = Wish(features, root @ root.T, _same, None)
-    _, lost = alternate(x, start, wish, _solver(x), 500)
+    free = FreeTarget(features, root @ root.T, _same, None)
+    _, lost = alternate(x, start, free, _solver(x), 500)
     assert lost[0] > best + 0.05
     assert lost[-1] == pytest.approx(best, abs=5e-3)
     assert lost[-1] > best - 1e-6
@@ -61,8 +61,8 @@ def test_what_is_lost_never_grows_and_is_that_of_the_weights(function) -> None:
     features = function(x @ torch.randn(8, 6, generator=generator) + offset.repeat(1, 2))
     metric = torch.diag(torch.arange(1.0, 7.0)).double()
     start = torch.randn(8, 3, generator=generator).double()
-    wish = Wish(features, metric, function, offset)
-    weight, lost = alternate(x, start, wish, _solver(x), 12)
+    free = FreeTarget(features, metric, function, offset)
+    weight, lost = alternate(x, start, free, _solver(x), 12)
     assert len(lost) > 3
     assert all(later < earlier for earlier, later in itertools.pairwise(lost))
     assert lost[-1] < 0.9 * lost[0]
@@ -79,15 +79,15 @@ def test_what_is_told_already_is_left_alone() -> None:
     x = torch.randn(300, 4, generator=torch.Generator().manual_seed(2))
     start = torch.randn(4, 3, generator=torch.Generator().manual_seed(3)).double()
     features = torch.relu(x @ start.float())[:, [0, 2, 1, 1]] * torch.tensor([2.0, 1.0, 0.5, 3.0])
-    weight, lost = alternate(x, start, Wish(features, torch.eye(4).double(), torch.relu, None), _solver(x), 5)
+    weight, lost = alternate(x, start, FreeTarget(features, torch.eye(4).double(), torch.relu, None), _solver(x), 5)
     assert torch.equal(weight, start)
     assert len(lost) == 1
 
 
 def test_features_that_never_vary_ask_for_nothing() -> None:
     start = torch.ones(2, 1).double()
-    wish = Wish(torch.ones(9, 3), torch.eye(3).double(), torch.relu, None)
-    weight, lost = alternate(torch.ones(9, 2), start, wish, _solver(torch.ones(9, 2)), 5)
+    free = FreeTarget(torch.ones(9, 3), torch.eye(3).double(), torch.relu, None)
+    weight, lost = alternate(torch.ones(9, 2), start, free, _solver(torch.ones(9, 2)), 5)
     assert torch.equal(weight, start)
     assert lost == []
 
@@ -330,10 +330,10 @@ def test_half_precision_is_no_reason_to_lose_anything(dtype) -> None:
     features = torch.relu(x @ torch.randn(4, 6, generator=generator))
     start = torch.randn(4, 3, generator=generator).double()
     x, features = x.to(dtype), features.to(dtype)
-    wish = Wish(features, torch.eye(6).double(), torch.relu, None)
-    _, lost = alternate(x, start, wish, _solver(x), 6)
+    free = FreeTarget(features, torch.eye(6).double(), torch.relu, None)
+    _, lost = alternate(x, start, free, _solver(x), 6)
     _, exact = alternate(
-        x.double(), start, Wish(features.double(), torch.eye(6).double(), torch.relu, None), _solver(x), 6
+        x.double(), start, FreeTarget(features.double(), torch.eye(6).double(), torch.relu, None), _solver(x), 6
     )
     assert len(lost) > 3
     assert lost[-1] == pytest.approx(exact[-1], abs=5e-3)
@@ -348,10 +348,10 @@ def test_a_function_that_overflows_ends_the_search() -> None:
     def explode(values: Tensor) -> Tensor:
         return torch.exp(20 * values)
 
-    weight, lost = alternate(x, start, Wish(features, torch.eye(6).double(), explode, None), _solver(x), 6)
+    weight, lost = alternate(x, start, FreeTarget(features, torch.eye(6).double(), explode, None), _solver(x), 6)
     assert torch.equal(weight, start)
     assert lost == []
-    weight, lost = alternate(x, 1e-2 * start, Wish(features, torch.eye(6).double(), explode, None), _solver(x), 6)
+    weight, lost = alternate(x, 1e-2 * start, FreeTarget(features, torch.eye(6).double(), explode, None), _solver(x), 6)
     assert bool(weight.isfinite().all())
     assert all(later < earlier for earlier, later in itertools.pairwise(lost))
 

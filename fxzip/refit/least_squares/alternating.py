@@ -35,7 +35,7 @@ _GAIN = 0.01  # share of what is lost; a round that gains less is the last
 
 
 @dataclass(frozen=True, eq=False)
-class Wish:
+class FreeTarget:
     """What the features of a sample should tell.
 
     Attributes:
@@ -62,33 +62,34 @@ class _State:
 
 
 def alternate(
-    x: Blocks | Tensor, weight: Tensor, wish: Wish, solve: Callable[[Blocks], Tensor], rounds: int
+    x: Blocks | Tensor, weight: Tensor, free_target: FreeTarget, solve: Callable[[Blocks], Tensor], rounds: int
 ) -> tuple[Tensor, list[float]]:
     """Weights of which the wished features can be read better, and the share that is lost after every round.
 
     >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
-    >>> wish = Wish(x[:, :2] @ torch.tensor([[1.0, 1.0], [0.0, 0.1]]), torch.eye(2).double(), lambda v: v, None)
+    >>> features = x[:, :2] @ torch.tensor([[1.0, 1.0], [0.0, 0.1]])
+    >>> free_target = FreeTarget(features, torch.eye(2).double(), lambda v: v, None)
     >>> solve = lambda t: torch.linalg.lstsq(x, t.whole()).solution.double()
-    >>> weight, lost = alternate(x, torch.tensor([[0.0], [1.0], [0.0]]).double(), wish, solve, 9)
+    >>> weight, lost = alternate(x, torch.tensor([[0.0], [1.0], [0.0]]).double(), free_target, solve, 9)
     >>> round(lost[0], 2), round(lost[-1], 2)  # one feature for two: the first principal direction
     (0.99, 0.0)
 
     Args:
         x: inputs, with the constant if there is one, [places, d].
         weight: to start from, float64 [d, n].
-        wish: what should be told.
+        free_target: what should be told.
         solve: the regression on x of [places, n]: float64 [d, n].
         rounds: at most.
     """
     x = Blocks.of(x).map(precise)
-    features = Blocks.of(wish.features).map(precise).centred()
-    metric = wish.metric
+    features = Blocks.of(free_target.features).map(precise).centred()
+    metric = free_target.metric
     whole = float((features.gram() * metric).sum())
     if not 0 < whole < math.inf:
         return weight, []
 
     def state(values: Blocks) -> _State:
-        told = values.map(wish.function).centred()
+        told = values.map(free_target.function).centred()
         own, both = told.gram(), told.product(features)
         if not bool(own.isfinite().all() and both.isfinite().all()):  # a function that grows fast, a step too far
             return _State(values, told, both, math.inf)
@@ -97,8 +98,8 @@ def alternate(
         return _State(values, told, reading, max(1 - float((read * reading).sum()) / whole, 0.0))
 
     values = _outputs(x, weight)
-    if wish.offset is not None:
-        values = values.map(torch.add, Blocks.of(wish.offset).map(precise))
+    if free_target.offset is not None:
+        values = values.map(torch.add, Blocks.of(free_target.offset).map(precise))
     now = state(values.stored())
     if not math.isfinite(now.lost):
         return weight, []
@@ -107,7 +108,7 @@ def alternate(
     for _ in range(rounds):
         if now.lost < _EXACT:
             break
-        change = solve(_wanted(now, features, metric).map(torch.mul, _slope(wish.function, now.values)))
+        change = solve(_wanted(now, features, metric).map(torch.mul, _slope(free_target.function, now.values)))
         if not bool(change.isfinite().all()):
             break
         moved = _outputs(x, change).stored()

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ...errors import DataError
 from ...matching.linalg import ridged_cholesky
-from .alternating import Wish, alternate, precise
+from .alternating import FreeTarget, alternate, precise
 from .blocks import Blocks
 from .reduced_rank import Cut, cut_rank
 
@@ -96,7 +96,7 @@ class Solution(NamedTuple):
 
 
 def ridge_solution(
-    regression: Regression, ridge: float, *, rounds: int = 0, wish: Wish | None = None, turns: int = 0,
+    regression: Regression, ridge: float, *, rounds: int = 0, free_target: FreeTarget | None = None, turns: int = 0,
     rank: int | None = None,
 ) -> Solution:  # fmt: skip
     """The regression, and the ridge that it took.
@@ -113,12 +113,12 @@ def ridge_solution(
         rounds: if positive, a ReLU follows, after the offset is added: where the target is ≤ 0 any value ≤ 0 serves.
             Each round replaces such targets by the present value or 0: the sum of squares that forgives values ≤ 0
             there never grows.
-        wish, turns: where the targets are but a means: from the solution on, so many rounds of `alternate`.
+        free_target, turns: where the targets are but a means: from the solution on, so many rounds of `alternate`.
         rank: of W without its last row, see `reduced_rank`; None: whatever comes.
 
     Returns:
-        W in float64, [d + 1, n]; the ridge used; with a wish the share that is lost; with a rank what W is made of,
-        [d, rank] and [rank, n].
+        W in float64, [d + 1, n]; the ridge used; with a free target the share that is lost; with a rank what W
+        is made of, [d, rank] and [rank, n].
     """
     ones, base, prior = regression.inputs, regression.base, regression.prior
     system = _Normal(ones)
@@ -133,8 +133,8 @@ def ridge_solution(
         return cut_rank(full, ones, ridge * system.scale, rank, constant=regression.constant)
 
     solution, lost = solve(regression.left), None
-    if wish is not None:
-        solution, losses = alternate(ones, solution, wish, lambda r: system.solve(factor, system.side(r)), turns)
+    if free_target is not None:
+        solution, losses = alternate(ones, solution, free_target, lambda r: system.solve(factor, system.side(r)), turns)
         lost = losses[-1] if losses else None
         if len(losses) > 1:
             found = cut(solution)

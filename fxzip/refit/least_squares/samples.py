@@ -15,10 +15,12 @@ from ..linear_calls.kernels import Kernel, Places, as_rows, effective, sampled_p
 from ..linear_calls.parameter_uses import Survey
 from ..linear_calls.units import Site, Unit, called
 from ..unfit import Unfit
-from .goals import Goal, Wanted
 from .lockstep import Lockstep
 from .node_interior import Tail, arguments, find_tail, result
+from .regression_targets import RegressionTarget, TargetValues
 from .spilling import Env, Page, SpillFile, fetched
+
+_Targets = Callable[[fx.Node], "RegressionTarget | None"]
 
 _RELUS = (F.relu, torch.relu, torch.ops.aten.relu.default)
 MOST = 2 << 30
@@ -85,7 +87,7 @@ class _Draw:
         there: the places of `last` that these become.
         t: what should come out, [places, n].
         offset: what a residual sum adds, or None.
-        last: what is wanted of the call, or of the sum behind it.
+        last: what should come out of the call, or of the sum behind it.
         node: whose result that is.
         plain: whether the features are those that the call gives, scaled by nothing.
     """
@@ -94,7 +96,7 @@ class _Draw:
     there: Places
     t: Tensor
     offset: Tensor | None
-    last: Wanted
+    last: TargetValues
     node: fx.Node
     plain: bool
 
@@ -107,7 +109,7 @@ class Batch:
         number: among those of this process.
         source: the source of data that it is from.
         zipped: the values of the zipped network's nodes on it.
-        originals: those of the originals that have what is wanted.
+        originals: those of the originals that have the target.
     """
 
     number: int
@@ -145,36 +147,36 @@ class Sampler:
         """What is drawn next is for a unit of that number, on a batch of this process: the same whoever has it."""
         self.generator.manual_seed((unit << 24) + self.numbers[batch])
 
-    def draw(self, unit: Unit, site: Site, batch: Batch, goal: Goal, sums: Callable[[fx.Node], Goal | None]) -> Sample:
-        """One batch, at one call of a unit. `sums` gives the goal at a residual sum behind it.
+    def draw(self, unit: Unit, site: Site, batch: Batch, target: RegressionTarget, sums: _Targets) -> Sample:
+        """One batch, at one call of a unit. `sums` gives the target at a residual sum behind it.
 
         Raises:
             Unfit: the call does not compute what its kernel says, or the originals have no such values.
             DataError: values are not finite.
         """
         env = batch.zipped
-        wanted = goal.on(batch.source, batch.originals)
-        own = self._result(site, env, wanted, goal)
-        seen = None if own is None else _matching(as_rows(own) if goal.flat else own, wanted)
+        values = target.on(batch.source, batch.originals)
+        own = self._result(site, env, values, target)
+        seen = None if own is None else _matching(as_rows(own) if target.flat else own, values)
         inputs = unit.kernel.flat.shape[-1] if unit.kernel is not None else 1
         groups = unit.kernel.groups if unit.kernel is not None else 1
         size = unit.kernel.flat.element_size() if unit.kernel is not None else 4
-        row = row_bytes(inputs * groups, math.prod(wanted.shape[a] for a in wanted.axes), size)
+        row = row_bytes(inputs * groups, math.prod(values.shape[a] for a in values.axes), size)
         wished = min(max(self.least, self.positions * inputs), MOST / row)
         count = math.ceil(wished / (self.batches * len(unit.sites)))
-        tail, total = self._tail(site, env, wanted.full if own is None else own.shape, goal, sums)
+        tail, total = self._tail(site, env, values.full if own is None else own.shape, target, sums)
         drawn = None
         if tail is not None and total is not None:
-            drawn = self._behind(tail, total.on(batch.source, batch.originals), wanted, count)
-            if drawn is not None and seen is not None and not self._adds(tail, drawn, env, wanted, seen):
+            drawn = self._behind(tail, total.on(batch.source, batch.originals), values, count)
+            if drawn is not None and seen is not None and not self._adds(tail, drawn, env, values, seen):
                 drawn, self.tails[site] = None, False
         if drawn is None:
-            places = sampled_places(wanted.shape, wanted.axes, count, self.generator)
+            places = sampled_places(values.shape, values.axes, count, self.generator)
             plain = site.returned is not None or site.norm is not None
-            drawn = _Draw(places, places, wanted.at(places), None, wanted, site.output, plain)
-        x = self._inputs(unit, site, env, wanted.axes, drawn.places)
+            drawn = _Draw(places, places, values.at(places), None, values, site.output, plain)
+        x = self._inputs(unit, site, env, values.axes, drawn.places)
         if seen is not None and unit.kernel is not None:
-            self._check(unit, unit.kernel, x[:_CHECKED], take(seen, wanted.axes, _first(drawn.places)))
+            self._check(unit, unit.kernel, x[:_CHECKED], take(seen, values.axes, _first(drawn.places)))
         for value, network in ((drawn.t, "the originals"), (x, "the zipped network")):
             if self.trial or bool(value.sum().isfinite()):
                 continue
@@ -192,12 +194,12 @@ class Sampler:
         x: Tensor = arguments(self.net, env, site.node, site.call, site.name)[site.at]
         return unit.kernel.patches(x, places)
 
-    def _result(self, site: Site, env: Env, wanted: Wanted, goal: Goal) -> Tensor | None:
-        """What the zipped network gives where something is wanted; None where that was looked at before."""
-        inner = goal.readings[0].call is not None
-        if (site, wanted.full) in self.checked and not inner:
+    def _result(self, site: Site, env: Env, values: TargetValues, target: RegressionTarget) -> Tensor | None:
+        """What the zipped network gives at the target; None where that was looked at before."""
+        inner = target.readings[0].call is not None
+        if (site, values.full) in self.checked and not inner:
             return None
-        self.checked.add((site, wanted.full))
+        self.checked.add((site, values.full))
         scratch = dict(env)
         return result(self.net, scratch, *site.end) if inner else _tensor(self.net.value(scratch, site.output))
 
@@ -208,18 +210,18 @@ class Sampler:
             raise Unfit("what it returns is more than a product with its weight, or lies in another order")
 
     def _tail(
-        self, site: Site, env: Env, shape: torch.Size, goal: Goal, sums: Callable[[fx.Node], Goal | None]
-    ) -> tuple[Tail | None, Goal | None]:
+        self, site: Site, env: Env, shape: torch.Size, target: RegressionTarget, sums: _Targets
+    ) -> tuple[Tail | None, RegressionTarget | None]:
         """The residual sum behind a call, if there is one. `shape`: of what the call gives."""
         if not self.tails.get(site, True):
             return None, None
-        start = (site.output, -1) if goal.readings[0].call is None else site.end
+        start = (site.output, -1) if target.readings[0].call is None else site.end
         tail = find_tail(self.net, env, self.survey, start, shape)
         total = None if tail is None else sums(tail.node)
         self.tails[site] = total is not None
         return tail, total
 
-    def _behind(self, tail: Tail, total: Wanted, wanted: Wanted, count: int) -> _Draw | None:
+    def _behind(self, tail: Tail, total: TargetValues, values: TargetValues, count: int) -> _Draw | None:
         """Places of the call and of the sum, and what should come out there for the sum to be right.
 
         None if the features do not come whole and in order.
@@ -230,12 +232,12 @@ class Sampler:
         index = take(tail.index, total.axes, there) - 1
         kept = (index >= 0).all(1)
         index = index[kept]
-        coordinates = unravelled(index, wanted.shape)
-        places = tuple(c[:, 0] for a, c in enumerate(coordinates) if a not in wanted.axes)
-        together = all(bool((c == c[:, :1]).all()) for a, c in enumerate(coordinates) if a not in wanted.axes)
+        coordinates = unravelled(index, values.shape)
+        places = tuple(c[:, 0] for a, c in enumerate(coordinates) if a not in values.axes)
+        together = all(bool((c == c[:, :1]).all()) for a, c in enumerate(coordinates) if a not in values.axes)
         feature = torch.zeros_like(index)
-        for axis in wanted.axes:
-            feature = feature * wanted.shape[axis] + coordinates[axis]
+        for axis in values.axes:
+            feature = feature * values.shape[axis] + coordinates[axis]
         order = torch.arange(index.shape[1], device=index.device)
         if not len(index) or not together or not bool((feature == order).all()):
             return None
@@ -249,10 +251,10 @@ class Sampler:
             t = t / scale
         return _Draw(places, there, t, offset, total, tail.node, plain=tail.scale is None)
 
-    def _adds(self, tail: Tail, drawn: _Draw, env: Env, wanted: Wanted, seen: Tensor) -> bool:
+    def _adds(self, tail: Tail, drawn: _Draw, env: Env, values: TargetValues, seen: Tensor) -> bool:
         """Whether the sum is what the call gives at these places, scaled, and the other summand."""
         there, axes = _first(drawn.there), drawn.last.axes
-        summand = take(seen, wanted.axes, _first(drawn.places))
+        summand = take(seen, values.axes, _first(drawn.places))
         if tail.scale is not None:
             summand = summand * take(tail.scale, axes, there)
         total = take(_tensor(self.net.value(dict(env), tail.node)), axes, there)
@@ -280,13 +282,13 @@ def _tensor(value: object) -> Tensor:
     return value
 
 
-def _matching(own: Tensor, wanted: Wanted) -> Tensor:
-    """What the zipped network gives, if it has the places and features of what is wanted."""
+def _matching(own: Tensor, values: TargetValues) -> Tensor:
+    """What the zipped network gives, if it has the places and features of the target."""
     places, features = (
-        [[n for a, n in enumerate(shape) if (a in wanted.axes) == inside] for shape in (own.shape, wanted.shape)]
+        [[n for a, n in enumerate(shape) if (a in values.axes) == inside] for shape in (own.shape, values.shape)]
         for inside in (False, True)
     )
-    if len(own.shape) != len(wanted.shape) or places[0] != places[1] or len(features[0]) != len(features[1]):
+    if len(own.shape) != len(values.shape) or places[0] != places[1] or len(features[0]) != len(features[1]):
         raise Unfit("an original has values of another shape there")
     return own
 

@@ -13,7 +13,7 @@ from ...rewriting.factorised import Factors
 from ...rewriting.module import ZippedModule
 from ..linear_calls.kernels import effective, install
 from ..linear_calls.units import Unit, called
-from .alternating import Wish
+from .alternating import FreeTarget
 from .blocks import Blocks
 from .memory import Usage
 from .ridge import Regression, affine_solution, best_ridge, ridge_solution
@@ -115,11 +115,11 @@ class Asked:
     """What is asked of a unit's solution beside the least error.
 
     Attributes:
-        wish: what its features should tell, where they are free.
+        free_target: what its features should tell, where they are free.
         rank: that its weight is to have; None: any.
     """
 
-    wish: Wish | None = None
+    free_target: FreeTarget | None = None
     rank: int | None = None
 
 
@@ -218,7 +218,7 @@ def _solve_linear(
             given = max(given, best / 10)
 
         solution, ridge, lost, factors = ridge_solution(
-            regression, given, rounds=rounds, wish=None if scarce else asked.wish, turns=settings.turns,
+            regression, given, rounds=rounds, free_target=None if scarce else asked.free_target, turns=settings.turns,
             rank=asked.rank,
         )  # fmt: skip
         if factors is not None:

@@ -18,13 +18,13 @@ from ..linear_calls.counterparts import Counterparts
 from ..linear_calls.parameter_uses import survey
 from ..linear_calls.units import Site, Unit, find_units
 from ..unfit import Unfit
-from .alternating import Wish
+from .alternating import FreeTarget
 from .batches import Batches
 from .blocks import Blocks
 from .dataflow import Function, follow
 from .free_features import Freedom
-from .goals import Goal, HeadGoals, NarrowGoals, TrunkGoals
 from .lockstep import Lockstep
+from .regression_targets import HeadTargets, NarrowHeadTargets, RegressionTarget, TrunkTargets
 from .samples import Batch, Sample, Sampler
 from .solving import Asked, Fit, Settings, offset_of, solve
 from .spilling import fetched
@@ -39,8 +39,8 @@ class _Part:
         nodes: its nodes, in order.
         units: what can be fitted of it.
         originals: that have what its values should be.
-        goals: what they should be.
-        merged: the goals of features that were merged; None: none were.
+        targets: what they should be.
+        merged: the targets of features that were merged; None: none were.
         freedom: which of them may be other combinations than that; None: none.
     """
 
@@ -48,8 +48,8 @@ class _Part:
     nodes: list[fx.Node]
     units: list[Unit]
     originals: Sequence[Lockstep]
-    goals: TrunkGoals | HeadGoals | NarrowGoals
-    merged: TrunkGoals | None
+    targets: TrunkTargets | HeadTargets | NarrowHeadTargets
+    merged: TrunkTargets | None
     freedom: Freedom | None = None
 
     def starts(self) -> dict[fx.Node, list[Unit]]:
@@ -103,21 +103,21 @@ class Walk:
                 nodes[part_of(node)].append(node)
 
         def part(
-            name: str, originals: Sequence[Lockstep], goals: TrunkGoals | HeadGoals | NarrowGoals,
-            merged: TrunkGoals | None,
+            name: str, originals: Sequence[Lockstep], targets: TrunkTargets | HeadTargets | NarrowHeadTargets,
+            merged: TrunkTargets | None,
         ) -> _Part:  # fmt: skip
             units, left = find_units(self.net, self.survey, set(nodes[name]))
             self.fit.left |= left | {unit.name: self.unfit[unit.name] for unit in units if unit.name in self.unfit}
             units = [unit for unit in units if unit.name not in self.unfit]
-            return _Part(name, nodes[name], units, originals, goals, merged)
+            return _Part(name, nodes[name], units, originals, targets, merged)
 
-        goals = TrunkGoals(self.plan, self.originals, self.counterparts, sources)
-        result = {"trunk": part("trunk", self.originals, goals, goals)}
+        targets = TrunkTargets(self.plan, self.originals, self.counterparts, sources)
+        result = {"trunk": part("trunk", self.originals, targets, targets)}
         for k, original in enumerate(self.originals):
             mine, own = self.counterparts[k], self.plan.heads.get(k)
-            whole = HeadGoals(original, mine, self.plan, k)
-            merged = None if own is None else TrunkGoals(own, [original], [mine], sources)
-            aims = whole if merged is None else NarrowGoals(merged, whole)
+            whole = HeadTargets(original, mine, self.plan, k)
+            merged = None if own is None else TrunkTargets(own, [original], [mine], sources)
+            aims = whole if merged is None else NarrowHeadTargets(merged, whole)
             result[f"head {k}"] = part(f"head {k}", [original], aims, merged)
         return result
 
@@ -133,7 +133,7 @@ class Walk:
                 outputs = unit.kernel.flat.shape[1]
                 if sum(places.get((s.node, s.call), 0.0) for s in unit.sites) < outputs * unit.inputs:
                     continue  # so few positions keep its weights near those that were merged
-                if part.merged is None or _has_goals(part, unit):
+                if part.merged is None or _has_targets(part, unit):
                     found |= {(site.node, site.call) for site in unit.sites}
         return found
 
@@ -223,7 +223,7 @@ class Walk:
         try:
             samples = self._drawn(part, unit)
             if not self.is_trial:
-                asked = Asked(self._wish(part, unit, samples), self._rank(part, unit))
+                asked = Asked(self._free_target(part, unit, samples), self._rank(part, unit))
                 solve(self.net, unit, samples, self.settings, self.fit, asked)
                 self.batches.meter.look()
         except Unfit as found:
@@ -255,17 +255,17 @@ class Walk:
 
     def _draw(self, part: _Part, unit: Unit) -> list[Sample]:
         """Samples of all calls of a unit, batch by batch: each catches up with what was run so far."""
-        goals = [self._goal(part, unit, site) for site in unit.sites]
+        targets = [self._target(part, unit, site) for site in unit.sites]
         networks = (self.zipped, *part.originals)
         samples: list[Sample] = []
         for batch in range(len(self.zipped)):
             self.sampler.seed(self.units, batch)
             opened = [network.open(batch) for network in networks]
-            for place, (site, goal) in enumerate(zip(unit.sites, goals, strict=True)):
+            for place, (site, target) in enumerate(zip(unit.sites, targets, strict=True)):
                 # A call further on: what lies in between is computed ahead and forgotten.
                 envs = [dict(env) for env in opened] if place else opened
                 drawn = Batch(batch, self.batches.source[batch], envs[0], envs[1:])
-                sample = self.sampler.draw(unit, site, drawn, goal, part.goals.at)
+                sample = self.sampler.draw(unit, site, drawn, target, part.targets.at)
                 samples.append(sample if self.batches.samples_file is None else sample.on(self.batches.samples_file))
             self.batches.meter.look()
             for network in networks:
@@ -276,36 +276,36 @@ class Walk:
             raise Unfit("several features share one parameter")
         return samples
 
-    def _goal(self, part: _Part, unit: Unit, site: Site) -> Goal:
+    def _target(self, part: _Part, unit: Unit, site: Site) -> RegressionTarget:
         """What a call of a unit should give."""
-        goal = part.goals.of(unit, site)
-        if goal is None:
+        target = part.targets.of(unit, site)
+        if target is None:
             raise Unfit("its features are fixed, or lie in several orders")
-        if unit.kernel is None and goal.axes != (unit.axis,):
-            shared = unit.axis in goal.axes
+        if unit.kernel is None and target.axes != (unit.axis,):
+            shared = unit.axis in target.axes
             raise Unfit("several features share one parameter" if shared else "it has no parameter per feature")
-        return goal
+        return target
 
-    def _wish(self, part: _Part, unit: Unit, samples: Sequence[Sample]) -> Wish | None:
+    def _free_target(self, part: _Part, unit: Unit, samples: Sequence[Sample]) -> FreeTarget | None:
         """What the features of a unit should tell, where they are free."""
         node = samples[0].node
         apart = [sample.apart for sample in samples if sample.apart is not None]
         if part.freedom is None or unit.kernel is None or unit.kernel.groups > 1 or len(apart) < len(samples):
             return None
-        function, goal = part.function(node), part.goals.at(node)
+        function, target = part.function(node), part.targets.at(node)
         assert function is not None
-        assert goal is not None
+        assert target is not None
 
         def acted(number: int) -> Tensor:
             return torch.cat([function(fetched(own)) for own in apart[number]], 1)
 
         features = Blocks(len(apart), acted, self.batches.samples_file)
-        return Wish(features, part.freedom.metric(goal, features), function, offset_of(samples))
+        return FreeTarget(features, part.freedom.metric(target, features), function, offset_of(samples))
 
 
-def _has_goals(part: _Part, unit: Unit) -> bool:
+def _has_targets(part: _Part, unit: Unit) -> bool:
     """Whether it is known what a unit should give."""
     try:
-        return all(part.goals.of(unit, site) is not None for site in unit.sites)
+        return all(part.targets.of(unit, site) is not None for site in unit.sites)
     except Unfit:
         return False

@@ -21,11 +21,11 @@ from ..unfit import Unfit
 from .lockstep import Lockstep
 from .node_interior import result
 from .spilling import Env
-from .targets import Targets, find_targets
+from .target_merging import TargetMerging, find_merging
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class ReadAt:
     """Where a value of an original is read: what a node returns, or the result of one of its ATen calls."""
 
     net: Lockstep
@@ -40,12 +40,12 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class Wanted:
+class TargetValues:
     """Values on one batch.
 
     Attributes:
         axes: where the features lie along.
-        shape: of the values, all places as one axis where the goal is `flat`; `full` is that of the result itself.
+        shape: of the values, all places as one axis where the target is `flat`; `full` is that of the result itself.
         at: from places to values, [places, n].
         apart: from places to the originals' own features, not merged, one [places, n_k] for each.
     """
@@ -58,28 +58,28 @@ class Wanted:
 
 
 @dataclass(frozen=True, eq=False)
-class Goal:
+class RegressionTarget:
     """What a value should be.
 
     Attributes:
         axes: where its features lie along.
         readings: where the originals have it, in the order of the environments that `on` gets.
-        targets: how theirs are merged; None: there is one, and it is taken as it is.
+        merging: how theirs are merged; None: there is one, and it is taken as it is.
         flat: whether features come last and all places are seen as one axis.
     """
 
     axes: tuple[int, ...]
-    readings: tuple[Reading, ...]
-    targets: Targets | None
+    readings: tuple[ReadAt, ...]
+    merging: TargetMerging | None
     flat: bool = False
 
-    def on(self, source: int, envs: Sequence[Env]) -> Wanted:
+    def on(self, source: int, envs: Sequence[Env]) -> TargetValues:
         """The values on a batch from this source of data."""
         values = [reading.value(env) for reading, env in zip(self.readings, envs, strict=True)]
         full = list(values[0].shape)
-        targets, axes = self.targets, self.axes
-        if targets is not None and len(axes) == 1:
-            full[-1 if self.flat else axes[0]] = targets.size
+        merging, axes = self.merging, self.axes
+        if merging is not None and len(axes) == 1:
+            full[-1 if self.flat else axes[0]] = merging.size
         if self.flat:
             values = [as_rows(value) for value in values]
         shape = torch.Size([math.prod(full[:-1]), full[-1]] if self.flat else full)
@@ -88,9 +88,9 @@ class Goal:
             return [take(value, axes, places) for value in values]
 
         def at(places: Places) -> Tensor:
-            return apart(places)[0] if targets is None else targets.at(source, values, places)
+            return apart(places)[0] if merging is None else merging.at(source, values, places)
 
-        return Wanted(axes, shape, torch.Size(full), at, apart)
+        return TargetValues(axes, shape, torch.Size(full), at, apart)
 
 
 def _seen(unit: Unit, site: Site) -> tuple[int, tuple[int, ...], bool]:
@@ -111,15 +111,15 @@ def _seen(unit: Unit, site: Site) -> tuple[int, tuple[int, ...], bool]:
 
 
 @dataclass(frozen=True, eq=False)
-class TrunkGoals:
-    """The goals of calls and nodes of the trunk."""
+class TrunkTargets:
+    """The targets of calls and nodes of the trunk."""
 
     plan: ZipPlan
     originals: Sequence[Lockstep]
     counterparts: Sequence[Counterparts]
     sources: int
 
-    def of(self, unit: Unit, site: Site) -> Goal | None:
+    def of(self, unit: Unit, site: Site) -> RegressionTarget | None:
         """For a call of a unit; None where its features have no order of their own.
 
         Raises:
@@ -132,32 +132,32 @@ class TrunkGoals:
             found = self.at(site.output)
             if found is None or found.axes != ((ndim - 1,) if flat else axes):
                 return None
-            assert found.targets is not None
-            return Goal(axes, found.readings, replace(found.targets, axes=axes), flat)
+            assert found.merging is not None
+            return RegressionTarget(axes, found.readings, replace(found.merging, axes=axes), flat)
         twins = self.plan.trunk.alignment.pairs[sources_of(site.node)[0]]
         calls = [
             own.of(site, name, biased=unit.kernel.bias is not None)
             for own, name in zip(self.counterparts, twins, strict=True)
         ]
         with unwatched():
-            targets = find_targets(self.plan, [(call.start[0].name, call.start[1]) for call in calls], self.sources)
-        if targets is None or (targets.axes != unit.kernel.axes and not flat):
+            merging = find_merging(self.plan, [(call.start[0].name, call.start[1]) for call in calls], self.sources)
+        if merging is None or (merging.axes != unit.kernel.axes and not flat):
             return None
-        readings = [Reading(net, *call.end) for net, call in zip(self.originals, calls, strict=True)]
-        return Goal(axes, tuple(readings), replace(targets, axes=axes), flat)
+        readings = [ReadAt(net, *call.end) for net, call in zip(self.originals, calls, strict=True)]
+        return RegressionTarget(axes, tuple(readings), replace(merging, axes=axes), flat)
 
-    def at(self, node: fx.Node) -> Goal | None:
+    def at(self, node: fx.Node) -> RegressionTarget | None:
         """For what a node returns."""
         twins = self.plan.trunk.alignment.pairs[sources_of(node)[0]]
         with unwatched():
-            targets = find_targets(self.plan, [(twin, None) for twin in twins], self.sources)
-        readings = [Reading(net, net.nodes[twin], None) for net, twin in zip(self.originals, twins, strict=True)]
-        return None if targets is None else Goal(targets.axes, tuple(readings), targets)
+            merging = find_merging(self.plan, [(twin, None) for twin in twins], self.sources)
+        readings = [ReadAt(net, net.nodes[twin], None) for net, twin in zip(self.originals, twins, strict=True)]
+        return None if merging is None else RegressionTarget(merging.axes, tuple(readings), merging)
 
 
 @dataclass(frozen=True, eq=False)
-class HeadGoals:
-    """The goals of calls and nodes of one head: what its own network has there.
+class HeadTargets:
+    """The targets of calls and nodes of one head: what its own network has there.
 
     Attributes:
         original: the network.
@@ -176,7 +176,7 @@ class HeadGoals:
         """Labels of the network."""
         return self.plan.trunk.labellings[self.model]
 
-    def of(self, unit: Unit, site: Site) -> Goal | None:
+    def of(self, unit: Unit, site: Site) -> RegressionTarget | None:
         """For a call of a unit.
 
         Raises:
@@ -186,23 +186,23 @@ class HeadGoals:
             return self.at(site.output)
         if site.norm is not None:
             self._in_order(self.labelling.fields.get(self._twin(site.norm).name, ()))
-            return Goal(unit.kernel.axes, (Reading(self.original, self._twin(site.norm), None),), None)
+            return RegressionTarget(unit.kernel.axes, (ReadAt(self.original, self._twin(site.norm), None),), None)
         _, axes, flat = _seen(unit, site)
         if site.returned is not None:
             self._in_order(self.labelling.fields.get(self._twin(site.output).name, ()))
-            return Goal(axes, (Reading(self.original, self._twin(site.output), None),), None, flat)
+            return RegressionTarget(axes, (ReadAt(self.original, self._twin(site.output), None),), None, flat)
         call = self.counterparts.of(site, self._twin(site.node).name, biased=unit.kernel.bias is not None)
         self._in_order(labels_at(self.labelling, call.start[0].name, call.start[1]))
-        return Goal(axes, (Reading(self.original, *call.end),), None, flat)
+        return RegressionTarget(axes, (ReadAt(self.original, *call.end),), None, flat)
 
-    def at(self, node: fx.Node) -> Goal | None:
+    def at(self, node: fx.Node) -> RegressionTarget | None:
         """For what a node returns; None where its features do not lie in one order."""
         twin = self._twin(node)
         fields = self.labelling.fields.get(twin.name, ())
         if len(fields) != 1 or self._of_the_trunk(fields):
             return None
         axes = tuple(sorted(varying(fields[0])))
-        return Goal(axes, (Reading(self.original, twin, None),), None) if axes else None
+        return RegressionTarget(axes, (ReadAt(self.original, twin, None),), None) if axes else None
 
     def _in_order(self, fields: Sequence[Tensor]) -> None:
         if self._of_the_trunk(fields):
@@ -230,18 +230,18 @@ class HeadGoals:
 
 
 @dataclass(frozen=True, eq=False)
-class NarrowGoals:
-    """The goals of a head that keeps fewer features: its own network's, merged where they are.
+class NarrowHeadTargets:
+    """The targets of a head that keeps fewer features: its own network's, merged where they are.
 
     Attributes:
         merged: in the plan of its model by itself.
         whole: of the head as it was.
     """
 
-    merged: TrunkGoals
-    whole: HeadGoals
+    merged: TrunkTargets
+    whole: HeadTargets
 
-    def of(self, unit: Unit, site: Site) -> Goal | None:
+    def of(self, unit: Unit, site: Site) -> RegressionTarget | None:
         """For a call of a unit; None where merged features have no order of their own."""
         found = self.merged.of(unit, site)
         node, call = site.output, None
@@ -251,7 +251,7 @@ class NarrowGoals:
             node, call = site.node, own.start[1]
         return found if found is not None or self._narrow(node, call) else self.whole.of(unit, site)
 
-    def at(self, node: fx.Node) -> Goal | None:
+    def at(self, node: fx.Node) -> RegressionTarget | None:
         """For what a node returns."""
         found = self.merged.at(node)
         return found if found is not None or self._narrow(node, None) else self.whole.at(node)

@@ -17,7 +17,7 @@ from ..linear_calls.kernels import Places, take
 
 
 @dataclass(frozen=True, eq=False)
-class Targets:
+class TargetMerging:
     """Merging of the originals' outputs: matrices[source][model] is [m, n_k], features along `axes`, as one run.
 
     `layouts`: for each model the space and the feature at every place of its run.
@@ -42,8 +42,10 @@ class Targets:
         return total
 
 
-def find_targets(plan: ZipPlan, places: Sequence[tuple[str, int | None]], sources: int) -> Targets | None:
-    """Targets at a trunk node, or at the result of one of its ATen calls; `places` are node and call of every model.
+def find_merging(plan: ZipPlan, places: Sequence[tuple[str, int | None]], sources: int) -> TargetMerging | None:
+    """The merging at a trunk node, or at the result of one of its ATen calls.
+
+    `places` are node and call of every model.
 
     None where the features do not lie in one order, along one axis or several; at calls, along the last of axes that
     may be of another number in each model.
@@ -66,7 +68,7 @@ def find_targets(plan: ZipPlan, places: Sequence[tuple[str, int | None]], source
         tuple(_merge_matrix(plan, merged, layouts, k, source if sources == len(models) else None) for k in models)
         for source in range(sources)
     ]
-    return Targets(axes[0], tuple(matrices), tuple(layouts))
+    return TargetMerging(axes[0], tuple(matrices), tuple(layouts))
 
 
 def _merge_matrix(plan: ZipPlan, merged: Layout, layouts: Sequence[Layout], k: int, source: int | None) -> Tensor:
