@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,59 +24,13 @@ from ..tracing import Program, quiet_execution
 from ..tracing.aten_calls import AtenCall, run
 from ..tracing.calls import Call
 from ..tracing.precision import full_precision
-from . import processes
 from .batches import not_finite, wrong_shape
 from .hook_points import VALUE, Spot, Watch, watches
-from .processes import grid
+from .moment_sums import Centres, MomentSums, moments_of_all, share_centres
 
 POSITIONS = (192, 8192)  # per batch and space, least and most; images, pixels and places are spread evenly
 _COST = 8e8  # multiplications per batch and space that decide in between
 SAMPLES_A_BATCH = SAMPLES // 2
-_BLOCK = 128  # rows of a product that are computed at a time: what lies below the diagonal blocks is not
-
-
-@dataclass
-class _Sums:
-    """Moments under way: of x - c, upper blocks of the product only.
-
-    `offsets`: of `total` and `outer`, beside which they are rounded so that their order does not matter (`grid`).
-    """
-
-    centre: Tensor
-    total: Tensor
-    outer: Tensor
-    sizes: tuple[int, ...]
-    offsets: tuple[float, float]
-    count: int = 0
-    samples: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def like(cls, joint: Tensor, sizes: tuple[int, ...]) -> _Sums:
-        n = joint.shape[1]
-        zero = torch.zeros(n, n, dtype=torch.float64, device=joint.device)
-        centre = joint.mean(0)
-        most = (joint - centre).double().square().sum(0).max()
-        offsets = grid((most * len(joint)).sqrt()), grid(most)
-        return cls(centre, zero[0].clone(), zero, sizes, offsets)
-
-    def add(self, joint: Tensor) -> None:
-        """Take in features [positions, n], which are written over."""
-        joint -= self.centre
-        self.count += len(joint)
-        total, outer = self.offsets
-        self.total += joint.sum(0).double().add_(total).sub_(total)
-        for start in range(0, joint.shape[1], _BLOCK):
-            part = (joint[:, start : start + _BLOCK].T @ joint[:, start:]).double()
-            self.outer[start : start + _BLOCK, start:] += part.add_(outer).sub_(outer)
-
-    def moments(self) -> Moments:
-        outer, c = self.outer, self.centre.double()
-        for start in range(0, len(outer), _BLOCK):
-            stop = start + _BLOCK
-            outer[stop:, start:stop] = outer[start:stop, stop:].T
-        outer.addr_(c, self.total).addr_(self.total, c).addr_(c, c, alpha=self.count)
-        samples = torch.cat(self.samples)[:SAMPLES] if self.samples else None
-        return Moments(float(self.count), self.total + self.count * c, outer, self.sizes, samples)
 
 
 def _positions(watch: Watch) -> int:
@@ -240,8 +194,8 @@ def observe_values(
 def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[Call]) -> dict[int, Moments]:
     """Moments by the places' `space` number, in one pass."""
     watchers = [_Watcher(places, k) for k in range(len(programs))]
-    sums: dict[int, _Sums] = {}
-    centres: _Centres | None = None
+    sums: dict[int, MomentSums] = {}
+    centres: Centres | None = None
     for index, call in enumerate(data):
         for program, watcher in zip(programs, watchers, strict=True):
             try:
@@ -252,57 +206,13 @@ def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[C
         with full_precision():
             centres = _take(sums, places, watchers, centres)
     if centres is None:  # a process all of whose inputs are held out
-        centres = _share_centres(sums)
-    return _of_all({space: found for space, found in sums.items() if found.count}, centres)
-
-
-_Centres = dict[int, tuple[Tensor, tuple[int, ...], tuple[float, float]]]
-"""Centres, sizes and offsets of sums, by space."""
-
-
-def _share_centres(sums: dict[int, _Sums]) -> _Centres:
-    """All processes take the centres of the first, so that each batch's products are those of a single process."""
-    centres: _Centres = processes.of_first(
-        lambda: {space: (own.centre.cpu(), own.sizes, own.offsets) for space, own in sums.items()}
-    )
-    for space in sums.keys() & centres.keys():
-        centre, _, sums[space].offsets = centres[space]
-        sums[space].centre = centre.to(sums[space].centre)
-    return centres
-
-
-def _of_all(sums: dict[int, _Sums], centres: _Centres) -> dict[int, Moments]:
-    """The moments of what all processes have seen."""
-    if processes.count() == 1:
-        return {space: own.moments() for space, own in sums.items()}
-    widths: dict[int, tuple[int, ...]] = {}
-    for theirs in processes.everyone({space: own.sizes for space, own in sums.items()}):
-        widths = theirs | widths
-    device = next((own.outer.device for own in sums.values()), torch.device("cpu"))
-
-    result = {}
-    for space, sizes in sorted(widths.items()):
-        own = sums.get(space)
-        if own is None:
-            own = _Sums.like(torch.zeros(1, sum(sizes), device=device), sizes)
-            own.centre = centres[space][0].to(device) if space in centres else own.centre
-        alike = space in centres
-        found = None if alike else own.moments()  # each about a centre of its own
-        total, outer = (own.total, own.outer) if found is None else (found.total, found.outer)
-        count = processes.before([own.count])[1][0]
-        total, outer = processes.total(total), processes.total(outer)
-        drawn = processes.gathered(torch.cat(own.samples) if own.samples else own.centre[None][:0])[:SAMPLES]
-        samples = [drawn] if len(drawn) else []
-        if alike:
-            result[space] = _Sums(own.centre, total, outer, sizes, own.offsets, count, samples).moments()
-        else:
-            result[space] = Moments(float(count), total, outer, sizes, drawn if len(drawn) else None)
-    return result
+        centres = share_centres(sums)
+    return moments_of_all({space: found for space, found in sums.items() if found.count}, centres)
 
 
 def _take(
-    sums: dict[int, _Sums], places: list[Watch], watchers: list[_Watcher], centres: _Centres | None
-) -> _Centres:  # fmt: skip
+    sums: dict[int, MomentSums], places: list[Watch], watchers: list[_Watcher], centres: Centres | None
+) -> Centres:  # fmt: skip
     """Add what was taken from a batch, one product per space. `centres`: of all processes; None: to be shared now."""
     seen: dict[int, list[Tensor]] = defaultdict(list)
     drawn: list[tuple[int, Tensor]] = []
@@ -316,8 +226,8 @@ def _take(
             continue
         seen[watch.space].append(joint)
         if watch.space not in sums:
-            sums[watch.space] = _Sums.like(joint, tuple(own.shape[1] for own in features))
-    centres = _share_centres(sums) if centres is None else centres
+            sums[watch.space] = MomentSums.like(joint, tuple(own.shape[1] for own in features))
+    centres = share_centres(sums) if centres is None else centres
     for space, parts in seen.items():
         sums[space].add(torch.cat(parts) if len(parts) > 1 else parts[0])
     for number, joint in drawn:

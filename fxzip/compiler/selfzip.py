@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..analysis import FeatureSpaces, random_relabelling, relabelled, relative_difference
+from ..analysis import random_relabelling, relabelled, relative_difference
 from ..analysis.random_trial import Trial, nudged, run_with, sane_values, tensors_of
 from ..analysis.relabelling import Movement
 from ..analysis.rules import AxisLabels
 from ..analysis.sightings import Sightings, Watcher, tensor_difference, watched
 from ..errors import FxzipError
-from ..matching import Merge
 from ..ops import provenance_of
 from ..partition.region import Trunk
 from ..rewriting.emit import rewrite
 from ..rewriting.module import part_of, sources_of
-from ..rewriting.zip_plan import ZipPlan, head_params, planned
+from ..rewriting.zip_plan import ZipPlan, planned
 from ..tracing import Program
+from .known_merges import averaged_params, merges_of, spaces_on, trunk_params
 
 _SPREAD = 0.125  # ε; a power of two, so that (1 ± ε) θ and their mean are exact
 _NOISE = 100.0  # what is off by less than so many times what rounding does is no evidence
@@ -71,13 +71,13 @@ class Couple:
         self.watched = [watched(labelling) for labelling in trunk.labellings]
         own = {name: trunk.alignment.params[name][1] for name in trunk_params(trunk)}
         self.stem = {name for node in trunk.alignment.stem(0) for name in trunk.labellings[0].touches[node]}
-        self.still = _spaces_on(trunk.spaces[1], self.stem & own.keys())
+        self.still = spaces_on(trunk.spaces[1], self.stem & own.keys())
         own |= {name: name for name in self.stem}  # the second model is the first then
         known = set(own.values()) if trial.random else set(tensors_of(self.program))
         values = sane_values(self.program, seed + 1, but=known)
         alike = {twin: trial.values[name] for name, twin in own.items() if trial.values[name].is_floating_point()}
         self.values = {name: value.detach() for name, value in (values | alike).items()}
-        self.averaged = _averaged(trunk, trial, self.stem) if trial.random else {}
+        self.averaged = averaged_params(trunk, trial, self.stem) if trial.random else {}
         self.graph = copy.deepcopy(self.program.module.graph)
         by_name = {node.name: node for node in self.graph.nodes}
         entering = {by_name[name]: name for name in trunk.alignment.entering(1)}
@@ -163,7 +163,7 @@ class Couple:
     def _miszipped(self, own: Shown, values: Mapping[str, Tensor], perms: Sequence[Tensor]) -> Flaw | None:
         """The first node or output of the zip that is not what it is in the model."""
         trunk = self.trunk
-        plan = planned(trunk, _merges(trunk, perms), trunk.reach)
+        plan = planned(trunk, merges_of(trunk, perms), trunk.reach)
         net = rewrite(plan, self._spread(values))
         stable = [_unwritten(p, nodes) for p, nodes in zip(trunk.alignment.programs, self.watched, strict=True)]
         places = {node.name: place for node in net.graph.nodes if (place := _place(node, stable)) is not None}
@@ -257,55 +257,3 @@ def _place(node: fx.Node, watched: Sequence[Mapping[str, AxisLabels]]) -> tuple[
         k = int(part[5:])
         return (k, names[0], False) if names[0] in watched[k] else None
     return None
-
-
-def _spaces_on(spaces: FeatureSpaces, names: Collection[str]) -> set[int]:
-    """Numbers of the spaces whose features these parameters hold."""
-    runs = [run for name in names if name in spaces.labelling.params for run in spaces.labelling.params[name].fields]
-    return {int(s) for run in runs for s in spaces.layout(run).space.unique() if s >= 0}
-
-
-def trunk_params(trunk: Trunk) -> list[str]:
-    """Parameters and buffers of model 0 that the trunk reads."""
-    return sorted({param for node in trunk.nodes for param in trunk.labellings[0].touches[node]})
-
-
-def _averaged(trunk: Trunk, trial: Trial, stem: Collection[str]) -> dict[str, str]:
-    """Parameters of the trunk that may differ between the models: no head or stem reads them, and what they hold is
-    matched. Their names in both."""
-    read = [head_params(trunk, 0) | set(stem), head_params(trunk, 1)]
-    result = {}
-    for name in trunk_params(trunk):
-        twin, labels = trunk.alignment.params[name][1], trunk.spaces[0].labelling.params.get(name)
-        if labels is None or name in read[0] or twin in read[1] or not trial.values[name].is_floating_point():
-            continue
-        if _spaces_on(trunk.spaces[0], [name]):
-            result[name] = twin
-    return result
-
-
-def _merges(trunk: Trunk, perms: Sequence[Tensor]) -> dict[int, Merge]:
-    """The merges that a relabelling of the second model tells."""
-    mates = _mates(trunk)
-    result = {}
-    for space, own in enumerate(trunk.spaces[0].spaces):
-        size = own.size
-        place = torch.empty(size, dtype=torch.int64, device="cpu")
-        place[perms[space]] = mates[space]
-        result[space] = Merge.from_clusters(torch.cat([torch.arange(size, device="cpu"), place]), (size, size))
-    return result
-
-
-def _mates(trunk: Trunk) -> list[Tensor]:
-    """For each space of the first model, and each feature of the second in it, the feature of the first one that lies
-    at the same places."""
-    first, second = trunk.spaces
-    mates = [torch.arange(space.size, device="cpu") for space in first.spaces]
-    for name, labels in first.labelling.params.items():
-        other = second.labelling.params.get(trunk.alignment.params.get(name, ("", ""))[1])
-        for run, twin in zip(labels.fields, () if other is None else other.fields, strict=False):
-            here, there = first.layout(run), second.layout(twin)
-            for space in here.space[here.space >= 0].unique().tolist():
-                mine = (here.space == space) & (there.space == space)
-                mates[space][there.feature[mine]] = here.feature[mine]
-    return mates

@@ -16,7 +16,8 @@ from ..analysis.random_trial import Trial
 from ..errors import AlignError, PinnedSpaceWarning, SelfCheckError
 from ..partition.region import Trunk
 from ..partition.trunk import shortened
-from .selfzip import Couple, Flaw, trunk_params
+from .known_merges import trunk_params
+from .selfzip import Couple, Flaw
 
 _ROUNDS = 8
 

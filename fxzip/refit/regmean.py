@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ from torch import Tensor, fx
 from ..calibration import processes
 from ..calibration.sources import with_sources
 from ..errors import OptionError
-from ..matching.linalg import ridged_cholesky
 from ..rewriting.module import ZippedModule, part_of, set_tensor
 from ..rewriting.paired_parameters import aligned_tensors, check_paired
 from ..rewriting.zip_plan import ZipPlan
@@ -42,10 +41,11 @@ from ..tracing.calls import Call
 from .least_squares.batches import Batches
 from .least_squares.lockstep import Lockstep, bytes_per_row, laid_out
 from .least_squares.memory import Bound, limit_of
-from .least_squares.spilling import SpillFile
-from .linear_calls.kernels import effective, install, sampled_places
+from .least_squares.spill_file import SpillFile
+from .linear_calls.kernels import effective, sampled_places
 from .linear_calls.parameter_uses import survey
 from .linear_calls.units import Site, Unit, called, find_units
+from .regmean_sums import CallMean, InputSums
 
 _Place = tuple[str, int]
 """The first call of a unit: name of the node, and the call's number inside it."""
@@ -83,7 +83,7 @@ class RegMean:
         result = copy.deepcopy(zipped)
         sample = plan.trunk.alignment.programs[0].call
         models = len(plan.trunk.alignment.programs)
-        sums: dict[_Place, _Sum] = defaultdict(_Sum)
+        sums: dict[_Place, CallMean] = defaultdict(CallMean)
         with quiet_execution():
             for k in range(models):
                 own = _original(zipped, plan, k)
@@ -148,7 +148,7 @@ class RegMeanPlusPlus(RegMean):
                     continue
                 for place in starts.get(node, ()):
                     seen = self._seen(walk, units[place], batches, models)
-                    total = _Sum()
+                    total = CallMean()
                     for k, own in enumerate(originals):
                         total.add(seen[k].shrunk(self.alpha), *_calls(own, calls[k][place]))
                     total.put(result, units[place])
@@ -157,9 +157,9 @@ class RegMeanPlusPlus(RegMean):
                 walk.release(node)
         return result
 
-    def _seen(self, walk: Lockstep, unit: Unit, batches: Batches, models: int) -> list[_Seen]:
+    def _seen(self, walk: Lockstep, unit: Unit, batches: Batches, models: int) -> list[InputSums]:
         """What all calls of a unit read, for each model on its own data, or all of it where nobody's is known."""
-        found = [_Seen() for _ in range(models)]
+        found = [InputSums() for _ in range(models)]
         generator = torch.Generator()
         for batch, source in enumerate(batches.source):
             generator.manual_seed(batches.numbers[batch])  # the same places whichever process has the batch
@@ -210,89 +210,6 @@ def _calls(net: ZippedModule, unit: Unit) -> tuple[Tensor, Tensor]:
     return effective(unit.kernel, None if unit.norm is None else called(net, unit.norm))
 
 
-@dataclass
-class _Seen:
-    """Sums over the inputs that a call was seen to read.
-
-    Attributes:
-        gram: Σ xᵀx, [groups, inputs, inputs].
-        total: Σ x, [groups, inputs].
-        count: of the inputs.
-    """
-
-    gram: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu").double())
-    total: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu").double())
-    count: int = 0
-
-    def add(self, x: Tensor) -> None:
-        """Inputs [groups, places, inputs]."""
-        self.gram = self.gram.to(x.device) + (x.transpose(1, 2) @ x).double()
-        self.total = self.total.to(x.device) + x.double().sum(1)
-        self.count += x.shape[1]
-
-    def of_all(self) -> _Seen:
-        """The sums of all processes."""
-        shapes = [shape for shape in processes.everyone((self.gram.shape, self.total.shape)) if shape[0]]
-        if processes.count() == 1 or not shapes:
-            return self
-        gram, total = (
-            own.expand(size).contiguous() for own, size in zip((self.gram, self.total), shapes[0], strict=True)
-        )
-        count = processes.before([self.count])[1][0]
-        return _Seen(processes.total(gram), processes.total(total), count)
-
-    def shrunk(self, alpha: float) -> _Seen:
-        """With off-diagonal entries of the Gram matrix times α."""
-        diagonal = torch.diag_embed(self.gram.diagonal(dim1=-2, dim2=-1))
-        return _Seen(alpha * self.gram + (1 - alpha) * diagonal, self.total, self.count)
-
-
-@dataclass
-class _Sum:
-    """What the models' calls are, and what they were seen to read."""
-
-    seen: list[_Seen] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    biases: list[Tensor] = field(default_factory=list)
-
-    def add(self, seen: _Seen, weight: Tensor, bias: Tensor) -> None:
-        """A model's inputs, and its call as `effective` gives it."""
-        self.seen.append(seen)
-        self.weights.append(weight)
-        self.biases.append(bias)
-
-    def put(self, net: ZippedModule, unit: Unit) -> None:
-        """Write the solution; a call in which all models agree to the bit is left as the zip has it."""
-        assert unit.kernel is not None
-        if all(torch.equal(own, held[0]) for held in (self.weights, self.biases) for own in held):
-            return
-
-        weight = self.solution()
-        norm = None if unit.norm is None else called(net, unit.norm)
-        if norm is None:
-            unit.kernel.put(weight)
-        else:
-            install(unit.kernel, norm, weight, self.bias(weight))
-
-    def solution(self) -> Tensor:
-        """[groups, outputs, inputs]. Inputs that are always zero keep the mean of the weights."""
-        gram = torch.stack([seen.gram for seen in self.seen]).sum(0)
-        flat = torch.stack(self.weights).transpose(2, 3)
-        product = torch.stack([seen.gram @ own for seen, own in zip(self.seen, flat, strict=True)]).sum(0)
-        scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=torch.finfo(torch.float64).tiny)
-        factor, ridge = ridged_cholesky(gram, 1e-12, scale[:, :, 0])
-        return torch.cholesky_solve(product + ridge * scale * flat.mean(0), factor).transpose(1, 2)
-
-    def bias(self, weight: Tensor) -> Tensor:
-        """The best bias for these weights, [outputs]."""
-        total, count = torch.zeros_like(self.biases[0]), 0
-        for seen, own, bias in zip(self.seen, self.weights, self.biases, strict=True):
-            moved = torch.einsum("goi,gi->go", own - weight, seen.total).flatten()
-            total += seen.count * bias + moved
-            count += seen.count
-        return total / count
-
-
 class _Grams:
     """Runs the trunk and sums up the Gram matrix of the inputs of every linear call."""
 
@@ -300,7 +217,7 @@ class _Grams:
         self.module, self.positions = module, positions
         self.generator = torch.Generator()
         self.sites = {(site.node.name, site.call): (unit, site) for unit in units for site in unit.sites}
-        self.found: dict[_Place, _Seen] = defaultdict(_Seen)
+        self.found: dict[_Place, InputSums] = defaultdict(InputSums)
 
     def take(self, call: Call) -> None:
         """A batch."""

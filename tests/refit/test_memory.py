@@ -19,7 +19,8 @@ from fxzip.compiler.options import Options
 from fxzip.compiler.survey import survey
 from fxzip.refit.least_squares import batches, spilling
 from fxzip.refit.least_squares.memory import free_memory
-from fxzip.refit.least_squares.spilling import Shelf, SpillFile
+from fxzip.refit.least_squares.spill_file import SpillFile
+from fxzip.refit.least_squares.spilling import Shelf
 from fxzip.rewriting.zip_plan import plan
 from fxzip.tracing.calls import as_call
 

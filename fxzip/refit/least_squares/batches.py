@@ -14,7 +14,8 @@ from ...tracing.calls import Call, batch_size
 from ...tracing.containers import flatten
 from .lockstep import Lockstep
 from .memory import Bound, Meter, Usage
-from .spilling import Shelf, SpillFile, free_on_disk
+from .spill_file import SpillFile, free_on_disk
+from .spilling import Shelf
 
 _SPARE = 1.5  # times what the values take: a file has gaps
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...calibration.processes import ExactSum, gathered, total
-from .spilling import Page, SpillFile, fetched
+from .spill_file import Page, SpillFile, fetched
 
 _WIDE = 256  # columns that are multiplied at a time
 

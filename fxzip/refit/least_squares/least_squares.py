@@ -32,7 +32,7 @@ from .lockstep import bytes_per_row, laid_out
 from .memory import Bound, limit_of
 from .samples import sample_bytes
 from .solving import Fit, Settings
-from .spilling import SpillFile
+from .spill_file import SpillFile
 from .walk import Walk
 
 __all__ = ["Fit", "LeastSquares", "fit_least_squares"]

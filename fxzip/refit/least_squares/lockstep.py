@@ -17,7 +17,8 @@ from ...tracing import MathAttention, Program, flat_inputs, run_recorded
 from ...tracing.aten_calls import OnCall, watched
 from ...tracing.calls import Call, batch_size, leaves, map_tensors
 from .memory import give_back
-from .spilling import Env, Shelf, SpillFile
+from .spill_file import SpillFile
+from .spilling import Env, Shelf
 
 
 class Lockstep:

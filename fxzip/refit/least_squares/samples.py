@@ -18,7 +18,8 @@ from ..unfit import Unfit
 from .lockstep import Lockstep
 from .node_interior import Tail, arguments, find_tail, result
 from .regression_targets import RegressionTarget, TargetValues
-from .spilling import Env, Page, SpillFile, fetched
+from .spill_file import Page, SpillFile, fetched
+from .spilling import Env
 
 _Targets = Callable[[fx.Node], "RegressionTarget | None"]
 

@@ -18,7 +18,7 @@ from .blocks import Blocks
 from .memory import Usage
 from .ridge import Regression, affine_solution, best_ridge, ridge_solution
 from .samples import Sample
-from .spilling import Page, fetched
+from .spill_file import Page, fetched
 
 
 @dataclass

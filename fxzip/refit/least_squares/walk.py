@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -21,47 +20,14 @@ from ..unfit import Unfit
 from .alternating import FreeTarget
 from .batches import Batches
 from .blocks import Blocks
-from .dataflow import Function, follow
+from .dataflow import follow
 from .free_features import Freedom
 from .lockstep import Lockstep
+from .parts import Part
 from .regression_targets import HeadTargets, NarrowHeadTargets, RegressionTarget, TrunkTargets
 from .samples import Batch, Sample, Sampler
 from .solving import Asked, Fit, Settings, offset_of, solve
-from .spilling import fetched
-
-
-@dataclass(eq=False)
-class _Part:
-    """The trunk, or a head.
-
-    Attributes:
-        name: as in the nodes' meta.
-        nodes: its nodes, in order.
-        units: what can be fitted of it.
-        originals: that have what its values should be.
-        targets: what they should be.
-        merged: the targets of features that were merged; None: none were.
-        freedom: which of them may be other combinations than that; None: none.
-    """
-
-    name: str
-    nodes: list[fx.Node]
-    units: list[Unit]
-    originals: Sequence[Lockstep]
-    targets: TrunkTargets | HeadTargets | NarrowHeadTargets
-    merged: TrunkTargets | None
-    freedom: Freedom | None = None
-
-    def starts(self) -> dict[fx.Node, list[Unit]]:
-        """Units by the node of their first call."""
-        found: dict[fx.Node, list[Unit]] = defaultdict(list)
-        for unit in self.units:
-            found[unit.sites[0].node].append(unit)
-        return found
-
-    def function(self, node: fx.Node) -> Function | None:
-        """What acts on each feature of a result whose features are free; None elsewhere."""
-        return None if self.freedom is None else self.freedom.function(node)
+from .spill_file import fetched
 
 
 class Walk:
@@ -95,7 +61,7 @@ class Walk:
             trial=trial,
         )  # fmt: skip
 
-    def _find_parts(self, sources: int) -> dict[str, _Part]:
+    def _find_parts(self, sources: int) -> dict[str, Part]:
         """Trunk and heads by name."""
         nodes: dict[str, list[fx.Node]] = defaultdict(list)
         for node in self.net.graph.nodes:
@@ -105,11 +71,11 @@ class Walk:
         def part(
             name: str, originals: Sequence[Lockstep], targets: TrunkTargets | HeadTargets | NarrowHeadTargets,
             merged: TrunkTargets | None,
-        ) -> _Part:  # fmt: skip
+        ) -> Part:  # fmt: skip
             units, left = find_units(self.net, self.survey, set(nodes[name]))
             self.fit.left |= left | {unit.name: self.unfit[unit.name] for unit in units if unit.name in self.unfit}
             units = [unit for unit in units if unit.name not in self.unfit]
-            return _Part(name, nodes[name], units, originals, targets, merged)
+            return Part(name, nodes[name], units, originals, targets, merged)
 
         targets = TrunkTargets(self.plan, self.originals, self.counterparts, sources)
         result = {"trunk": part("trunk", self.originals, targets, targets)}
@@ -168,7 +134,7 @@ class Walk:
             self._step(part, node, starts, mine)
 
     def _step(
-        self, part: _Part, node: fx.Node, starts: dict[fx.Node, list[Unit]], twins: Sequence[tuple[Lockstep, fx.Node]]
+        self, part: Part, node: fx.Node, starts: dict[fx.Node, list[Unit]], twins: Sequence[tuple[Lockstep, fx.Node]]
     ) -> None:
         """One node of the zipped network, and its twins in the originals."""
         for net, twin in twins:
@@ -181,7 +147,7 @@ class Walk:
             net.release(twin)
         self.zipped.release(node)
 
-    def _summand(self, part: _Part, unit: Unit, starts: dict[fx.Node, list[Unit]]) -> None:
+    def _summand(self, part: Part, unit: Unit, starts: dict[fx.Node, list[Unit]]) -> None:
         """Where a unit's result is added to something later, compute that first; if it is the result of a unit of at
         most as many inputs, fit that first: what it leaves is for the larger one to mend."""
         total = self.flow.sum_behind(unit.sites[0].output) if unit.inputs and len(unit.sites) == 1 else None
@@ -214,7 +180,7 @@ class Walk:
                     if name in stem.nodes:
                         net.release(node)
 
-    def _fit(self, part: _Part, unit: Unit) -> None:
+    def _fit(self, part: Part, unit: Unit) -> None:
         """Fit one unit, or note why it is left.
 
         Raises:
@@ -234,7 +200,7 @@ class Walk:
         else:
             self.zipped.forget(unit.sites[0].node)
 
-    def _drawn(self, part: _Part, unit: Unit) -> list[Sample]:
+    def _drawn(self, part: Part, unit: Unit) -> list[Sample]:
         """What all processes can draw samples of; where one cannot, none does."""
         samples, why = list[Sample](), ""
         try:
@@ -247,13 +213,13 @@ class Walk:
             raise Unfit(next(reason for reason in reasons if reason))
         return samples
 
-    def _rank(self, part: _Part, unit: Unit) -> int | None:
+    def _rank(self, part: Part, unit: Unit) -> int | None:
         """The rank that the call of a unit is to have; None: it stays one call."""
         node = unit.sites[0].node
         sources = sources_of(node)
         return self.plan.ranks.get((part.name, sources[0])) if sources else None
 
-    def _draw(self, part: _Part, unit: Unit) -> list[Sample]:
+    def _draw(self, part: Part, unit: Unit) -> list[Sample]:
         """Samples of all calls of a unit, batch by batch: each catches up with what was run so far."""
         targets = [self._target(part, unit, site) for site in unit.sites]
         networks = (self.zipped, *part.originals)
@@ -276,7 +242,7 @@ class Walk:
             raise Unfit("several features share one parameter")
         return samples
 
-    def _target(self, part: _Part, unit: Unit, site: Site) -> RegressionTarget:
+    def _target(self, part: Part, unit: Unit, site: Site) -> RegressionTarget:
         """What a call of a unit should give."""
         target = part.targets.of(unit, site)
         if target is None:
@@ -286,7 +252,7 @@ class Walk:
             raise Unfit("several features share one parameter" if shared else "it has no parameter per feature")
         return target
 
-    def _free_target(self, part: _Part, unit: Unit, samples: Sequence[Sample]) -> FreeTarget | None:
+    def _free_target(self, part: Part, unit: Unit, samples: Sequence[Sample]) -> FreeTarget | None:
         """What the features of a unit should tell, where they are free."""
         node = samples[0].node
         apart = [sample.apart for sample in samples if sample.apart is not None]
@@ -303,7 +269,7 @@ class Walk:
         return FreeTarget(features, part.freedom.metric(target, features), function, offset_of(samples))
 
 
-def _has_targets(part: _Part, unit: Unit) -> bool:
+def _has_targets(part: Part, unit: Unit) -> bool:
     """Whether it is known what a unit should give."""
     try:
         return all(part.targets.of(unit, site) is not None for site in unit.sites)
