@@ -7,7 +7,7 @@ makes legal relabellings, `random_trial` runs the program before and after one, 
 
 from .checking import Check, analyse, check, relative_difference, self_check
 from .labelling import Barrier, Labelling, ParamLabels, Site, label
-from .relabelling import group_run, random_relabelling, relabelled
+from .relabelling import random_relabelling, relabelled
 from .spaces import FeatureSpace, FeatureSpaces, Layout, solve
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Site",
     "analyse",
     "check",
-    "group_run",
     "label",
     "random_relabelling",
     "relabelled",

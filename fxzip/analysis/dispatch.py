@@ -33,8 +33,7 @@ class LabelMode(TorchDispatchMode):
         inputs = list(tensors((args, kwargs)))
 
         for tensor in inputs:
-            if id(tensor) in state.names:
-                state.touches.add(state.names[id(tensor)])
+            state.touch(tensor)
 
         earlier = Earlier.of(state, inputs, written) if written else Earlier({}, {})
         out = func(*args, **kwargs)
@@ -43,6 +42,7 @@ class LabelMode(TorchDispatchMode):
             call = Invocation(
                 name.rstrip("_") if written else name, func, tuple(args), kwargs, out, state.store,
                 lambda t: earlier.operands.get(id(t)) or state.operand(t), state.restart,
+                state.lies_in_blocks,
                 lambda t, why: numbers.update({id(t): why}),
             )  # fmt: skip
             self._label(call, inputs, written, earlier)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,16 +12,67 @@ from torch import Tensor, nn
 
 from .rules import AxisLabels, ConstraintStore, Operand, Rule, varying
 
+_IN_BLOCKS = 4096  # features of all blocks: more of them are labelled by axes, which says less and costs less
 _VALUES_COMPARED = 1 << 22  # constants above this size count as different everywhere
 
 
 @dataclass(frozen=True, eq=False)
 class ParamLabels:
-    """Labels of one parameter or buffer: one field per labelled axis. `groups` > 1: a grouped kernel, whose second
-    field varies with the group (see `rules.contraction.convolution`)."""
+    """Labels of one parameter or buffer: one field per labelled axis, but where its features lie in blocks.
+
+    What lies in blocks is seen as a kernel: that of a grouped convolution [groups · rows, columns, ...] as it is, one
+    weight per head [heads, inputs, outputs] or one scale per feature of a head [heads, features] with its axes in
+    another order and the first two as one.
+
+    Attributes:
+        fields: in the parameter's own axes.
+        groups: more than 1: a kernel of so many groups, whose second field varies with the group.
+        order: of the axes, the blocks' first; None: it is a kernel as it is.
+    """
 
     fields: AxisLabels
     groups: int = 1
+    order: tuple[int, ...] | None = None
+
+    @classmethod
+    def in_blocks(cls, store: ConstraintStore, shape: Sequence[int], blocks: int) -> ParamLabels:
+        """Fresh labels of features that lie in blocks along the axis `blocks`: each block has its own.
+
+        >>> in_heads = ParamLabels.in_blocks(ConstraintStore(), [2, 3, 4], 0)
+        >>> [list(field.shape) for field in in_heads.fields], in_heads.groups
+        ([[2, 3, 1], [2, 1, 4]], 2)
+        """
+        labelled = [axis for axis, n in enumerate(shape) if n > 1 and axis != blocks]
+        ends = [1] * (len(shape) - 2)
+        fields = tuple(
+            store.fresh(shape[blocks], shape[axis]).reshape(shape[blocks], shape[axis], *ends)
+            .movedim((0, 1), (blocks, axis))
+            for axis in labelled
+        )  # fmt: skip
+        rest = [axis for axis, n in enumerate(shape) if n == 1]
+        return cls(fields, shape[blocks] if len(labelled) == 2 else 1, (blocks, *labelled, *rest))
+
+    def kernel(self, value: Tensor) -> Tensor:
+        """The parameter's value as a kernel."""
+        return value if self.order is None else value.permute(self.order).flatten(0, 1)
+
+    def natural(self, kernel: Tensor) -> Tensor:
+        """The value of the parameter, from that of the kernel; blocks may have another size by now."""
+        if self.order is None:
+            return kernel
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        blocks: Tensor = kernel.unflatten(0, (self.fields[0].shape[self.order[0]], -1))
+        return blocks.permute(back).contiguous()
+
+    def runs(self) -> list[tuple[int, Tensor]]:
+        """(axis of the kernel, labels along it) for each field; of a grouped one in its dense form."""
+        if self.order is not None:
+            return [(axis, field.permute(self.order).reshape(-1)) for axis, field in enumerate(self.fields)]
+        if self.groups > 1:
+            rows = self.fields[1].shape[0] // self.groups
+            columns = self.fields[1].reshape(self.fields[1].shape[:2])[::rows].reshape(-1)
+            return [(0, self.fields[0].reshape(-1)), (1, columns)]
+        return [(min(varying(field)), field.reshape(-1)) for field in self.fields]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +149,7 @@ class State:
     barriers: list[Barrier] = field(default_factory=list)
     probed: list[Probed] = field(default_factory=list)
     made: list[int] = field(default_factory=list)  # ids of the entries of the node under way
+    blockwise: dict[str, int] = field(default_factory=dict)  # parameter -> the axis of blocks, where calls meet it so
     node: str = ""
     where: str = ""
     calls: int = 0
@@ -136,6 +188,39 @@ class State:
             isinstance(entry.tensor, nn.Parameter) and entry.tensor.untyped_storage()._cdata == storage
             for entry in self.held.values()
         )
+
+    def touch(self, tensor: Tensor) -> None:
+        """A call reads it; of a parameter whose blocks have features of their own, blocks move in all fields alike."""
+        name = self.names.get(id(tensor))
+        if name is not None:
+            self.touches.add(name)
+            labels = self.params[name]
+            if labels.order is not None and labels.groups > 1:
+                self.store.relate(*labels.fields)
+
+    def lies_in_blocks(self, tensor: Tensor, blocks: int, others: Collection[int] = ()) -> None:
+        """Note that a call meets a parameter, or a view of one, block by block along an axis; with `others`, if it has
+        features along these axes too."""
+        entry = self.entry(tensor)
+        if not (entry.static and entry.learned):
+            return
+        single = {min(varying(labels)): labels for labels in entry.fields if len(varying(labels)) == 1}
+        held = [self._axis_of(single[axis]) if axis in single else None for axis in (blocks, *others)]
+        if any(own is None or held[0] is None or own[0] != held[0][0] for own in held) or held[0] is None:
+            return
+        name, axis = held[0]
+        sizes = [labels.numel() for labels in self.params[name].fields]
+        if len(sizes) in (2, 3) and single[blocks].numel() * max(sizes) <= _IN_BLOCKS:
+            self.blockwise.setdefault(name, axis)
+
+    def _axis_of(self, labels: Tensor) -> tuple[str, int] | None:
+        """The parameter, and the axis of it, that a field is the first labels of."""
+        held = labels.unique()  # a view may hold them several times: one weight per head for each row of a batch
+        for name, own in self.params.items():
+            for field_ in own.fields if own.order is None and own.groups == 1 else ():
+                if torch.equal(field_.reshape(-1), held):  # fresh labels count up
+                    return name, min(varying(field_))
+        return None
 
     def restart(self, tensor: Tensor, fields: Any, groups: int) -> None:
         name = self.names.get(id(tensor))

@@ -163,21 +163,39 @@ def place_of(node: fx.Node) -> str:
 def label(program: Program, rules: Mapping[str, Rule] | None = None) -> Labelling:
     """Run `program` once on its sample and collect what every call says about labels. `rules`: None for `RULES`.
 
-    Every axis of every parameter (and of every floating buffer in the state dict) starts with labels of its own.
+    Every axis of every parameter (and of every floating buffer in the state dict) starts with labels of its own. Where
+    calls meet a parameter block by block (one weight per head), it is run again, with labels for each block.
     """
-    state = State(RULES if rules is None else rules)
+    blockwise: dict[str, int] = {}
+    while True:
+        labelling, found = _labelled(program, RULES if rules is None else rules, blockwise)
+        if found.keys() <= blockwise.keys():
+            return labelling
+        blockwise |= found  # these have labels by blocks from the start
+
+
+def _labelled(
+    program: Program, rules: Mapping[str, Rule], blockwise: Mapping[str, int]
+) -> tuple[Labelling, dict[str, int]]:
+    """The labels of one run, and the parameters that its calls meet in blocks, with the axis of these."""
+    state = State(rules)
     tensors = dict(program.module.named_parameters())
     buffers = {k: v for k, v in program.module.named_buffers() if k in program.persistent and v.is_floating_point()}
     for name, tensor in (*tensors.items(), *buffers.items()):
-        fields = tuple(along(state.store.fresh(n), a, tensor.ndim) for a, n in enumerate(tensor.shape) if n > 1)
+        if name in blockwise:
+            labels = ParamLabels.in_blocks(state.store, tensor.shape, blockwise[name])
+        else:
+            axes = enumerate(tensor.shape)
+            labels = ParamLabels(tuple(along(state.store.fresh(n), a, tensor.ndim) for a, n in axes if n > 1))
         state.names[id(tensor)] = name
-        state.params[name] = ParamLabels(fields)
-        state.held[id(tensor)] = Entry(tensor, fields, True, True)
+        state.params[name] = labels
+        state.held[id(tensor)] = Entry(tensor, labels.fields, True, True)
     run = _Run(program, state)
     with quiet_execution(), LabelMode(state), MathAttention():
         run.run(*flat_inputs(program.module, program.call))
-    return Labelling(
+    labelling = Labelling(
         program, state.store.size, dict(state.params), run.constraints, run.fields, run.touches,
         frozenset(run.dynamic), run.seen, tuple(state.sites), tuple(state.barriers), tuple(state.probed),
         run.rewritten, frozenset(run.discrete),
     )  # fmt: skip
+    return labelling, state.blockwise

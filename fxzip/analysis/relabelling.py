@@ -54,12 +54,6 @@ def random_relabelling(
     return perms
 
 
-def group_run(labels: ParamLabels) -> Tensor:
-    """The second field of a grouped kernel as one run over (group, axis 1)."""
-    rows = labels.fields[1].shape[0] // labels.groups
-    return labels.fields[1].reshape(labels.fields[1].shape[:2])[::rows].reshape(-1)
-
-
 def dense_kernel(value: Tensor, groups: int) -> Tensor:
     """A grouped kernel [rows, columns, ...] as a dense one [rows, groups · columns, ...], zero between groups."""
     rows, columns = value.shape[:2]
@@ -204,13 +198,16 @@ def relabelled(
     for name, value in values.items():
         room = None if into is None else into.get(name)
         labels = params.get(name, ParamLabels(()))
-        if labels.groups > 1:
-            moved = _grouped_kernel(value, labels, runs, [(name, place) in but for place in (0, 1)])
+        axes = {axis: runs.sources(run) for place, (axis, run) in enumerate(labels.runs()) if (name, place) not in but}
+        sources = {axis: source.to(value.device) for axis, source in axes.items() if source is not None}
+        if not sources:
+            moved = value
+        elif labels.groups > 1:
+            moved = labels.natural(_grouped_kernel(labels.kernel(value), labels.groups, sources))
+        elif labels.order is not None:
+            moved = labels.natural(labels.kernel(value).index_select(0, sources[0]))
         else:
-            moving = [run for place, run in enumerate(labels.fields) if (name, place) not in but]
-            axes = {next(a for a, n in enumerate(run.shape) if n > 1): runs.sources(run) for run in moving}
-            sources = {a: s.to(value.device) for a, s in axes.items() if s is not None}
-            moved = _moved(value, sources, torch.empty_like(value) if room is None else room) if sources else value
+            moved = _moved(value, sources, torch.empty_like(value) if room is None else room)
         result[name] = moved if room is None or moved is room else room.copy_(moved)
     return result
 
@@ -229,11 +226,10 @@ def _moved(value: Tensor, sources: Mapping[int, Tensor], room: Tensor) -> Tensor
     return room
 
 
-def _grouped_kernel(value: Tensor, labels: ParamLabels, runs: _Runs, stay: Sequence[bool]) -> Tensor:
-    rows, columns = value.shape[0] // labels.groups, value.shape[1]
-    first = None if stay[0] else runs.sources(labels.fields[0])
-    second = None if stay[1] else runs.sources(group_run(labels))
-    first = torch.arange(len(value), device="cpu") if first is None else first
-    second = torch.arange(labels.groups * columns, device="cpu") if second is None else second
-    own = second.reshape(labels.groups, columns).remainder(columns).repeat_interleave(rows, 0)
-    return value[first[:, None].to(value.device), own.to(value.device)]
+def _grouped_kernel(value: Tensor, groups: int, sources: Mapping[int, Tensor]) -> Tensor:
+    """A grouped kernel whose rows, and whose columns counted through all groups, get what is at their sources."""
+    rows, columns = value.shape[0] // groups, value.shape[1]
+    first = sources.get(0, torch.arange(len(value), device=value.device))
+    second = sources.get(1, torch.arange(groups * columns, device=value.device))
+    own = second.reshape(groups, columns).remainder(columns).repeat_interleave(rows, 0)
+    return value[first[:, None], own]

@@ -43,16 +43,14 @@ def _of_model(trunk: Trunk, k: int, reach: Tensor) -> dict[int, list[Tensor]]:
     for name, labels in labelling.params.items():
         if labels.groups > 1:
             continue
-        for run in labels.fields:
-            if not bool(summed[run].any()):
+        for axis, flat in labels.runs():
+            if not bool(summed[flat].any()):
                 continue
-            axis = next(a for a, n in enumerate(run.shape) if n > 1)
-            flat = run.reshape(-1)
             layout = spaces.layout(torch.where(reach[flat] > 0, reach[flat], flat))
             weight: Tensor | None = None
             for space in layout.space[layout.space >= 0].unique().tolist():
                 if weight is None:
-                    value = attribute(module, name).detach().movedim(axis, -1)
+                    value = labels.kernel(attribute(module, name).detach()).movedim(axis, -1)
                     weight = value.reshape(len(value), -1, value.shape[-1]) if value.ndim > 1 else value[None, None]
                 result[space].append(_features(weight, layout, space, spaces.spaces[space].size))
     return result

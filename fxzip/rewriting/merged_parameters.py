@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.labelling import ParamLabels
-from ..analysis.relabelling import dense_kernel, group_run
+from ..analysis.relabelling import dense_kernel
 from ..analysis.resizing import resized
 from ..analysis.spaces import FeatureSpaces, Layout, slots
 from ..matching import Entries, Merge
@@ -111,13 +111,6 @@ class PlaceMap:
         )
 
 
-def _runs(labels: ParamLabels) -> list[tuple[int, Tensor]]:
-    """(axis, labels along it) for each field; a grouped kernel is seen in its dense form."""
-    if labels.groups > 1:
-        return [(0, labels.fields[0].reshape(-1)), (1, group_run(labels))]
-    return [(next(a for a, n in enumerate(run.shape) if n > 1), run.reshape(-1)) for run in labels.fields]
-
-
 def _grouped(value: Tensor, columns: int) -> Tensor:
     """The blocks on the diagonal of a dense kernel, so many columns in each: inverse of `dense_kernel`."""
     groups = value.shape[1] // columns
@@ -132,19 +125,25 @@ class Share:
     """One model's part of a merged parameter, in model 0's layout: Σ M W U and, by axis written, the row sums of M.
 
     The sums are along their axis; those of a grouped kernel's second axis, which differ from group to group, [rows,
-    columns].
+    columns]. Both are of the parameter as a kernel.
     """
 
-    value: Tensor
+    kernel: Tensor
     weights: Mapping[int, Tensor]
+    labels: ParamLabels
+
+    @property
+    def value(self) -> Tensor:
+        """Σ M W U."""
+        return self.labels.natural(self.kernel)
 
     def weight(self) -> Tensor:
         """The denominator's part, in a shape that broadcasts against `value`."""
-        result = self.value.new_ones([1] * self.value.ndim)
+        result = self.kernel.new_ones([1] * self.kernel.ndim)
         for axis, sums in self.weights.items():
-            ends = [1] * (self.value.ndim - axis - 1)
+            ends = [1] * (self.kernel.ndim - axis - 1)
             result = result * sums.to(result).reshape([*([1] * axis if sums.ndim == 1 else sums.shape[:-1]), -1, *ends])
-        return result
+        return result if self.labels.order is None else self.labels.natural(result.expand(self.kernel.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +166,10 @@ def share(value: Tensor, name: str, target_name: str, change: Change) -> Share:
     """A model's part of the merged parameter `target_name` of model 0, of its own one called `name`."""
     own, first, merges, k = change.own, change.first, change.merges, change.k
     labels, target = own.labelling.params[name], first.labelling.params[target_name]
+    value = labels.kernel(value)
     value = dense_kernel(value, labels.groups) if labels.groups > 1 else value
     weights: dict[int, Tensor] = {}
-    for place, ((axis, run), (_, other)) in enumerate(zip(_runs(labels), _runs(target), strict=True)):
+    for place, ((axis, run), (_, other)) in enumerate(zip(labels.runs(), target.runs(), strict=True)):
         consumed = (target_name, place) in first.consumed
         layout, wanted = own.layout(run), merged_layout(first, other, merges)
         spaces = [int(s) for s in wanted.space.unique() if int(s) in merges]
@@ -180,16 +180,16 @@ def share(value: Tensor, name: str, target_name: str, change: Change) -> Share:
             if not consumed:
                 weights[axis] = places.totals
     if labels.groups > 1:
-        value = _grouped(value, len(group_run(target)) // target.groups)
+        value = _grouped(value, len(target.runs()[1][1]) // target.groups)
         if 1 in weights:  # a transposed one
             groups = len(weights[1]) // value.shape[1]
             weights[1] = weights[1].reshape(groups, -1).repeat_interleave(len(value) // groups, 0)
-    return Share(value, weights)
+    return Share(value, weights, target)
 
 
 def _stands(names: Sequence[str], spaces: Sequence[FeatureSpaces], merges: Merges) -> bool:
     """Whether all features along a parameter are merged by position, and lie alike in all models."""
-    runs = [_runs(own.labelling.params[name]) for name, own in zip(names, spaces, strict=True)]
+    runs = [own.labelling.params[name].runs() for name, own in zip(names, spaces, strict=True)]
     for place, (_, run) in enumerate(runs[0]):
         first = spaces[0].layout(run)
         here = [int(s) for s in first.space.unique() if int(s) in merges]

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from ..analysis import ParamLabels, group_run
 from ..analysis.relabelling import dense_kernel
 from ..analysis.spaces import slots
 from ..matching import Run, Weight
@@ -98,19 +97,15 @@ def _weight(trunk: Trunk, name: str, values: Sequence[Tensor]) -> Weight:
     """One parameter with its runs."""
     twins = trunk.alignment.params[name]
     labels = [own.labelling.params[twin] for own, twin in zip(trunk.spaces, twins, strict=True)]
-    axes = [next(a for a, n in enumerate(run.shape) if n > 1) for run in labels[0].fields]
+    values = [own.kernel(value) for own, value in zip(labels, values, strict=True)]
     groups = labels[0].groups
     runs: list[Run] = []
-    for place, axis in enumerate([0, 1] if groups > 1 else axes):
-        fields = [_run(own, place) for own in labels]
-        runs.append(_layouts(trunk, fields, axis, (name, place) in trunk.spaces[0].consumed))
+    for place, found in enumerate(zip(*(own.runs() for own in labels), strict=True)):
+        fields = [run for _, run in found]
+        runs.append(_layouts(trunk, fields, found[0][0], (name, place) in trunk.spaces[0].consumed))
     if groups > 1 and not _in_blocks(trunk, runs, groups):
         return Weight(name, tuple(dense_kernel(value, groups) for value in values), tuple(runs))
     return Weight(name, tuple(values), tuple(runs), groups)
-
-
-def _run(labels: ParamLabels, place: int) -> Tensor:
-    return group_run(labels) if labels.groups > 1 and place == 1 else labels.fields[place].reshape(-1)
 
 
 def _layouts(trunk: Trunk, fields: Sequence[Tensor], axis: int, summed: bool) -> Run:

@@ -21,6 +21,7 @@ from .execution import Record, plain_context, tracing_execution
 from .exporting import trace_export
 from .functional_to_modules import raised
 from .inplace import out_of_place
+from .lengths import len_recorded
 from .names import named_safely, safe_names
 from .numbers import is_number
 from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
@@ -136,7 +137,8 @@ def _traced(own: nn.Module, rung: str, reference: Reference) -> fx.GraphModule:
             module = trace_export(own, reference.fresh, reference.dynamic_axes())
         else:
             sample = map_tensors(torch.clone, reference.sample)
-            graph = SymbolicTracer(sample).trace(own) if rung == "symbolic" else trace_with_values(own, sample)
+            with len_recorded(own):
+                graph = SymbolicTracer(sample).trace(own) if rung == "symbolic" else trace_with_values(own, sample)
             module = named_safely(own, graph, safe_names(own))
     module.eval()
     return tidied(module)

@@ -16,7 +16,6 @@ from types import MappingProxyType
 from torch import Tensor
 
 from ..analysis.labelling import Labelling
-from ..analysis.relabelling import group_run
 from ..partition.region import Trunk
 from ..rewriting.factorised import LinearSize
 from ..rewriting.zip_plan import head_params, unmerged_spaces
@@ -171,4 +170,4 @@ def _runs(labelling: Labelling, node: str, params: Collection[str]) -> Sequence[
     if not labelled:
         return labelling.fields.get(node, ())
     largest = max(labelled, key=lambda own: math.prod(run.numel() for run in own.fields))
-    return largest.fields[:1] if largest.groups > 1 and len(group_run(largest)) == largest.groups else largest.fields
+    return largest.fields[:1] if largest.groups > 1 and len(largest.runs()[1][1]) == largest.groups else largest.fields

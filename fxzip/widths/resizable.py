@@ -240,7 +240,7 @@ def _distinct(alone: Trunk, wider: Mapping[int, Merge], values: Mapping[str, Ten
     for name, labels in spaces.labelling.params.items():
         value = values.get(f"trunk.{name}")
         for place, run in enumerate(labels.fields if value is not None else ()):
-            if (name, place) in spaces.consumed or (labels.groups > 1 and place):
+            if (name, place) in spaces.consumed or (labels.groups > 1 and place) or labels.order is not None:
                 continue
             layout = merged_layout(spaces, run, wider)
             factor = torch.ones(len(layout.space), dtype=torch.float64, device="cpu")

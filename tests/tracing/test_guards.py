@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.calibration.shapes import other_shapes
 from fxzip.tracing import difference, ladder, require, trace
+from fxzip.tracing.lengths import recorded_len
 
 
 class Denoiser(nn.Module):
@@ -169,10 +170,11 @@ LOOKED_AT = {
     "odd": lambda h: F.pad(h, (0, 0, 0, 1)) if h.size(1) % 2 else h,
     "rows": lambda h: torch.stack([row * k for k, row in enumerate(h.transpose(0, 1))], 1),
     "chunks": lambda h: torch.stack([part.sum(1) for part in h.split(4, 1)], 1),
-    "len": lambda h: h * len(h.transpose(0, 1)),
     "unbind": lambda h: torch.stack(h.unbind(1)[::-1], 1) * len(h.unbind(1)),
 }
 DYNAMIC = {
+    "len": lambda h: h * len(h.transpose(0, 1)),
+    "len of the batch": lambda h: h.reshape(len(h), -1, 16) + len(h),
     "half": lambda h: h[:, : h.shape[1] // 2],
     "view": lambda h: h.reshape(h.shape[0], -1, 16) * h.shape[1],
     "positions": lambda h: h * torch.arange(h.shape[1])[None, :, None],
@@ -201,6 +203,13 @@ def test_sizes_in_the_graph(how):
     assert zipped.report["checked_shapes"] == [[(None, 6, 6)], [(None, 13, 6)]]
     for given in (x, longer):
         torch.testing.assert_close(zipped(given)[1], net(given))
+
+
+def test_len_is_what_it_was_after_a_trace():
+    net = Sizes(DYNAMIC["len"]).double().eval()
+    trace(net, torch.randn(2, 6, 6, dtype=torch.float64))
+    assert "len" not in globals()
+    assert recorded_len("abc") == 3
 
 
 def test_export_is_dynamic_where_data_differ(monkeypatch):

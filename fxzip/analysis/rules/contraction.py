@@ -14,7 +14,7 @@ from torch import Tensor
 from .axis_labels import AxisLabels, Operand, compress, varying
 from .constraint_store import ConstraintStore
 from .invocation import Invocation
-from .meeting import meet, merged_fields
+from .meeting import meet, merged_fields, note_blocks
 
 
 def _spread(store: ConstraintStore, labels: Tensor, axes: frozenset[int]) -> Tensor:
@@ -114,8 +114,10 @@ def _plus(call: Invocation, bias: Tensor | None, fields: AxisLabels, ndim: int, 
         return fields
     b = call.operand(bias)
     axes = range(ndim - b.ndim, ndim) if first is None else range(first, first + b.ndim)
-    result = Operand(call.out, fields, False, frozenset())
-    return meet(call.store, [result, b.place(axes, ndim)], f"`{call.name}`")
+    result, placed = Operand(call.out, fields, False, frozenset()), b.place(axes, ndim)
+    if first is None:
+        note_blocks(call, [(None, result), (bias, placed)])
+    return meet(call.store, [result, placed], f"`{call.name}`")
 
 
 _SPECS = {
@@ -128,6 +130,11 @@ def product(call: Invocation) -> AxisLabels:
     """mm(x, y), bmm, mv, dot; addmm(bias, x, y), baddbmm, addmv: a bias is aligned from the right."""
     biased = "add" in call.name
     x, y = (call.operand(factor) for factor in call.args[biased : biased + 2])
+    if call.name in ("bmm", "baddbmm"):
+        factors = call.args[biased : biased + 2]
+        for factor, other in zip(factors, (y, x), strict=True):
+            if any({0} < varying(labels) for labels in other.fields):  # heads, each with features of its own
+                call.lies_in_blocks(factor, 0)
     fields = contract(call.store, x, y, _SPECS[call.name], f"`{call.name}`")
     return _plus(call, call.args[0] if biased else None, fields, call.out.ndim)
 

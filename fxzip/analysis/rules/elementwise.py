@@ -6,13 +6,14 @@ from torch import Tensor
 
 from .axis_labels import AxisLabels
 from .invocation import Invocation
-from .meeting import meet
+from .meeting import meet, note_blocks
 
 
 def elementwise(call: Invocation) -> AxisLabels:
     """add, mul, relu, where, ... with broadcasting from the right."""
     ndim = call.out.ndim
     placed = [x.place(range(ndim - x.ndim, ndim), ndim) for x in call.operands()]
+    note_blocks(call, list(zip(call.tensors(), placed, strict=True)))
     return meet(call.store, placed, f"`{call.name}`")
 
 

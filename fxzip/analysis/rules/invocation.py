@@ -21,7 +21,8 @@ class Invocation:
     `operand(t)` gives fields and axes of a tensor argument; `restart(t, fields, groups)` gives a parameter other labels
     than one run per axis, once (a grouped convolution's weight has inputs of its own in every group);
     `numbers(t, why)` says that a result holds numbers of places, which fixes features only where it is used: `why()`
-    states that then.
+    states that then; `lies_in_blocks(t, axis)` says that a parameter is met block by block along an axis, so that each block shall have
+    labels of its own.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Invocation:
     store: ConstraintStore
     operand: Callable[[Tensor], Operand]
     restart: Callable[[Tensor, Callable[[], AxisLabels], int], None]
+    lies_in_blocks: Callable[..., None] = lambda parameter, blocks, others=(): None
     numbers: Callable[[Tensor, Callable[[], None]], None] = lambda result, why: None
 
     @property

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .axis_labels import AxisLabels, Operand, all_features, joint, varying
 from .constraint_store import ConstraintStore
+from .invocation import Invocation
 
 
 def merged_fields(groups: Sequence[AxisLabels]) -> AxisLabels:
@@ -54,6 +55,18 @@ def _touch(store: ConstraintStore, x: Operand, others: Sequence[Operand]) -> Non
         store.touch("param", labels)
         if x.learned and not varying(labels) & known:
             store.touch("written", labels)
+
+
+def note_blocks(call: Invocation, met: Sequence[tuple[Tensor | None, Operand]]) -> None:
+    """Of operands that meet elementwise, in the result's axes: parameters that meet features which lie in blocks, over
+    two axes, have features in these blocks too."""
+    blocks = {axes for _, x in met for labels in x.fields if len(axes := tuple(sorted(varying(labels)))) == 2}
+    for tensor, x in met:
+        if tensor is None or not x.static or len(x.fields) < 2:
+            continue
+        for axes in blocks:
+            first, *others = (axis - call.out.ndim + tensor.ndim for axis in axes)
+            call.lies_in_blocks(tensor, first, others)
 
 
 def meet(store: ConstraintStore, operands: Sequence[Operand], what: str) -> AxisLabels:

@@ -25,12 +25,20 @@ def reduce(call: Invocation) -> AxisLabels | list[AxisLabels]:
     keep = bool(call.arg(names["keepdim"], "keepdim", False)) if "keepdim" in names else False
     axes = axes_of(dim, x.ndim)
 
-    result = []
+    left = []
     for labels in x.fields:
         if axes & varying(labels) and _is_extremum(call):
             call.store.touch("extremum", labels)
         rest = call.store.mix(labels, axes)
         if rest is not None:
+            left.append(rest)
+
+    result = []
+    for rest in left:
+        finer = [other for other in left if varying(rest) < varying(other)]
+        for other in finer:  # blocks of what was reduced, in which other features lie too: these tell of them
+            call.store.relate(rest, other)
+        if not finer:
             result.append(rest if keep else rest.reshape([s for a, s in enumerate(rest.shape) if a not in axes]))
 
     if call.name in ("max", "min") and not isinstance(call.out, Tensor):

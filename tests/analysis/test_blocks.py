@@ -1,0 +1,140 @@
+"""Parameters that are met block by block: one weight per head, in every way to write it, and scales of heads.
+
+Each block has features of its own: a zip with a copy whose blocks have orders of their own is the network.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fxzip
+from fxzip.analysis import ParamLabels, analyse
+from fxzip.analysis.rules import ConstraintStore
+from fxzip.tracing import trace
+
+HEADS, INNER, OUTER = 2, 4, 3
+WAYS = {
+    "einsum": lambda x, w: torch.einsum("...gc,gcd->...gd", x, w).flatten(-2),
+    "bmm": lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1).reshape(len(x), -1),
+    "matmul": lambda x, w: (x[..., None, :] @ w).flatten(1),
+    "products": lambda x, w: (x[..., None] * w).sum(-2).flatten(-2),
+}
+
+
+class Heads(nn.Module):
+    """A weight for each head, and with `scaled` a scale and a shift for each feature of a head in front of it."""
+
+    def __init__(self, way="einsum", scaled=False, inner=INNER):
+        super().__init__()
+        self.way, self.scaled = WAYS[way], scaled
+        self.a, self.o, self.h = nn.Linear(5, HEADS * inner), nn.Linear(HEADS * OUTER, 5), nn.Linear(5, 3)
+        self.w = nn.Parameter(torch.randn(HEADS, inner, OUTER))
+        self.scale = nn.Parameter(torch.rand(HEADS, inner) + 0.5)
+        self.shift = nn.Parameter(torch.randn(HEADS, inner))
+
+    def forward(self, x):
+        x = torch.relu(self.a(x)).unflatten(-1, (HEADS, -1))
+        if self.scaled:
+            x = torch.tanh(x * self.scale + self.shift)
+        return self.h(torch.relu(self.o(self.way(x, self.w))))
+
+    def counterpart(self):
+        """The same function: heads in another order, features of each head in an order of its own."""
+        twin = copy.deepcopy(self)
+        heads, inner = torch.tensor([1, 0]), self.w.shape[1]
+        rows = torch.stack([torch.randperm(inner) for _ in range(HEADS)])
+        columns = torch.stack([torch.randperm(OUTER) for _ in range(HEADS)])
+        entering = (heads[:, None] * inner + rows).flatten()
+        leaving = (heads[:, None] * OUTER + columns).flatten()
+        with torch.no_grad():
+            twin.a.weight.copy_(self.a.weight[entering])
+            twin.a.bias.copy_(self.a.bias[entering])
+            for own, values in ((twin.scale, self.scale), (twin.shift, self.shift)):
+                own.copy_(values.flatten()[entering].view_as(own))
+            for head, (row, column) in enumerate(zip(rows, columns, strict=True)):
+                twin.w[head] = self.w[heads[head]][row][:, column]
+            twin.o.weight.copy_(self.o.weight[:, leaving])
+        return twin
+
+
+X = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)).double()
+SETTINGS = {
+    "the defaults": {},
+    "permutations": {"method": "permute", "refit": None},
+    "ZipIt!": {"method": "zip", "refit": "repair"},
+    "weights alone": {"method": "weights", "refit": None},
+    "an early end": {"method": "permute", "refit": None, "until": 0.6},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("way", [*WAYS, "scaled"])
+def test_blocks_have_features_of_their_own(way, setting):
+    model = Heads(scaled=True) if way == "scaled" else Heads(way)
+    model, twin = model.double().eval(), model.double().counterpart().eval()
+    y = model(X)
+    torch.testing.assert_close(twin(X), y, rtol=0, atol=1e-12)
+    zipped = fxzip.compile_zip(model, twin, X[:4], data=[X], progress=False, **SETTINGS[setting])
+    for found in zipped(X):
+        torch.testing.assert_close(found, y, rtol=0, atol=1e-9)
+
+
+def test_how_features_lie_in_blocks():
+    found = analyse(trace(Heads(scaled=True).double(), X[:4])).spaces
+    spaces = {(space.name, space.size): space for space in found.spaces}
+    assert spaces["scale", HEADS * INNER].blocks.shape == (HEADS, INNER)
+    assert spaces["w", HEADS * OUTER].blocks.shape == (HEADS, OUTER)
+    assert spaces["scale", HEADS * INNER].tie == spaces["w", HEADS * OUTER].tie is not None
+    assert spaces["o.weight", 5].legality == "free"
+
+
+def test_networks_with_heads_of_other_sizes():
+    models = [Heads(scaled=True, inner=n).double().eval() for n in (4, 6)]
+    zipped = fxzip.compile_zip(*models, X[:4], data=[X], progress=False)
+    assert [value.shape for name, value in zipped.named_parameters() if name == "trunk.w"] == [(HEADS, 4, OUTER)]
+    assert all(y.isfinite().all() for y in zipped(X))
+
+
+def test_a_scale_over_features_that_are_seen_in_two_axes_has_no_blocks():
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.h, self.scale = nn.Linear(5, 6), nn.Linear(6, 3), nn.Parameter(torch.rand(2, 3))
+
+        def forward(self, x):
+            return self.h((torch.relu(self.a(x)).unflatten(-1, (2, 3)) * self.scale).flatten(1))
+
+    (space,) = analyse(trace(Seen().double(), X[:4])).spaces.spaces
+    assert (space.size, space.legality) == (6, "free")
+
+
+def test_experts_that_read_the_same_features_keep_labels_by_axis():
+    """Nothing that they read lies in blocks."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.h, self.w = nn.Linear(5, 6), nn.Linear(7, 3), nn.Parameter(torch.randn(2, 6, 7))
+
+        def forward(self, x):
+            x = torch.relu(self.a(x))
+            return self.h(torch.bmm(x.expand(2, *x.shape), self.w).relu().sum(0))
+
+    labels = analyse(trace(Experts().double(), X[:4])).spaces.labelling.params["w"]
+    assert labels.order is None
+    assert [field.numel() for field in labels.fields] == [2, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"), [([2, 3, 4], 0), ([3, 2, 4], 1), ([3, 4, 2], 2), ([2, 1, 3], 0), ([3, 2], 1)]
+)
+def test_a_parameter_and_its_kernel(shape, blocks):
+    labels = ParamLabels.in_blocks(ConstraintStore(), shape, blocks)
+    value = torch.randn(shape)
+    kernel = labels.kernel(value)
+    assert torch.equal(labels.natural(kernel), value)
+    for field, (axis, run) in zip(labels.fields, labels.runs(), strict=True):
+        assert run.unique().numel() == field.numel()
+        assert len(run) == (kernel.shape[0] if axis == 0 else labels.groups * kernel.shape[1])
