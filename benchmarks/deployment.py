@@ -2,8 +2,7 @@
 
     python benchmarks/deployment.py --data DIR --checkpoints DIR
 
-Int8 is quantised after training: by torchao (`prepare_pt2e`, compiled by inductor), and by onnxruntime from the
-exported file. Both see the calibration images only. Latencies are the least of interleaved runs, relative to one of
+Int8 is quantised after training, by onnxruntime from the exported file, and sees the calibration images only. Latencies are the least of interleaved runs, relative to one of
 the networks as it is, in eager float32.
 """
 
@@ -65,23 +64,6 @@ def bfloat16_compiled(network: nn.Module, batches: Sequence[Tensor]) -> Network:
     return lambda x: half(x.bfloat16())
 
 
-def int8(network: nn.Module, batches: Sequence[Tensor]) -> Network:
-    """Weights per channel and activations per tensor in int8, in the way that torchao's documentation gives for x86."""
-    from torchao.quantization.pt2e import move_exported_model_to_eval
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-    batch = torch.export.Dim("batch", min=2, max=4096)
-    program = torch.export.export(copy.deepcopy(network), (batches[0],), dynamic_shapes=({0: batch},))
-    prepared = prepare_pt2e(program.module(), quantizer)
-    for images in batches:
-        prepared(images)
-    quantised = move_exported_model_to_eval(convert_pt2e(prepared))
-    return torch.compile(quantised)
-
-
 def _session(path: Path) -> Network:
     import onnxruntime
 
@@ -134,7 +116,9 @@ def _exported(network: nn.Module, batches: Sequence[Tensor], folder: Path) -> Pa
         fxzip.export(network, path, batches[0][:4])
     else:
         batch = torch.export.Dim("batch", min=1, max=4096)
-        torch.onnx.export(network, (batches[0][:4],), str(path), dynamo=True, dynamic_shapes=({0: batch},))
+        torch.onnx.export(
+            network, (batches[0][:4],), str(path), dynamo=True, dynamic_shapes=({0: batch},), external_data=False
+        )
     return path
 
 
@@ -143,7 +127,6 @@ FORMS: Mapping[str, tuple[Callable[[nn.Module, Sequence[Tensor]], Network], Sequ
     "`torch.compile`": (compiled, ()),
     "bfloat16": (bfloat16, ()),
     "bfloat16, `torch.compile`": (bfloat16_compiled, ()),
-    "int8 (torchao)": (int8, ("torchao",)),
     "onnxruntime": (onnx, ("onnx", "onnxscript", "onnxruntime")),
     "onnxruntime, int8": (onnx_int8, ("onnx", "onnxscript", "onnxruntime")),
 }
