@@ -2,8 +2,8 @@
 
     python benchmarks/deployment.py --data DIR --checkpoints DIR
 
-Int8 is quantised after training, by onnxruntime from the exported file, and sees the calibration images only. Latencies are the least of interleaved runs, relative to one of
-the networks as it is, in eager float32.
+Int8 is quantised after training, by onnxruntime from the exported file, and sees the calibration images only. Latencies
+are the least of interleaved runs, relative to one of the networks as it is, in eager float32.
 """
 
 from __future__ import annotations
