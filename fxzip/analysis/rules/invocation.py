@@ -21,8 +21,8 @@ class Invocation:
     `operand(t)` gives fields and axes of a tensor argument; `restart(t, fields, groups)` gives a parameter other labels
     than one run per axis, once (a grouped convolution's weight has inputs of its own in every group);
     `numbers(t, why)` says that a result holds numbers of places, which fixes features only where it is used: `why()`
-    states that then; `lies_in_blocks(t, axis)` says that a parameter is met block by block along an axis, so that each block shall have
-    labels of its own.
+    states that then; `lies_in_blocks(t, axis)` says that a parameter is met block by block along an axis, so that each
+    block shall have labels of its own.
     """
 
     name: str
