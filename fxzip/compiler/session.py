@@ -189,11 +189,15 @@ class Session:
 
     def named(self, network: ZippedModule) -> ZippedModule:
         """The network with the names of its tasks, where they have any."""
-        tasks = self.given.tasks
-        if tasks:
-            network.name_tasks(tasks)
-            network.meta["fxzip_report"] = Report({**network.report, "tasks": list(tasks)})
-        return network
+        return with_task_names(network, self.given.tasks)
+
+
+def with_task_names(network: ZippedModule, tasks: Sequence[str]) -> ZippedModule:
+    """The network, in place, with names of its tasks in its outputs and its report; none: as it is."""
+    if tasks:
+        network.name_tasks(tasks)
+        network.meta["fxzip_report"] = Report({**network.report, "tasks": list(tasks)})
+    return network
 
 
 def _of_first(given: Given) -> Given:

@@ -231,7 +231,7 @@ def _pair(
         elif rest is None and node.target is not require:
             rest = node
     lone = next((n for n in nodes if n.name not in pairs and n.target is not require), None)
-    parting = "" if rest is None and lone is None else f"{_says(first, lone)}, {_says(other, rest)}"
+    parting = "" if rest is None and lone is None else f"{_says(first, lone)}, the other {_says(other, rest)}"
     return pairs, params, parting
 
 
@@ -267,7 +267,7 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
 def _says(program: Program, node: fx.Node | None) -> str:
     """What a program does at a node, in words."""
     if node is None:
-        return "the other ends"
+        return "ends"
     if node.op == "call_module":
         return f"calls `{type(attribute(program.module, str(node.target))).__name__}` (`{node.target}`)"
     name = getattr(node.target, "__name__", str(node.target))

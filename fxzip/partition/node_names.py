@@ -9,13 +9,15 @@ from torch import fx
 
 from ..errors import CutError
 
+_NO_MODULE = "_empty_nn_module_stack"  # how torch.export fills in where a node was made outside of all modules
+
 
 def module_path(node: fx.Node) -> str:
     """Path of the module inside which a node was recorded, its own for a module call; "" at the top."""
     if node.op == "call_module":
         return str(node.target)
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(value[0]) for value in stack.values()]
+    paths = [path for value in stack.values() if not (path := str(value[0])).startswith(_NO_MODULE)]
     return paths[-1].removeprefix("L['self'].") if paths else ""
 
 

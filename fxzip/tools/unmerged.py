@@ -9,7 +9,8 @@ from typing import Any
 from torch import fx, nn
 
 from ..analysis.flops import count_flops
-from ..compiler.arguments import models_and_sample
+from ..compiler.arguments import models_and_sample, tasks_of
+from ..compiler.session import with_task_names
 from ..ops import mark, provenance_of
 from ..rewriting.emit import forget_buffers
 from ..rewriting.emit_stems import copied_node
@@ -21,9 +22,9 @@ from ..tracing.joint_inputs import trace_all
 
 
 @plain_context()
-def side_by_side(models: Sequence[nn.Module], sample_input: Any) -> ZippedModule:
-    """The models behind one interface, that of `compile_zip`: a tuple with each model's output, `.single(i)`,
-    `.report`. The models need not have anything in common but the input.
+def side_by_side(models: Sequence[nn.Module] | Mapping[str, nn.Module], sample_input: Any) -> ZippedModule:
+    """The models behind one interface, that of `compile_zip`: a tuple with each model's output, or a dict where they
+    have the names of their tasks, `.single(i)`, `.report`. The models need not have anything in common but the input.
 
     >>> import torch
     >>> a, b = nn.Linear(4, 2), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -33,7 +34,7 @@ def side_by_side(models: Sequence[nn.Module], sample_input: Any) -> ZippedModule
     True
 
     Args:
-        models: two or more.
+        models: two or more, in a list, or by the names of their tasks.
         sample_input: a tensor, or a tuple or dict of tensors, that every model takes; or `fxzip.PerModel` of an input
             for each model. The result then takes the inputs of all models, one after another.
 
@@ -56,7 +57,7 @@ def side_by_side(models: Sequence[nn.Module], sample_input: Any) -> ZippedModule
     forget_buffers(result, programs)
     reuse_memory(result)
     result.meta["fxzip_report"] = _report(result, programs)
-    return result
+    return with_task_names(result, tasks_of(models))
 
 
 def _head(graph: fx.Graph, program: Program, k: int, inputs: dict[int | str, fx.Node]) -> Any:

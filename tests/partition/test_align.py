@@ -102,7 +102,7 @@ def test_integer_buffers_must_hold_the_same_values(order, equal):
 
 def test_where_models_part_is_said_in_words():
     a, b = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    assert aligned(a, b, sample=torch.randn(2, 4)).parting == ("the other ends, calls `ReLU` (`1`)",)
+    assert aligned(a, b, sample=torch.randn(2, 4)).parting == ("ends, the other calls `ReLU` (`1`)",)
     assert aligned(b, a, sample=torch.randn(2, 4)).parting == ("calls `ReLU` (`1`), the other ends",)
 
 

@@ -36,6 +36,16 @@ def test_report_counts_every_model():
     assert "nothing is merged" in str(report)
 
 
+def test_tasks_by_name():
+    models = {"pets": randomise(Residual(4), 1), "birds": randomise(Residual(5), 2)}
+    both = fxzip.side_by_side(models, X)
+    found = both(X)
+    assert list(found) == both.report["tasks"] == ["pets", "birds"]
+    for name, model in models.items():
+        torch.testing.assert_close(found[name], model(X))
+        torch.testing.assert_close(both.single(name)(X), model(X))
+
+
 def test_models_without_a_common_node():
     x = torch.randn(6, 4)
     a, b = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.ReLU(), nn.Linear(4, 2, bias=False))
