@@ -17,7 +17,7 @@ import fxzip
 from fxzip.calibration.observer import observe
 from fxzip.compiler.options import Options
 from fxzip.compiler.survey import survey
-from fxzip.refit.least_squares import batches, spilling
+from fxzip.refit.least_squares import batches, spill_file
 from fxzip.refit.least_squares.memory import free_memory
 from fxzip.refit.least_squares.spill_file import SpillFile
 from fxzip.refit.least_squares.spilling import Shelf
@@ -251,4 +251,4 @@ def test_parts_of_a_file_are_used_again():
         assert file.write(torch.ones(5000)).start == 0
         assert file.size == size
         assert torch.equal(file.read(third, torch.device("cpu")).view(torch.float32), torch.ones(3000))
-    assert spilling.free_on_disk() > 0
+    assert spill_file.free_on_disk() > 0
