@@ -80,10 +80,10 @@ def _trees(kind: str, count: int, seed: int, folder: Path) -> Trees:
 
 MARGIN = 7
 """What upconv_7 takes off each side of its input."""
-PATCH = 64
+PATCH = 48
 
 
-def upconv(folder: Path = FOLDER, images: int = 64, seed: int = 0) -> Setting:
+def upconv(folder: Path = FOLDER, images: int = 60, seed: int = 0) -> Setting:
     """upconv_7 of waifu2x for photographs and for drawings: images of twice the size.
 
     Figures are decibels (PSNR): of each network to the photograph that was made smaller, and to what the original
@@ -93,7 +93,7 @@ def upconv(folder: Path = FOLDER, images: int = 64, seed: int = 0) -> Setting:
     kinds = {"photo": "models-upconv_7_photo", "art": "models-upconv_7_anime_style_art_rgb"}
     models = {task: ncnn_network(files / name / "scale2.0x_model.param") for task, name in kinds.items()}
     photographs = unpacked("scikit-image", folder) / "skimage" / "data"
-    fitted = _patches([_photograph(photographs / name) for name in ("astronaut.png", "coffee.png", "rocket.jpg")])
+    fitted = _patches([_photograph(photographs / name) for name in ("astronaut.png", "coffee.png", "rocket.jpg")], 2)
     order = torch.randperm(len(fitted), generator=torch.Generator().manual_seed(seed))
     data = _smaller(fitted[order[:images]])
     seen = [_photograph(photographs / name) for name in ("chelsea.png", "motorcycle_left.png")]
@@ -129,12 +129,12 @@ def _photographs_of_sklearn() -> list[Tensor]:
     return [torch.tensor(image).permute(2, 0, 1).float() / 255 for image in load_sample_images().images]
 
 
-def _patches(photographs: Sequence[Tensor]) -> Tensor:
-    """Squares side by side [n, 3, s, s], such that `_smaller` gives `PATCH` pixels and a margin on each side."""
+def _patches(photographs: Sequence[Tensor], overlap: int = 1) -> Tensor:
+    """Squares [n, 3, s, s] such that `_smaller` gives `PATCH` pixels and a margin on each side, s / `overlap` apart."""
     size = 2 * (PATCH + 2 * MARGIN)
     found = []
     for image in photographs:
-        rows = image.unfold(1, size, size).unfold(2, size, size)
+        rows = image.unfold(1, size, size // overlap).unfold(2, size, size // overlap)
         found.append(rows.flatten(1, 2).transpose(0, 1))
     return torch.cat(found)
 
@@ -158,7 +158,7 @@ CENTS = 1997.3794084376191 + 20 * torch.arange(360)
 """The pitch of each output, in cents over 10 Hz."""
 
 
-def crepe(folder: Path = FOLDER, images: int = 300, tests: int = 600, seed: int = 0) -> Setting:
+def crepe(folder: Path = FOLDER, images: int = 100, tests: int = 600, seed: int = 0) -> Setting:
     """CREPE, which its authors also trained in a size of 1/25 of the cost: the pitch of a frame of sound.
 
     Tones have up to twelve harmonics of random strength and phase, and noise of 0 to 30 dB below them. Figures are the

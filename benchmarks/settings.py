@@ -122,7 +122,7 @@ def flops(network: Callable[[Tensor], Any], sample: Tensor) -> int:
 
 
 def measure(setting: Setting, wanted: Sequence[str] = (), say: Callable[[str], None] = print) -> list[Row]:
-    """All rows of a setting. `wanted`: only those; what cannot keep its budget is left out, and said."""
+    """All rows of a setting. `wanted`: only those; what cannot be had is left out, and said why."""
     first = next(iter(setting.models.values()))
     networks: dict[str, nn.Module] = {"one network": first}
     seconds = {"one network": 0.0}
@@ -132,7 +132,7 @@ def measure(setting: Setting, wanted: Sequence[str] = (), say: Callable[[str], N
         start = time.perf_counter()
         try:
             networks[name] = build()
-        except fxzip.CostError as error:
+        except fxzip.FxzipError as error:  # a budget that cannot be kept, too few inputs to hold out
             say(f"{name}: {error}")
             continue
         seconds[name] = time.perf_counter() - start
