@@ -103,3 +103,74 @@ def test_mistakes():
         fxzip.narrow(mlp(), mlp())
     with pytest.raises(fxzip.InputError):
         fxzip.narrow([mlp(), mlp()], X[:4])
+
+
+class Enlarging(nn.Module):
+    """Two convolutions and a transposed one, as networks for larger images end."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.last = nn.ConvTranspose2d(16, 3, 4, 2, 3)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x).relu()).relu())
+
+
+class Reshaped(nn.Module):
+    """Logits behind a change of shape, and their softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(64, 5)
+
+    def forward(self, x):
+        h = self.second(self.first(x).relu()).relu()
+        return self.last(h[..., :2, :2].flatten(1)).softmax(1)
+
+
+class OneMap(nn.Module):
+    """A single feature for each place: what is returned lies in no space."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 1, 1)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x).relu()).relu())[:, 0]
+
+
+@pytest.mark.parametrize(("kind", "within"), [(Reshaped, 1.05), (OneMap, 1.01), (Enlarging, 1.2)])
+def test_what_the_network_returns_is_fitted_too(kind, within):
+    """No other weights of the last call would be nearer, on the inputs that it was fitted to; of a transposed
+    convolution least squares knows no border."""
+    model = randomise(kind(), 2).double()
+    x = torch.randn(400, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    options = {"verify": False, "max_cost": 0.4, "budget": "flops", "hold_out": False, "progress": False}
+    narrowed = fxzip.narrow(model, x[:4], data=[x], **options)
+    assert not any("left as zipped" in note for note in narrowed.report["notes"])
+
+    (name,) = [name for name, _ in narrowed.named_modules() if name.endswith("last")]
+    layers = {"original": model.last, "narrowed": narrowed.get_submodule(name)}
+    inputs, outputs = {}, {}
+    for which, layer in layers.items():
+        layer.register_forward_hook(
+            lambda _, args, out, which=which: inputs.update({which: args[0]}) or outputs.update({which: out})
+        )
+    with torch.no_grad():
+        model(x)
+        narrowed(x)
+    wanted, found = outputs["original"], outputs["narrowed"]
+
+    best = copy.deepcopy(layers["narrowed"])
+    best._forward_hooks.clear()
+    optimizer = torch.optim.LBFGS(best.parameters(), max_iter=300, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = (best(inputs["narrowed"]) - wanted).square().mean()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert float((found - wanted).square().mean()) < within * float(loss().detach())

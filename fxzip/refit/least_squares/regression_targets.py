@@ -231,7 +231,7 @@ class HeadTargets:
 
 @dataclass(frozen=True, eq=False)
 class NarrowHeadTargets:
-    """The targets of a head that keeps fewer features: its own network's, merged where they are.
+    """The targets of a head that keeps fewer features, or of a network by itself: its own, merged where features are.
 
     Attributes:
         merged: in the plan of its model by itself.

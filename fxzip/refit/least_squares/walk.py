@@ -78,7 +78,10 @@ class Walk:
             return Part(name, nodes[name], units, originals, targets, merged)
 
         targets = TrunkTargets(self.plan, self.originals, self.counterparts, sources)
-        result = {"trunk": part("trunk", self.originals, targets, targets)}
+        ends: TrunkTargets | NarrowHeadTargets = targets
+        if len(self.originals) == 1:  # what a network by itself returns is in its trunk, in an order of its own
+            ends = NarrowHeadTargets(targets, HeadTargets(self.originals[0], self.counterparts[0], self.plan, 0))
+        result = {"trunk": part("trunk", self.originals, ends, targets)}
         for k, original in enumerate(self.originals):
             mine, own = self.counterparts[k], self.plan.heads.get(k)
             whole = HeadTargets(original, mine, self.plan, k)
