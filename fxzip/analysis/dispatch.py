@@ -63,6 +63,8 @@ class LabelMode(TorchDispatchMode):
         for tensor in inputs:
             state.entry(tensor).used()
         result = _apply(state, call) if labelled or (random and call.name in state.rules) else None
+        for labels in () if dynamic or not labelled or not _is_elementwise(state, call) else elementwise.bent(call):
+            state.store.touch("bent", labels)
         if written:
             write_in_place(state, call, written, result, dynamic, earlier)
         if not written or not any(call.out is t for t in written):
@@ -80,6 +82,11 @@ def _weighs(state: State, call: Invocation) -> bool:
     if known and rule not in (contraction.product, contraction.convolution, movement.embedding, movement.embedding_bag):
         return False
     return any(entry.static and entry.learned for entry in map(state.entry, call.tensors()))
+
+
+def _is_elementwise(state: State, call: Invocation) -> bool:
+    rule = state.rules.get(call.name)
+    return is_pointwise(call.func) if rule is None else rule in (elementwise.elementwise, elementwise.first_operand)
 
 
 def _apply(state: State, call: Invocation) -> AxisLabels | list[AxisLabels] | None:

@@ -23,6 +23,8 @@ class Roles:
             writes features as well (a kernel and its transpose) counts as written.
         both: classes on an axis of that sort: what is summed over takes U, what is written M, and one parameter is
             both only if MᵀM = I up to a factor.
+        bent: classes that weights sum over which are computed from a parameter by a function that is not linear: f(w₁)
+            + f(w₂) is not f(w₁ + w₂), so that here too only a relabelling is exact.
         names: of the parameters, and of what enters.
         first: for each class the number of the first name that has it on another axis, `len(names)` if none has.
         named: the same, or if there is none the first that has it on a consumed axis.
@@ -35,6 +37,7 @@ class Roles:
     first: Ints
     named: Ints
     both: NDArray[np.bool_]
+    bent: NDArray[np.bool_]
 
     @classmethod
     def of(
@@ -47,13 +50,15 @@ class Roles:
     ) -> Roles:
         unmerged, used = np.zeros(labelling.size, bool), np.zeros(solver.count, bool)
         writes, both = np.zeros(labelling.size, bool), np.zeros(solver.count, bool)
+        curved, bent = np.zeros(labelling.size, bool), np.zeros(solver.count, bool)
 
         for stated in constraints:
-            for labels in (labels for how, labels in stated.touched if how == "param"):
-                writes[labels.numpy()] = True
+            for how, labels in stated.touched:
+                if how in ("param", "bent"):
+                    (writes if how == "param" else curved)[labels.numpy()] = True
             for labels in stated.consumed:
                 unmerged[labels.numpy()] = True
-            for labels in (*stated.consumed, *(labels for _, labels in stated.touched)):
+            for labels in (*stated.consumed, *(labels for how, labels in stated.touched if how != "bent")):
                 used[solver.klass[labels.numpy()]] = True
 
         names = (*(name for name in labelling.params if name in params), *written)
@@ -69,6 +74,8 @@ class Roles:
                 summed_over = bool(unmerged[flat].any())
                 if summed_over and writes[flat].any():
                     both[classes[used[classes]]] = True
+                if summed_over and curved[flat].any():
+                    bent[classes[used[classes]]] = True
                 if entering:
                     first[classes] = number
                 elif summed_over and not writes[flat].any():
@@ -77,7 +84,7 @@ class Roles:
                 else:
                     first[classes[used[classes]]] = number
 
-        return cls(frozenset(consumed), names, first, np.where(first < len(names), first, summed), both)
+        return cls(frozenset(consumed), names, first, np.where(first < len(names), first, summed), both, bent)
 
     def name(self, classes: Ints) -> str | None:
         """The name by which features are called, None if nothing has them: that of the first class which has one."""

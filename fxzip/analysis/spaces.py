@@ -239,6 +239,8 @@ def _assemble(
             legality, reason = "relabel only", _DUAL
         elif roles.both[classes].any():
             legality, reason = "relabel only", _BOTH
+        elif roles.bent[classes].any():
+            legality, reason = "relabel only", _BENT
 
         spaces.append(FeatureSpace(named, index, legality, reason, tie, blocks))
 
@@ -282,4 +284,5 @@ def _singles(roles: Roles, solver: Solver, fingerprints: Ints, units: Sequence[U
 
 _DUAL = "two activations are multiplied and summed over it: both sides share one map"
 _BOTH = "one parameter writes it and is summed over along it: both at once only a relabelling can be"
+_BENT = "weights that sum over it are a function of parameters that is not linear"
 _TIED = "its features move in whole blocks"

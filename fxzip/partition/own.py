@@ -63,9 +63,9 @@ def weights_behind(labelling: Labelling) -> dict[str, set[str]]:
 def agreeing(alignment: Alignment, labelling: Labelling, differ: Collection[str]) -> set[str]:
     """Nodes of model 0 whose values are the same in all models, to the bit: nothing that differs goes into them."""
     result: set[str] = set()
-    entries, graph = alignment.entering(0), dependencies(labelling.program)
+    entries, graph, behind = alignment.entering(0), dependencies(labelling.program), weights_behind(labelling)
     for node in labelling.program.module.graph.nodes:
-        if node.name not in alignment.pairs or node.name in entries or labelling.touches[node.name] & set(differ):
+        if node.name not in alignment.pairs or node.name in entries or behind[node.name] & set(differ):
             continue
         if result.issuperset(graph.predecessors(node.name)):
             result.add(node.name)

@@ -147,16 +147,11 @@ class TrunkSearch:
         return self.closed(names | {name for name in items if names.issuperset(self.graph.predecessors(name))})
 
     def _needed(self, names: set[str]) -> set[str]:
-        """Without nodes of other shapes in other models that depend on no input and that only heads need: a table of
-        classes, say, of which each model has its own number. Heads compute that themselves."""
+        """Without nodes that depend on no input and that only heads need: a table of classes, the norm of a weight.
+        Heads compute that themselves, of their own parameters, and it says nothing of the features of the trunk."""
         dynamic = self.labellings[0].dynamic
         needed = before(self.graph, [node for node in self.order if node.name in names & dynamic])
-        shapes = [label.program.shapes for label in self.labellings]
-        odd = set()
-        for name in names - needed:
-            twins = self.alignment.pairs[name]
-            if len({known.get(twin) for known, twin in zip(shapes, twins, strict=True)}) > 1:
-                odd.add(name)
+        odd = names - needed - self.common.same
         return self.closed(names - odd) if odd else names
 
     def _not_empty(self, names: set[str], ends: Mapping[str, str], *, hint: bool = True) -> None:

@@ -18,6 +18,7 @@ from ..matching import Energy, Merge, Method, Problem, Space, TaskVectorMethod, 
 from ..matching.activations.recover import recovered
 from ..matching.moments import Moments
 from ..matching.reconstruction import unexplained_share
+from ..partition.own import weights_behind
 from ..partition.region import Trunk
 from .combined_parameters import Combination
 from .downstream import downstream_weights
@@ -210,17 +211,19 @@ def unmerged_spaces(trunk: Trunk, k: int, reach: torch.Tensor) -> set[int]:
         return {int(s) for s in here.unique() if s >= 0}
 
     met = set[int]()
-    for name in trunk.head_nodes(k):
+    run = run_by_head(trunk, k)
+    for name in run:
         constraints = trunk.labellings[k].constraints[name]
         for _, labels in constraints.touched:
             met |= reached(labels)
         for labels in (*(pin.labels for pin in constraints.pins), *(pairs.reshape(-1) for pairs in constraints.blocks)):
             met |= reached(labels)
     labelling = trunk.labellings[k]
-    runs = [run for name in head_params(trunk, k) & set(labelling.params) for run in labelling.params[name].fields]
-    runs += [run for name in trunk.head_nodes(k) for run in (*labelling.seen[name], *labelling.fields.get(name, ()))]
-    for run in runs:
-        layout = spaces.layout(reach[run.reshape(-1)].clamp(min=0))
+    read = head_params(trunk, k) & set(labelling.params)
+    runs = [labels for name in read for labels in labelling.params[name].fields]
+    runs += [labels for name in run for labels in (*labelling.seen[name], *labelling.fields.get(name, ()))]
+    for labels in runs:
+        layout = spaces.layout(reach[labels.reshape(-1)].clamp(min=0))
         held = layout.space[layout.space >= 0]
         met |= {int(s) for s in held.unique() if not _whole(spaces, layout, int(s))}
     for labels in _past_the_trunk(trunk, k):
@@ -244,14 +247,20 @@ def _whole(spaces: FeatureSpaces, layout: Layout, space: int) -> bool:
     return bool((times == times[0]).all())
 
 
-def head_params(trunk: Trunk, k: int) -> set[str]:
-    """Parameters and buffers that model k's head reads, itself or through what does not depend on the input."""
+def run_by_head(trunk: Trunk, k: int) -> list[str]:
+    """Names of the nodes of model k that its head runs, in order: those behind the trunk, and what these need that does
+    not depend on the input, which may lie in the trunk too."""
     labelling = trunk.labellings[k]
     nodes = {node.name: node for node in trunk.alignment.programs[k].module.graph.nodes}
     waiting, done = trunk.head_nodes(k), set[str]()
     while waiting:
         name = waiting.pop()
         done.add(name)
-        sources = {source.name for source in nodes[name].all_input_nodes} - labelling.dynamic - done
-        waiting += sorted(sources)
-    return {param for name in done for param in labelling.touches[name]}
+        waiting += {source.name for source in nodes[name].all_input_nodes} - labelling.dynamic - done
+    return [name for name in nodes if name in done]
+
+
+def head_params(trunk: Trunk, k: int) -> set[str]:
+    """Parameters and buffers that model k's head reads, itself or through what does not depend on the input."""
+    behind = weights_behind(trunk.labellings[k])
+    return {param for name in run_by_head(trunk, k) for param in behind[name]}

@@ -23,7 +23,7 @@ from torch import Tensor
 from .axis_labels import FIXED, VOID, all_features, compress, joint, occurrences, varying
 
 PinKind = Literal["fixed", "barrier", "output"]
-Touch = Literal["param", "written", "mix", "extremum", "dual"]
+Touch = Literal["param", "written", "mix", "extremum", "dual", "bent"]
 
 _LOOKED_AT = 1 << 14
 _SCRAMBLE = -0x61C8864680B583EB  # an odd number without structure
@@ -155,7 +155,8 @@ class ConstraintStore:
     def touch(self, kind: Touch, labels: Tensor) -> None:
         """Note what a call does to these features that matters later: "param" (elementwise with a parameter), "mix" (a
         symmetric function of them all), "extremum" (one that does not see how often a value occurs), "dual" (both
-        factors of a sum are activations), "written" (a parameter writes them)."""
+        factors of a sum are activations), "written" (a parameter writes them), "bent" (of parameters alone, a function
+        that is not linear)."""
         those = self._those(labels)
         if those.numel():
             self.constraints.touched.append((kind, those))

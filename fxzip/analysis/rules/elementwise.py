@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .axis_labels import AxisLabels
-from .invocation import Invocation
+from .axis_labels import AxisLabels, varying
+from .invocation import Invocation, names
 from .meeting import meet, note_blocks
 
 
@@ -15,6 +15,35 @@ def elementwise(call: Invocation) -> AxisLabels:
     placed = [x.place(range(ndim - x.ndim, ndim), ndim) for x in call.operands()]
     note_blocks(call, list(zip(call.tensors(), placed, strict=True)))
     return meet(call.store, placed, f"`{call.name}`")
+
+
+_SUMS = names("add sub rsub neg positive clone detach alias _to_copy to copy real imag dropout tril triu")
+_PRODUCTS = names("mul div")
+
+
+def bent(call: Invocation) -> AxisLabels:
+    """Fields of operands in which an elementwise call is no linear function: f(w₁ + w₂) is not f(w₁) + f(w₂).
+
+    A product with what does not vary along a field's axes is linear in it.
+    """
+    if call.name in _SUMS or not isinstance(call.out, Tensor):
+        return ()
+
+    ndim = call.out.ndim
+    operands = call.operands()
+    if call.name not in _PRODUCTS or len(operands) < 2:
+        single = call.name in _PRODUCTS and isinstance(call.args[0], Tensor)  # by a number
+        return () if single else tuple(labels for x in operands for labels in x.fields)
+
+    pairs = list(zip(operands, [x.place(range(ndim - x.ndim, ndim), ndim) for x in operands], strict=True))
+    result = []
+    for number, (x, placed) in enumerate(pairs):
+        others = [other.fields for _, other in pairs[:number] + pairs[number + 1 :]]
+        axes = frozenset(axis for fields in others for labels in fields for axis in varying(labels))
+        divisor = call.name == "div" and number > 0
+        result += [f for f, at in zip(x.fields, placed.fields, strict=True) if divisor or varying(at) & axes]
+
+    return tuple(result)
 
 
 def gated(call: Invocation) -> AxisLabels:
