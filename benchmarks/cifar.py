@@ -43,8 +43,10 @@ def parse_method(text: str) -> Any:
     return fxzip.Zip(alpha=alpha, beta=beta)
 
 
-def evaluate_originals(models: Sequence[Trained], images: Images, device: str) -> list[Result]:
-    """Each model alone on its own classes, and all side by side."""
+def evaluate_originals(
+    models: Sequence[Trained], images: Images, device: str, batch: torch.Tensor | None = None
+) -> list[Result]:
+    """Each model alone on its own classes, and all side by side, with their latency on a batch."""
     accuracy = evaluate(lambda x: [model.network(x) for model in models], models, images, device)
     sizes = [sum(p.numel() for p in model.network.parameters()) for model in models]
     flops = [count_flops(model, device) for model in models]
@@ -53,7 +55,13 @@ def evaluate_originals(models: Sequence[Trained], images: Images, device: str) -
         for i, own in enumerate(accuracy.per_task)
     ]
     ratios = (sum(flops) / flops[0], sum(sizes) / sizes[0])
-    return [*rows, Result("side by side", "", "", "", *astuple(accuracy), *ratios, None)]
+    taken = None
+    if batch is not None:
+        import fxzip
+
+        both = fxzip.side_by_side([model.network for model in models], batch)
+        taken = latency(both, models, batch)
+    return [*rows, Result("side by side", "", "", "", *astuple(accuracy), *ratios, None, latency=taken)]
 
 
 def evaluate_zipped(
@@ -271,10 +279,11 @@ def run(settings: argparse.Namespace) -> Iterator[Result]:
         train_models(settings, cifar.train)
     models = find_models(settings)
     images = cifar.test if settings.split == "test" else held
-    yield from evaluate_originals(models, images, settings.device)
     seeds = range(settings.seed, settings.seed + settings.draws)
     tasks = [model.classes for model in models]
     drawn = {seed: draw_calibration(calibration, tasks, settings.images, seed) for seed in seeds}
+    batch = draw_sample(drawn[settings.seed], settings.latency_batch).to(settings.device)
+    yield from evaluate_originals(models, images, settings.device, batch)
     if settings.joint:
         yield averaged([evaluate_joint(models, drawn[seed], images, settings) for seed in seeds])
     kinds = product(settings.refit, settings.methods, settings.cuts, settings.widths, settings.ranks)

@@ -1,5 +1,6 @@
 """The CIFAR-10 benchmark: its loader, its recipe and its checkpoints, on a few synthetic images."""
 
+import json
 import os
 import sys
 import tarfile
@@ -22,6 +23,18 @@ SHARED_PAIR = [CHECKPOINTS / f"cifar10_resnet20x2_{letter}.safetensors" for lett
 
 
 @pytest.fixture(scope="module")
+def test_the_figure_has_a_point_for_each_row_that_was_timed(tmp_path):
+    pytest.importorskip("matplotlib")
+    import cifar_figure
+
+    row = {"network": "energy", "until": "none", "width": "1", "average": 0.9, "latency": 1.0}
+    rows = [{**row, "network": "side by side", "latency": 2.0}, row, {**row, "latency": None}]
+    for number in (1, 2):
+        (tmp_path / f"{number}.json").write_text(json.dumps({"rows": rows}))
+    cifar_figure.main([*(str(tmp_path / f"{number}.json") for number in (1, 2)), str(tmp_path / "rows.png")])
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
 def folder(tmp_path_factory):
     """An ImageFolder of uniform images whose brightness is 25 × class + 5 × (number within the class)."""
     root = tmp_path_factory.mktemp("images")

@@ -1,0 +1,61 @@
+"""Draw accuracy against latency, of the rows that `cifar.py --json FILE` has written.
+
+python benchmarks/cifar_figure.py rows.json [more.json …] docs/images/latency.png
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fxzip.tools.plotting import axes
+
+NAMES = {"energy": "fxzip", "zip": "ZipIt!", "alone": "each narrowed alone", "average": "average"}
+MARKS = {"fxzip": "o", "ZipIt!": "s", "each narrowed alone": "^", "average": "v", "side by side": "*"}
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """What a row is called in the figure."""
+    name = row["network"].partition(":")[0]
+    return NAMES.get(name, name)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One point a row that has a latency; a line for the accuracy of all networks side by side."""
+    plot = axes(None)
+    timed = [row for row in rows if row["latency"] is not None]
+    for kind in dict.fromkeys(map(label, timed)):
+        own = [row for row in timed if label(row) == kind]
+        points = [(row["latency"], 100 * row["average"]) for row in own]
+        plot.scatter(*zip(*points, strict=True), label=kind, marker=MARKS.get(kind, "o"), s=60)
+        for row, point in zip(own, points, strict=True):
+            parts = [row["until"] and f"until {row['until']}", row["width"] not in ("", "1") and row["width"]]
+            text = ", ".join(part for part in parts if part and part != "until none")
+            plot.annotate(text, point, textcoords="offset points", xytext=(6, -10), fontsize=7)
+    whole = next((row for row in rows if row["network"] == "side by side"), None)
+    if whole is not None:
+        plot.axhline(100 * whole["average"], linestyle=":", color="gray", linewidth=1)
+    plot.set_xlabel("latency, relative to one network")
+    plot.set_ylabel("accuracy per task (%)")
+    plot.set_title("Two networks in one: CIFAR-10, ResNet-20 of double width")
+    plot.legend()
+    plot.figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) < 2:
+        raise SystemExit(__doc__)
+    *sources, target = map(Path, argv)
+    rows: list[Mapping[str, Any]] = []
+    for source in sources:
+        for row in json.loads(source.read_text(encoding="utf-8"))["rows"]:
+            if row["network"] != "side by side" or all(other["network"] != "side by side" for other in rows):
+                rows.append(row)
+    draw([row for row in rows if not row["network"].startswith("model ")], target)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
