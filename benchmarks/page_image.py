@@ -26,7 +26,7 @@ def zipped():
     digits = load_digits_split()
     names = ["digits 0 to 4", "digits 5 to 9"]
     models = {
-        name: train(digits.train_images, digits.train_labels, task, seed=seed, progress=False)
+        name: train((digits.train_images, digits.train_labels), task, seed=seed, progress=False)
         for seed, (name, task) in enumerate(zip(names, TASKS, strict=True))
     }
     return fxzip.compile_zip(models, digits.train_images[:64], data=[digits.train_images], until="layer2")

@@ -188,7 +188,8 @@ def solve(
         else:
             break
 
-    return _assemble(labelling, solver, fingerprints, units, constraints, params, written)
+    roles = Roles.of(labelling, solver, constraints, params, written)
+    return _assemble(labelling, solver, fingerprints, units, constraints, roles)
 
 
 def _joined(pairs: list[Tensor]) -> Ints:
@@ -215,11 +216,9 @@ def _assemble(
     fingerprints: Ints,
     units: Sequence[Unit],
     constraints: Sequence[Constraints],
-    params: Collection[str],
-    written: Mapping[str, Sequence[Tensor]],
+    roles: Roles,
 ) -> FeatureSpaces:
     """Group classes and units of one kind into spaces."""
-    roles = Roles.of(labelling, solver, constraints, params, written)
     dual = np.zeros(solver.count, bool)
     for labels in (labels for stated in constraints for how, labels in stated.touched if how == "dual"):
         dual[solver.klass[labels.numpy()]] = True

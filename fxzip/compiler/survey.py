@@ -19,7 +19,7 @@ from ..partition.lifting import lifted
 from ..partition.own import differing
 from ..partition.region import Trunk
 from ..partition.stems import find_stems
-from ..partition.trunk import trunk_of
+from ..partition.trunk import trunk_of, whole_trunk
 from ..tracing import Program, plain_context
 from ..tracing.calls import Call
 from ..tracing.joint_inputs import trace_all
@@ -92,10 +92,11 @@ class Survey:
     def trunk(self, until: str | float | None = None, *, whole: bool = False) -> Trunk:
         """The trunk that ends at `until`, or (`whole`) at the outputs."""
         flops = self.flops[0] if isinstance(until, float) else None
+        if whole:
+            return whole_trunk(self.alignment, self.labellings, self.pinned)
         result = trunk_of(
-            self.alignment, self.labellings, until=until, flops=flops, pinned=self.pinned, whole=whole,
-            by_position=self.by_position,
-        )  # fmt: skip
+            self.alignment, self.labellings, until=until, flops=flops, pinned=self.pinned, by_position=self.by_position
+        )
         if self.strict and result.unmatched:
             raise BarrierError(
                 f"`strict=True` allows no place where features cannot be matched; {len(result.unmatched)} found:\n  "

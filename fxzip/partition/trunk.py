@@ -33,41 +33,33 @@ def find_trunk(
         analyses: what `analyse` found of each program. One that was only labelled is checked here.
         until: where it ends: a node name or a module path of model 0, a fraction in (0, 1] of the FLOPs of model 0, or
             None, as late as it can.
-        whole, by_position: as in `trunk_of`.
+        whole: as `whole_trunk` gives it.
+        by_position: what cannot be matched may be averaged place by place, as `method="average"` asks for.
 
     Raises:
         AlignError: nothing can be shared.
         CutError: `until` names nothing, or something that the models do not share.
     """
     checks = [one if isinstance(one, Check) else check(one) for one in analyses]
-    return trunk_of(
-        alignment, [one.spaces.labelling for one in checks], until=until, pinned=[one.pinned for one in checks],
-        whole=whole, by_position=by_position,
-    )  # fmt: skip
+    labellings, pinned = [one.spaces.labelling for one in checks], [one.pinned for one in checks]
+    if whole:
+        return whole_trunk(alignment, labellings, pinned)
+    return trunk_of(alignment, labellings, until=until, pinned=pinned, by_position=by_position)
 
 
 def trunk_of(
     alignment: Alignment, labellings: Sequence[Labelling], *, until: str | float | None = None,
-    flops: Mapping[str, int] | None = None, pinned: Sequence[dict[int, str]] | None = None, whole: bool = False,
-    by_position: bool = False,
+    flops: Mapping[str, int] | None = None, pinned: Sequence[dict[int, str]] | None = None, by_position: bool = False,
 ) -> Trunk:  # fmt: skip
     """The trunk, of labels whose check is the caller's matter: `pinned` holds per model the labels that failed it.
 
-    `flops`: of each node of model 0, if they have been counted. `whole`: the trunk goes on to the outputs, past calls
-    without a rule too. That is the basis in which networks are relabelled and interpolated; for sharing it would not
-    do. `by_position`: what cannot be matched may be averaged place by place, as `method="average"` asks for.
+    `flops`: of each node of model 0, if they have been counted. `by_position`: as in `find_trunk`.
 
     Raises:
         AlignError: nothing can be shared.
         CutError: `until` names nothing, or something that the models do not share.
     """
-    graph, order = shareable(alignment)
-    _check_entries(alignment, labellings)
-    pinned = pinned or [{} for _ in labellings]
-    common = Common(alignment, tuple(labellings), tuple(pinned), tuple(order), by_position)
-    search = TrunkSearch(alignment, tuple(labellings), graph, order, common)
-    if whole:
-        return search.whole()
+    search = _search(alignment, labellings, pinned, by_position)
     if isinstance(until, str):
         return search.up_to(until)
     ends = search.unsound()
@@ -75,8 +67,32 @@ def trunk_of(
     if until is not None:
         program = alignment.programs[0]
         counted = flops_by_node(program.module, program.call) if flops is None else flops
-        names = search.closed(_fraction(order, names, float(until), counted))
+        names = search.closed(_fraction(search.order, names, float(until), counted))
     return search.deepest(names, ends)
+
+
+def whole_trunk(
+    alignment: Alignment, labellings: Sequence[Labelling], pinned: Sequence[dict[int, str]] | None = None
+) -> Trunk:
+    """The trunk that goes on to the outputs, past calls without a rule too.
+
+    That is the basis in which networks are relabelled and interpolated; for sharing it would not do.
+
+    Raises:
+        AlignError: nothing can be shared.
+    """
+    return _search(alignment, labellings, pinned).whole()
+
+
+def _search(
+    alignment: Alignment, labellings: Sequence[Labelling], pinned: Sequence[dict[int, str]] | None = None,
+    by_position: bool = False,
+) -> TrunkSearch:  # fmt: skip
+    graph, order = shareable(alignment)
+    _check_entries(alignment, labellings)
+    pinned = pinned or [{} for _ in labellings]
+    common = Common(alignment, tuple(labellings), tuple(pinned), tuple(order), by_position)
+    return TrunkSearch(alignment, tuple(labellings), graph, order, common)
 
 
 def shortened(

@@ -148,22 +148,16 @@ def numbers(digits: Digits, seed: int = 0, train: int = 6000, test: int = 2000) 
 
 
 def train(
-    images: Tensor,
-    labels: Tensor,
-    task: Sequence[int],
-    *,
-    seed: int,
-    epochs: int = EPOCHS,
-    width: int = WIDTH,
-    name: str = "network",
+    examples: tuple[Tensor, Tensor], task: Sequence[int], *, seed: int, epochs: int = EPOCHS, width: int = WIDTH,
     progress: bool | None = None,
-) -> SmallResNet:
+) -> SmallResNet:  # fmt: skip
     """Train a network on the images of its task alone. The caller's RNG state stays as it is. Returns it in eval mode.
 
     Args:
+        examples: images and their labels.
         progress: None shows a bar on a terminal only; a bool forces it.
     """
-    classes = torch.tensor(task)
+    (images, labels), classes = examples, torch.tensor(task)
     own = torch.isin(labels, classes)
     images, targets = images[own], torch.searchsorted(classes, labels[own])
     with torch.random.fork_rng():
@@ -174,7 +168,7 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=max(steps, 2), pct_start=0.25)
     hidden = None if progress is None else not progress
-    with tqdm(total=steps, desc=f"training {name}", unit="step", disable=hidden) as bar:
+    with tqdm(total=steps, desc="training", unit="step", disable=hidden) as bar:
         for _ in range(epochs):
             for index in torch.randperm(len(images), generator=generator).split(BATCH):
                 loss = F.cross_entropy(model(images[index]), targets[index])
@@ -254,10 +248,10 @@ def run(
     digits = numbers(load_digits_split(seed), seed)
     models = [
         train(
-            digits.train_images, digits.train_labels, task, seed=2 * seed + i, epochs=epochs, width=width, name=name,
+            (digits.train_images, digits.train_labels), task, seed=2 * seed + i, epochs=epochs, width=width,
             progress=progress,
         )
-        for i, (name, task) in enumerate(zip(ALONE, TASKS, strict=True))
+        for i, task in enumerate(TASKS)
     ]  # fmt: skip
     write(f"{format_row()}\n{'-' * len(format_row())}")
     rows, networks = [], {}

@@ -19,7 +19,7 @@ from ..errors import AlignError
 from ..matching import Energy, Merge, Method, Problem, Zip
 from ..partition.alignment import Alignment, align
 from ..partition.region import Trunk
-from ..partition.trunk import trunk_of
+from ..partition.trunk import whole_trunk
 from ..rewriting.zip_plan import ZipPlan, planned, problem_of
 from .observed import Observed
 
@@ -31,7 +31,7 @@ def whole_trunks(
     result = {}
     for k, (program, labelling, pins) in enumerate(zip(alignment.programs, labellings, pinned, strict=True)):
         with suppress(AlignError):
-            result[k] = trunk_of(align((program,)), [labelling], pinned=[pins], whole=True)
+            result[k] = whole_trunk(align((program,)), [labelling], [pins])
     return result
 
 

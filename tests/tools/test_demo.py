@@ -35,9 +35,8 @@ def test_the_split_is_disjoint_complete_and_set_by_the_seed():
 def test_training_learns_its_task_and_leaves_the_generator_alone():
     digits = demo.load_digits_split(0)
     before = torch.get_rng_state()
-    model = demo.train(
-        digits.train_images, digits.train_labels, (0, 1, 2), seed=3, epochs=4, width=WIDTH, progress=False
-    )
+    examples = digits.train_images, digits.train_labels
+    model = demo.train(examples, (0, 1, 2), seed=3, epochs=4, width=WIDTH, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
     assert not model.training
     accuracy = demo.evaluate_heads(lambda x: (model(x),), digits.test_images, digits.test_labels, [(0, 1, 2)])
@@ -46,9 +45,9 @@ def test_training_learns_its_task_and_leaves_the_generator_alone():
 
 def test_training_is_set_by_its_seed():
     digits = demo.load_digits_split(0)
-    images, labels = digits.train_images[:100], digits.train_labels[:100]
+    examples = digits.train_images[:100], digits.train_labels[:100]
     first, again, other = (
-        demo.train(images, labels, (5, 6), seed=seed, epochs=1, width=WIDTH, progress=False).linear.weight
+        demo.train(examples, (5, 6), seed=seed, epochs=1, width=WIDTH, progress=False).linear.weight
         for seed in (0, 0, 1)
     )
     torch.testing.assert_close(first, again)

@@ -50,7 +50,7 @@ def contract(store: ConstraintStore, x: Operand, y: Operand, spec: str, what: st
         for g in fy:
             store.relate(f, g)
 
-    _roles(store, x, y, fx, fy, summed, known, first_reads)
+    _roles(store, (x, fx), (y, fy), summed, known, first_reads)
     why = f"{what} meets it with values that carry no feature"
 
     groups: list[AxisLabels] = []
@@ -79,14 +79,16 @@ def _lies_along(operand: Operand, letters: str, out: str) -> bool:
 
 
 def _roles(
-    store: ConstraintStore, x: Operand, y: Operand, fx: list[Tensor], fy: list[Tensor], summed: frozenset[int],
-    known: frozenset[int], first_reads: bool,
+    store: ConstraintStore, left: tuple[Operand, list[Tensor]], right: tuple[Operand, list[Tensor]],
+    summed: frozenset[int], known: frozenset[int], first_reads: bool,
 ) -> None:  # fmt: skip
     """Who unmerges: the parameter's side of a sum; where both sides are activations only relabelling is exact.
 
-    Of two parameters' the second, as in `F.linear(queries, weight)`, unless the first alone is laid out like a weight
+    `left`, `right`: the operands, and their fields made the same along what the other does not know. Of two parameters'
+    sides it is the second, as in `F.linear(queries, weight)`, unless the first alone is laid out like a weight
     (`first_reads`), as in a product U @ V that is used as one.
     """
+    (x, fx), (y, fy) = left, right
     if not x.static and not y.static:
         for labels in (*fx, *fy):
             if varying(labels) & summed:
