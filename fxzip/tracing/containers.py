@@ -17,6 +17,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,17 @@ def is_plain(value: Any) -> bool:
     (True, False)
     """
     return _kind(value) in (tuple, list, dict) or (isinstance(value, tuple) and hasattr(value, "_fields"))
+
+
+def is_written(value: Any) -> bool:
+    """Whether it is a container that torch.fx writes down as code: a plain one, whose keys it can write down, too.
+
+    >>> from enum import Enum
+    >>> Key = Enum("Key", "A")
+    >>> is_written({"a": 1}), is_written({Key.A: 1})
+    (True, False)
+    """
+    return is_plain(value) and not (isinstance(value, dict) and any(isinstance(key, Enum) for key in value))
 
 
 def _kind(value: Any) -> type:

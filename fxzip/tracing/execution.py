@@ -256,6 +256,10 @@ def _tensor_difference(found: Tensor, expected: Tensor) -> str | None:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         here, there = (f"{tuple(value.shape)} of {value.dtype}" for value in (found, expected))
         return f"the output is {here} instead of {there}"
+    if found.layout != expected.layout:
+        return f"the output is of layout {found.layout} instead of {expected.layout}"
+    if expected.layout != torch.strided:
+        found, expected = found.to_dense(), expected.to_dense()
     if not (expected.is_floating_point() or expected.is_complex()):
         return None if torch.equal(found, expected) else "an integer output differs"
     odd = ~expected.isfinite()

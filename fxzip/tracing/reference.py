@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ..errors import ContainerError, InputError, TraceError
@@ -70,6 +71,12 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
         raise TraceError(
             f"`{name}` must return at least one tensor; found none in the `{type(expected).__name__}` that it "
             "returned. Return the tensors that matter, in a tuple, list, dict or dataclass."
+        )
+    sparse = next((leaf.layout for leaf in returned if leaf.layout != torch.strided), None)
+    if sparse is not None:  # what is returned is compared place by place
+        raise TraceError(
+            f"`{name}` must return dense tensors; found one of layout `{sparse}`. Return it by `.to_dense()`, or "
+            "what it is made of, and make it sparse of what the zip returns."
         )
     size = batch_size(call)
     if size is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 
@@ -150,7 +151,8 @@ def notation(structure: Structure, leaves: Sequence[Any], create: Callable[[Rebu
     >>> notation(structure, "xy", lambda target, args: (target.__name__, args))
     ['x', ('OrderedDict', ('y',))]
     """
-    if structure.recipe is not None:
+    named = isinstance(structure.constant, Enum) or any(isinstance(key, Enum) for key in structure.keys)
+    if structure.recipe is not None or named:  # of members of an `Enum` torch.fx knows no code
         places = structure.places()
         own = structure.renumbered({place: number for number, place in enumerate(places)})
         return create(Rebuild(own), tuple(leaves[place] for place in places))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from enum import Enum
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from .calls import Call
-from .containers import Part, flatten, is_plain
+from .containers import Part, flatten, is_plain, is_written
 from .guards import form_of, is_trivial, require
 from .names import check_arguments
 from .structure import Rebuild
@@ -100,8 +101,8 @@ class SymbolicTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):
             return a.node
-        if not is_plain(a) and not isinstance(a, (Tensor, slice, range)):
+        if not is_written(a) and not isinstance(a, (Tensor, slice, range)):
             found, structure = flatten(a, lambda value: issubclass(type(value), fx.Proxy))
-            if found:
+            if found or isinstance(a, Enum):
                 return self.create_node("call_function", Rebuild(structure), tuple(proxy.node for proxy in found), {})
         return super().create_arg(a)

@@ -5,6 +5,7 @@ import copy
 import pickle
 import types
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NamedTuple
 
 import pytest
@@ -228,3 +229,54 @@ def test_calls_on_containers_are_compared_by_structure():
     assert hash(one) == hash(other)
     assert one != Rebuild(flatten(Frozen(torch.ones(1)))[1])
     assert (one.__name__, Part(0, 1).__name__) == ("Out", "part")
+
+
+class Task(Enum):
+    LABELS = 1
+    SCORES = "scores"
+
+
+class ByTask(nn.Module):
+    """Outputs under members of an `Enum`, and members among them, in plain containers and in an object."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.body, self.head, self.held = nn.Linear(6, 8), nn.Linear(8, 3), held
+
+    def forward(self, x):
+        return self.held(self.head(torch.relu(self.body(x))))
+
+
+HELD = {
+    "keys": lambda y: {Task.LABELS: y.argmax(1), Task.SCORES: [y, Task.SCORES]},
+    "values": lambda y: (y, Task.LABELS, {"task": Task.SCORES}),
+    "in an object": lambda y: types.SimpleNamespace(task=Task.LABELS, of={Task.SCORES: y}),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_members_of_an_enum(name):
+    torch.manual_seed(0)
+    a, b = (ByTask(HELD[name]).eval() for _ in range(2))
+    x = torch.randn(32, 6)
+    zipped = fxzip.compile_zip(a, b, x[:4], data=[x], progress=False, width=2, method="zip", refit=None)
+    for found, model in zip(zipped(x), (a, b), strict=True):
+        (mine, ours), (theirs, wanted) = flatten(found), flatten(model(x))
+        assert repr(ours) == repr(wanted)
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_sparse_outputs_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return self.net(x).to_sparse()
+
+    with pytest.raises(fxzip.TraceError, match=r"must return dense tensors; found one of layout `torch.sparse_coo`"):
+        fxzip.compile_zip(Sparse(), Sparse(), torch.randn(4, 6), progress=False)
