@@ -8,6 +8,7 @@ the order of features, makes the features in front of it free.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import fx
@@ -15,8 +16,9 @@ from torch import fx
 from ..analysis.checking import Check, check
 from ..analysis.flops import flops_by_node
 from ..analysis.labelling import Labelling
-from ..errors import CutError
+from ..errors import AlignError, CutError
 from .alignment import Alignment
+from .own import weights_behind
 from .region import Trunk
 from .trunk_search import TrunkSearch, different_shapes, shareable
 from .unmatched import Common
@@ -67,7 +69,7 @@ def trunk_of(
     if until is not None:
         program = alignment.programs[0]
         counted = flops_by_node(program.module, program.call) if flops is None else flops
-        names = search.closed(_fraction(search.order, names, float(until), counted))
+        return _share(search, names, ends, float(until), counted)
     return search.deepest(names, ends)
 
 
@@ -118,6 +120,36 @@ def _check_entries(alignment: Alignment, labellings: Sequence[Labelling]) -> Non
                 f"Values that are merged at `start` must look alike in all models, but for their features; of "
                 f"`{twins[0]}` {reason}. Choose another place, or another size of the sample input."
             )
+
+
+def _share(search: TrunkSearch, names: set[str], ends: dict[str, str], until: float, flops: Mapping[str, int]) -> Trunk:
+    """The trunk within a share of all FLOPs.
+
+    Raises:
+        AlignError: nothing with weights takes so little.
+    """
+    try:
+        return search.deepest(search.closed(_fraction(search.order, names, until, flops)), ends)
+    except AlignError as error:
+        deepest = search.deepest(names, ends)  # where not even that has anything, its error says so
+        least = _least(search, deepest, names, flops)
+        raise AlignError(
+            f"`until={until:g}` must leave something to share; no node with parameters lies before the cut. The first "
+            f"one takes, with what is in front of it, {least:.2g} of the FLOPs: ask for that at least."
+        ) from error
+
+
+def _least(search: TrunkSearch, trunk: Trunk, names: set[str], flops: Mapping[str, int]) -> float:
+    """The share of all FLOPs up to the first node of a trunk that has weights, rounded up to two digits."""
+    label = trunk.labellings[0]
+    behind, spent = weights_behind(label), 0
+    for node in search.order:
+        spent += flops.get(node.name, 0) if node.name in names else 0
+        if node.name in trunk.nodes and node.name in label.dynamic and behind[node.name]:
+            break
+    share = spent / max(sum(flops.values()), 1)
+    digits = 1 - math.floor(math.log10(share)) if share else 0
+    return float(math.ceil(share * 10**digits) / 10**digits)
 
 
 def _fraction(order: Sequence[fx.Node], names: set[str], share: float, flops: Mapping[str, int]) -> set[str]:

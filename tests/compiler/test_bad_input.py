@@ -51,6 +51,14 @@ def test_fraction_too_small():
     fails(fxzip.AlignError, "no node with parameters lies before the cut", A, B, X, until=1e-6)
 
 
+def test_fraction_too_small_says_what_is_enough():
+    with pytest.raises(fxzip.AlignError, match="ask for that at least") as raised:
+        fxzip.compile_zip(A, B, X, until=1e-6, progress=False)
+    found = re.search(r"in front of it, ([0-9.e-]+) of the FLOPs", str(raised.value))
+    assert found is not None
+    assert fxzip.compile_zip(A, B, X, until=float(found[1]), progress=False).report["cut"]["after"]
+
+
 def test_empty_data():
     fails(fxzip.DataError, "`data` must yield at least one batch; it gave none.", A, B, X, data=[])
 
