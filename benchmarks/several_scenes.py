@@ -18,7 +18,7 @@ SIZE = 32
 KINDS = 4
 FAR = 4.0
 """The distance of the ground."""
-STEPS, BATCH, WIDTH = 300, 32, 12
+STEPS, BATCH, WIDTH = 400, 32, 12
 
 
 @dataclass(frozen=True, eq=False)
