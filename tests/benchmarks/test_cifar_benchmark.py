@@ -23,18 +23,6 @@ SHARED_PAIR = [CHECKPOINTS / f"cifar10_resnet20x2_{letter}.safetensors" for lett
 
 
 @pytest.fixture(scope="module")
-def test_the_figure_has_a_point_for_each_row_that_was_timed(tmp_path):
-    pytest.importorskip("matplotlib")
-    import cifar_figure
-
-    row = {"network": "energy", "until": "none", "width": "1", "average": 0.9, "latency": 1.0}
-    rows = [{**row, "network": "side by side", "latency": 2.0}, row, {**row, "latency": None}]
-    for number in (1, 2):
-        (tmp_path / f"{number}.json").write_text(json.dumps({"rows": rows}))
-    cifar_figure.main([*(str(tmp_path / f"{number}.json") for number in (1, 2)), str(tmp_path / "rows.png")])
-    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
-
-
 def folder(tmp_path_factory):
     """An ImageFolder of uniform images whose brightness is 25 × class + 5 × (number within the class)."""
     root = tmp_path_factory.mktemp("images")
@@ -189,3 +177,15 @@ def test_ranks_are_numbers_or_share_the_budget(text: str, wanted: dict[str, obje
 )
 def test_widths_are_numbers_or_a_cost(text, wanted):
     assert cifar.parse_width(text) == wanted
+
+
+def test_the_figure_has_a_point_for_each_row_that_was_timed(tmp_path):
+    pytest.importorskip("matplotlib")
+    import cifar_figure
+
+    row = {"network": "energy", "until": "none", "width": "1", "average": 0.9, "latency": 1.0}
+    rows = [{**row, "network": "side by side", "latency": 2.0}, row, {**row, "latency": None}]
+    for number in (1, 2):
+        (tmp_path / f"{number}.json").write_text(json.dumps({"rows": rows}))
+    cifar_figure.main([*(str(tmp_path / f"{number}.json") for number in (1, 2)), str(tmp_path / "rows.png")])
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
