@@ -19,7 +19,7 @@ from ..widths.choose import Widths, choose_widths
 from ..widths.narrow_heads import narrowed
 from ..widths.observed import Observed
 from ..widths.ranks import as_emitted, choose_ranks
-from ..widths.requests import Budget
+from ..widths.requests import UNCHANGED, WHOLE, Budget
 from .memory import peak_bytes
 from .options import Recipe
 from .session import Session
@@ -101,6 +101,25 @@ def affordable(session: Session, observed: Observed, recipe: Recipe, solo: Mappi
     best = max(kept, key=_spent) if kept else min(tried, key=_spent)
     notes = (*best.widths.notes, best.note(budget))
     return replace(best, widths=replace(best.widths, notes=notes))
+
+
+def unnarrowed(session: Session, observed: Observed, recipe: Recipe) -> Affordable | None:
+    """The zip that keeps all features, if that keeps a measured budget, too; else None."""
+    budget = recipe.budget
+    if budget is None or budget.currency not in MEASURED:
+        return None
+
+    made = _made(session, observed, replace(recipe, width=UNCHANGED, rank=WHOLE), {})
+    spent = spent_by(session, made.network, budget)
+    if spent > SLACK * budget.cost:
+        return None
+
+    note = (
+        f"{budget.noun}: the zip that keeps all features takes {spent:.3f} times that of the first model, of at most "
+        f"{budget.cost:g}, and agrees no worse than one with widths by need"
+    )
+    widths = replace(made.widths, notes=(*made.widths.notes, note))
+    return replace(made, widths=widths, spent=spent, promised=spent)
 
 
 def _corrected(tried: Sequence[Affordable], wanted: float) -> float:

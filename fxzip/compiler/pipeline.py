@@ -26,7 +26,7 @@ from ..tracing import plain_context
 from ..widths.choose import overspent
 from ..widths.observed import Observed
 from ..widths.requests import Currency, rank_request, width_request
-from .affording import affordable
+from .affording import Affordable, affordable, unnarrowed
 from .arguments import Given
 from .judging import SMALL_TRUNK, judged
 from .one_base import about_base, base_tensors, check_base, for_fine_tunes, weights_by_model
@@ -222,14 +222,33 @@ def _at(session: Session, recipe: Recipe, until: str | float | None) -> ZippedMo
 def assemble(
     session: Session, candidate: Candidate, recipe: Recipe, solo: Mapping[int, Observed] = MappingProxyType({})
 ) -> ZippedModule:
-    """The stages behind the observation: plan -> rewrite -> refit -> report. `solo`: what `Session.solo` gives."""
-    found, calibration, observed = session.survey, session.calibration, candidate.observed
-    stage = session.display.stage
-    tried = found.sound(observed.trunk)
+    """The stages behind the observation: plan -> rewrite -> refit -> report. `solo`: what `Session.solo` gives.
+
+    Prices are measured where a budget is of latency or memory, so that a busy machine can mislead the choice of widths.
+    If the zip that keeps all features keeps the budget, too, it is returned unless the heads of the other one agree
+    better with their originals on the held-out inputs.
+    """
+    tried = session.survey.sound(candidate.observed.trunk)
+    observed = candidate.observed
     if tried.trunk is not observed.trunk:
         observed = session.observed(tried.trunk, recipe)
 
-    made = affordable(session, observed, recipe, solo)
+    zipped = _fitted(session, recipe, affordable(session, observed, recipe, solo), observed, tried.notes, solo)
+    plain = unnarrowed(session, observed, recipe)
+    if plain is None or session.held is None:
+        return zipped
+
+    whole = _fitted(session, recipe, plain, observed, tried.notes)
+    best, other = (sum(session.held.agreement(one)) for one in (whole, zipped))
+    return whole if best >= other else zipped
+
+
+def _fitted(
+    session: Session, recipe: Recipe, made: Affordable, observed: Observed, notes: Sequence[str],
+    solo: Mapping[int, Observed] = MappingProxyType({}),
+) -> ZippedModule:  # fmt: skip
+    """The network of a plan, fitted, with its report. `notes`: of the check of the trunk."""
+    found, calibration, stage = session.survey, session.calibration, session.display.stage
     with stage("refitting"):
         refitted = refit_with_notes(recipe.refit, made.network, made.plan, calibration("refitting"))
     with stage("recording statistics"):
@@ -244,7 +263,7 @@ def assemble(
         "budget": made.spending(recipe.budget),
         "self_check": list(found.errors),
         "notes": [
-            *about_base(recipe, session.options.base), *observed.trunk.notes, *found.notes, *tried.notes,
+            *about_base(recipe, session.options.base), *observed.trunk.notes, *found.notes, *notes,
             *calibration.notes, *made.widths.notes, *refitted.notes, *recorded.notes,
         ],
     }  # fmt: skip

@@ -21,6 +21,7 @@ from fxzip.tracing.calls import Call
 from fxzip.widths import budget, latency
 from fxzip.widths.cached_seconds import CachedSeconds, cache_folder
 from fxzip.widths.latency import latency_prices, multiple_of
+from fxzip.widths.requests import Budget, Scaled
 from fxzip.widths.resizable import resizable_spaces
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -193,3 +194,24 @@ def test_the_recipe_of_a_budget():
     with pytest.raises(fxzip.OptionError, match="`budget` says what `max_cost` counts"):
         fxzip.compile_zip(nn.Linear(2, 2), nn.Linear(2, 2), torch.ones(2, 2), budget="flops")
     assert Recipe.of("auto", "auto", calibrated=True).width.share == 1
+
+
+@pytest.mark.parametrize(("whole", "kept"), [(0.98, "all"), (1.2, "few")])
+def test_a_choice_that_prices_misled_does_not_beat_the_whole_zip(pair, monkeypatch, whole, kept):
+    """Widths that are far too small stand for prices of a busy machine."""
+    right = affording.choose_widths
+
+    def misled(observed, request, *rest, **named):
+        return right(observed, Scaled(0.25) if isinstance(request, Budget) else request, *rest, **named)
+
+    def spent(session, network, budget):
+        return whole if network.get_parameter("trunk.stem.0.weight").shape == pair[0].stem[0].weight.shape else 0.9
+
+    monkeypatch.setattr(affording, "choose_widths", misled)
+    monkeypatch.setattr(affording, "spent_by", spent)
+    settings = {"data": [X], "progress": False, "width": "auto", "max_cost": 1.0, "budget": "latency"}
+    report = fxzip.compile_zip(*pair, X[:4], **settings).report
+    narrow = [space["kept"] < space["size"] for space in report["spaces"]]
+    assert not any(narrow) if kept == "all" else all(narrow)
+    assert report["budget"]["spent"] == (whole if kept == "all" else 0.9)
+    assert any("keeps all features" in note for note in report["notes"]) == (kept == "all")
