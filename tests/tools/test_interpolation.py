@@ -194,6 +194,6 @@ def test_settings_that_do_not_fit(settings, message):
 def test_networks_without_a_line_between_them():
     with pytest.raises(fxzip.InputError, match=r"`linear.bias` has the shapes \(4,\) and \(5,\)"):
         fxzip.barrier(randomise(Residual(4)), randomise(Residual(5)), X, loss=value, progress=False)
-    with pytest.raises(fxzip.InputError, match=r"they part: the first calls `ReLU` \(`1`\), calls `Tanh` \(`1`\)"):
+    with pytest.raises(fxzip.InputError, match=r"the first calls `ReLU` \(`1`\), the other calls `Tanh` \(`1`\)"):
         fxzip.barrier(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.Tanh()),
                       torch.randn(3, 4), loss=value, progress=False)  # fmt: skip

@@ -35,7 +35,7 @@ def reduce(call: Invocation) -> AxisLabels | list[AxisLabels]:
 
     result = []
     for rest in left:
-        finer = [other for other in left if varying(rest) < varying(other)]
+        finer = [other for other in left if varying(rest) and varying(rest) < varying(other)]
         for other in finer:  # blocks of what was reduced, in which other features lie too: these tell of them
             call.store.relate(rest, other)
         if not finer:
