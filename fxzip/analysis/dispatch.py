@@ -13,7 +13,7 @@ from ..errors import RuleError
 from ..tracing.randomness import unwatched
 from .inplace_writes import Earlier, write_in_place, written_by
 from .label_state import Barrier, Entry, Probed, Site, State, tensors
-from .rules import AxisLabels, Invocation, contraction, elementwise, is_pointwise, is_random, movement, varying
+from .rules import AxisLabels, Invocation, Rule, contraction, elementwise, is_pointwise, is_random, movement, varying
 from .rules.probing import probe
 from .rules.uniform import FACTORIES, UNWRITTEN, uniform_axes
 
@@ -77,24 +77,26 @@ class LabelMode(TorchDispatchMode):
 
 def _weighs(state: State, call: Invocation) -> bool:
     """Whether a call on activations may sum over features with learned weights, or look them up in a learned table."""
-    rule = state.rules.get(call.name)
-    known = rule is not None or is_pointwise(call.func)
-    if known and rule not in (contraction.product, contraction.convolution, movement.embedding, movement.embedding_bag):
+    rule = _rule_of(state, call)
+    weighing = contraction.product, contraction.convolution, movement.embedding, movement.embedding_bag
+    if rule is not None and rule not in weighing:
         return False
     return any(entry.static and entry.learned for entry in map(state.entry, call.tensors()))
 
 
-def _is_elementwise(state: State, call: Invocation) -> bool:
+def _rule_of(state: State, call: Invocation) -> Rule | None:
+    """The rule of a call; those that PyTorch tags as pointwise need no row in the table."""
     rule = state.rules.get(call.name)
-    return is_pointwise(call.func) if rule is None else rule in (elementwise.elementwise, elementwise.first_operand)
+    return elementwise.elementwise if rule is None and is_pointwise(call.func) else rule
+
+
+def _is_elementwise(state: State, call: Invocation) -> bool:
+    return _rule_of(state, call) in (elementwise.elementwise, elementwise.first_operand)
 
 
 def _apply(state: State, call: Invocation) -> AxisLabels | list[AxisLabels] | None:
     """The fields of the result; a call without a rule pins all it touches."""
-    rule = state.rules.get(call.name)
-    if rule is None and is_pointwise(call.func):
-        rule = elementwise.elementwise
-
+    rule = _rule_of(state, call)
     if rule is not None:
         result = rule(call)
     else:

@@ -206,9 +206,10 @@ class State:
             return
         single = {min(varying(labels)): labels for labels in entry.fields if len(varying(labels)) == 1}
         held = [self._axis_of(single[axis]) if axis in single else None for axis in (blocks, *others)]
-        if any(own is None or held[0] is None or own[0] != held[0][0] for own in held) or held[0] is None:
+        found = [own for own in held if own is not None]
+        if len(found) < len(held) or len({name for name, _ in found}) > 1:
             return
-        name, axis = held[0]
+        name, axis = found[0]
         sizes = [labels.numel() for labels in self.params[name].fields]
         if len(sizes) in (2, 3) and single[blocks].numel() * max(sizes) <= _IN_BLOCKS:
             self.blockwise.setdefault(name, axis)

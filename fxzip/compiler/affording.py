@@ -106,8 +106,8 @@ def affordable(session: Session, observed: Observed, recipe: Recipe, solo: Mappi
 def unnarrowed(session: Session, observed: Observed, recipe: Recipe) -> Affordable | None:
     """The zip that keeps all features, if that keeps a measured budget, too; else None."""
     budget = recipe.budget
-    if budget is None or budget.currency not in MEASURED:
-        return None
+    if budget is None or budget.currency not in MEASURED or budget.cost * SLACK < 1:
+        return None  # it computes at least what the first model does
 
     made = _made(session, observed, replace(recipe, width=UNCHANGED, rank=WHOLE), {})
     spent = spent_by(session, made.network, budget)

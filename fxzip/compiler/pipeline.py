@@ -234,8 +234,10 @@ def assemble(
         observed = session.observed(tried.trunk, recipe)
 
     zipped = _fitted(session, recipe, affordable(session, observed, recipe, solo), observed, tried.notes, solo)
+    if session.held is None:  # nothing could decide between them
+        return zipped
     plain = unnarrowed(session, observed, recipe)
-    if plain is None or session.held is None:
+    if plain is None:
         return zipped
 
     whole = _fitted(session, recipe, plain, observed, tried.notes)
