@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import containers
+from .numbers import plain_number
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ def as_call(sample_input: Any) -> Call:
             f"`{type(sample_input).__name__}`. "
             "Pass one batch of what the models take, e.g. `torch.randn(1, 3, 32, 32)`."
         )
+    if call is not sample_input:
+        kwargs = {key: plain_number(value) for key, value in call.kwargs.items()}
+        call = Call(tuple(map(plain_number, call.args)), kwargs)
     if not leaves(call):
         raise InputError(
             f"`sample_input` must hold at least one tensor; found a `{type(sample_input).__name__}` with none. "

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from .calls import Call
 from .containers import flatten, leaves
-from .guards import form_of, place_in_source, require
+from .guards import asked_by_model, form_of, place_in_source, require
 from .numbers import MATH, is_number, may_read
 from .questions import FACTORIES, SHAPE_FUNCTIONS, SHAPE_METHODS, SIZE_METHODS
 from .symbolic import SymbolicTracer
@@ -119,12 +119,21 @@ class ValueTracer(SymbolicTracer):
             return
         self._assumed.add((proxy.node.name, use))
         node, value = proxy.node, proxy.value
-        if convert is not None:
-            node, value = self.create_node("call_function", convert, (node,), {}), convert(value)
-        named = proxy.node.op == "placeholder" and is_number(proxy.value)
+        named = node.op == "placeholder" and is_number(value)
+        if convert is not None and (not named or type(convert(value)) is not type(value)):
+            node, value, named = self.create_node("call_function", convert, (node,), {}), convert(value), False
         about = (proxy.node.name,) if named else (f"`{use}` of `{proxy.node.name}`", place_in_source())
         form = form_of(value if value is not None else 0, lambda _: False)
-        self.create_node("call_function", require, (proxy.node if named else node, form, *about), {})
+        self.create_node("call_function", require, (node, form, *about), {})
+
+    def assume_type(self, proxy: ValueProxy) -> None:
+        """Leave a guard behind where the model asks for the type of a number among the arguments."""
+        key = proxy.node.name, "type"
+        if self._evaluating or key in self._assumed or not asked_by_model():
+            return
+        self._assumed.add(key)
+        form = "type", type(proxy.value).__name__
+        self.create_node("call_function", require, (proxy.node, form, proxy.node.name, place_in_source()), {})
 
     def _evaluated(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "placeholder":
@@ -189,6 +198,8 @@ class ValueProxy(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """So that `isinstance(n, int)` is true in the model. Never for tensors: compiled code would believe it."""
+        if self.number:
+            self.tracer.assume_type(self)
         return type(self) if isinstance(self.value, (Tensor, type(None))) else type(self.value)
 
     def __getattr__(self, k: str) -> Any:

@@ -10,12 +10,15 @@ data, for torch.fx to write them into its code:
     ("dict", keys, forms)     a mapping with these keys
     ("list", forms)           a tuple or list of so many items
     ("object", n, values)     an object with n tensors, and these numbers, strings and the like
-    ("any",)                  what cannot be compared
+    ("type", name)            a number of this type
+    ("named", name)           a function or class of this name, an object that is written so
 """
 
 from __future__ import annotations
 
+import re
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,12 @@ from torch import fx
 
 from ..errors import SpecializationError
 from .containers import flatten
+from .numbers import plain_number
 from .structure import Structure
 
 Form = Any
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+_LONG = 200  # characters of an object that are compared as they are
 _OWN = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<eval_with_key", "<frozen")
 
 
@@ -57,7 +62,21 @@ def _constant(value: Any) -> Form:
         return "dict", tuple(value), tuple(_constant(item) for item in value.values())
     if isinstance(value, (tuple, list)):
         return "list", tuple(_constant(item) for item in value)
-    return ("is", value) if type(value) in _SIMPLE else ("any",)
+    value = plain_number(value)
+    return ("is", value) if type(value) in _SIMPLE else ("named", _name_of(value))
+
+
+def _name_of(value: Any) -> str:
+    """What tells a constant from others: of functions and classes the name, of other objects the class and how they
+    are written, without addresses."""
+    if hasattr(value, "__qualname__"):
+        code = getattr(value, "__code__", None)
+        line = f":{code.co_firstlineno}" if code is not None and "<lambda>" in value.__qualname__ else ""
+        return f"{getattr(value, '__module__', None) or 'builtins'}.{value.__qualname__}{line}"
+    written = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    if len(written) > _LONG:
+        written = f"{written[:_LONG]}... ({zlib.crc32(written.encode())})"
+    return f"{type(value).__module__}.{type(value).__qualname__} {written}"
 
 
 def _simple_values(structure: Structure) -> tuple[Any, ...]:
@@ -68,7 +87,7 @@ def _simple_values(structure: Structure) -> tuple[Any, ...]:
 
 def is_trivial(form: Form) -> bool:
     """Whether there is nothing to check."""
-    return form in ("*", ("any",))
+    return form in ("*", ("any",))  # the latter in files of former versions
 
 
 def require(value: Any, form: Form, what: str, where: str = "") -> None:
@@ -102,8 +121,14 @@ def _mismatch(value: Any, form: Form, what: str) -> tuple[str, str, str] | None:
         return None
     kind, *rest = form
     if kind == "is":
+        value = plain_number(value)
         same = value is rest[0] or (isinstance(value, _SIMPLE) and value == rest[0])
         return None if same else (what, repr(rest[0]), _brief(value))
+    if kind == "type":
+        return None if type(value).__name__ == rest[0] else (f"the type of `{what}`", rest[0], type(value).__name__)
+    if kind == "named":
+        name = _name_of(value)
+        return None if name == rest[0] else (what, rest[0], name)
     if kind == "object":
         held, structure = flatten(value)
         seen = (len(held), _simple_values(structure))
@@ -131,6 +156,14 @@ def _brief(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {len(value)}"
     return repr(value) if isinstance(value, (*_SIMPLE, tuple)) else f"a `{type(value).__name__}`"
+
+
+def asked_by_model() -> bool:
+    """Whether the function that calls this one was itself called by code of the model, not by PyTorch or fxzip."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename == __file__.replace("guards.py", "example_values.py"):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and not frame.f_code.co_filename.startswith(_OWN)
 
 
 def place_in_source() -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import operator
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 
 _ARITHMETIC = frozenset(
@@ -34,6 +36,7 @@ MATH = ("sqrt", "exp", "log", "log2", "log10", "log1p", "expm1", "pow", "sin", "
 """Functions of `math` that a trace records."""
 
 _PLAIN = frozenset([*(getattr(operator, name) for name in _ARITHMETIC), *(getattr(math, name) for name in MATH)])
+_OWN = frozenset([bool, int, float, complex, str])
 _CONVERSIONS = frozenset([int, float, bool, round, abs, math.trunc, operator.truth])
 
 
@@ -44,6 +47,20 @@ def is_number(value: Any) -> bool:
     (True, False)
     """
     return type(value) in (int, float)
+
+
+def plain_number(value: Any) -> Any:
+    """A number or string of NumPy, or of a subclass of Python's, as Python's own; anything else as it is.
+
+    >>> plain_number(np.float64(8.0)), plain_number(np.int64(3)), plain_number("text")
+    (8.0, 3, 'text')
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in _OWN or isinstance(value, Enum):
+        return value
+    kind: Any = next((kind for kind in (int, float, complex, str) if isinstance(value, kind)), None)
+    return value if kind is None else kind(value)
 
 
 def may_read(kind: str, target: Any, place: Any) -> bool:

@@ -12,6 +12,7 @@ from .calls import Call
 from .containers import Part, flatten, is_plain, is_written
 from .guards import form_of, is_trivial, require
 from .names import check_arguments
+from .numbers import plain_number
 from .structure import Rebuild
 from .training import is_kept
 
@@ -101,6 +102,7 @@ class SymbolicTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):
             return a.node
+        a = plain_number(a)  # torch.fx writes `np.float64(8.0)` into its code, and knows no `np` there
         if not is_written(a) and not isinstance(a, (Tensor, slice, range)):
             found, structure = flatten(a, lambda value: issubclass(type(value), fx.Proxy))
             if found or isinstance(a, Enum):
