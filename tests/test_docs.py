@@ -31,10 +31,29 @@ def python_of(page):
     return [(text[: match.start(1)].count("\n"), match[1]) for match in found]
 
 
-def links_of(page):
-    """Links of a page to files, with the places that they name in them."""
-    text = re.sub(r"^```.*?^```$", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http", "#"))]
+def prose_of(path):
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def links_of(path):
+    """Links of a page to files and headings of the project."""
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(path)) if not link.startswith("http")]
+
+
+def anchors_of(path):
+    """What a link to a heading of the page names behind its `#`."""
+    headings = re.findall(r"^#+ (.+)$", prose_of(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def check_links(path):
+    """Whether files and headings that a page links to are there."""
+    for link in links_of(path):
+        file, _, heading = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not heading or heading in anchors_of(target), link
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +94,20 @@ def test_every_page_is_in_the_navigation():
     assert {(DOCS / page).resolve() for page in PAGES} - listed == {(DOCS / "index.md").resolve()}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if links_of(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if links_of(DOCS / page)])
 def test_links_lead_somewhere(page):
-    for link in links_of(page):
-        assert ((DOCS / page).parent / link.split("#")[0]).exists(), link
+    check_links(DOCS / page)
+
+
+def test_a_link_to_no_heading_is_found(tmp_path):
+    (tmp_path / "other.md").write_text("# A page\n\n## Its `code`, and more\n")
+    for link, right in (("other.md#its-code-and-more", True), ("other.md#its-code", False), ("#top", False)):
+        (tmp_path / "page.md").write_text(f"[a link]({link})")
+        if right:
+            check_links(tmp_path / "page.md")
+        else:
+            with pytest.raises(AssertionError, match=link):
+                check_links(tmp_path / "page.md")
 
 
 def test_the_reference_has_every_public_name():

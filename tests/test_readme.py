@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_docs import check_links, links_of
 
 ROOT = Path(__file__).parent.parent
 README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
@@ -44,11 +45,10 @@ def test_the_blocks_run_in_order_as_one_program(page, tmp_path, monkeypatch, cap
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():
-    text = README.read_text(encoding="utf-8")
-    assert len(text.split()) < 900
-    links = re.findall(r"\]\(([^)#]+)\)", text)
-    assert links
-    assert all((ROOT / link).exists() for link in links if not link.startswith("http"))
+    assert len(README.read_text(encoding="utf-8").split()) < 900
+    assert links_of(README)
+    check_links(README)
+    check_links(ROOT / "CONTRIBUTING.md")
 
 
 def test_the_first_two_commands_are_those_of_the_installation():

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ops import mix
 from .module import EmittedModule
 from .page_nodes import Nodes, Places
-from .pages import Costs, Node, Page, Point, Space, Task, fragment, grouped, page_html
+from .pages import Costs, Node, Page, Point, Space, Task, fragment, grouped, page_html, tabular, write_html
 
 if TYPE_CHECKING:
     from .report import Report
@@ -28,7 +26,8 @@ WORST = "agreement of the worst head"
 
 def page_of(zipped: EmittedModule, report: Report, table: Sequence[Mapping[str, Any]] = ()) -> Page:
     """The page. `table`: rows of zips of the same models, for the plot of cost against agreement."""
-    points, measure = points_of(table)
+    measure = next(iter(tabular.scores(table)), WORST)
+    points = tabular.points_of(table, "worst" if measure == WORST else measure)
     spaces, first = _spaces(report)
     names = task_names(report)
     facts = report.get("nodes", {})
@@ -133,7 +132,7 @@ def _tried(report: Report) -> list[Point]:
     auto = report.get("auto", {})
     return [
         Point(
-            'until="auto"', "full trunk" if own["until"] is None else str(own["until"]), own["cost"],
+            'until="auto"', "heads" if own["until"] is None else str(own["until"]), own["cost"],
             min(own["agreement"]), own["until"] == auto["until"],
         )
         for own in auto.get("frontier", [])
@@ -156,33 +155,9 @@ def _facts(report: Report) -> dict[str, str]:
     return facts
 
 
-def points_of(table: Sequence[Mapping[str, Any]]) -> tuple[list[Point], str]:
-    """The rows of a table as points, and the name of what they measure: the first score, else the agreement."""
-    known = {"method", "refit", "until", "max_cost", "cost", "parameters", "agreement", "worst", "seconds", "error"}
-    score = next((key for row in table for key in row if key not in known), None)
-    points = []
-    for row in table:
-        value = row.get(score or "worst")
-        if row.get("error") is not None or value is None:
-            continue
-        method, refit = str(row["method"]), row.get("refit")
-        bound = method == "side by side"
-        line = "" if bound else method if refit is None else f"{method} + {refit}"
-        cut = "full trunk" if row.get("until") is None else str(row["until"])
-        points.append(Point(line, method if bound else cut, row["cost"], value))
-    return points, score or WORST
-
-
 def write(zipped: EmittedModule, report: Report, path: str | os.PathLike[str], table: Any = None) -> None:
     """Write the page of a zipped network; see `Report.html`."""
-    text = page_html(page_of(zipped, report, () if table is None else table))
-    place = Path(os.path.abspath(path))
-    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-    try:  # written beside its place and renamed, so that it is never there in part
-        beside.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # names may hold halves of surrogate pairs
-        os.replace(beside, place)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_html(path, page_html(page_of(zipped, report, () if table is None else table)))
 
 
 def brief(report: Report) -> str:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..rewriting.pages import fragment
+from ..rewriting.pages import Point, TablePage, fragment, table_html, tabular, write_html
+from ..rewriting.pages.tabular import BOUND, FIXED, TEXTS
 from .plotting import axes
 
-FIXED = (
-    "method",
-    "refit",
-    "until",
-    "max_cost",
-    "cost",
-    "parameters",
-    "latency",
-    "agreement",
-    "worst",
-    "seconds",
-    "error",
-)
-"""Keys of every row; what the score function gives stands between "worst" and "seconds"."""
-_BOUND = "side by side"
 _MEASURES = {
     "agreement": "agreement with the originals (share of inputs)",
     "worst": "agreement of the worst head (share of inputs)",
     "parameters": "parameters (× the first model)",
+    "latency": "latency (× the first model)",
     "seconds": "time of matching, rewriting and refit (s)",
 }
 
@@ -67,15 +56,15 @@ class Table(Sequence[Mapping[str, Any]]):
     @property
     def scores(self) -> tuple[str, ...]:
         """Names of the user's scores."""
-        return tuple(dict.fromkeys(key for row in self.rows for key in row if key not in FIXED))
+        return tabular.scores(self.rows)
 
     def __str__(self) -> str:
-        names = self._columns()
-        cells = [names, *([_cell(name, row) for name in names] for row in self.rows)]
+        names = tabular.columns(self.rows)
+        cells = [names, *([tabular.cell(name, row) for name in names] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
             "  ".join(
-                cell.ljust(width) if name in FIXED[:3] else cell.rjust(width)
+                cell.ljust(width) if name in TEXTS else cell.rjust(width)
                 for name, cell, width in zip(names, line, widths, strict=True)
             ).rstrip()
             for line in cells
@@ -93,56 +82,71 @@ class Table(Sequence[Mapping[str, Any]]):
         by need; each point with the cut it is of. What all models side by side reach is a dashed line. Returns
         matplotlib axes."""
         ax = axes(ax)
-        y = y or next(iter(self.scores), "agreement")
+        y = self._measure(y)
+        lines: dict[str, list[Point]] = {}
+        for point in tabular.points_of(self.rows, y):
+            lines.setdefault(point.line or BOUND, []).append(point)
         named: set[tuple[str, float]] = set()
-        for label, rows in self._lines(y).items():
-            if label == _BOUND:
-                cost = rows[0]["cost"]
-                ax.axhline(rows[0][y], linestyle="--", color="0.5", label=label)
-                ax.annotate(f"{label}, at {cost:.2f} ×", (0.01, rows[0][y]), xycoords=("axes fraction", "data"),
-                            xytext=(0, 3), textcoords="offset points", fontsize="small", color="0.4")  # fmt: skip
+        for line, points in lines.items():
+            if line == BOUND:
+                _draw_bound(ax, points[0])
                 continue
-            rows = sorted(rows, key=lambda row: (row["cost"], row[y]))
-            ax.plot([row["cost"] for row in rows], [row[y] for row in rows], marker="o", label=label)
-            for row in rows:
-                name = f"≤ {row['max_cost']:g} ×" if row.get("max_cost") is not None else _cell("until", row)
-                if (name, round(row["cost"], 2)) not in named:  # several lines at one cut share its name
-                    ax.annotate(name, (row["cost"], row[y]), xytext=(0, -13), textcoords="offset points",
+            points.sort(key=lambda point: (point.cost, point.value))
+            ax.plot([point.cost for point in points], [point.value for point in points], marker="o", label=line)
+            for point in points:
+                if (point.label, round(point.cost, 2)) not in named:  # several lines at one cut share its name
+                    ax.annotate(point.label, (point.cost, point.value), xytext=(0, -13), textcoords="offset points",
                                 fontsize="small", ha="center")  # fmt: skip
-                named.add((name, round(row["cost"], 2)))
+                named.add((point.label, round(point.cost, 2)))
         ax.set_title(f"Cost against {'agreement' if y == 'worst' else y}")
         ax.set_xlabel("FLOPs (× the first model)")
         ax.set_ylabel(_MEASURES.get(y, y))
         ax.legend()
         return ax
 
-    def _lines(self, y: str) -> dict[str, list[Mapping[str, Any]]]:
-        """Rows that have `y`, by the line that they belong to."""
-        lines: dict[str, list[Mapping[str, Any]]] = {}
-        for row in self.rows:
-            if row.get("error") is None and row.get(y) is not None:
-                refit = "" if row.get("refit") is None else f" + {row['refit']}"
-                cut = "" if row.get("max_cost") is None else f" until {_cell('until', row)}"
-                lines.setdefault(f"{row['method']}{refit}{cut}", []).append(row)
-        return lines
+    def html(self, path: str | os.PathLike[str], *, y: str | None = None, title: str = "Zips compared") -> None:
+        """Write a page: the plot of `y` (the first score, else the agreement) over the cost, and all rows. It is one
+        file without scripts, which a browser shows without a network.
+
+        >>> import tempfile
+        >>> row = {"method": "zip", "refit": "repair", "until": None, "cost": 1.0, "agreement": 0.9}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Table((row, row | {"until": "layer1", "cost": 1.4})).html(f"{folder}/table.html")
+        ...     print(open(f"{folder}/table.html", encoding="utf-8").read()[:15])
+        <!DOCTYPE html>
+
+        Args:
+            path: of the file, which is replaced if there is one.
+            y: a column of numbers, as in `plot`.
+            title: of the page.
+        """
+        y = self._measure(y)
+        page = TablePage(
+            title, _MEASURES.get(y, y), tuple(tabular.points_of(self.rows, y)), **self._content(),
+            version=str(getattr(sys.modules[__name__.partition(".")[0]], "__version__", "")),
+        )  # fmt: skip
+        write_html(path, table_html(page))
 
     def _repr_html_(self) -> str:
         """The table as notebooks show it."""
-        names = self._columns()
-        rows = [{"cells": [_cell(name, row) for name in names], "error": row.get("error")} for row in self.rows]
-        texts = sum(name in FIXED[:3] for name in names)
-        return fragment("table.html", head=names, rows=rows, texts=texts, notes=[self.note] if self.note else [])
+        return fragment("table.html", **self._content())
 
-    def _columns(self) -> list[str]:
-        """The columns that hold something."""
-        names = [*FIXED[:-2], *self.scores, "seconds"]
-        return [n for n in names if n == "until" or any(row.get(n) is not None for row in self.rows)]
+    def _measure(self, y: str | None) -> str:
+        return y or next(iter(self.scores), "agreement")
+
+    def _content(self) -> dict[str, Any]:
+        """Columns and cells, for a template."""
+        names = tabular.columns(self.rows)
+        cells = [{"cells": [tabular.cell(name, row) for name in names], "error": row.get("error")} for row in self.rows]
+        texts = sum(name in TEXTS for name in names)
+        return {"head": names, "rows": cells, "texts": texts, "notes": [self.note] if self.note else []}
 
 
-def _cell(name: str, row: Mapping[str, Any]) -> str:
-    value = row.get(name)
-    if name == "until":
-        return "heads" if value is None and row.get("method") != "side by side" else str(value or "")
-    if value is None:
-        return ""
-    return f"{value:.1f}" if name == "seconds" else f"{value:.3f}" if isinstance(value, float) else str(value)
+def _draw_bound(ax: Any, point: Point) -> None:
+    """What the models side by side reach: a dashed line with their cost."""
+    ax.axhline(point.value, linestyle="--", color="0.5", label=point.label)
+    ax.annotate(f"{point.label}, at {point.cost:.2f} ×", (0.01, point.value), xycoords=("axes fraction", "data"),
+                xytext=(0, 3), textcoords="offset points", fontsize="small", color="0.4")  # fmt: skip
+
+
+__all__ = ["FIXED", "Table"]

@@ -175,8 +175,12 @@ def test_compare_and_sweep_give_tables(made, tmp_path, capsys):
     assert [row["method"] for row in written] == [row["method"] for row in rows]
     assert float(written[1]["agreement"]) == rows[1]["agreement"]
 
-    assert run("sweep", made / "recipe.yaml", "--cuts=['0', '3']", "--until=0.5", "--quiet") == 0
+    drawn = tmp_path / "in" / "table.html"
+    assert run("sweep", made / "recipe.yaml", "--cuts=['0', '3']", "--until=0.5", "--quiet", "--out", drawn) == 0
     printed = capsys.readouterr()
+    text = drawn.read_text(encoding="utf-8")
+    assert f"<h1>{' + '.join(TASKS)}</h1>" in text
+    assert text.count("<circle") == 3
     assert [line.split()[2] for line in printed.out.splitlines()[3:5]] == ["0", "3"]
     assert not printed.err
     assert run("sweep", made / "recipe.yaml", "--cuts=['3']", "--until=0.5", "--width=0.5") == 0

@@ -132,6 +132,31 @@ def test_a_table_in_a_notebook():
     assert "<script>" not in html
 
 
+def test_a_table_has_a_page(compared, tmp_path):
+    compared.html(tmp_path / "table.html", title="<b>two</b>")
+    text = (tmp_path / "table.html").read_text(encoding="utf-8")
+    cells = re.findall(r"<td(?: class=\"n\")?>(.*?)</td>", text)
+    for row in compared:
+        assert (f"failed: {row['error']}" if row["error"] else f"{row['cost']:.3f}") in cells
+    assert {"layer1", "heads", "side by side", "average"} <= set(cells)
+    assert len(re.findall("<circle", text)) == sum(row["error"] is None for row in compared)
+    assert ">score</text>" in text
+    assert compared.note in text
+    assert "&lt;b&gt;two&lt;/b&gt;" in text
+    assert not re.search("<script|<b>two|src=|https?://", text)
+
+    compared.html(tmp_path / "table.html", y="worst")
+    assert ">agreement of the worst head (share of inputs)</text>" in (tmp_path / "table.html").read_text(encoding="utf-8")
+
+
+def test_a_table_without_figures_has_a_page(tmp_path):
+    failed = {"method": "zip", "until": None, "error": "none"}
+    Table((failed,)).html(tmp_path / "table.html")
+    text = (tmp_path / "table.html").read_text(encoding="utf-8")
+    assert "failed: none" in text
+    assert "<svg" not in text
+
+
 def test_plotting_without_matplotlib(compared, monkeypatch):
     real = builtins.__import__
 

@@ -18,10 +18,13 @@ from torch import nn
 
 import fxzip
 from fxzip.rewriting.module import is_unmerge, part_of, sources_of
+from fxzip.rewriting.pages.charts import frontier
+from fxzip.rewriting.pages.content import Point
 from fxzip.rewriting.pages.grouping import MOST_AT_FIRST, MOST_SIDE_BY_SIDE, Placed, grouped
 from fxzip.rewriting.report import Report
 from fxzip.rewriting.stored_facts import check_facts
 from fxzip.tools.pages import write_page
+from fxzip.tools.table import FIXED
 
 X = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 EVIL = """</script><script>window.hit=1</script><img src=x onerror="window.hit=1">"'`&amp; ü→\u2028"""
@@ -365,6 +368,19 @@ def test_the_frontier_of_auto_and_of_a_table(tmp_path):
     assert not any(tag == "img" for tag, _ in parsed.tags)
 
 
+def test_the_plot_measures_agreement_whatever_columns_a_table_has(tmp_path):
+    zipped = made("automatic")
+    values = dict.fromkeys(FIXED) | {"cost": 1.0, "parameters": 1.0, "latency": 7.0, "agreement": 0.9, "worst": 0.8}
+    table = fxzip.Table(({**values, "method": "side by side"}, {**values, "method": "zip", "max_cost": 1.2}))
+    parsed = page(zipped, tmp_path, table=table)
+    titles = [attrs.get("aria-label") for tag, attrs in parsed.tags if tag == "svg"]
+    assert "cost against agreement of the worst head" in titles
+    assert [tag for tag, _ in parsed.tags].count("circle") == 2 + len(zipped.report["auto"]["frontier"])
+    text = "".join(parsed.text)
+    assert "zip until heads, until ≤ 1.2 ×: 0.800 at 1.00" in text
+    assert "7.000" not in text
+
+
 def test_a_report_without_its_network_says_so(tmp_path):
     zipped = made("plain")
     assert zipped.report.html is not None
@@ -410,6 +426,17 @@ def test_a_network_in_a_notebook():
     bare = copy.deepcopy(zipped)
     del bare.meta["fxzip_report"]
     assert f"{len(bare.graph.nodes)} nodes, without a report" in bare._repr_html_()
+
+
+def test_several_lines_at_one_cut_share_its_name():
+    points = [Point(line, cut, cost, value) for line, value in (("a", 0.9), ("b", 0.5))
+              for cut, cost in (("layer1", 1.5), ("heads", 1.0))]  # fmt: skip
+    drawn = frontier([Point("", "side by side", 2.0, 1.0), *points])
+    assert [(line.name, [(mark.point.label, mark.named) for mark in line.marks]) for line in drawn.lines] == [
+        ("a", [("heads", False), ("layer1", False)]), ("b", [("heads", True), ("layer1", True)]),
+    ]  # fmt: skip
+    many = frontier([Point("a", str(n), float(n), 0.5, chosen=n == 3) for n in range(20)])
+    assert [mark.point.label for mark in many.lines[0].marks if mark.named] == ["3"]
 
 
 def test_few_boxes_are_seen_at_first_and_no_row_is_long():

@@ -196,6 +196,21 @@ def test_nothing_is_loaded(opened):
 
 
 @pytest.mark.slow
+def test_the_page_of_a_table(browser, tmp_path):
+    row = {"method": EVIL, "refit": None, "cost": 1.0, "agreement": 0.9}
+    rows = [row | {"until": cut, "cost": cost} for cut, cost in ((EVIL, 1.2), (None, 1.0))]
+    fxzip.Table((row | {"method": "side by side"}, *rows), EVIL).html(tmp_path / "table.html", title=EVIL)
+    browser.get_log("browser")
+    browser.get((tmp_path / "table.html").as_uri())
+    assert browser.find_element("tag name", "h1").text.startswith("</script><script>")
+    assert len(browser.find_elements("css selector", "tbody tr")) == 3
+    marks = browser.find_elements("css selector", "svg circle")
+    assert len(marks) == 3
+    assert all(mark.is_displayed() for mark in marks)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return window.hit") is None
+
+
 def test_a_thousand_nodes_stay_usable(opened):
     layers = [[nn.Linear(4, 4), nn.ReLU()] for _ in range(260)]
     deep = nn.Sequential(*(layer for pair in layers for layer in pair))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .content import Point, Space
 
@@ -19,11 +19,12 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a chart: its place, and what it stands for."""
+    """A point of a chart: its place, what it stands for, and whether its name is written beside it."""
 
     x: float
     y: float
     point: Point
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Frontier:
 
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 24, 18, 44
+_MOST_NAMES = 12
 
 
 def frontier(points: Sequence[Point], width: int = 720, height: int = 320) -> Frontier | None:
@@ -59,9 +61,22 @@ def frontier(points: Sequence[Point], width: int = 720, height: int = 320) -> Fr
     names = list(dict.fromkeys(point.line for point in points if point.line))
     marks = [Mark(across.at(point.cost), up.at(point.value), point) for point in points]
     marks.sort(key=lambda mark: mark.point.cost)
+    marks = _named(marks)
     lines = [Line(name, n, tuple(m for m in marks if m.point.line == name)) for n, name in enumerate(names)]
     bounds = tuple(mark for mark in marks if not mark.point.line)
     return Frontier(width, height, tuple(lines), bounds, tuple(across.ticks()), tuple(up.ticks()))
+
+
+def _named(marks: Sequence[Mark]) -> list[Mark]:
+    """The marks, with the names of some: the lowest of those of one name at one cost, for several lines at one cut
+    share its name; what was chosen; and none else where names would lie upon one another."""
+    lowest: dict[tuple[str, float], Mark] = {}
+    for mark in marks:
+        if mark.point.line:
+            key = (mark.point.label, round(mark.point.cost, 2))
+            lowest[key] = max(lowest.get(key, mark), mark, key=lambda own: own.y)
+    shown = list(lowest.values()) if len(lowest) <= _MOST_NAMES else []
+    return [replace(mark, named=mark.point.chosen or mark in shown) for mark in marks]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .grouping import Group
 
@@ -143,4 +144,25 @@ class Page:
     measure: str = "agreement"
     text: str = ""
     latency: tuple[float, float, float] | None = None
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class TablePage:
+    """The page of a table of zips.
+
+    Attributes:
+        measure: what the points are of, for the axis.
+        points: the rows that have it.
+        head, rows: names of the columns; for each row its "cells", texts, and its "error", None or why it has none.
+        texts: how many columns, from the left, are text and not numbers.
+    """
+
+    title: str
+    measure: str
+    points: tuple[Point, ...]
+    head: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+    texts: int
+    notes: Sequence[str] = ()
     version: str = ""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
+import uuid
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .charts import frontier, widths
-from .content import Page
+from .content import Page, TablePage
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -34,8 +37,30 @@ def page_html(page: Page) -> str:
         licences=[_resource(name) for name in _LICENCES],
         frontier=frontier(page.points),
         widths=widths(page.spaces),
-        hues=_hues(page),
+        hues=_page_hues(page),
     )
+
+
+def table_html(page: TablePage) -> str:
+    """One file with all that a browser needs to show a table of zips; it has no script."""
+    return _environment().get_template("table_page.html").render(
+        page=page,
+        style=_resource("templates/page.css"),
+        policy=_policy([]),
+        frontier=frontier(page.points),
+        hues=_hues(len({point.line for point in page.points})),
+    )
+
+
+def write_html(path: str | os.PathLike[str], text: str) -> None:
+    """Write a page beside its place and rename it, so that it is never there in part."""
+    place = Path(os.path.abspath(path))
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    try:
+        beside.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # names may hold halves of surrogate pairs
+        os.replace(beside, place)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def graph_data(page: Page) -> dict[str, Any]:
@@ -44,15 +69,19 @@ def graph_data(page: Page) -> dict[str, Any]:
         "nodes": [asdict(node) for node in page.nodes],
         "groups": [asdict(group) for group in page.groups],
         "spaces": [asdict(space) for space in page.spaces],
-        "hues": _hues(page),
+        "hues": _page_hues(page),
         "tasks": [task.name for task in page.tasks],
     }
 
 
-def _hues(page: Page) -> list[int]:
+def _page_hues(page: Page) -> list[int]:
     """Enough of them for all heads and lines."""
-    most = max(len(page.tasks), len({point.line for point in page.points}), 1)
-    return [_HUES[n] if n < len(_HUES) else round(n * 137.508) % 360 for n in range(most)]  # then by the golden angle
+    return _hues(max(len(page.tasks), len({point.line for point in page.points}), 1))
+
+
+def _hues(count: int) -> list[int]:
+    """So many hues that differ."""
+    return [_HUES[n] if n < len(_HUES) else round(n * 137.508) % 360 for n in range(count)]  # then by the golden angle
 
 
 def fragment(template: str, **values: Any) -> str:
@@ -63,7 +92,7 @@ def fragment(template: str, **values: Any) -> str:
 def _policy(scripts: list[str]) -> str:
     """Nothing is loaded, and no script runs but these, known by their hashes."""
     sums = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
-    allowed = " ".join(f"'sha256-{own}'" for own in sums)
+    allowed = " ".join(f"'sha256-{own}'" for own in sums) or "'none'"
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
 
 

@@ -22,7 +22,7 @@ from .recipe import ZipRecipe
 
 COMPARE = "zip the networks of a recipe by several methods, in one table"
 SWEEP = "zip the networks of a recipe at several cuts or costs, in one table"
-SUFFIXES = (".csv", ".json")
+SUFFIXES = (".csv", ".json", ".html")
 
 
 def compare_settings(arguments: Sequence[str]) -> Settings:
@@ -38,7 +38,7 @@ def sweep_settings(arguments: Sequence[str]) -> Settings:
 def _settings(command: str, summary: str, arguments: Sequence[str]) -> Settings:
     keys = recipe_keys()
     flags = recipe_flags(command, summary, keys)
-    flags.add_argument("--out", type=Path, metavar="FILE", help=f"a file for the table, {' or '.join(SUFFIXES)}")
+    flags.add_argument("--out", type=Path, metavar="FILE", help=f"a file for the table, {' or '.join(SUFFIXES)}, a page")
     flags.force("a file")
     return parse(flags, keys, arguments, recipe="recipe")
 
@@ -86,9 +86,19 @@ def _table(asked: Settings, recipe: ZipRecipe, function: Callable[..., fxzip.Tab
         table, interrupted = stop.table, "interrupted; the table has the rows that were done"
     result = Result(str(table), {"rows": list(table), "note": table.note}, interrupted)
     if target is not None:
-        columns = [*FIXED[:-2], *table.scores, *FIXED[-2:]]
-        write_whole(target, as_csv(table, columns) if target.suffix == ".csv" else result.as_json() + "\n")
+        _write(target, table, result, " + ".join(map(str, recipe.models)))
     return result
+
+
+def _write(target: Path, table: fxzip.Table, result: Result, title: str) -> None:
+    """The table as its file's suffix says."""
+    if target.suffix == ".html":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        table.html(target, title=title)
+    elif target.suffix == ".csv":
+        write_whole(target, as_csv(table, [*FIXED[:-2], *table.scores, *FIXED[-2:]]))
+    else:
+        write_whole(target, result.as_json() + "\n")
 
 
 def _unused(command: str, names: Sequence[str]) -> list[str]:
