@@ -145,8 +145,9 @@ def test_a_table_has_a_page(compared, tmp_path):
     assert "&lt;b&gt;two&lt;/b&gt;" in text
     assert not re.search("<script|<b>two|src=|https?://", text)
 
-    compared.html(tmp_path / "table.html", y="worst")
-    assert ">agreement of the worst head (share of inputs)</text>" in (tmp_path / "table.html").read_text(encoding="utf-8")
+    compared.html(tmp_path / "worst.html", y="worst")
+    text = (tmp_path / "worst.html").read_text(encoding="utf-8")
+    assert ">agreement of the worst head (share of inputs)</text>" in text
 
 
 def test_a_table_without_figures_has_a_page(tmp_path):

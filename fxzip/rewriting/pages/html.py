@@ -43,12 +43,16 @@ def page_html(page: Page) -> str:
 
 def table_html(page: TablePage) -> str:
     """One file with all that a browser needs to show a table of zips; it has no script."""
-    return _environment().get_template("table_page.html").render(
-        page=page,
-        style=_resource("templates/page.css"),
-        policy=_policy([]),
-        frontier=frontier(page.points),
-        hues=_hues(len({point.line for point in page.points})),
+    return (
+        _environment()
+        .get_template("table_page.html")
+        .render(
+            page=page,
+            style=_resource("templates/page.css"),
+            policy=_policy([]),
+            frontier=frontier(page.points),
+            hues=_hues(len({point.line for point in page.points})),
+        )
     )
 
 

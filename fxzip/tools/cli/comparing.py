@@ -38,7 +38,7 @@ def sweep_settings(arguments: Sequence[str]) -> Settings:
 def _settings(command: str, summary: str, arguments: Sequence[str]) -> Settings:
     keys = recipe_keys()
     flags = recipe_flags(command, summary, keys)
-    flags.add_argument("--out", type=Path, metavar="FILE", help=f"a file for the table, {' or '.join(SUFFIXES)}, a page")
+    flags.add_argument("--out", type=Path, metavar="FILE", help=f"a file for the table: {' or '.join(SUFFIXES)}")
     flags.force("a file")
     return parse(flags, keys, arguments, recipe="recipe")
 
