@@ -195,7 +195,6 @@ def test_nothing_is_loaded(opened):
     assert [url.partition(":")[0] for url in urls if not url.startswith("data:")] == ["file"]
 
 
-@pytest.mark.slow
 def test_the_page_of_a_table(browser, tmp_path):
     row = {"method": EVIL, "refit": None, "cost": 1.0, "agreement": 0.9}
     rows = [row | {"until": cut, "cost": cost} for cut, cost in ((EVIL, 1.2), (None, 1.0))]
@@ -211,6 +210,7 @@ def test_the_page_of_a_table(browser, tmp_path):
     assert browser.execute_script("return window.hit") is None
 
 
+@pytest.mark.slow
 def test_a_thousand_nodes_stay_usable(opened):
     layers = [[nn.Linear(4, 4), nn.ReLU()] for _ in range(260)]
     deep = nn.Sequential(*(layer for pair in layers for layer in pair))
