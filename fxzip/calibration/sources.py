@@ -15,6 +15,7 @@ from ..tracing.calls import Call, JointCall, batch_size
 from . import processes
 from .batches import batches
 from .data_forms import MAX_BATCHES, PerModel, Source, sources_of
+from .store import NOTHING, Store
 
 logger = logging.getLogger("fxzip")
 
@@ -47,6 +48,7 @@ class Calibration:
         watch: shows each batch of a pass as it comes; None: a bar of its own for each pass, if `show`.
         counts: how many inputs and batches each pass gave that went to its end.
         say: shows a sentence; None: it goes to the log `fxzip`.
+        store: has what was found out of the batches before.
     """
 
     sources: tuple[Iterable[Any], ...]
@@ -59,6 +61,7 @@ class Calibration:
     watch: Watch | None = None
     counts: list[tuple[int, int]] = field(default_factory=list)
     say: Callable[[str], None] | None = None
+    store: Store = NOTHING
 
     @classmethod
     def of(
@@ -108,7 +111,7 @@ class Calibration:
 
     def __call__(self, stage: str) -> Replay:
         """All batches, named `stage` on the bar."""
-        return Replay(lambda: self._counted(stage), max(len(self.sources), 1), self.say)
+        return Replay(lambda: self._counted(stage), max(len(self.sources), 1), self.say, self.store)
 
     @property
     def inputs(self) -> int | None:
@@ -142,6 +145,7 @@ class Replay:
     start: Callable[[], Iterator[tuple[int, Call]]]
     sources: int = 1
     say: Callable[[str], None] | None = None
+    store: Store = NOTHING
 
     def __iter__(self) -> Iterator[Call]:
         return (call for _, call in self.start())
@@ -158,6 +162,11 @@ def tell(data: Iterable[Call], text: str) -> None:
         logger.info("%s", text)
     elif say is not None:
         say(text)
+
+
+def store_of(data: Iterable[Call]) -> Store:
+    """What was found out of the batches before."""
+    return data.store if isinstance(data, Replay) else NOTHING
 
 
 def with_sources(data: Iterable[Call]) -> tuple[Iterator[tuple[int, Call]], int]:

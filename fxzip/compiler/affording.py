@@ -160,6 +160,10 @@ def _made(session: Session, observed: Observed, recipe: Recipe, solo: Mapping[in
 
 def spent_by(session: Session, network: ZippedModule, budget: Budget) -> float:
     """What a network takes in the currency of a budget, measured, relative to the first model."""
+    return session.store.value(f"{budget.currency} of a network", lambda: _spent_by(session, network, budget))
+
+
+def _spent_by(session: Session, network: ZippedModule, budget: Budget) -> float:
     first = session.survey.alignment.programs[0]
     if budget.currency in ("flops", "parameters"):
         counted: Mapping[str, Any] = network.report[budget.currency]

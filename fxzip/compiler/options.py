@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict
@@ -48,6 +49,7 @@ class CompileOptions(TypedDict, total=False):
     rules: Mapping[str, Rule] | None
     base: nn.Module | Mapping[str, Tensor] | None
     weights: Sequence[float] | Mapping[str, float] | None
+    resume: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ trace -> label, self-check -> align (`Session.open`) -> find_trunk -> observe (`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -45,6 +46,8 @@ from .options import (
 )
 from .placement import brought_back, device_of
 from .progress import Display
+from .request import facts_of
+from .resuming import opened
 from .search import best_agreeing, deepest_agreeing, earliest_affordable, exactly_shared
 from .session import Candidate, Session
 
@@ -84,6 +87,7 @@ def compile_zip(
     rules: Mapping[str, Rule] | None = None,
     base: nn.Module | Mapping[str, Tensor] | None = None,
     weights: Sequence[float] | Mapping[str, float] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> ZippedModule:
     """Zip trained networks of one architecture into one multi-task network, without training.
 
@@ -159,6 +163,9 @@ def compile_zip(
             Without it, fine-tunes of one base are recognised by their weights, and "auto" is "average", not "tsv".
         weights: how much each model counts, for methods that weigh models: those four and "average". By the names of
             the tasks where models have names. Only ratios count, but with "task-arithmetic" they are its coefficients.
+        resume: a folder, new or of an earlier call with the same arguments that did not come to its end. What that one
+            found out is kept there (moments, fitted layers, cuts that were tried), and is not computed again; the
+            result is the same to the bit. `data` must give the same batches in the same order. The folder stays.
 
     Returns:
         A `torch.fx.GraphModule` in eval mode. It takes what the models take and returns a tuple with each model's
@@ -184,8 +191,11 @@ def compile_zip(
         max_batches=max_batches, rules=rules, data_free=recipe.data_free, base=base_tensors(base),
         compared_by='`until="auto"`' if isinstance(cut, (DeepestAgreeing, BestWithin)) else "",
     )  # fmt: skip
+    store = opened(resume)
+    if resume is not None:
+        store.bind(facts_of(given, options, recipe, cut))
     with Display(show=progress) as display:
-        session = Session.open(given, data, options, display)
+        session = Session.open(given, data, options, display, store=store)
         recipe = for_fine_tunes(recipe, session.survey)
         session = session.positional(recipe)
         try:

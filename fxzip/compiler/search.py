@@ -62,7 +62,8 @@ class _Trials:
         build: makes a zip.
         agreement: of every head, by the number of the cut; empty where no zip can be had.
         costs: by the number of the cut, relative to the first model.
-        best: the best zip so far, and the number of its cut.
+        best: the number of the cut of the best zip so far.
+        kept: the best zip, or the last one, by the number of its cut.
     """
 
     session: Session
@@ -70,7 +71,8 @@ class _Trials:
     build: Build
     agreement: dict[int, tuple[float, ...]] = field(default_factory=dict)
     costs: dict[int, float] = field(default_factory=dict)
-    best: tuple[int, ZippedModule] | None = None
+    best: int | None = None
+    kept: dict[int, ZippedModule] = field(default_factory=dict)
 
     @property
     def cuts(self) -> list[Cut]:
@@ -83,12 +85,21 @@ class _Trials:
         assert self.session.held is not None  # the session was opened for a search
         return self.session.held
 
-    def made(self, place: int) -> ZippedModule:
-        """The zip at a cut, judged."""
+    def attempt(self, place: int) -> None:
+        """Make the zip at a cut and judge it, unless it is known what came of that before the compile was resumed."""
         self.session.display.about(f"cut {_place(self.cuts[place])}, {len(self.agreement) + 1}. try")
-        zipped = self.build(self.candidates[place])
-        self.agreement[place], self.costs[place] = self.held.agreement(zipped), _cost(zipped)
-        return zipped
+        self.kept = {number: zipped for number, zipped in self.kept.items() if number == self.best}
+
+        def judged() -> tuple[tuple[float, ...], float]:
+            zipped = self.kept[place] = self._made(place)
+            return self.held.agreement(zipped), _cost(zipped)
+
+        found = self.session.store.value(f"agreement at cut {place}", judged, once=True)
+        self.agreement[place], self.costs[place] = found
+
+    def _made(self, place: int) -> ZippedModule:
+        with self.session.store.part(f"cut {place}"):
+            return self.build(self.candidates[place])
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -98,7 +109,7 @@ class _Trials:
         except KeyboardInterrupt as stop:
             if self.best is None:
                 raise
-            place = self.best[0]
+            place = self.best
             done, cut = len(self.costs), _place(self.cuts[place])
             text = f"the search was interrupted after {done} zips; {cut} is the best of them"
             noted = self.noted({"until": self.cuts[place].until, "interrupted": True}, text)
@@ -107,7 +118,8 @@ class _Trials:
     def noted(self, values: dict[str, Any], note: str) -> ZippedModule:
         """The best zip, with what its report says of the search."""
         assert self.best is not None
-        place, zipped = self.best
+        place = self.best
+        zipped = self.kept[place] if place in self.kept else self._made(place)
         found = {"agreement": self.agreement[place], "held_out": self.held.size, "frontier": self.frontier}
         evaluations = {self.cuts[i].until: min(heads) for i, heads in sorted(self.agreement.items()) if heads}
         return _noted(zipped, {**values, **found, "evaluations": evaluations}, note)
@@ -124,7 +136,7 @@ class _Trials:
     def agreeing(self) -> str:
         """The agreement of the best zip's heads, in words."""
         assert self.best is not None
-        heads = ", ".join(f"{value:.3f}" for value in self.agreement[self.best[0]])
+        heads = ", ".join(f"{value:.3f}" for value in self.agreement[self.best])
         return f"{heads} of {self.held.size} held-out inputs, on which nothing was fitted"
 
 
@@ -140,10 +152,10 @@ def deepest_agreeing(session: Session, candidates: Sequence[Candidate], build: B
     session.display.expect(1 + ceil(log2(max(len(candidates), 1))))
 
     def passes(place: int) -> bool:
-        zipped = trials.made(place)
+        trials.attempt(place)
         agrees = min(trials.agreement[place]) >= minimum
         if agrees:
-            trials.best = place, zipped
+            trials.best = place
         return agrees
 
     with trials.interruptible():
@@ -207,12 +219,12 @@ def best_agreeing(session: Session, candidates: Sequence[Candidate], build: Buil
         if place in trials.agreement:
             return
         try:
-            zipped = trials.made(place)
+            trials.attempt(place)
         except CostError:
             trials.agreement[place] = ()
             return
-        if trials.best is None or (_mean(trials, place), place) > (_mean(trials, trials.best[0]), trials.best[0]):
-            trials.best = place, zipped
+        if trials.best is None or (_mean(trials, place), place) > (_mean(trials, trials.best), trials.best):
+            trials.best = place
 
     last = len(candidates) - 1
     coarse = sorted({round(last * i / (_COARSE - 1)) for i in range(_COARSE)})
@@ -224,12 +236,12 @@ def best_agreeing(session: Session, candidates: Sequence[Candidate], build: Buil
                 f"`max_cost={limit}` must be in reach; what has to keep its size takes more at each of "
                 f"{len(candidates)} cuts. Raise it."
             )
-        middle = trials.best[0]
+        middle = trials.best
         here = coarse.index(middle)
         for place in coarse[max(here - 1, 0) : here] + coarse[here + 1 : here + 2]:
             attempt((place + middle) // 2)
 
-    place = trials.best[0]
+    place = trials.best
     cut, cost = trials.cuts[place], trials.costs[place]
     note = (
         f'`until="auto"` chose {_place(cut)} of {len(candidates)} cuts by {len(trials.costs)} evaluations: cost '

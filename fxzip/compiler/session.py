@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from ..calibration import processes
@@ -15,6 +15,7 @@ from ..calibration.holdout import EVERY_FIFTH, EVERY_TENTH, HeldOut, checksum, h
 from ..calibration.observer import observe, observe_all
 from ..calibration.shapes import other_shapes
 from ..calibration.sources import Calibration
+from ..calibration.store import NOTHING, Store
 from ..errors import InputError
 from ..partition.cut_points import Cut
 from ..partition.region import Trunk
@@ -34,6 +35,7 @@ from .arguments import Given, data_of
 from .options import Options, Recipe
 from .placement import at_work
 from .progress import Display
+from .request import facts_of_data, facts_of_graphs
 from .survey import Survey, cuts_and_trunks, survey
 
 
@@ -61,6 +63,7 @@ class Session:
         survey: what is known of the models.
         calibration: the inputs that are fitted on.
         held: inputs that nothing is fitted on; None where there are none.
+        store: has what was found out before, where a compile is resumed.
     """
 
     given: Given
@@ -69,9 +72,13 @@ class Session:
     survey: Survey
     calibration: Calibration
     held: HeldOut | None
+    store: Store = NOTHING
 
     @classmethod
-    def open(cls, given: Given, data: Any, options: Options, display: Display, *, held_out: Any = None) -> Session:
+    def open(
+        cls, given: Given, data: Any, options: Options, display: Display, *, held_out: Any = None,
+        store: Store = NOTHING,
+    ) -> Session:  # fmt: skip
         """Look at the models, and hold inputs out.
 
         Args:
@@ -80,6 +87,7 @@ class Session:
             options: of the request.
             display: shows how far the request is.
             held_out: batches to hold out instead of inputs of `data`.
+            store: of the request, which is bound to the data here.
 
         Raises:
             InputError, OptionError, TraceError, AlignError, DataError, BarrierError, SelfCheckError: see
@@ -91,12 +99,15 @@ class Session:
         if options.data_free:
             calibration = Calibration.none(call)
         else:
-            calibration = _calibration(given, data, options, display)
+            calibration = replace(_calibration(given, data, options, display), store=store)
+        if store is not NOTHING:
+            store.bind(facts_of_data(calibration))
         if options.joint:
             needs_tasks(calibration, len(models))
 
         found = survey(models, call, options, others=other_shapes(calibration, call), display=display)
         programs = found.alignment.programs
+        store.bind(facts_of_graphs(programs))
         if options.joint:
             needs_classifiers(programs)
 
@@ -109,7 +120,7 @@ class Session:
                 calibration, held = hold_out(calibration, programs, every=EVERY_FIFTH, needed_by=options.compared_by)
             elif options.hold_out and data is not None:
                 calibration, held = hold_out(calibration, programs, every=EVERY_TENTH)
-        return cls(given, options, display, found, calibration, held)
+        return cls(given, options, display, found, calibration, held, store)
 
     def positional(self, recipe: Recipe) -> Session:
         """The session in which features that cannot be matched are averaged place by place, if the recipe does that."""
@@ -133,13 +144,15 @@ class Session:
 
     def _observed_all(self, cuts: Sequence[Cut], trunks: Sequence[Trunk], recipe: Recipe) -> list[Candidate]:
         with self.display.stage("observing"):
-            moments = observe_all(trunks, self.calibration("observing") if recipe.observes else ())
+            batches = self.calibration("observing") if recipe.observes else ()
+            moments = self.store.value("moments of all cuts", lambda: observe_all(trunks, batches))
         return [Candidate(cut, Observed(trunk, own)) for cut, trunk, own in zip(cuts, trunks, moments, strict=True)]
 
     def observed(self, trunk: Trunk, recipe: Recipe) -> Observed:
         """A trunk with what the data show of it, if the recipe asks for that."""
         with self.display.stage("observing"):
-            return Observed(trunk, observe(trunk, self.calibration("observing") if recipe.observes else ()))
+            batches = self.calibration("observing") if recipe.observes else ()
+            return Observed(trunk, self.store.value("moments", lambda: observe(trunk, batches)))
 
     def solo(self, trunks: Iterable[Trunk], recipe: Recipe) -> Mapping[int, Observed]:
         """The models by themselves, by number, if heads behind some of the trunks can be narrowed."""
@@ -153,7 +166,11 @@ class Session:
     @cached_property
     def _solo(self) -> Mapping[int, Observed]:
         own = self.survey.whole_trunks
-        return {k: Observed(one, observe(one, self.calibration("observing heads"))) for k, one in own.items()}
+        found = {}
+        for k, one in own.items():
+            make = partial(observe, one, self.calibration("observing heads"))
+            found[k] = Observed(one, self.store.value(f"moments of model {k}", make, once=True))
+        return found
 
     def prices(self, currency: Currency) -> Prices:
         """Of every node of every model, in a currency."""
@@ -176,12 +193,14 @@ class Session:
                 for k, trunk in self.survey.whole_trunks.items()
             }
             known = CachedSeconds.of(programs[0].call.device)
-            return processes.of_first(lambda: latency_prices(programs, alone, known))
+            measure = partial(latency_prices, programs, alone, known)
+            return self.store.value("seconds of nodes", lambda: processes.of_first(measure), once=True)
 
     @cached_property
     def call_outputs(self) -> CallOutputs:
         """What the data show of the calls that may be factorised."""
-        return CallOutputs.observe(self.survey.alignment, lambda: self.calibration("observing calls"))
+        make = partial(CallOutputs.observe, self.survey.alignment, lambda: self.calibration("observing calls"))
+        return self.store.value("outputs of calls", make, once=True)
 
     def shifted(self, network: ZippedModule) -> ZippedModule:
         """The network with the logits of its heads moved such that they tell the tasks apart, where that is asked."""

@@ -19,7 +19,7 @@ from fxzip.refit.least_squares import walk
 from fxzip.refit.least_squares.blocks import Blocks
 from fxzip.refit.least_squares.reduced_rank import cut_rank
 from fxzip.refit.least_squares.ridge import Regression, ridge_solution
-from fxzip.refit.least_squares.solving import solve
+from fxzip.refit.least_squares.solving import Solved, solve
 from fxzip.refit.unfit import Unfit
 from fxzip.rewriting.factorised import Factors, LinearSize, factorise, factorised_calls, linear_size, why_whole
 from fxzip.tracing import trace
@@ -316,10 +316,10 @@ def test_what_is_left_alone_is_named_with_its_reason() -> None:
 
 
 def test_a_call_that_cannot_be_fitted_stays_one_and_is_named(monkeypatch) -> None:
-    def refuse(net, unit, *rest) -> None:
+    def refuse(net, unit, *rest) -> Solved:
         if "conv1" in unit.name:
             raise Unfit("it is not to be had")
-        solve(net, unit, *rest)
+        return solve(net, unit, *rest)
 
     monkeypatch.setattr(walk, "solve", refuse)
     zipped = _zip(_residual(3, 0), _residual(4, 1), x=_images(), rank={"3.conv1": 0.5, "3.conv2": 0.5})

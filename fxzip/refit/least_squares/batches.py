@@ -9,6 +9,7 @@ from functools import partial
 from torch import fx, nn
 
 from ...calibration import processes
+from ...calibration.store import NOTHING, Store
 from ...errors import DataError
 from ...tracing.calls import Call, batch_size
 from ...tracing.containers import flatten
@@ -36,6 +37,7 @@ class Batches:
         samples_file: where the samples of a regression lie; None: in memory.
         usage: what the fit is going to take.
         meter: measures what it takes.
+        store: has what was solved before, where a compile is resumed.
     """
 
     calls: list[Callable[[], Call]]
@@ -49,6 +51,7 @@ class Batches:
     samples_file: SpillFile | None = None
     usage: Usage | None = None
     meter: Meter = field(default_factory=Meter)
+    store: Store = NOTHING
 
     @classmethod
     def of(cls, call: Call) -> Batches:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ...calibration.sources import tell, with_sources
+from ...calibration.sources import store_of, tell, with_sources
 from ...rewriting.factorised import factorise
 from ...rewriting.module import ZippedModule, part_of, sources_of
 from ...rewriting.zip_plan import ZipPlan
@@ -55,6 +55,7 @@ class LeastSquares(Settings):
         with SpillFile() as file, full_precision(), torch.no_grad():
             unfit = _tried(zipped, plan, self)
             batches = Batches.read(laid, sources, self._bound(zipped, programs), file)
+            batches.store = store_of(data)
             tell(data, f"least squares on {batches.inputs} inputs: {batches.usage}")
             while True:
                 result = copy.deepcopy(zipped)

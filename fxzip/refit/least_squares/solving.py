@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -168,24 +168,70 @@ def offset_of(samples: Sequence[Sample]) -> Blocks | None:
     return _blocks(offsets) if len(offsets) == len(samples) else None
 
 
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """What came of one unit.
+
+    Attributes:
+        left: why it stays as it was zipped; "" where it was solved.
+        weight: of a linear call with the BatchNorm behind it, float64 [groups, outputs, inputs]; of others the scale
+            of each feature.
+        bias: float64 [outputs], or the shift of each feature.
+        factors: what the weight is made of where it has a rank, [rank, inputs] and [outputs, rank].
+        lost: see `Fit`.
+        raised: the ridge, where it had to grow.
+    """
+
+    left: str = ""
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    factors: tuple[Tensor, Tensor] | None = None
+    lost: float | None = None
+    raised: float | None = None
+
+
 def solve(
-    net: ZippedModule, unit: Unit, samples: Sequence[Sample], settings: Settings, fit: Fit,
-    asked: Asked = ANYTHING,
-) -> None:  # fmt: skip
-    """Solve the regression of one unit and write the solution into its parameters."""
+    net: ZippedModule, unit: Unit, samples: Sequence[Sample], settings: Settings, asked: Asked = ANYTHING
+) -> Solved:
+    """Solve the regression of one unit. Nothing is changed."""
     joined = _Joined.of(samples)
     if unit.kernel is not None:
-        _solve_linear(net, unit, joined, settings, fit, asked)
-    else:
-        _solve_affine(unit, joined, settings)
-    fit.fitted.append(unit.name)
-
-
-def _solve_affine(unit: Unit, joined: _Joined, settings: Settings) -> None:
-    """One scale and one shift for each feature."""
+        return _solve_linear(net, unit, joined, settings, asked)
     scale, shift = affine_solution(
         joined.x, joined.t, settings.ridge, scaled=unit.scale is not None, shifted=unit.shift is not None
     )
+    return Solved(weight=scale, bias=shift)
+
+
+def write(net: ZippedModule, unit: Unit, solved: Solved, fit: Fit) -> None:
+    """Write a solution into the parameters of its unit, and note what the report says of it."""
+    weight, bias = solved.weight, solved.bias
+    assert weight is not None
+    assert bias is not None
+    fit.fitted.append(unit.name)
+    if unit.kernel is None:
+        _write_affine(unit, weight, bias)
+        return
+
+    if solved.factors is not None:
+        fit.factors[unit.sites[0].node] = Factors(*solved.factors)
+    if solved.lost is not None:
+        fit.lost[unit.name] = solved.lost
+    if solved.raised is not None:
+        fit.raised[unit.name] = solved.raised
+    norm = _norm(net, unit)
+    install(unit.kernel, norm, weight, bias)
+    if unit.owner is not None and norm is None:
+        like = unit.kernel.weight
+        unit.owner.bias = nn.Parameter(bias.to(like), requires_grad=like.requires_grad)
+
+
+def _norm(net: ZippedModule, unit: Unit) -> nn.Module | None:
+    return called(net, unit.norm) if unit.norm is not None else None
+
+
+def _write_affine(unit: Unit, scale: Tensor, shift: Tensor) -> None:
+    """One scale and one shift for each feature."""
     if unit.scale is not None:
         unit.scale.mul_(scale.reshape(unit.scale.shape).to(unit.scale))
     if unit.shift is not None:
@@ -194,18 +240,16 @@ def _solve_affine(unit: Unit, joined: _Joined, settings: Settings) -> None:
         )
 
 
-def _solve_linear(
-    net: ZippedModule, unit: Unit, joined: _Joined, settings: Settings, fit: Fit, asked: Asked
-) -> None:  # fmt: skip
+def _solve_linear(net: ZippedModule, unit: Unit, joined: _Joined, settings: Settings, asked: Asked) -> Solved:
     """x [places, groups, inputs], t [places, outputs]: one regression per group."""
-    kernel = unit.kernel
+    kernel, norm = unit.kernel, _norm(net, unit)
     assert kernel is not None
-    norm = called(net, unit.norm) if unit.norm is not None else None
     flat, bias = effective(kernel, norm)
     groups, rows, inputs = flat.shape
     rounds = settings.rounds if joined.rectified else 0
     constant = kernel.bias is not None or norm is not None or unit.owner is not None
     scarce = joined.x.rows < settings.scarce * inputs
+    result = Solved(weight=flat, bias=bias)
 
     for g in range(groups):
         mine = slice(g * rows, (g + 1) * rows)
@@ -222,19 +266,15 @@ def _solve_linear(
             rank=asked.rank,
         )  # fmt: skip
         if factors is not None:
-            fit.factors[unit.sites[0].node] = Factors(factors[0].T, factors[1].T)
+            result = replace(result, factors=(factors[0].T.contiguous(), factors[1].T.contiguous()))
         flat[g] = (solution[:-1] if constant else solution).T
         if constant:
             bias[mine] = solution[-1]
         if lost is not None:
-            fit.lost[unit.name] = lost
+            result = replace(result, lost=lost)
         if ridge > given:
-            fit.raised[unit.name] = ridge
-
-    install(kernel, norm, flat, bias)
-    if unit.owner is not None and norm is None:
-        weight = kernel.weight
-        unit.owner.bias = nn.Parameter(bias.to(weight), requires_grad=weight.requires_grad)
+            result = replace(result, raised=ridge)
+    return result
 
 
 def _half(samples: Sequence[Sample]) -> Blocks:

@@ -26,7 +26,7 @@ from .lockstep import Lockstep
 from .parts import Part
 from .regression_targets import HeadTargets, NarrowHeadTargets, RegressionTarget, TrunkTargets
 from .samples import Batch, Sample, Sampler
-from .solving import Asked, Fit, Settings, offset_of, solve
+from .solving import Asked, Fit, Settings, Solved, offset_of, solve, write
 from .spill_file import fetched
 
 
@@ -189,19 +189,34 @@ class Walk:
         Raises:
             Unfit: it is left, and others were fitted in the belief that it would not be.
         """
+        if self.is_trial:
+            solved = self._solved(part, unit)
+        else:
+            solved = self.batches.store.value(f"{part.name}, {unit.name}", lambda: self._solved(part, unit))
+        self.units += 1
+        if solved.left:
+            if any((site.node, site.call) in self.relied for site in unit.sites):
+                found = Unfit(solved.left)
+                found.restart = unit.name
+                raise found
+            self.fit.left[unit.name] = solved.left
+            return
+        if solved.weight is not None:
+            write(self.net, unit, solved, self.fit)
+        self.zipped.forget(unit.sites[0].node)
+
+    def _solved(self, part: Part, unit: Unit) -> Solved:
+        """The solution of one unit, or why there is none; in a trial whether there is one."""
         try:
             samples = self._drawn(part, unit)
-            if not self.is_trial:
-                asked = Asked(self._free_target(part, unit, samples), self._rank(part, unit))
-                solve(self.net, unit, samples, self.settings, self.fit, asked)
-                self.batches.meter.look()
+            if self.is_trial:
+                return Solved()
+            asked = Asked(self._free_target(part, unit, samples), self._rank(part, unit))
+            solved = solve(self.net, unit, samples, self.settings, asked)
         except Unfit as found:
-            if any((site.node, site.call) in self.relied for site in unit.sites):
-                found.restart = unit.name
-                raise
-            self.fit.left[unit.name] = str(found)
-        else:
-            self.zipped.forget(unit.sites[0].node)
+            return Solved(str(found))
+        self.batches.meter.look()
+        return solved
 
     def _drawn(self, part: Part, unit: Unit) -> list[Sample]:
         """What all processes can draw samples of; where one cannot, none does."""
@@ -239,7 +254,6 @@ class Walk:
             self.batches.meter.look()
             for network in networks:
                 network.close(batch)
-        self.units += 1
         per_feature = next((t for t in (unit.scale, unit.shift) if t is not None), None)
         if unit.kernel is None and per_feature is not None and per_feature.numel() != samples[0].x.shape[1]:
             raise Unfit("several features share one parameter")
