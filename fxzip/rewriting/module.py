@@ -62,7 +62,7 @@ class EmittedModule(fx.GraphModule):
         """Generate the code anew. Functions that are not PyTorch's are marked as one call each, for tracers."""
         for node in self.graph.nodes:
             own = node.op == "call_function" and isinstance(node.target, FunctionType)
-            if own and not str(node.target.__module__).startswith("torch."):
+            if own and str(node.target.__module__).partition(".")[0] != "torch":  # tracing knows those of PyTorch
                 node.meta["is_wrapped"] = True
         return super().recompile()
 

@@ -22,7 +22,7 @@ from .calls import Call
 from .containers import flatten, leaves
 from .guards import asked_by_model, form_of, place_in_source, require
 from .numbers import MATH, is_number, may_read
-from .questions import FACTORIES, SHAPE_FUNCTIONS, SHAPE_METHODS, SIZE_METHODS
+from .questions import FACTORIES, SHAPE_FUNCTIONS, SHAPE_METHODS, SIZE_METHODS, plain_attribute, type_on_value
 from .symbolic import SymbolicTracer
 from .threads import only_here
 
@@ -139,7 +139,7 @@ class ValueTracer(SymbolicTracer):
         if kind == "placeholder":
             return self._examples[target]
         if kind == "get_attr":
-            return functools.reduce(lambda owner, name: _plain(owner, name), target.split("."), self.root)
+            return functools.reduce(plain_attribute, target.split("."), self.root)
 
         found, structure = flatten((args, kwargs), _is_proxy)
         args, kwargs = structure.build([proxy.value for proxy in found])
@@ -180,7 +180,7 @@ class ValueTracer(SymbolicTracer):
                 stack.enter_context(mock.patch.object(math, name, only_here(recorded(original), original)))
             stack.enter_context(mock.patch.object(torch, "is_tensor", _on_value(torch.is_tensor)))
             for name in ("finfo", "iinfo"):
-                stack.enter_context(mock.patch.object(torch, name, _type_on_value(getattr(torch, name))))
+                stack.enter_context(mock.patch.object(torch, name, type_on_value(getattr(torch, name), _on_value)))
             yield
 
 
@@ -239,6 +239,25 @@ class ValueProxy(fx.Proxy):
     def __hash__(self) -> int:
         return hash(self.concrete("hash")) if is_number(self.value) and self.sized else object.__hash__(self)
 
+    def __str__(self) -> str:
+        return str(self.concrete("str")) if is_number(self.value) and asked_by_model() else super().__str__()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.concrete("format"), spec) if is_number(self.value) else super().__format__(spec)
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __round__(self, *digits: Any) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
+
+    def __array_ufunc__(self, function: Any, how: str, *given: Any, **options: Any) -> Any:
+        """A function of NumPy on a number: `np.sqrt(n)` is `math.sqrt(n)`; of others Python sees the value."""
+        if how == "__call__" and function.__name__ in MATH and not options:
+            return getattr(math, function.__name__)(*given)
+        plain = [value.concrete("number") if _is_proxy(value) else value for value in given]
+        return getattr(function, how)(*plain, **options)
+
     def __len__(self) -> int:
         varies = isinstance(self.value, Tensor) or (self.node.op != "placeholder" and bool(leaves(self.value)))
         if self.given and varies:  # so many rows, chunks, parts
@@ -273,28 +292,3 @@ def _on_value(original: Any) -> Any:
 
 def _is_proxy(value: Any) -> bool:
     return issubclass(type(value), ValueProxy)
-
-
-def _type_on_value(original: type) -> type:
-    """The same for a class: its instances are those of the original."""
-
-    class OnValue(type):
-        def __call__(cls, *args: Any) -> Any:
-            return _on_value(original)(*args)
-
-        def __instancecheck__(cls, instance: Any) -> bool:
-            return isinstance(instance, original)
-
-        def __subclasscheck__(cls, subclass: type) -> bool:
-            return issubclass(subclass, original)
-
-    return OnValue(original.__name__, (), {"__module__": original.__module__})
-
-
-def _plain(owner: Any, name: str) -> Any:
-    """The attribute itself: tracing patches `Module.__getattr__`."""
-    if isinstance(owner, nn.Module):
-        for store in (owner._parameters, owner._buffers, owner._modules):
-            if name in store:
-                return store[name]
-    return vars(owner)[name] if name in vars(owner) else getattr(owner, name)

@@ -6,8 +6,10 @@ structure, no guards.
 
 from __future__ import annotations
 
+import ast
 import functools
 import operator
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -48,7 +50,8 @@ def trace_export(root: nn.Module, call: Call, dynamic: Sequence[tuple[int, ...]]
     module = exported.module(check_guards=False)
     graph = module.graph
     inline_regions(module, graph)
-    _own_placeholders(root, graph, call)
+    leaves = _own_placeholders(root, graph, call)
+    _guard_sizes(graph, leaves, given, dynamic, getattr(exported, "_guards_code", ()))
     _own_output(graph, returned[-1])
     graph.set_codegen(CodeGen())
     for node in reversed(list(graph.nodes)):
@@ -152,10 +155,11 @@ def _is_value(value: Any) -> bool:
     return isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _own_placeholders(root: nn.Module, graph: fx.Graph, call: Call) -> None:
-    """One placeholder for each argument, by its name, in the order of the signature."""
+def _own_placeholders(root: nn.Module, graph: fx.Graph, call: Call) -> list[fx.Node]:
+    """One placeholder for each argument, by its name, in the order of the signature. What the exported graph reads,
+    leaf by leaf."""
     flat = [node for node in graph.nodes if node.op == "placeholder"]
-    pieces = iter(flat)
+    pieces, leaves = iter(flat), list[fx.Node]()
     named = bind(root, call)[1]
     given = dict(zip(named, call.args, strict=False)) | call.kwargs  # in the order in which they were flattened
     with graph.inserting_before(flat[0]):
@@ -168,8 +172,70 @@ def _own_placeholders(root: nn.Module, graph: fx.Graph, call: Call) -> None:
         for name, value in given.items():
             for leaf in _read(graph, wholes[name], value):
                 next(pieces).replace_all_uses_with(leaf)
+                leaves.append(leaf)
     for piece in flat:
         graph.erase_node(piece)
+    return leaves
+
+
+def _guard_sizes(
+    graph: fx.Graph, leaves: Sequence[fx.Node], given: Sequence[Tensor], dynamic: Sequence[tuple[int, ...]],
+    guards: Sequence[str],
+) -> None:  # fmt: skip
+    """Leave a guard behind for all that export took for granted: sizes along axes that are not dynamic, which are
+    built into the graph, and what it has found of those that are (`guards`, in its own notation)."""
+    last = [node for node in graph.nodes if node.op == "placeholder" or node in leaves][-1]
+    with graph.inserting_after(last):
+        end = graph.call_function(operator.getitem, ((), slice(None)))  # what follows is put in front of it
+
+    with graph.inserting_before(end):
+        for leaf, value, axes in zip(leaves, given, dynamic, strict=True):
+            for axis in (axis for axis in range(value.ndim) if axis not in axes):
+                size = graph.call_method("size", (leaf, axis))
+                what = f"the size of axis {axis} of `{leaf.name}`"
+                graph.call_function(require, (size, ("is", value.shape[axis]), what, "the input"))
+        for guard in guards:
+            held = _expression(graph, leaves, ast.parse(guard, mode="eval").body)
+            if isinstance(held, fx.Node):
+                graph.call_function(require, (held, ("is", True), f"`{_readable(guard)}`", "the input"))
+    graph.erase_node(end)
+
+
+_OPERATORS: dict[type[ast.AST], Any] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod, ast.Pow: operator.pow, ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt,
+    ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+}  # fmt: skip
+
+
+def _expression(graph: fx.Graph, leaves: Sequence[fx.Node], tree: ast.expr) -> Any:
+    """A guard of `torch.export`, `L['given'][0].size()[1] <= 8`, as nodes.
+
+    Raises:
+        NotImplementedError: it says something else of the input than how its sizes compare.
+    """
+    match tree:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Subscript(
+            value=ast.Call(func=ast.Attribute(value=ast.Subscript(slice=ast.Constant(value=int(place))), attr="size")),
+            slice=ast.Constant(value=int(axis)),
+        ):
+            return graph.call_method("size", (leaves[place], axis))
+        case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
+            sides = (_expression(graph, leaves, left), _expression(graph, leaves, right))
+            if type(op) in _OPERATORS:
+                return graph.call_function(_OPERATORS[type(op)], sides)
+        case ast.Call(func=ast.Attribute(attr="sym_max" | "sym_min" as name), args=[*given]):
+            return graph.call_function(getattr(torch, name), tuple(_expression(graph, leaves, one) for one in given))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return graph.call_function(operator.neg, (_expression(graph, leaves, operand),))
+    raise NotImplementedError(f"`{_readable(ast.unparse(tree))}` of the sizes of the input is needed")
+
+
+def _readable(guard: str) -> str:
+    """A guard as messages write it."""
+    return re.sub(r"L\['\w+'\]\[(\d+)\]", r"input \1", guard)
 
 
 def _read(graph: fx.Graph, whole: fx.Node, value: Any) -> list[fx.Node]:

@@ -33,6 +33,7 @@ from .structure import Structure
 
 Form = Any
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+_PROXIES = frozenset(str(Path(__file__).with_name(name)) for name in ("example_values.py", "symbolic.py"))
 _LONG = 200  # characters of an object that are compared as they are
 _OWN = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<eval_with_key", "<frozen")
 
@@ -159,9 +160,9 @@ def _brief(value: Any) -> str:
 
 
 def asked_by_model() -> bool:
-    """Whether the function that calls this one was itself called by code of the model, not by PyTorch or fxzip."""
+    """Whether the method of a proxy that calls this was itself called by code of the model, not by PyTorch or fxzip."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename == __file__.replace("guards.py", "example_values.py"):
+    while frame is not None and frame.f_code.co_filename in _PROXIES:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None and not frame.f_code.co_filename.startswith(_OWN)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import nn
 
 FACTORIES = [
     "arange",
@@ -43,3 +47,29 @@ SHAPE_METHODS = frozenset(
 )
 SIZE_METHODS = frozenset(["size", "numel", "nelement"])
 SHAPE_FUNCTIONS = frozenset((getattr, torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor))
+
+
+def type_on_value(original: type, on_value: Callable[[Any], Any]) -> type:
+    """A class that makes what the original makes of the values of proxies (`on_value`); its instances are those of the
+    original."""
+
+    class OnValue(type):
+        def __call__(cls, *args: Any) -> Any:
+            return on_value(original)(*args)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, original)
+
+        def __subclasscheck__(cls, subclass: type) -> bool:
+            return issubclass(subclass, original)
+
+    return OnValue(original.__name__, (), {"__module__": original.__module__})
+
+
+def plain_attribute(owner: Any, name: str) -> Any:
+    """The attribute itself: tracing patches `Module.__getattr__`."""
+    if isinstance(owner, nn.Module):
+        for store in (owner._parameters, owner._buffers, owner._modules):
+            if name in store:
+                return store[name]
+    return vars(owner)[name] if name in vars(owner) else getattr(owner, name)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .calls import Call
 from .containers import Part, flatten, is_plain, is_written
-from .guards import form_of, is_trivial, require
+from .guards import asked_by_model, form_of, is_trivial, require
 from .names import check_arguments
 from .numbers import plain_number
 from .structure import Rebuild
@@ -77,6 +77,9 @@ class SymbolicTracer(fx.Tracer):
             return lambda: own(*bound.args, **bound.kwargs), []
         return lambda: root_fn(self.root, *bound.args, **bound.kwargs), []
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _UnknownProxy(node, self)
+
     def _placeholder(self, name: str, value: Any) -> fx.Proxy:
         return self.create_proxy("placeholder", name, (), {})
 
@@ -108,3 +111,24 @@ class SymbolicTracer(fx.Tracer):
             if found or isinstance(a, Enum):
                 return self.create_node("call_function", Rebuild(structure), tuple(proxy.node for proxy in found), {})
         return super().create_arg(a)
+
+
+class _UnknownProxy(fx.Proxy):
+    """A proxy that does not let the model take it for what it stands for: whether `str(x.shape[1])` is in a table, or
+    `x.shape[1]` in a set, would always be answered with no."""
+
+    def __hash__(self) -> int:
+        self._refuse()
+        return object.__hash__(self)
+
+    def __str__(self) -> str:
+        self._refuse()
+        return super().__str__()
+
+    def __format__(self, spec: str) -> str:
+        self._refuse()
+        return super().__format__(spec)
+
+    def _refuse(self) -> None:
+        if asked_by_model():
+            raise TypeError(f"what `{self.node.name}` is, as a key or a text, is not known without a value")

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import fxzip
-from fxzip.tracing import trace
+from fxzip.rewriting.module import EmittedModule
+from fxzip.tracing import ladder, trace
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -69,3 +70,66 @@ def test_numbers_of_numpy_are_numbers(name):
     for value in (given, np.float64(4.0)) if name == "the argument" else (given,):
         for found in zipped(X, value):
             torch.testing.assert_close(found, model(X, value))
+
+
+class Sizes(nn.Module):
+    """Python that looks at a size, in one way."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.function = nn.Linear(6, 8), nn.Linear(8, 3), function
+        self.by_size = nn.ModuleDict({"9": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        return self.b(self.function(self, torch.relu(self.a(x))).mean(1))
+
+
+FOLLOWED = {
+    "a function of NumPy": lambda net, h: h / np.sqrt(h.shape[1]),
+    "divmod": lambda net, h: h * divmod(h.shape[1], 4)[1],
+    "rounded": lambda net, h: h[:, : round(h.shape[1] * 0.7)],
+}
+ASKED_OF_SIZES = {
+    "a key": lambda net, h: net.by_size[str(h.shape[1])](h) if str(h.shape[1]) in net.by_size else h,
+    "a text": lambda net, h: h * float(f"{h.shape[1]}"),
+    "in a set": lambda net, h: h * 2 if h.shape[1] in {9, 10} else h,
+    "another function of NumPy": lambda net, h: h * np.cbrt(h.shape[1]),
+}
+
+
+@pytest.mark.parametrize("name", [*FOLLOWED, *ASKED_OF_SIZES])
+def test_sizes_are_followed_or_checked(name):
+    net = Sizes({**FOLLOWED, **ASKED_OF_SIZES}[name]).double().eval()
+    short, long = X.new_ones(2, 5, 6), X.new_ones(3, 9, 6)
+    module = trace(net, short).module
+    torch.testing.assert_close(module(short), net(short))
+    if name in FOLLOWED:
+        torch.testing.assert_close(module(long), net(long))
+    else:
+        with pytest.raises(fxzip.SpecializationError):
+            module(long)
+
+
+def test_what_export_builds_in_is_checked(monkeypatch):
+    """Sizes that are not dynamic are constants of the exported graph, and of others it only knows a range."""
+    monkeypatch.setattr(ladder, "RUNGS", ("export",))
+    short, middle, long, odd = (torch.randn(*shape, 6).double() for shape in ((2, 5), (4, 7), (2, 9), (3, 5)))
+    fixed = trace(Sizes(lambda net, h: h * h.shape[1]).double().eval(), short).module
+    fixed(odd)
+    with pytest.raises(fxzip.SpecializationError, match=r"size of axis 1 of `x` at the input .* 5; it gives 7"):
+        fixed(middle)
+    net = Sizes(lambda net, h: h * 2 if h.shape[1] > 8 else h).double().eval()
+    module = trace(net, short, others=[fxzip.tracing.calls.as_call(middle)]).module
+    torch.testing.assert_close(module(odd), net(odd))
+    with pytest.raises(fxzip.SpecializationError, match=r"`input 0\.size\(\)\[1\] <= 8` at the input must give"):
+        module(long)
+
+
+def test_functions_of_pytorch_in_a_zip_leave_tracing_alone():
+    """torch.fx looks for what is marked as a call of one's own under its name, in every trace from then on."""
+    graph = fx.Graph()
+    given = graph.placeholder("x")
+    graph.output(graph.call_function(torch.sym_max, (graph.call_method("size", (given, 0)), 3)))
+    module = EmittedModule(nn.Module(), graph)
+    assert module(torch.ones(5)) == 5
+    fx.symbolic_trace(nn.ReLU())
