@@ -59,7 +59,7 @@ def _literal(paragraph):
     """A paragraph that is no example: code in double backticks, pages as links, other markup escaped."""
     text, parts, end = paragraph[0], [], 0
     for code in _CODE.finditer(text):
-        page = re.fullmatch(r"docs/(\w+)\.md", code[2])
+        page = re.fullmatch(r"docs/((?:\w+/)?\w+)\.md", code[2])
         parts += [_escaped(text[end : code.start()]), f":doc:`/{page[1]}`" if page else f"``{code[2]}``"]
         end = code.end()
     return "".join([*parts, _escaped(text[end:])])

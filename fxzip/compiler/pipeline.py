@@ -107,11 +107,10 @@ def compile_zip(
             With `start`, models may take inputs of their own (another size,
             another modality): `fxzip.PerModel(input of a, input of b, ...)`; the zip then takes the inputs of all
             models, one after another, and batches of `data` are tuples of inputs that belong together.
-        data: unlabelled calibration data: an iterable of batches (a tensor; a tuple or list whose first item is the
-            input; a dict), or `fxzip.PerModel` of one such iterable per model (see
-            `calibration/data_forms.py`). None: the sample input serves; a method
-            that looks at weights only ("weights") then runs without any data, with the refit "stored" unless another
-            is asked for.
+        data: inputs without labels, by which features are matched and fitted: an iterable of batches (a tensor; a tuple
+            or list whose first item is the input; a dict), or `fxzip.PerModel` of one such iterable per model. How
+            many are enough: `docs/faq.md`. None: the sample input serves; a method that looks at weights only
+            ("weights") then runs without any data, with the refit "stored" unless another is asked for.
         method: "auto" ("energy" under least squares, "permute" under RegMean, else "zip"; for fine-tunes of one base
             see `base`), "energy" (features merged
             within and across models that lose the least if all others may stand in for them), "zip" (ZipIt!, arXiv
@@ -122,32 +121,31 @@ def compile_zip(
             for each. What is in front each model computes on its own, a stem for another kind of input say; the
             features that enter the trunk are merged.
         until: where the trunk ends: None (at the heads), a module path or node name of the first model, or a fraction
-            in (0, 1] of the FLOPs to share; or "auto", which looks for it (see `compiler/search.py`).
+            in (0, 1] of the FLOPs to share; or "auto", which looks for it, by `min_agreement` or `max_cost`.
         width: how many features the spaces of the trunk keep, relative to the first model; or a dict of that by the
-            name of a space (see `inspect`); or "auto", by need, so that the zip costs at most `max_cost` (default 1.0)
-            of the first model (see `widths/choose.py`): under least squares the heads keep fewer features then, too
-            (`widths/narrow_heads.py`). Spaces whose size is written into the code, or matters to it, keep it, and the
-            report says so.
+            name of a space (see `inspect`); or "auto": each space by its need, so that the zip costs at most
+            `max_cost` (default 1.0) of the first model. Under least squares the heads keep fewer features then, too.
+            Spaces whose size is written into the code, or matters to it, keep it, and the report says so.
         rank: what convolutions and linear layers of trunk and heads take, relative to what they take as one call: with
-            0.5 each is made two, k×k to r features and 1×1 behind it, which take half (see `widths/ranks.py`); or a
-            dict of that by module path; or "auto", by need within `max_cost`, together with the widths if those are.
+            0.5 each is made two, k×k to r features and 1×1 behind it, which take half; or a dict of that by module
+            path; or "auto", by need within `max_cost`, together with the widths if those are.
             Needs least squares, which fits both. Grouped and shared layers stay as they are.
         min_agreement: with `until="auto"`: the deepest cut at which every head agrees with its original on this share
-            of held-out inputs, a fifth of `data` (see `calibration/holdout.py`). The default, 0.98.
+            of held-out inputs, a fifth of `data`. The default, 0.98.
         max_cost: with `until="auto"`: the earliest cut at which the zip costs at most so much, relative to the first
             model. With `width="auto"`: what the zip may cost; with both, the best of some cuts at that cost, by the
             agreement of the heads on held-out inputs.
         budget: what `max_cost` counts: "latency" (the default: seconds on the device of the sample input, with its
             batch and the threads that PyTorch has; calls are timed once and kept in the user's cache folder, and the
-            result is timed, see `widths/latency.py`), "flops", "memory" (bytes at the peak: parameters, and the tensors
-            that live at once) or "parameters".
+            result is timed, see `docs/howto/latency.md`), "flops", "memory" (bytes at the peak: parameters, and the
+            tensors that live at once) or "parameters".
         refit: "auto" ("lstsq" where `data` is given, else "repair"), None, "batchnorm" (statistics re-estimated),
             "repair" (REPAIR, arXiv 2211.08403), "stored" (without data,
             from the statistics stored in BatchNorms), "lstsq" (least squares, closed form, layer by layer), or an
             object with its settings such as `fxzip.LeastSquares(ridge=1e-3)`.
         joint: for classifiers of different tasks whose logits are compared with one another: move each head's logits,
             all of an input by the same amount, such that together the heads tell the tasks apart. Order and softmax of
-            a head's own logits stay. Needs data per model; see `refit/joint/logit_shifts.py`.
+            a head's own logits stay. Needs data per model.
         hold_out: keep every tenth input of `data` out of all fits; the report says how far the heads agree with their
             originals on these. With `until="auto"`, which compares zips on them, it is every fifth.
         verify: check the analysis by relabelling at random.
