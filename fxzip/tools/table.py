@@ -122,7 +122,7 @@ class Table(Sequence[Mapping[str, Any]]):
         """
         y = self._measure(y)
         page = TablePage(
-            title, _MEASURES.get(y, y), tuple(tabular.points_of(self.rows, y)), **self._content(),
+            title, _MEASURES.get(y, y).partition(" (")[0], tuple(tabular.points_of(self.rows, y)), **self._content(),
             version=str(getattr(sys.modules[__name__.partition(".")[0]], "__version__", "")),
         )  # fmt: skip
         write_html(path, table_html(page))

@@ -49,6 +49,7 @@ class Frontier:
 
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 24, 18, 44
+_NAME = 14  # height of a name, which stands below its mark
 _MOST_NAMES = 12
 
 
@@ -57,7 +58,7 @@ def frontier(points: Sequence[Point], width: int = 720, height: int = 320) -> Fr
     if len(points) < 2:
         return None
     across = _Scale.of([point.cost for point in points], _LEFT, width - _RIGHT)
-    up = _Scale.of([point.value for point in points], height - _BOTTOM, _TOP)
+    up = _Scale.of([point.value for point in points], height - _BOTTOM - _NAME, _TOP)
     names = list(dict.fromkeys(point.line for point in points if point.line))
     marks = [Mark(across.at(point.cost), up.at(point.value), point) for point in points]
     marks.sort(key=lambda mark: mark.point.cost)
