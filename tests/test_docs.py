@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import fxzip
 
@@ -18,10 +19,21 @@ ELSEWHERE = {
     "guide.md": "tests/test_readme.py",
     "rules.md": "tests/analysis/test_rules.py",
     "own_pipeline.md": "tests/test_public_names.py",
-    "page.md": None,  # one line, of a network that other pages have
     "cluster.md": None,  # programs for several processes
 }
 """Pages with Python that is run by another file."""
+
+
+def small_zip():
+    """What a page takes for granted that begins with a zipped network."""
+    a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
+    x, data = torch.randn(8, 4), [torch.randn(50, 4)]
+    zipped = fxzip.compile_zip(a, b, x, data=data, progress=False)
+    return {"fxzip": fxzip, "a": a, "b": b, "x": x, "data": data, "zipped": zipped}
+
+
+GIVEN = {"page.md": small_zip}
+"""Names that a page uses without making them."""
 
 
 def python_of(page):
@@ -68,7 +80,8 @@ def test_the_blocks_run_in_order_as_one_program(page, tmp_path, monkeypatch):
     if "onnx" in (DOCS / page).read_text(encoding="utf-8"):
         pytest.importorskip("onnxruntime")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    names: dict[str, object] = {}
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = GIVEN[page]() if page in GIVEN else {}
     for line, block in python_of(page):
         exec(compile("\n" * line + block, page, "exec"), names)
 
