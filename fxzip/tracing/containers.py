@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from ..errors import ContainerError
@@ -121,7 +121,7 @@ class _Walk:
         if self.is_leaf(value):
             return self._leaf(value)
         constant = Structure(type(value), constant=value)
-        if isinstance(value, _WHOLE):
+        if isinstance(value, _WHOLE) or issubclass(type(value), fx.Proxy):  # which holds all of its graph
             return constant
         if id(value) in self.above:
             self.cyclic.add(id(value))

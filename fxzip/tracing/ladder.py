@@ -21,6 +21,7 @@ from .execution import Record, plain_context, tracing_execution
 from .exporting import trace_export
 from .functional_to_modules import raised
 from .inplace import out_of_place
+from .kept_state import without_proxies
 from .lengths import len_recorded
 from .names import named_safely, safe_names
 from .numbers import is_number
@@ -130,7 +131,7 @@ def _rungs(call: Call) -> tuple[str, ...]:
 
 
 def _traced(own: nn.Module, rung: str, reference: Reference) -> fx.GraphModule:
-    with tracing_execution():
+    with tracing_execution(), without_proxies(own):
         if rung == "export":
             if unsafe := list(safe_names(own)):
                 raise InputError(f"Names of modules must be such as code can hold; found {unsafe[0]!r}. Rename it.")

@@ -14,6 +14,7 @@ from ..errors import ContainerError, InputError, TraceError
 from .calls import Call, batch_size, with_batch
 from .containers import leaves
 from .execution import Record, difference, run_eager, run_recorded
+from .kept_state import changed, marks, state_kept
 from .preparation import first_line
 from .tidying import tidied
 
@@ -58,7 +59,10 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
         TraceError: what it returns holds no tensors, or holds them in what cannot be taken apart.
     """
     try:
-        expected = run_eager(own, call)
+        before = marks(own)
+        with state_kept(own):
+            expected = run_eager(own, call)
+            written = changed(before, marks(own))
         returned = leaves(expected)
     except ContainerError as error:
         raise TraceError(f"`{name}` must return tensors in containers that can be taken apart. {error}") from error
@@ -78,6 +82,8 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
             f"`{name}` must return dense tensors; found one of layout `{sparse}`. Return it by `.to_dense()`, or "
             "what it is made of, and make it sparse of what the zip returns."
         )
+    if written:
+        _check_state(own, call, name, written)
     size = batch_size(call)
     if size is not None:
         fresh = with_batch(call, 3 if size != 3 else 2)
@@ -87,6 +93,31 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
             pass
     fresh = with_batch(call, size or 0)
     return _with_others(own, (call, fresh), (expected, run_eager(own, fresh)), others, other_batch=False)
+
+
+def _check_state(own: nn.Module, call: Call, name: str, written: Sequence[str]) -> None:
+    """A graph gives the same for the same input, whatever it was given before. `written`: what a call changes.
+
+    Raises:
+        TraceError: the model gives something else.
+    """
+    fresh = with_batch(call, batch_size(call) or 0)
+    with state_kept(own):
+        try:
+            alone = run_eager(own, fresh)
+        except Exception:  # input like it is no input: nothing can be said
+            return
+    with state_kept(own):
+        first = run_eager(own, call)
+        later = [(run_eager(own, call), first), (run_eager(own, fresh), alone)]
+
+    if all(difference(found, expected) is None for found, expected in later):
+        return
+    names = ", ".join(f"`{path}`" for path in written[:4]) + (", ..." if len(written) > 4 else "")
+    raise TraceError(
+        f"`{name}` must give the same for the same input; it keeps state between calls, in {names}, and gives "
+        "something else after another call. Make that state an argument and an output of the model."
+    )
 
 
 def _with_others(
