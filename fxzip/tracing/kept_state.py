@@ -85,10 +85,10 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 def without_proxies(model: nn.Module) -> Iterator[None]:
     """Afterwards no module holds a proxy: what code of the model has put into attributes, buffers, lists and dicts
     while it was traced is taken out again."""
+    stores: list[dict[str, Any]] = [store for module in model.modules() for store in (vars(module), module._buffers)]
     held = [
         (store, dict(store), {key: value.copy() for key, value in store.items() if type(value) in _CONTAINERS})
-        for module in model.modules()
-        for store in (vars(module), module._buffers)
+        for store in stores
     ]
     try:
         yield
