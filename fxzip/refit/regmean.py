@@ -39,7 +39,8 @@ from ..tracing import quiet_execution
 from ..tracing.aten_calls import AtenCall, run
 from ..tracing.calls import Call
 from .least_squares.batches import Batches
-from .least_squares.lockstep import Lockstep, bytes_per_row, laid_out
+from .least_squares.footprint import bytes_per_row
+from .least_squares.lockstep import Lockstep, laid_out
 from .least_squares.memory import Bound, limit_of
 from .least_squares.spill_file import SpillFile
 from .linear_calls.kernels import effective, sampled_places
@@ -131,7 +132,7 @@ class RegMeanPlusPlus(RegMean):
         sample, models = programs[0].call, len(programs)
         numbered, sources = with_sources(data)
         laid = ((source, laid_out(call, sample)) for source, call in numbered)
-        bound = Bound(limit_of(self.memory, sample), bytes_per_row(zipped, programs), 0.0, 0.0)
+        bound = Bound(limit_of(self.memory, sample), bytes_per_row(zipped, programs))
         with SpillFile() as file, quiet_execution():
             result = copy.deepcopy(zipped)
             batches = Batches.read(laid, sources, bound, file)

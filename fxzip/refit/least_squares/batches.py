@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from torch import fx, nn
@@ -14,7 +14,7 @@ from ...errors import DataError
 from ...tracing.calls import Call, batch_size
 from ...tracing.containers import flatten
 from .lockstep import Lockstep
-from .memory import Bound, Meter, Usage
+from .memory import Bound, Usage
 from .spill_file import SpillFile, free_on_disk
 from .spilling import Shelf
 
@@ -36,7 +36,6 @@ class Batches:
         file: where the others lie; None: nowhere, their values are computed anew each time.
         samples_file: where the samples of a regression lie; None: in memory.
         usage: what the fit is going to take.
-        meter: measures what it takes.
         store: has what was solved before, where a compile is resumed.
     """
 
@@ -50,7 +49,6 @@ class Batches:
     file: SpillFile | None = None
     samples_file: SpillFile | None = None
     usage: Usage | None = None
-    meter: Meter = field(default_factory=Meter)
     store: Store = NOTHING
 
     @classmethod
@@ -61,7 +59,6 @@ class Batches:
     @classmethod
     def read(cls, numbered: Iterable[tuple[int, Call]], sources: int, bound: Bound, file: SpillFile) -> Batches:
         """All batches of all sources; those that are too many for the bound go to the file as they come."""
-        meter = Meter()
         calls, source, rows = list[Callable[[], Call]](), list[int](), list[int]()
         kept, full = 0, False
         for number, call in numbered:
@@ -81,25 +78,23 @@ class Batches:
         outside = bound.per_row * (sum(rows) - inside)
         room = free_on_disk()
         usage = Usage(
-            bound.limit, bound.expected(inside, largest, len(rows)), outside, on_file=_SPARE * outside <= room
+            bound.limit,
+            bound.expected(inside, largest, sum(rows), len(rows)),
+            outside,
+            on_file=_SPARE * outside <= room,
         )
         numbers, everything = _numbered(source, sources)
         inputs = processes.before([sum(rows)])[1][0]
         return cls(
             calls, source, numbers, sources, everything, inputs, kept,
             file=file if usage.on_file else None,
-            samples_file=file if bound.samples_on_file and bound.samples <= room else None,
+            samples_file=file if bound.samples_on_file(sum(rows)) and bound.samples() <= room else None,
             usage=usage,
-            meter=meter,
         )  # fmt: skip
 
     def lockstep(self, module: fx.GraphModule) -> Lockstep:
         """A network on all of them."""
         return Lockstep(module, self.calls, self.kept, self.file)
-
-    def measured(self) -> Usage | None:
-        """What the fit has taken."""
-        return None if self.usage is None else self.meter.on(self.usage)
 
 
 def _numbered(source: Sequence[int], sources: int) -> tuple[list[int], int]:

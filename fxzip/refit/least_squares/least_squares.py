@@ -12,8 +12,8 @@ calls read features that are only nearly its own, and the later ones repair what
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,15 +22,15 @@ from ...calibration.sources import store_of, tell, with_sources
 from ...rewriting.factorised import factorise
 from ...rewriting.module import ZippedModule, part_of, sources_of
 from ...rewriting.zip_plan import ZipPlan
-from ...tracing import Program, quiet_execution
+from ...tracing import quiet_execution
 from ...tracing.calls import Call
 from ...tracing.precision import full_precision
 from ..refitted import Refitted, noting
 from ..unfit import Unfit
 from .batches import Batches
-from .lockstep import bytes_per_row, laid_out
-from .memory import Bound, limit_of
-from .samples import sample_bytes
+from .footprint import RegressionSize, bytes_per_row, parameter_bytes, size_of
+from .lockstep import laid_out
+from .memory import Bound, Meter, limit_of
 from .solving import Fit, Settings
 from .spill_file import SpillFile
 from .walk import Walk
@@ -52,9 +52,13 @@ class LeastSquares(Settings):
         programs = plan.trunk.alignment.programs
         sample = programs[0].call
         laid = ((source, laid_out(call, sample)) for source, call in numbered)
-        with SpillFile() as file, full_precision(), torch.no_grad():
-            unfit = _tried(zipped, plan, self)
-            batches = Batches.read(laid, sources, self._bound(zipped, programs), file)
+        with SpillFile() as file, Meter(sample.device) as meter, full_precision(), torch.no_grad():
+            unfit, regressions = _tried(zipped, plan, self)
+            bound = Bound(
+                limit_of(self.memory, sample), bytes_per_row(zipped, programs), parameter_bytes(zipped), regressions,
+                (self.positions, self.least), self.scarce,
+            )  # fmt: skip
+            batches = Batches.read(laid, sources, bound, file)
             batches.store = store_of(data)
             tell(data, f"least squares on {batches.inputs} inputs: {batches.usage}")
             while True:
@@ -67,7 +71,9 @@ class LeastSquares(Settings):
                     if not found.restart:
                         raise
                     unfit[found.restart] = str(found)
-        walk.fit.inputs, walk.fit.memory = batches.inputs, batches.measured()
+            assert batches.usage is not None
+            usage = replace(batches.usage, measured=meter.grown)
+        walk.fit.inputs, walk.fit.memory = batches.inputs, usage
         fitted = {(part_of(node), sources_of(node)[0]) for node in walk.fit.factors}
         walk.fit.whole = [f"{part}: {name}" for part, name in plan.ranks if (part, name) not in fitted]
         factorise(result, walk.fit.take_factors())
@@ -75,16 +81,20 @@ class LeastSquares(Settings):
         result.meta["fxzip_fit"] = walk.fit
         return Refitted(result, tuple(walk.fit.notes()))
 
-    def _bound(self, zipped: ZippedModule, programs: Sequence[Program]) -> Bound:
-        samples, gram = sample_bytes(zipped, self.positions, self.least)
-        return Bound(limit_of(self.memory, programs[0].call), bytes_per_row(zipped, programs), samples, gram)
 
-
-def _tried(zipped: ZippedModule, plan: ZipPlan, settings: Settings) -> dict[str, str]:
-    """What cannot be fitted as it turns out on the sample, with the reason. Nothing is changed."""
-    walk = _walk(zipped, plan, Batches.of(plan.trunk.alignment.programs[0].call), settings, {}, trial=True)
+def _tried(
+    zipped: ZippedModule, plan: ZipPlan, settings: Settings
+) -> tuple[dict[str, str], tuple[RegressionSize, ...]]:
+    """What cannot be fitted as it turns out on the sample, with the reason, and how large the regressions of what can
+    be are. Nothing is changed."""
+    batches = Batches.of(plan.trunk.alignment.programs[0].call)
+    walk = _walk(zipped, plan, batches, settings, {}, trial=True)
     walk.all()
-    return walk.fit.left
+    left, sizes = walk.fit.left, list[RegressionSize]()
+    for part in walk.parts.values():
+        told = len(part.originals) if settings.turns and part.merged is not None else 0
+        sizes += [size_of(unit, batches.inputs, told) for unit in part.units if unit.name not in left]
+    return left, tuple(sizes)
 
 
 def _walk(*arguments: Any, trial: bool = False) -> Walk:

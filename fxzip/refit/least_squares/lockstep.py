@@ -6,16 +6,15 @@ there (`spilling`), runs what was noted since, and goes back. Parameters change 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ...tracing import MathAttention, Program, flat_inputs, run_recorded
+from ...tracing import MathAttention, flat_inputs
 from ...tracing.aten_calls import OnCall, watched
-from ...tracing.calls import Call, batch_size, leaves, map_tensors
+from ...tracing.calls import Call, leaves, map_tensors
 from .memory import give_back
 from .spill_file import SpillFile
 from .spilling import Env, Shelf
@@ -166,29 +165,3 @@ def laid_out(call: Call, sample: Call) -> Call:
         return value.permute(order).contiguous().permute([order.index(axis) for axis in range(like.ndim)])
 
     return map_tensors(moved, call)
-
-
-def live_bytes(module: fx.GraphModule, shapes: Mapping[str, Sequence[int]], call: Call) -> float:
-    """Peak of the bytes that the values of all live nodes take, per row of the batch; `shapes` are those on `call`."""
-    waiting = {node: len(node.users) for node in module.graph.nodes}
-    alive: dict[fx.Node, int] = {}
-    width = next((p.element_size() for p in module.parameters()), 4)
-    peak = 0
-    for node in module.graph.nodes:
-        if node.op != "get_attr" and node.name in shapes:
-            alive[node] = math.prod(shapes[node.name]) * width
-        peak = max(peak, sum(alive.values()))
-        for source in node.all_input_nodes:
-            waiting[source] -= 1
-            if waiting[source] == 0:
-                alive.pop(source, None)
-    return peak / max(batch_size(call) or 1, 1)
-
-
-def bytes_per_row(net: fx.GraphModule, programs: Sequence[Program]) -> float:
-    """What an input takes in a walk: the values that live at a time in the originals and in the zipped network, of its
-    own widths, and the input itself, which is held all the time."""
-    call = programs[0].call
-    zipped = live_bytes(net, run_recorded(net, call).shapes, call)
-    held = sum(value.nbytes for value in leaves(call)) / max(batch_size(call) or 1, 1)
-    return zipped + held + sum(live_bytes(own.module, own.shapes, own.call) for own in programs)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import TracebackType
 
 import torch
 
-from ...tracing.calls import Call, leaves
+from ...tracing.calls import Call
+from .footprint import MOST, RegressionSize
 
-SHARE = 1 / 3
-"""Of the memory that is free: what a fit takes unless it is told."""
+SHARE, MOST_UNASKED = 1 / 3, 3 << 30
+"""Of the memory that is free, and bytes of main memory: what a fit takes at most unless it is told. What is beyond lies
+in a file, which the system keeps in memory, too, as long as nobody else needs it."""
 
 _UNKNOWN = 4 << 30  # where the system does not say what is free
 _VALUES = 0.75  # of the memory for values of nodes; the rest is for what calls inside a node make
+_AT_WORK = 2  # times its values that a batch takes while its nodes run, and its samples are drawn
+_PULSE = 0.01  # seconds
 _SAMPLES = 0.5  # of the memory for the samples of a regression
 
 
@@ -33,8 +40,10 @@ def free_memory(device: torch.device) -> int:
 
 def limit_of(memory: float | None, call: Call) -> float:
     """The bound that somebody asked for; None: a share of what is free where a call's tensors are."""
-    device = next((value.device for value in leaves(call)), torch.device("cpu"))
-    return SHARE * free_memory(device) if memory is None else memory
+    if memory is not None:
+        return memory
+    share = SHARE * free_memory(call.device)
+    return share if call.device.type == "cuda" else min(share, MOST_UNASKED)
 
 
 def _available() -> int:
@@ -64,8 +73,10 @@ def peak_memory() -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def taken_memory() -> int:
-    """What this process takes at present, in bytes; 0 where the system does not say."""
+def taken_memory(device: torch.device) -> int:
+    """What this process takes at present, in bytes, on a device; 0 where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
     with suppress(OSError, ValueError, AttributeError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
@@ -96,29 +107,49 @@ class Bound:
     Attributes:
         limit: bytes in all.
         per_row: what an input takes in a walk.
-        samples: what the samples of the largest regression take.
-        gram: what its Gram matrix takes, beside the bound where that is smaller.
+        copy: what the network takes that is written to.
+        regressions: their sizes.
+        wished: positions of a regression, per input and at least.
+        scarce: positions for each input, below which a ridge is chosen by trying.
     """
 
     limit: float
     per_row: float
-    samples: float
-    gram: float
+    copy: float = 0.0
+    regressions: tuple[RegressionSize, ...] = ()
+    wished: tuple[int, int] = (1, 1)
+    scarce: float = 0.0
 
-    @property
-    def samples_on_file(self) -> bool:
+    def samples(self, rows: float = math.inf) -> float:
+        """What the samples of the largest regression on so many inputs take."""
+        return max((own.drawn(own.positions(self.wished, rows)) for own in self.regressions), default=0.0)
+
+    def samples_on_file(self, rows: float) -> bool:
         """Whether the samples are too large for their share."""
-        return self.samples > _SAMPLES * self.limit
+        return self.samples(rows) > _SAMPLES * self.limit
+
+    def regression(self, rows: float, batches: int, *, on_file: bool) -> float:
+        """What the largest regression takes, samples and all."""
+        most = 0.0
+        for own in self.regressions:
+            positions = own.positions(self.wished, rows)
+            kept = own.drawn(positions) / (max(batches, 1) if on_file else 1)
+            beside = max(own.work(positions, self.scarce, on_file=on_file), own.drawing(positions, batches))
+            most = max(most, kept + beside)
+        return most
 
     def rows(self, largest: int) -> int:
         """Inputs whose values may stay in memory, beside those of a batch of this size."""
-        room = _VALUES * (self.limit - min(self.samples, _SAMPLES * self.limit) - self.gram)
-        return max(int(room / max(self.per_row, 1.0)) - largest, 0)
+        samples = min(self.samples(), _SAMPLES * self.limit)
+        square = max((24.0 * min(own.inputs + 1, MOST / own.itemsize) ** 2 for own in self.regressions), default=0.0)
+        room = _VALUES * (self.limit - samples - min(square, _SAMPLES * self.limit) - self.copy)
+        return max(int(room / max(self.per_row, 1.0)) - _AT_WORK * largest, 0)
 
-    def expected(self, kept: int, largest: int, batches: int) -> float:
+    def expected(self, kept: int, largest: int, rows: int, batches: int) -> float:
         """The peak in bytes: the values of so many inputs and of a batch at work, and the largest regression."""
-        samples = self.samples / max(batches, 1) if self.samples_on_file else self.samples
-        return (kept + largest) * self.per_row / _VALUES + samples + self.gram
+        beside = self.regression(rows, batches, on_file=self.samples_on_file(rows))
+        values = (min(kept + largest, rows) + (_AT_WORK - 1) * largest) * self.per_row
+        return self.copy + values + beside
 
 
 @dataclass(frozen=True)
@@ -146,30 +177,49 @@ class Usage:
         return text + ("" if self.measured is None else f"; {size(self.measured)} measured")
 
 
-@dataclass
-class Meter:
-    """Measures what is taken beyond what was there when it was made."""
+class Meter(threading.Thread):
+    """Measures what is taken beyond what was there before; used as a context manager. It draws no random numbers.
 
-    start: int = field(default_factory=taken_memory)
-    before: int = field(default_factory=peak_memory)
-    most: int = 0
+    What the C library holds that is free goes back to the system first: it would be used again, and not seen.
+    """
 
-    def look(self) -> None:
-        """Note what is taken at present."""
-        self.most = max(self.most, taken_memory())
+    leaves_random_state = True
 
-    def on(self, usage: Usage) -> Usage:
-        """The usage with what was measured; a peak between two looks counts where it is the process's highest."""
-        self.look()
-        peak = peak_memory()
-        most = max(self.most, peak if peak > self.before else 0)
-        return replace(usage, measured=float(max(most - self.start, 0)))
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device`: whose memory is looked at; None: the CPU."""
+        super().__init__(name="fxzip memory", daemon=True)
+        give_back()
+        self._device = device or torch.device("cpu")
+        self._over = threading.Event()
+        self._start, self._before = taken_memory(self._device), peak_memory()
+        self._most = self._start
+
+    def __enter__(self) -> Meter:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._over.wait(_PULSE):
+            self._most = max(self._most, taken_memory(self._device))
+
+    @property
+    def grown(self) -> int:
+        """Bytes at the peak; one between two looks counts where it is the process's highest."""
+        peak = peak_memory() if self._device.type == "cpu" else 0
+        self._most = max(self._most, taken_memory(self._device), peak if peak > self._before else 0)
+        return self._most - self._start
 
 
 def size(count: float) -> str:
     """Bytes in words.
 
-    >>> size(3 << 29), size(2000)
-    ('1.5 GiB', '0.0 GiB')
+    >>> size(3 << 29), size(5 << 20)
+    ('1.5 GiB', '5 MiB')
     """
-    return f"{count / (1 << 30):.1f} GiB"
+    return f"{count / (1 << 20):.0f} MiB" if count < 1000 << 20 else f"{count / (1 << 30):.1f} GiB"

@@ -15,6 +15,7 @@ from ..linear_calls.kernels import Kernel, Places, as_rows, effective, sampled_p
 from ..linear_calls.parameter_uses import Survey
 from ..linear_calls.units import Site, Unit, called
 from ..unfit import Unfit
+from .footprint import MOST, row_bytes
 from .lockstep import Lockstep
 from .node_interior import Tail, arguments, find_tail, result
 from .regression_targets import RegressionTarget, TargetValues
@@ -24,29 +25,8 @@ from .spilling import Env
 _Targets = Callable[[fx.Node], "RegressionTarget | None"]
 
 _RELUS = (F.relu, torch.relu, torch.ops.aten.relu.default)
-MOST = 2 << 30
-"""Bytes that the samples of one regression may take; of one that needs more, fewer positions are drawn."""
-
 _CHECKED = 256  # places at which it is checked that a call computes what its kernel says
 _NEAR = 0.02  # relative; rounding in half precision, where another order of places gives 1
-
-
-def row_bytes(inputs: int, outputs: int, itemsize: int) -> int:
-    """What a position of a regression takes: inputs as drawn, and with a column of ones; targets, summands, the
-    originals' features, what is left of them."""
-    return (4 * inputs + 10 * outputs) * itemsize
-
-
-def sample_bytes(net: nn.Module, positions: int, least: int) -> tuple[float, float]:
-    """What the samples of the largest regression of a network take, and its Gram matrix with its factor."""
-    most = gram = 0.0
-    for value in net.parameters():
-        if value.ndim > 1 and value.is_floating_point():
-            outputs, inputs = len(value), value.numel() // max(len(value), 1)
-            row = row_bytes(inputs, outputs, value.element_size())
-            most = max(most, min(max(least, positions * inputs) * row, MOST))
-            gram = max(gram, 32.0 * inputs**2)
-    return most, gram
 
 
 @dataclass(frozen=True, eq=False)

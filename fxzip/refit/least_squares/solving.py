@@ -88,7 +88,7 @@ class Settings:
             `alternating`; 0: none.
         memory: bytes that the activations of all networks, the inputs and the samples of a regression may take at a
             time; what is beyond lies in a temporary file meanwhile, or is computed again where there is no room for
-            one, and the result is the same to the bit. None: a third of what is free.
+            one, and the result is the same to the bit. None: a third of what is free, at most 3 GiB of main memory.
     """
 
     ridge: float = 1e-4

@@ -215,7 +215,6 @@ class Walk:
             solved = solve(self.net, unit, samples, self.settings, asked)
         except Unfit as found:
             return Solved(str(found))
-        self.batches.meter.look()
         return solved
 
     def _drawn(self, part: Part, unit: Unit) -> list[Sample]:
@@ -251,7 +250,6 @@ class Walk:
                 drawn = Batch(batch, self.batches.source[batch], envs[0], envs[1:])
                 sample = self.sampler.draw(unit, site, drawn, target, part.targets.at)
                 samples.append(sample if self.batches.samples_file is None else sample.on(self.batches.samples_file))
-            self.batches.meter.look()
             for network in networks:
                 network.close(batch)
         per_feature = next((t for t in (unit.scale, unit.shift) if t is not None), None)
