@@ -128,7 +128,9 @@ def survey(
     if options.strict:
         _no_barriers(labellings)
     alignment = align(programs, () if start is None else find_stems(labellings, start))
-    found = _with_lifted(alignment, labellings)
+    before = programs[0]
+    as_trained = options.by_position or options.base is not None  # merges what was trained, place by place
+    found = _with_lifted(alignment, labellings, weights=not as_trained)
     if found is not None:
         programs, labellings = found, tuple(label(program, rules) for program in found)
         alignment = align(programs, () if start is None else find_stems(labellings, start))
@@ -143,19 +145,33 @@ def survey(
             f"model {k}: {note}"
             for k, (program, own) in enumerate(zip(programs, checks, strict=True))
             for note in (*program.notes, *(own.notes if own else ()))
-        ),
+        )
+        + _about_weights(before, programs[0]),
         trial=None if checks[0] is None else checks[0].trial,
         strict=options.strict,
         by_position=options.by_position,
     )
 
 
-def _with_lifted(alignment: Alignment, labellings: Sequence[Labelling]) -> list[Program] | None:
-    """The programs with scalars in which they differ lifted to features; None where there are none, or not in all."""
+def _about_weights(before: Program, after: Program) -> tuple[str, ...]:
+    """What the report says of weights that have become parameters: the nodes that computed them are gone."""
+    kept = {node.name for node in after.module.graph.nodes}
+    gone = [node.name for node in before.module.graph.nodes if node.op != "get_attr" and node.name not in kept]
+    if not gone:
+        return ()
+    names = ", ".join(f"`{name}`" for name in gone[:4]) + (", ..." if len(gone) > 4 else "")
+    return (f"what the models compute from parameters alone in {names} is a parameter of the zip, which can be merged",)
+
+
+def _with_lifted(alignment: Alignment, labellings: Sequence[Labelling], *, weights: bool) -> list[Program] | None:
+    """The programs with scalars in which they differ lifted to features, and with `weights` that are computed from
+    parameters; None where there are none, or not in all."""
     differ = differing(alignment)
     if not differ:
         return None
-    result = [lifted(own, {alignment.params[name][k] for name in differ}) for k, own in enumerate(labellings)]
+    result = [
+        lifted(own, {alignment.params[name][k] for name in differ}, weights=weights) for k, own in enumerate(labellings)
+    ]
     return None if any(program is None for program in result) else [p for p in result if p is not None]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..analysis.labelling import Labelling
-from ..analysis.rules import varying
+from ..analysis.rules import Constraints, varying
 from ..tracing import Program, quiet_execution
 from ..tracing.aliasing import sharing
-from .own import weights_behind
+from .own import heads_begin, weights_behind
 
 _MEET = frozenset(
     [
@@ -37,15 +37,18 @@ _SLOPED = frozenset([torch.prelu, nn.functional.prelu, "prelu"])
 _LARGEST = 1 << 22  # elements of what is lifted
 
 
-def lifted(labelling: Labelling, differ: Collection[str]) -> Program | None:
+def lifted(labelling: Labelling, differ: Collection[str], *, weights: bool = False) -> Program | None:
     """The program with every learned constant of `differ` lifted that meets features and has none; None: there is none.
 
     Args:
         differ: parameters and buffers in which the models do not agree.
+        weights: weights that are computed from parameters become parameters, too (see `computed_weights`).
     """
     program = labelling.program
     behind = {name: names & set(differ) for name, names in weights_behind(labelling).items()}
     places = [place for node in program.module.graph.nodes for place in _places(labelling, node, behind)]
+    if weights:
+        places += [_Place(name, name, "", tuple(program.shapes[name])) for name in computed_weights(labelling, differ)]
     if not places:
         return None
     module = fx.GraphModule(program.module, copy.deepcopy(program.module.graph), "GraphModule").eval()
@@ -55,6 +58,9 @@ def lifted(labelling: Labelling, differ: Collection[str]) -> Program | None:
         name = f"lifted_{number}"
         value = values[place.constant] if place.constant else _slope(program, place)
         module.register_parameter(name, nn.Parameter(_expanded(value, place)))
+        if not place.source:
+            _replace_all(module.graph, nodes[place.node], name)
+            continue
         _replace(module.graph, nodes[place.node], name, place)
     _drop_unread(module.graph, labelling)
     module.graph.lint()
@@ -62,6 +68,59 @@ def lifted(labelling: Labelling, differ: Collection[str]) -> Program | None:
     memory = sharing(module, program.call, program.mutators) if program.mutators else program.memory
     shapes = {**program.shapes, **_new_shapes(module, program.shapes)}
     return replace(program, module=module, shapes=shapes, memory=memory)
+
+
+def computed_weights(labelling: Labelling, differ: Collection[str]) -> list[str]:
+    """Nodes that compute a weight from parameters in which the models differ, element by element or by normalising
+    them, for a call that sums over features.
+
+    As a function of parameters the weight could be merged within one network, or fitted, only if the function is
+    linear; as a parameter it can. The last sums, which are the heads' own, keep what they have; so do products of
+    parameters, which are weights of features that no input meets.
+    """
+    program, constraints, behind = labelling.program, labelling.constraints, weights_behind(labelling)
+    own = heads_begin(labelling, differ)
+    sizes = {name: t.numel() for name, t in (*program.module.named_parameters(), *program.module.named_buffers())}
+    plain: set[str] = set()  # static nodes that no sum lies behind
+    found = []
+    for node in program.module.graph.nodes:
+        if node.name in labelling.dynamic or node.op in ("placeholder", "output") or node.name not in program.shapes:
+            continue
+        if constraints[node.name].consumed or not plain.issuperset(source.name for source in node.all_input_nodes):
+            continue
+        plain.add(node.name)
+        if node.op == "get_attr" or not behind[node.name] & set(differ) or node.name in labelling.discrete:
+            continue
+        labels = [field.reshape(-1) for field in labelling.fields.get(node.name, ())]
+        readers = [user for user in node.users if user.name in labelling.dynamic]
+        summing = [user for user in readers if user.name not in own and _sums_over(constraints[user.name], labels)]
+        small = program.shapes[node.name].numel() <= sum(sizes.get(name, 0) for name in behind[node.name])
+        if summing and small and not _is_view(node, program):
+            found.append(node.name)
+    return found
+
+
+def _sums_over(said: Constraints, labels: Sequence[Tensor]) -> bool:
+    """Whether a node sums over features of these fields."""
+    return any(bool(torch.isin(field, consumed).any()) for field in labels for consumed in said.consumed)
+
+
+def _is_view(node: fx.Node, program: Program) -> bool:
+    """Whether a node only moves what it reads: there is nothing to compute."""
+    sources = [source for source in node.all_input_nodes if source.name in program.shapes]
+    if len(sources) != 1:
+        return False
+    held = _values(program, {node.name, sources[0].name})
+    storages = [held[name].untyped_storage().data_ptr() for name in (node.name, sources[0].name)]
+    return storages[0] == storages[1] and (sources[0].op == "get_attr" or _is_view(sources[0], program))
+
+
+def _replace_all(graph: fx.Graph, node: fx.Node, name: str) -> None:
+    """Read the parameter wherever the node was read."""
+    with graph.inserting_before(node):
+        held = graph.get_attr(name)
+    held.meta = dict(node.meta)
+    node.replace_all_uses_with(held)
 
 
 def _drop_unread(graph: fx.Graph, labelling: Labelling) -> None:
