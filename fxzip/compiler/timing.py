@@ -24,7 +24,7 @@ QUIET = 0.02
 
 
 def fastest(
-    networks: Sequence[nn.Module], call: Call, *, rounds: int = ROUNDS, seconds: float = SECONDS
+    networks: Sequence[nn.Module], call: Call, *, rounds: int = ROUNDS, seconds: float | None = None
 ) -> list[float]:
     """The least time of each network on one input, in seconds, of some rounds through all of them.
 
@@ -39,9 +39,9 @@ def fastest(
         call: what they are given, copies of it.
         rounds: at most; the first warms up and does not count. There are fewer where the three least times of each
             network are the same up to 2 %.
-        seconds: no further round is begun after that, if there were five.
+        seconds: no further round is begun after that, if there were five; None: `SECONDS`.
     """
-    return processes.of_first(lambda: _fastest(networks, call, rounds, seconds))
+    return processes.of_first(lambda: _fastest(networks, call, rounds, SECONDS if seconds is None else seconds))
 
 
 def _fastest(networks: Sequence[nn.Module], call: Call, rounds: int, seconds: float) -> list[float]:

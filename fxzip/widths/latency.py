@@ -55,7 +55,7 @@ def multiple_of(size: int, device: torch.device) -> int:
     lanes = 8
     if device.type == "cpu":
         lanes = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
-    while lanes > max(1, size // 4):
+    while lanes > max(1, size // 2):
         lanes //= 2
     return lanes
 
