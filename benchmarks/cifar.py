@@ -81,8 +81,6 @@ def evaluate_zipped(
 
     device = settings.device
     sample = draw_sample(drawn, settings.latency_batch).to(device)
-    if settings.mirrored:
-        drawn = [torch.cat([own, own.flip(-1)]) for own in drawn]
     if settings.data_per_model or settings.joint:
         data: Any = per_model(drawn, settings)
     else:
@@ -322,7 +320,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--refit", nargs="+", default=["repair"], help="repair, batchnorm, none, …")
     add("--images", type=int, default=1000, help="unlabelled calibration images of all tasks together")
-    add("--mirrored", action="store_true", help="calibrate on these images and their mirror images")
     add("--draws", type=int, default=1, help="draws of them, with seeds from --seed on; rows then show mean ± spread")
     add("--data-per-model", action="store_true", help="give `data` as one iterable per model instead of mixed batches")
     add("--joint", action="store_true", help="fit shifts of the heads' logits (`joint=True`); implies --data-per-model")

@@ -121,7 +121,8 @@ def compile_zip(
             for each. What is in front each model computes on its own, a stem for another kind of input say; the
             features that enter the trunk are merged.
         until: where the trunk ends: None (at the heads), a module path or node name of the first model, or a fraction
-            in (0, 1] of the FLOPs to share; or "auto", which looks for it, by `min_agreement` or `max_cost`.
+            in [0, 1] of the FLOPs to share (0: nothing is shared, each model runs on its own, narrowed where `width`
+            says so); or "auto", which looks for it, by `min_agreement` or `max_cost`.
         width: how many features the spaces of the trunk keep, relative to the first model; or a dict of that by the
             name of a space (see `inspect`); or "auto": each space by its need, so that the zip costs at most
             `max_cost` (default 1.0) of the first model. Under least squares the heads keep fewer features then, too.
@@ -214,7 +215,7 @@ def _zipped(session: Session, recipe: Recipe, cut: CutRequest) -> ZippedModule:
     if isinstance(cut, DeepestAgreeing) and exact is not None and session.survey.shared_flops >= small:
         return exactly_shared(_at(session, recipe, exact.until), exact.until)
 
-    candidates = session.candidates(recipe)
+    candidates = session.candidates(recipe, apart=isinstance(cut, BestWithin))
     solo = session.solo([one.observed.trunk for one in candidates], recipe)
     build = partial(assemble, session, recipe=recipe, solo=solo)
     if isinstance(cut, BestWithin):

@@ -5,7 +5,8 @@ it crosses the bound: one evaluation of the full trunk, and if that does not do,
 
 With widths by need every cut may cost the same: an early one keeps few features in the heads, or in the trunk where
 heads stay as they are, a late one keeps many. Agreement then has one broad maximum along the row: six cuts evenly along
-it, then those halfway between the best and its neighbours.
+it, then those halfway between the best and its neighbours. The row begins with no trunk at all, each model narrowed by
+itself: where sharing does not pay, that is found.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class _Trials:
 
     def attempt(self, place: int) -> None:
         """Make the zip at a cut and judge it, unless it is known what came of that before the compile was resumed."""
-        self.session.display.about(f"cut {_place(self.cuts[place])}, {len(self.agreement) + 1}. try")
+        self.session.display.about(f"cut {self.cuts[place]}, {len(self.agreement) + 1}. try")
         self.kept = {number: zipped for number, zipped in self.kept.items() if number == self.best}
 
         def judged() -> tuple[tuple[float, ...], float]:
@@ -110,7 +111,7 @@ class _Trials:
             if self.best is None:
                 raise
             place = self.best
-            done, cut = len(self.costs), _place(self.cuts[place])
+            done, cut = len(self.costs), str(self.cuts[place])
             text = f"the search was interrupted after {done} zips; {cut} is the best of them"
             noted = self.noted({"until": self.cuts[place].until, "interrupted": True}, text)
             raise Interrupted(f"{text}: `error.zipped` holds it.", zipped=noted) from stop
@@ -170,7 +171,7 @@ def deepest_agreeing(session: Session, candidates: Sequence[Candidate], build: B
             "`fxzip.side_by_side`."
         )
     note = (
-        f'`until="auto"` chose {_place(cuts[place])} of {len(cuts)} cuts by {len(tried)} evaluations: the heads agree '
+        f'`until="auto"` chose {cuts[place]} of {len(cuts)} cuts by {len(tried)} evaluations: the heads agree '
         f"on {trials.agreeing}"
     )
     return trials.noted({"until": cuts[place].until}, note)
@@ -191,13 +192,12 @@ def earliest_affordable(
     slack = SLACK if asked.currency in MEASURED else 1.0
     first = next((i for i, cut in enumerate(cuts) if cut.cost <= limit), len(cuts) - 1)
     for place in range(first, len(cuts)):  # unmerging may cost a little more than a cut lets expect
-        session.display.about(f"cut {_place(cuts[place])}")
+        session.display.about(f"cut {cuts[place]}")
         zipped = zipped_at(cuts[place].until)
         cost = spent_by(session, zipped, budget)
         if cost <= limit * slack:
             note = (
-                f'`until="auto"` chose {_place(cuts[place])} of {len(cuts)} cuts: {budget.noun} {cost:.3f} of at most '
-                f"{limit}"
+                f'`until="auto"` chose {cuts[place]} of {len(cuts)} cuts: {budget.noun} {cost:.3f} of at most {limit}'
             )
             return _noted(zipped, {"until": cuts[place].until, "cost": cost}, note)
     raise CutError(
@@ -213,7 +213,7 @@ def best_agreeing(session: Session, candidates: Sequence[Candidate], build: Buil
         CutError: at none of the cuts tried a zip can be had at that cost. Interrupted: Ctrl-C, once there is one.
     """
     trials = _Trials(session, candidates, build)
-    session.display.expect(_COARSE + 2)
+    session.display.expect(_COARSE + 3)
 
     def attempt(place: int) -> None:
         if place in trials.agreement:
@@ -227,7 +227,8 @@ def best_agreeing(session: Session, candidates: Sequence[Candidate], build: Buil
             trials.best = place
 
     last = len(candidates) - 1
-    coarse = sorted({round(last * i / (_COARSE - 1)) for i in range(_COARSE)})
+    first = min(last, int(candidates[0].cut.until == 0))  # behind the one that shares nothing
+    coarse = sorted({0, *(first + round((last - first) * i / (_COARSE - 1)) for i in range(_COARSE))})
     with trials.interruptible():
         for place in coarse:
             attempt(place)
@@ -244,7 +245,7 @@ def best_agreeing(session: Session, candidates: Sequence[Candidate], build: Buil
     place = trials.best
     cut, cost = trials.cuts[place], trials.costs[place]
     note = (
-        f'`until="auto"` chose {_place(cut)} of {len(candidates)} cuts by {len(trials.costs)} evaluations: cost '
+        f'`until="auto"` chose {cut} of {len(candidates)} cuts by {len(trials.costs)} evaluations: cost '
         f"{cost:.3f} of at most {limit}, the heads agree on {trials.agreeing}"
     )
     return trials.noted({"until": cut.until, "cost": cost}, note)
@@ -268,10 +269,6 @@ def exactly_shared(zipped: ZippedModule, until: str) -> ZippedModule:
         "exact; a fixed `until` or `max_cost` shares more"
     )
     return _noted(zipped, {"until": until, "evaluations": {}}, note)
-
-
-def _place(cut: Cut) -> str:
-    return "the full trunk" if cut.until is None else repr(cut.until)
 
 
 def _noted(zipped: ZippedModule, values: dict[str, Any], note: str) -> ZippedModule:

@@ -17,7 +17,7 @@ from ..calibration.shapes import other_shapes
 from ..calibration.sources import Calibration
 from ..calibration.store import NOTHING, Store
 from ..errors import InputError
-from ..partition.cut_points import Cut
+from ..partition.cut_points import Cut, nothing_shared
 from ..partition.region import Trunk
 from ..refit.joint.logit_shifts import needs_classifiers, needs_tasks, with_shifts
 from ..rewriting.module import ZippedModule
@@ -133,9 +133,15 @@ class Session:
         trunk = self.survey.sound(self.survey.trunk(until)).trunk
         return Candidate(Cut.of(until), self.observed(trunk, recipe))
 
-    def candidates(self, recipe: Recipe) -> list[Candidate]:
-        """Every place where the trunk may end, in a row; all are observed in one pass over the data."""
-        return self._observed_all(*cuts_and_trunks(self.survey), recipe)
+    def candidates(self, recipe: Recipe, *, apart: bool = False) -> list[Candidate]:
+        """Every place where the trunk may end, in a row; all are observed in one pass over the data.
+
+        `apart`: the first of them shares nothing, if heads can be narrowed.
+        """
+        cuts, trunks = cuts_and_trunks(self.survey)
+        if apart and recipe.narrows and not self.survey.alignment.stems:
+            cuts, trunks = [nothing_shared(self.survey.flops), *cuts], [self.survey.trunk(0.0), *trunks]
+        return self._observed_all(cuts, trunks, recipe)
 
     def candidates_at(self, cuts: Sequence[str | float | None], recipe: Recipe) -> list[Candidate]:
         """The trunks that end at these places."""

@@ -29,7 +29,7 @@ class Cut:
     """A place where the trunk may end.
 
     Attributes:
-        until: what `compile_zip` takes as `until`; None: at the heads.
+        until: what `compile_zip` takes as `until`; None: at the heads; 0: at the inputs.
         cost: what the zip costs relative to the first model alone, without unmerging.
         crossing: how many tensors the trunk hands over.
     """
@@ -42,6 +42,17 @@ class Cut:
     def of(cls, until: str | float | None) -> Cut:
         """A cut that the user names; nothing is known of what it costs."""
         return cls(until, float("nan"), 0)
+
+    def __str__(self) -> str:
+        if self.until is None:
+            return "the full trunk"
+        return repr(self.until) if self.until else "no trunk"
+
+
+def nothing_shared(flops: Sequence[Mapping[str, int]]) -> Cut:
+    """The cut at the inputs: each model computes everything on its own. In: FLOPs of every node of every model."""
+    each = [sum(own.values()) for own in flops]
+    return Cut(0.0, sum(each) / (each[0] or 1), 0)
 
 
 def find_cuts(

@@ -33,8 +33,8 @@ def find_trunk(
     Args:
         alignment: of the programs, from `align`.
         analyses: what `analyse` found of each program. One that was only labelled is checked here.
-        until: where it ends: a node name or a module path of model 0, a fraction in (0, 1] of the FLOPs of model 0, or
-            None, as late as it can.
+        until: where it ends: a node name or a module path of model 0, a fraction in [0, 1] of the FLOPs of model 0
+            (0: nothing is shared), or None, as late as it can.
         whole: as `whole_trunk` gives it.
         by_position: what cannot be matched may be averaged place by place, as `method="average"` asks for.
 
@@ -64,6 +64,8 @@ def trunk_of(
     search = _search(alignment, labellings, pinned, by_position)
     if isinstance(until, str):
         return search.up_to(until)
+    if until == 0 and not isinstance(until, bool):
+        return search.apart()
     ends = search.unsound()
     names = search.closed(alignment.pairs.keys() - ends.keys())
     if until is not None:
@@ -154,8 +156,8 @@ def _least(search: TrunkSearch, trunk: Trunk, names: set[str], flops: Mapping[st
 
 def _fraction(order: Sequence[fx.Node], names: set[str], share: float, flops: Mapping[str, int]) -> set[str]:
     """The sharable nodes in order, up to the first whose FLOPs would make it more than a share of all FLOPs."""
-    if not 0 < share <= 1:
-        raise CutError(f"`until` as a fraction of the FLOPs must lie in (0, 1]; found {share}.")
+    if not 0 < share <= 1:  # of nothing there is no search
+        raise CutError(f"`until` as a fraction of the FLOPs must lie in [0, 1]; found {share}.")
     budget = share * sum(flops.values())
     kept: set[str] = set()
     for node in order:

@@ -59,6 +59,19 @@ class TrunkSearch:
         self._not_empty(names, {})
         return self._trunk(names, self.common.solved(names, outputs=True), {})
 
+    def apart(self) -> Trunk:
+        """Nothing but the inputs: each model computes everything on its own.
+
+        Raises:
+            CutError: the models begin with stems; what leaves these is shared.
+        """
+        if self.alignment.stems:
+            raise CutError(
+                "`until=0` shares nothing, but features behind `start` are merged. Leave `start` out, or share more."
+            )
+        names = self.closed(before(self.graph, []) & self.alignment.pairs.keys())
+        return self._trunk(names, self.common.solved(names), {})
+
     def deepest(self, names: set[str], ends: dict[str, str]) -> Trunk:
         """The largest trunk within `names` in which all is matched, and whose values can be given back."""
         unmatched: dict[str, str] = {}

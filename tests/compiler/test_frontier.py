@@ -262,6 +262,46 @@ def test_best_of_some_cuts_at_a_cost(pair):
         fxzip.compile_zip(*pair, X, data=DATA, until="auto", **(settings | {"max_cost": 0.001}))
 
 
+def doubled(seed):
+    """A network of 8 hidden features, each of which it computes twice."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second, third = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+    with torch.no_grad():
+        for layer in (first, second):
+            layer.weight[:8] = torch.randn(8, layer.in_features, generator=generator) / layer.in_features**0.5
+            layer.weight[8:], layer.bias[8:] = layer.weight[:8], layer.bias[:8]
+        third.weight.copy_(torch.randn(4, 16, generator=generator))
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third).eval()
+
+
+def test_where_sharing_does_not_pay_each_network_is_narrowed():
+    """Two networks at half the features are exact at half the cost; a trunk for both needs all of them."""
+    models, x = [doubled(1), doubled(2)], torch.randn(400, 12, generator=torch.Generator().manual_seed(5))
+    settings = {"data": [x], "width": "auto", "max_cost": 0.8, "budget": "flops", "progress": False}
+    zipped = fxzip.compile_zip(*models, x[:4], until="auto", **settings)
+    assert zipped.report["auto"]["until"] == 0
+    assert zipped.report["flops"]["trunk"] == 0
+    assert zipped.report.cost <= 0.8
+    fresh = torch.randn(100, 12, generator=torch.Generator().manual_seed(6))
+    for model, own in zip(models, zipped(fresh), strict=True):
+        torch.testing.assert_close(own, model(fresh), rtol=1e-2, atol=1e-2)
+    assert "chose no trunk of" in str(zipped.report)
+
+
+@pytest.mark.parametrize("refit", ["lstsq", "repair", None])
+def test_nothing_is_shared_where_that_is_asked_for(pair, refit):
+    zipped = fxzip.compile_zip(*pair, X, data=DATA, until=0, refit=refit, progress=False)
+    for model, own in zip(pair, zipped(DATA[0]), strict=True):
+        torch.testing.assert_close(own, model(DATA[0]), rtol=1e-4, atol=1e-5)
+    assert zipped.report["spaces"] == []
+    assert "saves none" in str(zipped.report)
+
+
+def test_without_a_trunk_there_is_no_start(pair):
+    with pytest.raises(fxzip.CutError, match="`until=0` shares nothing, but features behind `start` are merged"):
+        fxzip.compile_zip(*pair, X, data=DATA, until=0, start="layer1", progress=False)
+
+
 def test_heads_of_another_kind():
     models = [randomise(Residual(4), 1), randomise(Segmenter(5), 2)]
     zipped = fxzip.compile_zip(*models, X, data=DATA, until="auto", min_agreement=0.6, progress=False)
