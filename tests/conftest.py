@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from fxzip.compiler import timing
+from fxzip.compiler import affording, timing
+from fxzip.widths import latency
 
 torch.set_num_threads(1)
 
@@ -17,8 +18,8 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _few_rounds() -> None:
-    """The latency in reports is of the fewest rounds: what it is matters to few tests, which ask for more."""
-    timing.SECONDS = 0.0
+    """Timings are of few rounds: how exact they are matters to few tests, which ask for more."""
+    timing.SECONDS, affording.SECONDS, latency.SECONDS = 0.0, 1.0, 0.1
 
 
 @pytest.fixture(autouse=True, scope="session")

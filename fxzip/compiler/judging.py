@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from ..errors import CalibrationWarning, FxzipWarning, TrunkWarning
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
-from ..tracing import Program
+from ..tracing.calls import Call
 from .memory import peak_bytes
 from .session import Session
 from .timing import as_used, fastest
@@ -27,10 +29,12 @@ def judged(session: Session, zipped: ZippedModule) -> Report:
     in bytes at the peak.
     """
     report = zipped.report
+    programs = session.survey.alignment.programs
+    originals, call = [as_used(program.module) for program in programs], programs[0].call
     values = {
         "agreement": _agreement(session, zipped),
-        "latency": latency(zipped, session.survey.alignment.programs),
-        "memory": memory(zipped, session.survey.alignment.programs),
+        "latency": latency(zipped, originals, call),
+        "memory": memory(zipped, originals, call),
     }
     warned = [*_about_data(session, report), *_about_the_trunk(session, report)]
     for kind, text in warned:
@@ -49,21 +53,20 @@ def _agreement(session: Session, zipped: ZippedModule) -> dict[str, Any] | None:
     return {"inputs": list(session.held.inputs), "heads": heads}
 
 
-def latency(zipped: ZippedModule, programs: Sequence[Program]) -> dict[str, Any]:
-    """Seconds that the zipped network, each original and all of them take on the sample input, interleaved in one run.
+def latency(zipped: ZippedModule, originals: Sequence[nn.Module], call: Call) -> dict[str, Any]:
+    """Seconds that the zipped network, each original and all of them take on an input, interleaved in one run.
 
     Each figure is the least of several.
     """
-    seconds = fastest([zipped, *(as_used(program.module) for program in programs)], programs[0].call)
+    seconds = fastest([zipped, *originals], call)
     return {"zipped": seconds[0], "originals": seconds[1:], "side_by_side": sum(seconds[1:])}
 
 
-def memory(zipped: ZippedModule, programs: Sequence[Program]) -> dict[str, Any]:
-    """Peak bytes of the zipped network, of each original and of all of them on the sample input: parameters, and the
-    tensors that live at once."""
-    modules, call = [as_used(program.module) for program in programs], programs[0].call
-    originals = [peak_bytes([module], call) for module in modules]
-    return {"zipped": peak_bytes([zipped], call), "originals": originals, "side_by_side": peak_bytes(modules, call)}
+def memory(zipped: ZippedModule, originals: Sequence[nn.Module], call: Call) -> dict[str, Any]:
+    """Peak bytes of the zipped network, of each original and of all of them on an input: parameters, and the tensors
+    that live at once."""
+    each = [peak_bytes([module], call) for module in originals]
+    return {"zipped": peak_bytes([zipped], call), "originals": each, "side_by_side": peak_bytes(originals, call)}
 
 
 def _about_data(session: Session, report: Mapping[str, Any]) -> list[tuple[type[FxzipWarning], str]]:

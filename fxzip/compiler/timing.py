@@ -68,8 +68,9 @@ def _quiet(seconds: Sequence[float]) -> bool:
 
 
 def as_used(module: nn.Module) -> nn.Module:
-    """A copy of a traced model as it runs where it is used: with its ReLUs in place again."""
-    result = copy.deepcopy(module)
+    """A copy of a traced model as it runs where it is used: with its ReLUs in place again. It has the same tensors."""
+    own = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    result = copy.deepcopy(module, own)
     if isinstance(result, fx.GraphModule):
         reuse_memory(result)
     return result

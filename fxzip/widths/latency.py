@@ -50,7 +50,7 @@ Timer = Callable[[Callable[[], Any], torch.device], tuple[Any, float]]
 def multiple_of(size: int, device: torch.device) -> int:
     """What numbers of features should be a multiple of, so that vector units are full: a power of two.
 
-    That of the device, or less for a space that has hardly more: it would have no choice.
+    That of the device, or less for a space of less than twice as many: it would have no choice.
     """
     lanes = 8
     if device.type == "cpu":
