@@ -1,6 +1,8 @@
 """Every test starts from the same seed; one thread, since the networks are small and machines are shared."""
 
 import os
+from collections import defaultdict
+from zlib import crc32
 
 import pytest
 import torch
@@ -9,6 +11,24 @@ from fxzip.compiler import affording, timing
 from fxzip.widths import latency
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is `thinned(n)` one case in n is run by default, the others are slow.
+
+    Which ones is a matter of their names, so that every value of every parameter has its turn somewhere.
+    """
+    families = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("thinned") and not item.get_closest_marker("slow"):
+            families[item.nodeid.partition("[")[0]].append(item)
+    for cases in families.values():
+        (share,) = cases[0].get_closest_marker("thinned").args
+        ordered = sorted(cases, key=lambda case: crc32(case.name.encode()))
+        for case in ordered[max(1, round(len(cases) / share)) :]:
+            case.add_marker(pytest.mark.slow)
+            case.add_marker(pytest.mark.hours)
 
 
 @pytest.fixture(autouse=True)

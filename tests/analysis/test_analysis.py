@@ -45,6 +45,7 @@ def test_zoo_is_exact(name):
     assert moved(randomise(model), doubled(sample)) < 1e-12
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "name",
     [

@@ -182,6 +182,7 @@ def off(zipped, model, x):
     return max(float((o.double() - expected.double()).abs().max()) for o in zipped(x))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_does_not_pass(fault, output):

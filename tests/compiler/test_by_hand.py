@@ -1,5 +1,7 @@
 """The stages one by one, as the README shows them: the same network as `compile_zip` makes, to the bit."""
 
+from itertools import product
+
 import pytest
 import torch
 from models import randomise
@@ -14,11 +16,19 @@ from fxzip.refit import record_statistics
 from fxzip.rewriting import plan, rewrite
 
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+WAYS, CUTS = [("energy", "lstsq"), ("zip", None), ("permute", "repair")], ["layer1", None, 0.5]
+BY_DEFAULT = list(zip(WAYS, CUTS, strict=True))
 
 
-@pytest.mark.parametrize(("method", "refit"), [("permute", "repair"), ("energy", "lstsq"), ("zip", None)])
-@pytest.mark.parametrize("until", [None, "layer1", 0.5])
-def test_by_hand(method, refit, until):
+@pytest.mark.parametrize(
+    ("way", "until"),
+    [
+        pytest.param(*case, marks=() if case in BY_DEFAULT else (pytest.mark.slow, pytest.mark.hours))
+        for case in product(WAYS, CUTS)
+    ],
+)
+def test_by_hand(way, until):
+    method, refit = way
     models = [randomise(Residual(classes), seed) for seed, classes in enumerate((4, 5))]
     programs = [fxzip.tracing.trace(model, X[:2]) for model in models]
     trunk = find_trunk(align(programs), [analyse(program) for program in programs], until=until)

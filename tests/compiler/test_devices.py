@@ -76,6 +76,7 @@ class Named(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("options", [{}, {"refit": "repair", "method": "zip"}, {"width": "auto", "max_cost": 1.2}])
 def test_compiles_make_no_tensor_on_the_default_device(options):
     with Named():

@@ -154,6 +154,7 @@ def test_what_is_asked_for_beyond_is_said():
     assert "`head` carries no features of its own for each model: all heads read the same value" in notes
 
 
+@pytest.mark.slow
 def test_a_fraction_never_ends_at_a_value_that_is_nobody_s_own():
     a, b = pair(middle=lambda s, h: h - h.mean(1, keepdim=True))
     for part in range(1, 21):

@@ -113,6 +113,7 @@ def small_vit():
     return randomise(VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=4))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("method", ["permute", "zip"])
 def test_attention(method, dtype):
@@ -170,6 +171,7 @@ TEXT = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("config", "kind", "more"),
     [("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 2, "use_cache": False}),

@@ -56,6 +56,7 @@ def test_what_a_step_loses_is_what_regression_can_no_longer_tell(together, monke
     assert (found.coefficients >= 0).all()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_first_step_is_the_best_of_all_pairs_and_mixtures(seed):
     alike, read, ridge = np.corrcoef(correlated(seed).T), some_reading(seed), 1e-3

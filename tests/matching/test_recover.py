@@ -74,6 +74,7 @@ def test_it_needs_what_the_inner_method_needs():
         Recover(ridge=0)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("until", [None, "layer1", "layer1_0_relu", "layer2.0.bn1"])
 def test_heads_are_nearer_to_their_networks_than_by_copying(until):
     models = [randomise(Residual(4), 1), randomise(Residual(5), 2)]

@@ -369,6 +369,7 @@ def test_with_data_the_refit_uses_it():
     assert not zipped.report["notes"]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("refit", ["repair", "lstsq", "batchnorm", fxzip.LeastSquares(ridge=1e-3)])
 def test_a_refit_that_is_asked_for_without_data_runs_on_the_sample(refit):
     nets = [randomise(Residual(), seed) for seed in (0, 1)]

@@ -53,6 +53,7 @@ NAMES = [name for name in CUTS if name != "block-diagonal"]
 SOME = [name if not i % 3 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(NAMES)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", SOME)
 def test_every_cut_gives_every_head_its_own_features(name):
     x = sample(name)

@@ -38,6 +38,7 @@ class OtherStem(Residual):
 # twins ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("method", ["permute", "zip"])
 @pytest.mark.parametrize(
     "start",
@@ -57,6 +58,7 @@ def test_a_relabelled_copy(start, method, refit):
     assert {"stem 0", "stem 1", "merge", "trunk"} <= parts
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("start", "until"), [("layer1", "layer1"), ("layer1.1", "layer2.0"), ("layer1", 0.5)])
 def test_from_a_start_until_a_cut(start, until):
     model = randomise(Residual(4), 1).double()
@@ -156,6 +158,7 @@ def test_weights_that_stem_and_trunk_share(refit):
 # stems of different makes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stems_of_different_makes():
     """A copy of the trunk behind another stem: matching finds nothing alike, but no stem is changed."""
     a, b = randomise(Residual(4), 1).double(), randomise(OtherStem(5), 2).double()
@@ -251,6 +254,7 @@ def large_twin(model):
     return twin.eval()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("refit", [None, "repair", "lstsq"])
 @pytest.mark.parametrize("until", [None, "layer2.0.conv1"])
 def test_inputs_of_their_own(refit, until):
@@ -267,6 +271,7 @@ def test_inputs_of_their_own(refit, until):
     assert flops["originals"][0] == flops["originals"][1]
 
 
+@pytest.mark.slow
 def test_inputs_of_other_kinds_and_their_data():
     class Words(Residual):
         def __init__(self):
@@ -363,6 +368,7 @@ def test_the_merge_node():
     torch.testing.assert_close(merge(tuple(flat), rows, columns, weights, (), ()), sum(flat) / 2)
 
 
+@pytest.mark.slow
 def test_costs_count_the_stems():
     a, b = randomise(Residual(4), 1).double(), randomise(OtherStem(4), 2).double()
     report = fxzip.compile_zip(a, b, X[:2], start="layer1", **SETTINGS).report

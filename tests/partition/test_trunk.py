@@ -30,6 +30,7 @@ def shared_nodes(pair):
     return [name for name in fxzip.partition.find_trunk(*pair).nodes if name != "x"]
 
 
+@pytest.mark.slow
 def test_every_cut_is_closed_holds_what_it_names_and_pairs_all_its_spaces(pair):
     graph = dependencies(pair[0].programs[0])
     for name in shared_nodes(pair):
@@ -69,6 +70,7 @@ def test_outputs_over_a_vocabulary_are_not_merged_through_the_table_that_reads_i
         fxzip.compile_zip(model, fxzip.relabel(model, MIXED), MIXED, until="decode", progress=False)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("cut", [cut for cut in MIXED_CUTS if cut != "decode"])
 def test_a_relabelled_twin_stays_exact_wherever_several_tensors_cross_the_cut(cut):
     model = randomise(Mixed()).double()

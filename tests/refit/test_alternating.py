@@ -257,6 +257,7 @@ def test_free_features_tell_more_of_convolutions_on_inputs_that_were_not_seen() 
     assert errors[3] < 0.9 * errors[0]
 
 
+@pytest.mark.slow
 def test_a_shortcut_that_is_computed_later_is_made_up_for() -> None:
     """The same network with its identity shortcut as a module, called behind the block, or as the value itself."""
 

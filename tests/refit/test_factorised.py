@@ -375,6 +375,7 @@ def test_the_report_counts_and_lists_what_became_two() -> None:
 # By need
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("options", [{}, {"width": "auto"}, {"width": 0.75}, {"until": "3", "width": "auto"}])
 def test_ranks_by_need_keep_the_budget(options) -> None:
     x, models = _images(), (_residual(3, 0), _residual(4, 1))
@@ -402,6 +403,7 @@ def test_calls_are_observed_in_several_passes_where_memory_is_short(monkeypatch)
         assert torch.equal(own.outer, other.outer)
 
 
+@pytest.mark.slow
 def test_ranks_keep_budgets_of_other_kinds() -> None:
     """Of parameters, counted; of seconds, which are measured with calls made two."""
     x, models = _images(), (_residual(3, 0), _residual(4, 1))

@@ -181,6 +181,7 @@ WRAPPED = pytest.param("wrapped", marks=pytest.mark.skipif(
 ))  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", ["linear", "convolution", "dict", WRAPPED])
 def test_what_a_head_says_stays_and_together_they_know_the_task(kind):
     models = [randomise(Classifier(n, kind), n) for n in (3, 5, 2)]

@@ -226,6 +226,7 @@ def test_the_best_ridge_is_that_of_both_halves(seed: int, rectified: bool) -> No
     assert best not in (ridges[0], ridges[-1])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("batches", [1, 2])
 def test_with_few_positions_the_ridge_is_chosen(batches: int) -> None:
     """On inputs that were not fitted the heads are nearer to their networks than with the ridge as given."""

@@ -89,6 +89,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("view", "body"), CASES)
 def test_a_residual_head_behind_a_view_is_fitted_as_behind_a_copy(view: str, body: str) -> None:
     """Once the call of another number was taken for the target: a crash, or a head fitted to something else."""
@@ -183,6 +184,7 @@ def zipped_way(way: str, x: Tensor, **options) -> fxzip.ZippedModule:
     return fxzip.compile_zip(*nets, x[:2], data=[x[:16], x[16:]], **given)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_linear_call_is_fitted_however_it_is_written(way: str) -> None:
     x = random(24, 5, 3)

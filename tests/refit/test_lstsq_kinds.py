@@ -159,6 +159,7 @@ def check(zipped, before, after, nets, x, groups=1):
     assert "call" not in {name.split()[0] for name in zipped.meta["fxzip_fit"].left}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", LINEAR)
 def test_linear_calls_get_the_direct_solution(kind: str) -> None:
     call, first, x, groups = LINEAR[kind]
@@ -256,6 +257,7 @@ def merged_attention(nets, x, refit):
     return zipped, net
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
@@ -377,6 +379,7 @@ SCALES = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", SCALES)
 def test_scales_and_shifts_get_the_direct_solution(kind: str) -> None:
     call, first, x = SCALES[kind]

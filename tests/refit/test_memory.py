@@ -95,6 +95,7 @@ def prepared(make, shape, rows, count):
 QUICK = {"least": 1000, "positions": 5, "turns": 1, "rounds": 1}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("make", "shape", "mebibytes", "rows"), [
     pytest.param(conv, (3, 16, 16), 4, 4, marks=pytest.mark.slow), (mlp, (16,), 2, 200), (written, (3, 24, 24), 3, 4),
     (transformer, (32, 8), 2, 10),
@@ -111,6 +112,7 @@ def test_the_bound_is_kept(make, shape, mebibytes, rows):
     assert free.most > 2 * peak.most
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("make", [pytest.param(conv, marks=pytest.mark.slow), mlp, transformer, written])
 def test_the_result_is_the_same_to_the_bit(make, monkeypatch):
     shape = {mlp: (16,), transformer: (32, 8)}.get(make, (3, 12, 12))

@@ -66,6 +66,7 @@ def seen(network: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
     return {name: torch.cat(own).movedim(1, -1).flatten(0, -2) for name, own in caught.items()}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", REFITS)
 def test_after_every_refit_train_computes_what_eval_does(pair, name: str) -> None:
     """All data in one batch have the statistics that were stored, so not even the noise of batches is left."""
