@@ -77,6 +77,7 @@ def test_a_class_that_both_know_is_found_once(pair):
         torch.testing.assert_close(joined["scores"], one["scores"])
 
 
+@pytest.mark.slow
 def test_a_detector_and_its_relabelled_copy_are_zipped_behind_the_neck_without_loss(pair):
     images, _ = example.draw(4, example.LABELS, seed=6)
     sample = torch.stack([pair["round"].transform.normalize(image) for image in images]).double()

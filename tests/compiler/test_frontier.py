@@ -211,6 +211,7 @@ def test_the_deepest_cut_that_agrees(relatives):
     assert f"chose {auto['until']!r} of {len(cuts)} cuts" in str(zipped.report)
 
 
+@pytest.mark.slow
 def test_nothing_agrees(pair):
     text = (
         '`until="auto"` needs a cut whose heads all agree with the originals on 1.0 of the held-out inputs; the '

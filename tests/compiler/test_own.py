@@ -62,6 +62,7 @@ ENDS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("end", ENDS)
 def test_what_a_model_returns_is_its_own(end):
     out, how = ENDS[end]
@@ -87,6 +88,7 @@ FIXED = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("middle", FIXED)
 def test_the_trunk_ends_in_front_of_what_cannot_be_matched(middle):
     how, why = FIXED[middle]

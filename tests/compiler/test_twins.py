@@ -79,6 +79,7 @@ def test_shortcuts_without_parameters(method, dtype):
     assert zipped.report["flops"]["total"] <= 1.01 * zipped.report["flops"]["originals"][0]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["permute", "zip"])
 @pytest.mark.parametrize("name", QUICK)
 def test_torchvision(name, method):

@@ -129,6 +129,7 @@ def twin_error(model, x, other, **options):
         return max(float((found - expected).abs().max() / expected.abs().max()) for found in zipped(other)), zipped
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", ["permute", "zip"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_of_parameters_alone_are_matched(kind, method):

@@ -212,6 +212,7 @@ def test_a_name_for_each_model():
     assert zipped.report["cut"]["merged"] == [["stem_2", "patches"]]
 
 
+@pytest.mark.slow
 def test_three_models_of_different_widths():
     models = [randomise(m, k).double() for k, m in enumerate((Residual(4), OtherStem(3), Residual(5, 12)))]
     zipped = fxzip.compile_zip(models, X[:2], start="layer1", **SETTINGS)
@@ -336,6 +337,7 @@ def test_only_some_functions_take_inputs_of_their_own():
         fxzip.barrier(a, b, fxzip.PerModel(X, LARGE), loss=lambda net: 0.0)
 
 
+@pytest.mark.slow
 def test_comparing_models_with_inputs_of_their_own():
     a, b = randomise(Residual(4), 1).double(), randomise(Large(4), 2).double()
     sample, settings = fxzip.PerModel(X, LARGE), {"methods": ["permute"], "progress": False}
@@ -404,6 +406,7 @@ def test_the_result_is_an_ordinary_module():
     assert all(p.grad is not None for p in zipped.parameters())
 
 
+@pytest.mark.slow
 def test_cuts_lie_behind_the_start():
     a, b = randomise(Residual(4), 1).double(), randomise(OtherStem(4), 2).double()
     call, options = fxzip.tracing.calls.as_call(X[:2]), fxzip.compiler.Options(start="layer1")

@@ -246,6 +246,7 @@ def _error(zipped: nn.Module, nets: list[nn.Module], x: Tensor) -> float:
     return float(sum(parts)) / len(nets)
 
 
+@pytest.mark.slow
 def test_free_features_tell_more_of_convolutions_on_inputs_that_were_not_seen() -> None:
     nets = [_net(0), _net(1)]
     data, unseen = _data(5), torch.cat(_data(77, 4))

@@ -327,6 +327,7 @@ def test_a_call_that_cannot_be_fitted_stays_one_and_is_named(monkeypatch) -> Non
     assert any("but one stays" in note and "_3_conv1" in note for note in zipped.report.notes)
 
 
+@pytest.mark.slow
 def test_whatever_a_zip_can_do_it_can_do_with_ranks(tmp_path) -> None:
     x, models = _images(), (_residual(3, 0), _residual(4, 1))
     zipped = _zip(*models, x=x, rank=0.5, until="3")

@@ -245,6 +245,7 @@ def test_it_is_an_ordinary_module():
     torch.testing.assert_close(program.module()(x[:3]), tuple(y[:3] for y in wanted))
 
 
+@pytest.mark.slow
 def test_a_calibrated_network_can_be_zipped_and_calibrated_again():
     _, data, joint = calibrated()
     x = inputs(0)[:2]
@@ -339,6 +340,7 @@ def test_with_a_search_for_the_cut():
     assert zipped.report["flops"]["total"] <= 1.6 * zipped.report["flops"]["originals"][0]
 
 
+@pytest.mark.slow
 def test_in_a_table_of_methods():
     models = [randomise(Classifier(n), n) for n in (3, 5)]
     data, fresh = fxzip.PerModel([inputs(0)], [inputs(1)]), [inputs(task, seed=1) for task in range(2)]

@@ -56,6 +56,7 @@ ENDS = {
 TIED = ("a weight beside", "tied to a weight")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ENDS)
 def test_a_head_computes_with_its_own_parameters(name):
     models = pair(ENDS[name])

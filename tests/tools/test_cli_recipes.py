@@ -196,6 +196,7 @@ def test_every_command_has_help(command, capsys):
         assert all(f"--{name}" in text for name in names)
 
 
+@pytest.mark.slow
 def test_the_command_line_needs_no_optional_package(tmp_path):
     """Without timm, torchvision, transformers, datasets and Pillow."""
     code = """

@@ -194,6 +194,7 @@ def test_the_methods_that_are_compared_by_default(pair):
     assert [row["method"] for row in table][1:] == ["energy", "zip", "permute", "weights", "average", "alone"]
 
 
+@pytest.mark.slow
 def test_held_out_inputs_of_ones_own(pair):
     table = fxzip.compare(pair, X, data=DATA, methods=["permute"], held_out=[IMAGES], progress=False)
     zipped = fxzip.compile_zip(*pair, X, data=DATA, method="permute", hold_out=False, progress=False)
@@ -214,6 +215,7 @@ def test_mistakes_end_a_comparison(pair):
         fxzip.compare(pair[:1], X, data=DATA, progress=False)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_the_frontier(pair):
     reads = []
 
@@ -249,6 +251,7 @@ def test_a_sweep_over_costs_with_widths_by_need(pair):
         fxzip.sweep(pair, X, data=DATA, max_costs=[0.0], progress=False)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_ones_own_cuts(pair):
     table = fxzip.sweep(pair, X, data=DATA, cuts=[0.5, "layer1"], progress=False)
     assert [row["until"] for row in table] == [None, 0.5, "layer1"]

@@ -69,6 +69,7 @@ def test_numbers_are_two_digits_of_one_side_of_the_split():
             assert torch.equal(values[nearest], wanted)
 
 
+@pytest.mark.slow
 def test_the_table_has_every_network_once(finished):
     rows, pieces, _ = finished
     assert [row.name for row in rows] == demo.row_names()
@@ -79,6 +80,7 @@ def test_the_table_has_every_network_once(finished):
     assert len(lengths) == 1, "the columns of the table are not aligned"
 
 
+@pytest.mark.slow
 def test_rows_are_written_as_they_come(finished, monkeypatch, tmp_path):
     events = []
 
@@ -96,6 +98,7 @@ def test_rows_are_written_as_they_come(finished, monkeypatch, tmp_path):
     assert events[-1] == "kept zip, all shared, deciding together"
 
 
+@pytest.mark.slow
 def test_averaging_fails_and_a_zip_does_not(finished):
     rows = {row.name: row for row in finished[0]}
     apart, zipped = rows["a and b side by side"], rows["zip, all shared"]
@@ -108,6 +111,7 @@ def test_averaging_fails_and_a_zip_does_not(finished):
     assert rows["a alone (numbers 00-49)"].joint is None
 
 
+@pytest.mark.slow
 def test_costs_of_the_rows(finished):
     rows = {row.name: row for row in finished[0]}
     apart = rows["a and b side by side"]
@@ -121,6 +125,7 @@ def test_costs_of_the_rows(finished):
         assert rows[name].flops == pytest.approx(full.flops, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a and b side by side", "zip, all shared"])
 def test_heads_that_decide_together(finished, name):
     rows = {row.name: row for row in finished[0]}
@@ -130,6 +135,7 @@ def test_heads_that_decide_together(finished, name):
     assert (after.flops, after.parameters) == pytest.approx((before.flops, before.parameters), rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_is_left_behind(finished):
     rows, pieces, path = finished
     assert f'torch.export.load("{path}").module()' in pieces[-1]

@@ -24,6 +24,7 @@ def outputs(network, x):
     return list(found.values()) if isinstance(found, dict) else [found] if torch.is_tensor(found) else list(found)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("options", [{}, {"until": "layer1"}, {"width": 1.5}])
 def test_a_program_of_torch_export(tmp_path, options):
     network = zipped(**options).train()
@@ -50,6 +51,7 @@ def test_onnx(tmp_path, named):
             torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_task_alone(tmp_path):
     network = zipped()
     alone = network.single("dogs")

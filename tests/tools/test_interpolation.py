@@ -51,6 +51,7 @@ def test_points_of_the_naive_line_are_the_means_of_the_weights():
         assert found == pytest.approx(value(between), rel=1e-4)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("make", [
     lambda: Residual(4), lambda: PaddedResNet(4, 8, 1),
     lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)),
@@ -108,6 +109,7 @@ def test_outputs_keep_their_order(method):
     assert line.values[0] > 0.1
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("refit", ["repair", "batchnorm"])
 def test_a_refit_at_every_point(refit):
     """On the same data a refit leaves the ends as they are if their statistics were those of the data."""

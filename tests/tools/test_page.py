@@ -134,6 +134,7 @@ def data_of(parsed):
     return next(json.loads("".join(text)) for attrs, text in parsed.scripts if attrs.get("id") == "data")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_node_is_on_the_page_as_the_graph_and_the_report_have_it(name, tmp_path):
     zipped = made(name)

@@ -125,6 +125,7 @@ def test_outputs_are_traced_on_every_rung(kind, rung, monkeypatch):
     assert difference(program.module(x), net(x)) is None
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_keep_what_they_return(kind):
     torch.manual_seed(0)

@@ -57,6 +57,7 @@ def test_the_trace_is_that_of_the_modules():
     torch.testing.assert_close(raised.module(X), model(X))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("refit", [None, "batchnorm", "repair", "lstsq"])
 def test_the_zip_is_that_of_the_modules(refit):
     models = [randomise(Residual(n), n) for n in (3, 4)]

@@ -227,6 +227,7 @@ def test_three_models_data_per_model_and_a_cut_that_is_looked_for():
     assert [tuple(y.shape) for y in zipped(X[:3])] == [(3, 4), (3, 5), (3, 3)]
 
 
+@pytest.mark.slow
 def test_narrow_heads_lose_less_than_a_narrow_trunk():
     """At one cost, with models that have nothing in common but much in themselves."""
     models = twins(4, 5)[1]
@@ -334,6 +335,7 @@ class Beside(nn.Module):
         return self.head(torch.cat([x, F.relu(self.third(F.relu(self.second(x))))], 1))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("until", ["first", "auto"])
 @pytest.mark.parametrize("convolutional", [False, True])
 def test_features_that_the_last_layer_reads_beside_those_of_the_trunk(convolutional, until):
@@ -358,6 +360,7 @@ def test_half_precision(dtype, until):
         assert all(y.dtype == dtype and bool(y.isfinite().all()) for y in zipped(x))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("cost", [0.9, 1.2, 1.6, 2.2])
 @pytest.mark.parametrize("widths", [((16, 20), (12, 26)), ((12, 20), (16, 20))])
 def test_models_of_unlike_widths_take_what_they_may(widths, cost):

@@ -100,6 +100,7 @@ def test_timings_are_kept_in_the_cache_folder(pair):
     assert all(0 < seconds < 10 for seconds in kept.values())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("overhead", [0.0, 0.6])
 def test_the_network_is_measured_and_widths_chosen_again(pair, overhead, monkeypatch):
     """Where the clock says that a network takes longer than the sum of its nodes, the limit is corrected."""
@@ -120,6 +121,7 @@ def test_the_network_is_measured_and_widths_chosen_again(pair, overhead, monkeyp
     assert any(note.startswith("latency: at most 1.2 times that of the first model") for note in found.notes)
 
 
+@pytest.mark.slow
 def test_a_budget_out_of_reach_says_what_it_is_of(pair):
     for name, noun in (("memory", "peak memory"), ("parameters", "parameters"), ("flops", "FLOPs")):
         with pytest.raises(fxzip.CostError, match=f"takes .* of the first model's {noun}"):
@@ -171,6 +173,7 @@ def test_sizes_fill_vector_units():
     assert multiple_of(512, torch.device("meta")) == 8
 
 
+@pytest.mark.slow
 def test_the_earliest_cut_in_reach_by_seconds(pair, monkeypatch):
     """With a clock that counts FLOPs the cut is that of a budget of FLOPs."""
 
