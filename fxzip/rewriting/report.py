@@ -212,10 +212,13 @@ def make_report(
     trunk = plan.trunk
     programs = trunk.alignment.programs
     last = [node for node in programs[0].module.graph.nodes if node.name in set(trunk.nodes)]
+    computed = any(node.op != "placeholder" for node in last)  # else nothing is shared, and inputs end nothing
     edge = [
         n
         for n in last
-        if any(user.name not in set(trunk.nodes) for user in n.users) and n.name in trunk.labellings[0].dynamic
+        if any(user.name not in set(trunk.nodes) for user in n.users)
+        and n.name in trunk.labellings[0].dynamic
+        and computed
     ]
     left = [node for node in zipped.graph.nodes if is_unmerge(node)]
     counted = count_flops(zipped, programs[0].call)

@@ -57,7 +57,8 @@ def lines(v: Mapping[str, Any]) -> list[str]:
     cut = v["cut"]
     merged = [", ".join(f"`{name}`" for name in twins) for twins in cut.get("merged", [])]
     result += [f"trunk begins at {names}, merged; what is in front each model computes on its own" for names in merged]
-    result.append("trunk ends after " + (", ".join(f"`{name}`" for name in cut["after"]) or "nothing"))
+    ends = ", ".join(f"`{name}`" for name in cut["after"])
+    result.append(f"trunk ends after {ends}" if ends else "nothing is shared")
     result += [f"  the models part: the first {text}" for text in cut["parting"]]
     result += [f"  `{name}` is not shared: {why}" for name, why in list(cut["ends"].items())[:8]]
     stems = any("stems" in v[what] for what in ("flops", "parameters"))

@@ -294,7 +294,8 @@ def test_nothing_is_shared_where_that_is_asked_for(pair, refit):
     zipped = fxzip.compile_zip(*pair, X, data=DATA, until=0, refit=refit, progress=False)
     for model, own in zip(pair, zipped(DATA[0]), strict=True):
         torch.testing.assert_close(own, model(DATA[0]), rtol=1e-4, atol=1e-5)
-    assert zipped.report["spaces"] == []
+    assert zipped.report["spaces"] == zipped.report["cut"]["after"] == []
+    assert "nothing is shared" in str(zipped.report)
     assert "saves none" in str(zipped.report)
 
 
