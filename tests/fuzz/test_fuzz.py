@@ -110,10 +110,10 @@ def sweep(seeds, each):
 
 
 @pytest.mark.slow
-@pytest.mark.hours
 @pytest.mark.parametrize("first", range(0, 100, 10))
 def test_what_must_hold(first):
-    sweep(range(first, first + 10), 3)
+    """One oracle of each network, another one from network to network."""
+    sweep(range(first, first + 10), 1)
 
 
 @pytest.mark.slow
