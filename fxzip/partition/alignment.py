@@ -221,18 +221,28 @@ def _pair(
     back: dict[str, str] = {}
     left, right = _Names(first.module), _Names(other.module)
     rest: fx.Node | None = None
-    rights = (n for n in other.module.graph.nodes if n.op != "output" and n.name not in right_stem.nodes)
+    rights = [n for n in other.module.graph.nodes if n.op != "output" and n.name not in right_stem.nodes]
+    asked = _asked(nodes) | _asked(rights)
     for place, node in enumerate(rights):
         queue = waiting.get(_key(node, other.module, theirs, place), [])
         if queue and _same_tensors(_tensors(queue[0], left), _tensors(node, right), first, other, params, back):
             twin = queue.pop(0)
             theirs.known[node] = numbers.known[twin]
             pairs[twin.name] = node.name
-        elif rest is None and node.target is not require:
+        elif rest is None and node not in asked:
             rest = node
-    lone = next((n for n in nodes if n.name not in pairs and n.target is not require), None)
+    lone = next((n for n in nodes if n.name not in pairs and n not in asked), None)
     parting = "" if rest is None and lone is None else f"{_says(first, lone)}, the other {_says(other, rest)}"
     return pairs, params, parting
+
+
+def _asked(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Checks of sizes and numbers, and what is computed for these alone."""
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node.target is require or (node.users and found.issuperset(node.users)):
+            found.add(node)
+    return found
 
 
 def _entry_numbers(program: Program, stem: Stem) -> dict[fx.Node, int]:
