@@ -99,8 +99,16 @@ class ZippedModule(EmittedModule):
     of them by the names of the tasks."""
 
     def train(self, mode: bool = True) -> ZippedModule:
-        """Switch to train mode. Warns where the models draw random numbers there and this network does not."""
+        """Switch to train mode. Warns where the models draw random numbers there and this network does not, or compute
+        something else there."""
         tracing = self.meta.get("fxzip_report", {}).get("tracing", ())
+        if mode and not self.training and any(traced.get("otherwise") for traced in tracing):
+            warnings.warn(
+                "`train()`: the models compute something else there than this network does; what their code does by "
+                "`training`, tracing has seen in eval mode only.",
+                FxzipWarning,
+                stacklevel=2,
+            )
         lost = list(dict.fromkeys(name for traced in tracing for name in traced.get("lost", ())))
         if mode and not self.training and lost:
             warnings.warn(

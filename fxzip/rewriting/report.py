@@ -198,6 +198,13 @@ def described_inputs(zipped: ZippedModule, call: Call) -> list[dict[str, Any]]:
     return found
 
 
+def tracing_facts(program: Program) -> dict[str, Any]:
+    """How a model was traced, as a report has it."""
+    strays = program.strays
+    known = {"lost": list(strays.lost), "otherwise": strays.otherwise}
+    return {"rung": program.rung, "failures": list(program.failures), **known}
+
+
 def make_report(
     zipped: ZippedModule, plan: ZipPlan, settings: Mapping[str, Any], statistics: Mapping[int, Moments] = NOTHING,
     alone: Mapping[int, Mapping[int, Moments]] = NOTHING,
@@ -246,7 +253,7 @@ def make_report(
         "mixed": [node.name for node in left if node.target is mix],
         "barriers": [b.reason for label in trunk.labellings for b in label.barriers],
         "probed": [p.reason for label in trunk.labellings for p in label.probed],
-        "tracing": [{"rung": p.rung, "failures": list(p.failures), "lost": list(p.lost)} for p in programs],
+        "tracing": [tracing_facts(program) for program in programs],
         "nodes": node_facts(zipped, counted, plan),
     }
     return Report(values)

@@ -16,7 +16,7 @@ from ..rewriting.emit import forget_buffers
 from ..rewriting.emit_stems import copied_node
 from ..rewriting.module import ZippedModule, reuse_memory
 from ..rewriting.node_facts import node_facts
-from ..rewriting.report import Report, costs, described_inputs, uncounted
+from ..rewriting.report import Report, costs, described_inputs, tracing_facts, uncounted
 from ..tracing import Program, plain_context
 from ..tracing.joint_inputs import trace_all
 
@@ -109,7 +109,7 @@ def _report(result: ZippedModule, programs: tuple[Program, ...]) -> Report:
         "self_check": [None] * len(programs), "notes": ["nothing is merged", *uncounted(spent)], "cut": cut,
         "spaces": [], **spent, "inputs": described_inputs(result, programs[0].call), "unmerges": [], "barriers": [],
         "probed": [],
-        "tracing": [{"rung": p.rung, "failures": list(p.failures), "lost": list(p.lost)} for p in programs],
+        "tracing": [tracing_facts(program) for program in programs],
         "nodes": node_facts(result, counted),
     }  # fmt: skip
     return Report(values)

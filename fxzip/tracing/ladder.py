@@ -29,7 +29,7 @@ from .preparation import Hooks, check_model, copied, first_line, folded, hooked,
 from .reference import Reference, compared, reference_of, without_idle_guards
 from .symbolic import SymbolicTracer
 from .tidying import tidied
-from .training import Training, names_of
+from .training import Strays, Training, names_of
 
 RUNGS = ("symbolic", "symbolic with example values", "export")
 
@@ -49,7 +49,7 @@ class Program:
         batch_axes: for each node whose output is a tensor, the axes whose size changed with the batch size; empty if
             the model runs at one batch size only.
         shapes: for each node whose output is a tensor, its shape on the sample.
-        lost: paths of modules that draw random numbers in train mode where the graph does not.
+        strays: what the model does in train mode that the graph does not do there.
         compared: the inputs on which the graph was compared with the model: the sample, a fresh one, others.
         origins: of its parameters and buffers the names in the model, parametrisations folded; what tracing has made is
             not in it.
@@ -65,17 +65,23 @@ class Program:
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     compared: tuple[Call, ...] = ()
     memory: Sharing = field(default_factory=Sharing)
-    lost: tuple[str, ...] = ()
+    strays: Strays = field(default_factory=Strays)
     origins: dict[str, str] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
         """What the report says of it."""
-        if not self.lost:
+        if self.strays.otherwise:
+            return [
+                "in `train()` it computes something else than the zipped network does there: what its code does by "
+                "`training`, tracing has seen in eval mode only"
+            ]
+        if not self.strays.lost:
             return []
+        names = names_of(self.strays.lost)
         return [
-            f"in `train()` it makes random calls in {names_of(self.lost)} that the zipped network does not make: "
-            "tracing has seen them in eval mode only"
+            f"in `train()` it makes random calls in {names} that the zipped network does not make: tracing has seen "
+            "them in eval mode only"
         ]
 
 
@@ -117,8 +123,8 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
                 again = compared(found.module, reference)
                 assert not isinstance(again, str), again  # in eval mode dropout gives back its input
                 found = _Verified(found.module, *again)
-            lost = training.lost(found.module, reference.sample)
-            program = _program(found, reference, rung, tuple(failures), persistent, lost)
+            strays = training.compared(found.module, reference.sample, reference.expected[0])
+            program = _program(found, reference, rung, tuple(failures), persistent, strays)
             return replace(program, origins=_origins(program.module, own))
         failures.append(f"{_title(rung, kept)} gave another result than the model: {found}.")
     raise TraceError(_nothing_worked(name, failures, paths))
@@ -189,7 +195,7 @@ def _program(
     rung: str,
     failures: tuple[str, ...],
     persistent: frozenset[str],
-    lost: tuple[str, ...],
+    strays: Strays,
 ) -> Program:
     module, sample, fresh = found.module, found.sample, found.fresh
     _restore_persistence(module, persistent)
@@ -203,7 +209,17 @@ def _program(
     mutators = frozenset(sample.mutators | fresh.mutators)
     memory = sharing(module, reference.sample, mutators) if mutators else Sharing()
     return Program(
-        module, reference.sample, rung, failures, buffers, mutators, axes, sample.shapes, reference.calls, memory, lost
+        module,
+        reference.sample,
+        rung,
+        failures,
+        buffers,
+        mutators,
+        axes,
+        sample.shapes,
+        reference.calls,
+        memory,
+        strays,
     )
 
 

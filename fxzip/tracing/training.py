@@ -2,7 +2,8 @@
 
 Programs are traced in eval mode, where such calls do nothing. Those that are modules stay what they are. Here a
 `torch.nn.functional.dropout` that follows the mode of its module becomes an `nn.Dropout`, a module of a known package
-that only acts in `train()` stays a module, and all others are named: the network has them no more.
+that only acts in `train()` stays a module, and all others are named: the network has them no more. Whether anything
+else that a model does in train mode is lost, a run of both tells, from the same random state.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .allowed import is_known
 from .calls import Call, map_tensors
-from .execution import flat_inputs, modes_kept, quiet_execution
+from .execution import difference, flat_inputs, modes_kept, quiet_execution
 from .randomness import draws
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {
@@ -35,6 +37,19 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
 _Owned = tuple[str, Any]  # path of a module, function
 
 
+@dataclass(frozen=True)
+class Strays:
+    """What a model does in train mode that its graph does not do there.
+
+    Attributes:
+        lost: modules with random calls that the graph does not make.
+        otherwise: it makes them all, and gives something else.
+    """
+
+    lost: tuple[str, ...] = ()
+    otherwise: bool = False
+
+
 class Training:
     """A model run in train mode, on the sample: which module makes which random calls.
 
@@ -43,11 +58,13 @@ class Training:
     Attributes:
         dropouts: for each module and function of dropout its calls, in order: the probability, and whether it acts.
         random: for each module the number of random calls, those of modules inside it not counted.
+        output: of the run; None where there is none.
     """
 
     def __init__(self, model: nn.Module, sample: Call) -> None:
         self.dropouts: dict[_Owned, list[tuple[float, bool]]] = defaultdict(list)
         self.random: Counter[str] = Counter()
+        self.output: Any = None
         path: list[str] = [""]
         own = map_tensors(torch.clone, sample)
         with ExitStack() as stack:
@@ -55,7 +72,7 @@ class Training:
                 stack.enter_context(context)
             for mode in (_Draws(path, self.random), _Dropouts(path, self.dropouts)):
                 stack.enter_context(mode)
-            model(*own.args, **own.kwargs)
+            self.output = model(*own.args, **own.kwargs)
 
     def keep_dropout(self, module: fx.GraphModule) -> bool:
         """Let calls of dropout in a graph follow its mode, in place, as they follow that of the model; whether any
@@ -78,14 +95,17 @@ class Training:
             module.recompile()
         return changed
 
-    def lost(self, module: fx.GraphModule, sample: Call) -> tuple[str, ...]:
-        """Modules with random calls that the graph does not make in train mode."""
-        if not self.random:
-            return ()
+    def compared(self, module: fx.GraphModule, sample: Call, expected: Any) -> Strays:
+        """What of this a graph does not do in train mode. `expected`: what the model gives in eval mode."""
+        if not self.random and (self.output is None or difference(self.output, expected) is None):
+            return Strays()
         kept: Counter[str] = Counter()
+        found = None
         with _training(module), quiet_execution(), suppress(Exception):
-            _Counting(module, kept).run(*flat_inputs(module, sample))
-        return tuple(name or "the model itself" for name, times in self.random.items() if kept[name] < times)
+            found = _Counting(module, kept).run(*flat_inputs(module, sample))
+        lost = tuple(name or "the model itself" for name, times in self.random.items() if kept[name] < times)
+        both = found is not None and self.output is not None
+        return Strays(lost, both and not lost and difference(found, self.output) is not None)
 
 
 def is_kept(module: nn.Module) -> bool:
@@ -151,9 +171,13 @@ def _training(model: nn.Module) -> Iterator[None]:
 def _following(model: nn.Module, path: list[str], prefix: str = "") -> Iterator[None]:
     """Inside, the last entry of `path` is the module that runs; `prefix` is the path of the model itself."""
     handles = []
+
+    def left(*_: Any) -> None:
+        path.pop()
+
     for name, module in model.named_modules(prefix=prefix):
         handles.append(module.register_forward_pre_hook(lambda _, __, name=name: path.append(name)))
-        handles.append(module.register_forward_hook(lambda _, __, ___: path.pop() and None))
+        handles.append(module.register_forward_hook(left))
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """What is random in `train()` only: kept where it can be, else named."""
 
+import random
 import warnings
 
 import pytest
@@ -33,6 +34,14 @@ class Dropping(nn.Module):
             h = F.scaled_dot_product_attention(q, q, q, dropout_p=self.rate if self.training else 0.0)[:, 0, 0]
         if self.how == "own" and self.training:
             h = h * torch.rand(len(h), 1)
+        if self.how == "factor":
+            h = h * (2 if self.training else 1)
+        if self.how == "slope":
+            h = F.rrelu(h - 0.5, training=self.training)
+        if self.how == "mask":
+            h = h * torch.empty_like(h).bernoulli_(self.rate if self.training else 1.0)
+        if self.how == "layers" and self.training and random.random() < 1:
+            return self.head(h)
         return self.head(torch.relu(self.second(h)))
 
 
@@ -83,6 +92,14 @@ def test_what_tracing_cannot_keep_is_named(how):
     with pytest.warns(fxzip.FxzipWarning, match="`the model itself`"):
         zipped.train()
     assert not moves(zipped)
+
+
+@pytest.mark.parametrize("how", ["factor", "slope", "mask", "layers"])
+def test_whatever_else_a_model_does_in_train_mode_is_said(how):
+    _, zipped = zipped_pair(how)
+    assert any("in `train()` it computes something else" in note for note in zipped.report["notes"])
+    with pytest.warns(fxzip.FxzipWarning, match="compute something else there"):
+        zipped.train()
 
 
 def test_stochastic_depth_of_known_packages_stays(tmp_path):
