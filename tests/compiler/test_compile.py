@@ -64,6 +64,7 @@ def pickled(module):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("settings", [
     {"method": fxzip.baselines.Recover(fxzip.Zip()), "until": "layer1"}, {"start": "layer1", "until": "layer2.0"},
     {"data": fxzip.PerModel([X, -X], [X + 1, X + 2]), "joint": True},

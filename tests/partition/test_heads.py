@@ -206,6 +206,7 @@ WAYS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_head_that_treats_some_features_by_themselves_gets_its_own_order(way):
     models = [Parted(own).double().eval() for own in (lambda h: h, WAYS[way])]

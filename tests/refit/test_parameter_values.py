@@ -56,6 +56,7 @@ def random(*shape: int, seed: int = 3) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("refit", REFITS)
 def test_values_without_a_batch_are_refitted(refit, written):
@@ -68,6 +69,7 @@ def test_values_without_a_batch_are_refitted(refit, written):
         assert bool(found.isfinite().all())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("refit", REFITS)
 def test_with_itself_they_stay_what_they_are(refit, written):

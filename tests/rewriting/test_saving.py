@@ -107,6 +107,7 @@ def check(z, x):
     same(copy.deepcopy(z).share_memory())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_a_zip_of_normed_layers_is_saved_and_copied(norm):
     torch.manual_seed(0)
@@ -115,6 +116,7 @@ def test_a_zip_of_normed_layers_is_saved_and_copied(norm):
     check(z, X)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 @pytest.mark.parametrize("norm", [NORMS["plain"], lambda layer: parametrizations.weight_norm(layer, "weight_hh_l0")])
 def test_a_zip_of_recurrent_layers_is_saved_and_copied(kind, norm):

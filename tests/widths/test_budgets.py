@@ -91,6 +91,7 @@ def test_one_signature_is_timed_once():
     assert prices[0] == prices[1]
 
 
+@pytest.mark.slow
 def test_timings_are_kept_in_the_cache_folder(pair):
     fxzip.compile_zip(*pair, X[:4], width="auto", max_cost=1.3, **SETTINGS)
     files = list((cache_folder() / "seconds").glob("*.json"))
@@ -128,6 +129,7 @@ def test_a_budget_out_of_reach_says_what_it_is_of(pair):
             fxzip.compile_zip(*pair, X[:4], width="auto", max_cost=1e-6, budget=name, **SETTINGS)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("cost", [0.7, 1.3])
 def test_parameters(pair, cost):
     report = fxzip.compile_zip(*pair, X[:4], width="auto", max_cost=cost, budget="parameters", **SETTINGS).report
@@ -135,6 +137,7 @@ def test_parameters(pair, cost):
     assert 0.85 * cost < numbers["total"] / numbers["originals"][0] <= cost * 1.02
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("cost", [0.8, 1.3])
 def test_peak_memory(pair, cost):
     zipped = fxzip.compile_zip(*pair, X[:4], width="auto", max_cost=cost, budget="memory", **SETTINGS)
@@ -199,6 +202,7 @@ def test_the_recipe_of_a_budget():
     assert Recipe.of("auto", "auto", calibrated=True).width.share == 1
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("whole", "kept"), [(0.98, "all"), (1.2, "few")])
 def test_a_choice_that_prices_misled_does_not_beat_the_whole_zip(pair, monkeypatch, whole, kept):
     """Widths that are far too small stand for prices of a busy machine."""

@@ -74,6 +74,7 @@ def relative(found, wanted):
     return float((found - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", ["zip", "energy", "permute", "agglomerative", "kmeans"])
 @pytest.mark.parametrize("family", ["residual", "perceptron", "depthwise"])
 def test_with_room_for_all_features_nothing_is_lost(family, method):
@@ -129,6 +130,7 @@ def test_a_wider_trunk_is_more_like_its_models():
     assert errors[-1] < 1e-4 < errors[0]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("cost", "until"),
     [
