@@ -83,6 +83,10 @@ def test_no_function_shadows_its_module():
     assert not shadowed
 
 
+def test_no_file_has_the_name_of_a_standard_module():
+    assert not {path.stem for path in FILES} & sys.stdlib_module_names
+
+
 def test_matching_sees_no_graphs():
     seen = {package(n) for path, own in FILES.items() if own == "matching" for n in imports(path)} - {None}
     assert seen == {"matching", "errors"}

@@ -20,8 +20,8 @@ from .execution import (
 )
 from .guards import guards_at_entry, require
 from .ladder import RUNGS, Program, trace
-from .numbers import is_number
 from .preparation import check_model, check_placement
+from .python_numbers import is_number
 from .training import names_of
 
 __all__ = [

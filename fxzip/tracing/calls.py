@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import containers
-from .numbers import plain_number
+from .python_numbers import plain_number
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from .calls import Call
 from .containers import flatten, leaves
 from .guards import asked_by_model, form_of, place_in_source, require
-from .numbers import MATH, is_number, may_read
+from .python_numbers import MATH, is_number, may_read
 from .questions import FACTORIES, SHAPE_FUNCTIONS, SHAPE_METHODS, SIZE_METHODS, plain_attribute, type_on_value
 from .symbolic import SymbolicTracer
 from .threads import only_here

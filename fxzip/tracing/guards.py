@@ -28,7 +28,7 @@ from torch import fx
 
 from ..errors import SpecializationError
 from .containers import flatten
-from .numbers import plain_number
+from .python_numbers import plain_number
 from .structure import Structure
 
 Form = Any

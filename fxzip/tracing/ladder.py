@@ -24,8 +24,8 @@ from .inplace import out_of_place
 from .kept_state import without_proxies
 from .lengths import len_recorded
 from .names import named_safely, safe_names
-from .numbers import is_number
 from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
+from .python_numbers import is_number
 from .reference import Reference, compared, reference_of, without_idle_guards
 from .symbolic import SymbolicTracer
 from .tidying import tidied

@@ -12,7 +12,7 @@ from .calls import Call
 from .containers import Part, flatten, is_plain, is_written
 from .guards import asked_by_model, form_of, is_trivial, require
 from .names import check_arguments
-from .numbers import plain_number
+from .python_numbers import plain_number
 from .structure import Rebuild
 from .training import is_kept
 

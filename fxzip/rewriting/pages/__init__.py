@@ -8,7 +8,7 @@ it load nothing and run no script but these.
 from . import tabular
 from .content import Costs, Node, Page, Point, Space, Stop, TablePage, Task
 from .grouping import Group, Placed, grouped
-from .html import fragment, page_html, table_html, write_html
+from .html_text import fragment, page_html, table_html, write_html
 
 __all__ = [
     "Costs",
