@@ -272,6 +272,7 @@ torch.save({{"weights": zipped.state_dict(), "code": zipped.code}}, sys.argv[2])
 
 
 @pytest.mark.slow
+@pytest.mark.hours
 def test_killed_at_random_moments(tmp_path):
     """Twenty times, by the system. Each folder is gone on with until its compile comes to the end."""
     draw = random.Random(0)
