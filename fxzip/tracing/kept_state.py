@@ -70,9 +70,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     """
     stores = [store for module in model.modules() for store in (vars(module), module._buffers)]
     held = [(store, dict(store)) for store in stores]
-    contents = [
-        (value, value.copy()) for store in stores for value in store.values() if isinstance(value, _CONTAINERS)
-    ]
+    contents = [(value, value.copy()) for store in stores for value in store.values() if isinstance(value, _CONTAINERS)]
     values = [(tensor, tensor.detach().clone()) for tensor in model.buffers()]
     try:
         yield
