@@ -20,7 +20,7 @@ from ..partition.own import differing
 from ..partition.region import Trunk
 from ..partition.stems import find_stems
 from ..partition.trunk import trunk_of, whole_trunk
-from ..tracing import Program, plain_context
+from ..tracing import Program, names_of, plain_context
 from ..tracing.calls import Call
 from ..tracing.joint_inputs import trace_all
 from ..widths.narrow_heads import whole_trunks
@@ -159,8 +159,8 @@ def _about_weights(before: Program, after: Program) -> tuple[str, ...]:
     gone = [node.name for node in before.module.graph.nodes if node.op != "get_attr" and node.name not in kept]
     if not gone:
         return ()
-    names = ", ".join(f"`{name}`" for name in gone[:4]) + (", ..." if len(gone) > 4 else "")
-    return (f"what the models compute from parameters alone in {names} is a parameter of the zip, which can be merged",)
+    where = names_of(gone)
+    return (f"what the models compute from parameters alone in {where} is a parameter of the zip, which can be merged",)
 
 
 def _with_lifted(alignment: Alignment, labellings: Sequence[Labelling], *, weights: bool) -> list[Program] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 _CONTAINERS = (dict, list, set)
+_PLAIN = (*_CONTAINERS, OrderedDict)  # hooks are in the latter; subclasses may refuse to be written into
 _Marks = dict[str, tuple[Any, Any]]
 
 
@@ -68,9 +70,9 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     >>> hasattr(net, "calls"), net.running_mean
     (False, tensor([0., 0.]))
     """
-    stores = [store for module in model.modules() for store in (vars(module), module._buffers)]
+    stores = _stores(model)
     held = [(store, dict(store)) for store in stores]
-    contents = [(value, value.copy()) for store in stores for value in store.values() if isinstance(value, _CONTAINERS)]
+    contents = [(value, value.copy()) for store in stores for value in store.values() if type(value) in _PLAIN]
     values = [(tensor, tensor.detach().clone()) for tensor in model.buffers()]
     try:
         yield
@@ -79,8 +81,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
             store.clear()
             store.update(before)
         for live, own in contents:
-            live.clear()
-            (live.extend if isinstance(live, list) else live.update)(own)
+            _refill(live, own)
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)
@@ -90,10 +91,9 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 def without_proxies(model: nn.Module) -> Iterator[None]:
     """Afterwards no module holds a proxy: what code of the model has put into attributes, buffers, lists and dicts
     while it was traced is taken out again."""
-    stores: list[dict[str, Any]] = [store for module in model.modules() for store in (vars(module), module._buffers)]
     held = [
         (store, dict(store), {key: value.copy() for key, value in store.items() if type(value) in _CONTAINERS})
-        for store in stores
+        for store in _stores(model)
     ]
     try:
         yield
@@ -105,8 +105,18 @@ def without_proxies(model: nn.Module) -> Iterator[None]:
             for key, value in contents.items():
                 live = store.get(key)
                 if live is before[key] and any(map(_is_proxy, live.values() if isinstance(live, dict) else live)):
-                    live.clear()
-                    (live.extend if isinstance(live, list) else live.update)(value)
+                    _refill(live, value)
+
+
+def _stores(model: nn.Module) -> list[dict[str, Any]]:
+    """Where the modules of a model hold attributes and buffers."""
+    return [store for module in model.modules() for store in (vars(module), module._buffers)]
+
+
+def _refill(live: Any, value: Any) -> None:
+    """Let a dict, list or set hold what another one does."""
+    live.clear()
+    (live.extend if isinstance(live, list) else live.update)(value)
 
 
 def _is_proxy(value: Any) -> bool:

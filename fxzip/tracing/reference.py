@@ -17,6 +17,7 @@ from .execution import Record, difference, run_eager, run_recorded
 from .kept_state import changed, marks, state_kept
 from .preparation import first_line
 from .tidying import tidied
+from .training import names_of
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,9 @@ def _check_state(own: nn.Module, call: Call, name: str, written: Sequence[str]) 
 
     if all(difference(found, expected) is None for found, expected in later):
         return
-    names = ", ".join(f"`{path}`" for path in written[:4]) + (", ..." if len(written) > 4 else "")
     raise TraceError(
-        f"`{name}` must give the same for the same input; it keeps state between calls, in {names}, and gives "
-        "something else after another call. Make that state an argument and an output of the model."
+        f"`{name}` must give the same for the same input; it keeps state between calls, in {names_of(written)}, and "
+        "gives something else after another call. Make that state an argument and an output of the model."
     )
 
 

@@ -106,3 +106,18 @@ def test_what_changes_nothing_is_no_state(step):
     net = Keeping(step).double().eval()
     module = trace(net, X).module
     torch.testing.assert_close(module(X), net(X))
+
+
+class Frozen(dict):
+    """As packages keep a configuration: nothing may be written into it."""
+
+    def update(self, *_, **__):
+        raise TypeError("frozen")
+
+
+def test_attributes_that_refuse_to_be_written_into_are_left_alone():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    net.config = Frozen(width=8)
+    program = fxzip.tracing.trace(net, torch.randn(5, 4))
+    assert net.config == {"width": 8}
+    assert program.rung == "symbolic"
