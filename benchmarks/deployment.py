@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import random
 import sys
 import tempfile
 import time
@@ -125,20 +126,24 @@ def _exported(network: nn.Module, batches: Sequence[Tensor], folder: Path) -> Pa
 FORMS: Mapping[str, tuple[Callable[[nn.Module, Sequence[Tensor]], Network], Sequence[str]]] = {
     "eager float32": (eager, ()),
     "`torch.compile`": (compiled, ()),
-    "bfloat16": (bfloat16, ()),
-    "bfloat16, `torch.compile`": (bfloat16_compiled, ()),
     "onnxruntime": (onnx, ("onnx", "onnxscript", "onnxruntime")),
     "onnxruntime, int8": (onnx_int8, ("onnx", "onnxscript", "onnxruntime")),
+    # Last: a processor without bfloat16 units takes many times as long.
+    "bfloat16": (bfloat16, ()),
+    "bfloat16, `torch.compile`": (bfloat16_compiled, ()),
 }
 
 
 def least_seconds(networks: Sequence[Network], x: Tensor, rounds: int) -> list[float]:
-    """The least time of each network on one batch, run in turn."""
+    """The least time of each network on one batch, run in turn, each time another one first.
+
+    What ran before leaves its weights and values in the caches, so no network may always come behind the same one.
+    """
     best = [float("inf")] * len(networks)
     for done in range(rounds + 3):
-        for place, network in enumerate(networks):
+        for place in random.sample(range(len(networks)), len(networks)):
             start = time.perf_counter()
-            network(x)
+            networks[place](x)
             if done > 2:
                 best[place] = min(best[place], time.perf_counter() - start)
     return best
@@ -158,6 +163,8 @@ def rows(settings: argparse.Namespace) -> Iterator[Row]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own about quantised networks
         for form, (make, needed) in FORMS.items():
+            if settings.forms and form.replace("`", "") not in settings.forms:
+                continue
             if any(importlib.util.find_spec(package) is None for package in needed):
                 print(f"{form}: left out, it needs {' and '.join(needed)}", file=sys.stderr)
                 continue
@@ -176,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own = parser()
     own.description = __doc__
     own.add_argument("--rounds", type=int, default=40, help="runs of which the least counts")
+    own.add_argument("--forms", nargs="*", metavar="FORM", help="these alone, as the table names them")
     settings = own.parse_args(argv)
     torch.manual_seed(settings.seed)
     if settings.threads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,16 +47,18 @@ def fastest(
 
 def _fastest(networks: Sequence[nn.Module], call: Call, rounds: int, seconds: float) -> list[float]:
     taken: list[list[float]] = [[] for _ in networks]
+    order = random.Random(0)
     with restored_state(), callers_precision(), torch.no_grad(), _buffers_kept(networks):
         begin = time.perf_counter()
         for done in range(rounds + 1):
             if done > FEWEST and (time.perf_counter() - begin > seconds or all(map(_quiet, taken))):
                 break
-            for place, network in enumerate(networks):
+            # What ran before leaves its weights in the caches: no network may always come behind the same one.
+            for place in order.sample(range(len(networks)), len(networks)):
                 own = map_tensors(torch.clone, call)  # some networks write into their inputs
                 wait_for(call.device)
                 start = time.perf_counter()
-                network(*own.args, **own.kwargs)
+                networks[place](*own.args, **own.kwargs)
                 wait_for(call.device)
                 if done:
                     taken[place].append(time.perf_counter() - start)

@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -149,6 +150,24 @@ def test_timing_leaves_no_trace():
     assert fastest([net], Call((x,), {}))[0] > 0
     assert net.calls == 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_network_is_always_timed_behind_the_same_one():
+    """What ran before leaves its weights in the caches."""
+    ran = []
+
+    class Noted(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, x):
+            ran.append(self.name)
+            return x
+
+    fastest([Noted(name) for name in "abc"], Call((torch.ones(2),), {}), rounds=20, seconds=60)
+    for name in "abc":
+        assert len({before for before, now in pairwise(ran) if now == name}) >= 2
 
 
 # warnings ------------------------------------------------------------------------------------------------------------
