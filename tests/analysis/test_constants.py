@@ -214,3 +214,36 @@ def test_places_beside_padding_move_if_the_padding_is_one_constant(pad, apart, r
     assert sizes == ([4, 4] if apart else [2, 4])
     assert twin_error(model, x) < 1e-12
     assert not [w for w in recwarn if issubclass(w.category, fxzip.errors.PinnedSpaceWarning)]
+
+
+class OnImage(nn.Module):
+    """A filter for each channel of the image, with a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.filters, self.norm, self.head = nn.Conv2d(5, 5, 3, groups=5), nn.BatchNorm2d(5), nn.Conv2d(5, 3, 1)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.filters(x)))).mean((2, 3))
+
+
+class OnTable(nn.Module):
+    """A product with a fixed table, a bias of its own for each row of it, and a sum over these rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(4, 3), persistent=False)
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(4, 6))
+        self.rows, self.head = nn.Linear(4, 1), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(torch.relu(x * self.rows(torch.addmm(self.bias, self.table, self.weight).T).T))
+
+
+@pytest.mark.parametrize(("model", "x", "spaces"), [(OnImage, (4, 5, 6, 6), []), (OnTable, (3, 1), ["bias"])])
+def test_a_bias_of_a_product_that_cannot_move_cannot_move(model, x, spaces, recwarn):
+    """By the rule of the product, not by the self-check."""
+    torch.manual_seed(0)
+    inspection = fxzip.inspect(model().double().eval(), torch.randn(x, dtype=torch.float64))
+    assert [space.name for space in inspection.spaces] == spaces
+    assert not [w for w in recwarn if issubclass(w.category, fxzip.errors.PinnedSpaceWarning)]

@@ -116,7 +116,9 @@ def _plus(call: Invocation, bias: Tensor | None, fields: AxisLabels, ndim: int, 
         return fields
     b = call.operand(bias)
     axes = range(ndim - b.ndim, ndim) if first is None else range(first, first + b.ndim)
-    result, placed = Operand(call.out, fields, False, frozenset()), b.place(axes, ndim)
+    # Where the product has no field its places differ, but cannot move: of a filter for each channel of an image, say.
+    loose = frozenset(a for a, size in enumerate(call.out.shape) if size > 1).difference(*map(varying, fields))
+    result, placed = Operand(call.out, fields, False, loose), b.place(axes, ndim)
     if first is None:
         note_blocks(call, [(None, result), (bias, placed)])
     return meet(call.store, [result, placed], f"`{call.name}`")
