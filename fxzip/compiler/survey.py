@@ -144,7 +144,7 @@ def survey(
         notes=tuple(
             f"model {k}: {note}"
             for k, (program, own) in enumerate(zip(programs, checks, strict=True))
-            for note in (*program.notes, *(own.notes if own else ()))
+            for note in (*program.strays.notes, *(own.notes if own else ()))
         )
         + _about_weights(before, programs[0]),
         trial=None if checks[0] is None else checks[0].trial,

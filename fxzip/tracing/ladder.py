@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import fx, nn
 
 from ..errors import InputError, TraceError
 from .aliasing import Sharing, sharing
-from .calls import Call, as_call, leaves, map_tensors
+from .calls import Call, as_call, leaves, map_tensors, select_rows
 from .containers import flatten
 from .example_values import trace_with_values
 from .execution import Record, plain_context, tracing_execution
@@ -29,9 +30,10 @@ from .python_numbers import is_number
 from .reference import Reference, compared, reference_of, without_idle_guards
 from .symbolic import SymbolicTracer
 from .tidying import tidied
-from .training import Strays, Training, names_of
+from .training import Strays, Training
 
 RUNGS = ("symbolic", "symbolic with example values", "export")
+_FEW = 8  # inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,21 +70,10 @@ class Program:
     strays: Strays = field(default_factory=Strays)
     origins: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def notes(self) -> list[str]:
-        """What the report says of it."""
-        if self.strays.otherwise:
-            return [
-                "in `train()` it computes something else than the zipped network does there: what its code does by "
-                "`training`, tracing has seen in eval mode only"
-            ]
-        if not self.strays.lost:
-            return []
-        names = names_of(self.strays.lost)
-        return [
-            f"in `train()` it makes random calls in {names} that the zipped network does not make: tracing has seen "
-            "them in eval mode only"
-        ]
+    @cached_property
+    def small_call(self) -> Call:
+        """The sample with a few of its inputs, where the model runs at every batch size: it shows what is called."""
+        return select_rows(self.call, slice(_FEW)) if self.batch_axes else self.call
 
 
 @plain_context()

@@ -49,6 +49,21 @@ class Strays:
     lost: tuple[str, ...] = ()
     otherwise: bool = False
 
+    @property
+    def notes(self) -> list[str]:
+        """What the report says of it."""
+        if self.otherwise:
+            return [
+                "in `train()` it computes something else than the zipped network does there: what its code does by "
+                "`training`, tracing has seen in eval mode only"
+            ]
+        if not self.lost:
+            return []
+        return [
+            f"in `train()` it makes random calls in {names_of(self.lost)} that the zipped network does not make: "
+            "tracing has seen them in eval mode only"
+        ]
+
 
 class Training:
     """A model run in train mode, on the sample: which module makes which random calls.

@@ -130,9 +130,9 @@ def live_bytes(module: fx.GraphModule, call: Call) -> float:
 def bytes_per_row(net: fx.GraphModule, programs: Sequence[Program]) -> float:
     """What an input takes in a walk: the values that live at a time in the originals and in the zipped network, of its
     own widths, and the input itself, which is held all the time."""
-    call = programs[0].call
+    call = programs[0].small_call
     held = sum(value.nbytes for value in leaves((call.args, call.kwargs))) / max(batch_size(call) or 1, 1)
-    return live_bytes(net, call) + held + sum(live_bytes(own.module, own.call) for own in programs)
+    return live_bytes(net, call) + held + sum(live_bytes(own.module, own.small_call) for own in programs)
 
 
 def parameter_bytes(net: nn.Module) -> int:

@@ -87,7 +87,7 @@ def _tried(
 ) -> tuple[dict[str, str], tuple[RegressionSize, ...]]:
     """What cannot be fitted as it turns out on the sample, with the reason, and how large the regressions of what can
     be are. Nothing is changed."""
-    batches = Batches.of(plan.trunk.alignment.programs[0].call)
+    batches = Batches.of(plan.trunk.alignment.programs[0].small_call)
     walk = _walk(zipped, plan, batches, settings, {}, trial=True)
     walk.all()
     left, sizes = walk.fit.left, list[RegressionSize]()

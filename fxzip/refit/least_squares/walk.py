@@ -40,18 +40,18 @@ class Walk:
         self.net, self.plan, self.settings, self.unfit, self.is_trial = net, plan, settings, unfit, trial
         self.batches = batches
         programs = plan.trunk.alignment.programs
-        self.survey = survey(net, programs[0].call)
+        self.survey = survey(net, programs[0].small_call)
         self.zipped = batches.lockstep(net)
         self.originals = [batches.lockstep(program.module) for program in programs]
         self.names = [plan.trunk.names(k) for k in range(len(self.originals))]
-        self.flow = follow(net, programs[0].call)
+        self.flow = follow(net, programs[0].small_call)
         self.fit = Fit()
         self.counterparts = [Counterparts(self.survey, program) for program in programs]
         self.relied = set[tuple[fx.Node, int]]()
         self.parts = self._find_parts(batches.sources)
         self.units = 0
         if settings.turns and not trial:
-            self.relied = self._readers(programs[0].call)
+            self.relied = self._readers(programs[0].small_call)
             for part in self.parts.values():
                 if part.merged is not None:
                     part.freedom = Freedom(part.merged.plan, part.merged, self.flow, self.relied)

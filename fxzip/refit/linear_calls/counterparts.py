@@ -65,7 +65,7 @@ class Counterparts:
 
     @cached_property
     def _own(self) -> Mapping[str, Sequence[LinearCall]]:
-        return linear_calls(survey(self.program.module, self.program.call))
+        return linear_calls(survey(self.program.module, self.program.small_call))
 
     @cached_property
     def _theirs(self) -> Mapping[str, Sequence[LinearCall]]:

@@ -69,7 +69,7 @@ def find_layers(net: ZippedModule, plan: ZipPlan) -> list[Layer]:
     """Calls of the trunk that write merged features with parameters of their own, with the BatchNorm behind them where
     there is one, inside leaf modules too; and the BatchNorms of the heads. One run of each network on the sample."""
     programs = plan.trunk.alignment.programs
-    found = survey(net, programs[0].call)
+    found = survey(net, programs[0].small_call)
     counterparts = [Counterparts(found, program) for program in programs]
     layers = _trunk_layers(net, plan, found, counterparts)
     for k in range(len(programs)):

@@ -71,7 +71,7 @@ def _norms(net: ZippedModule, plan: ZipPlan) -> list[_Norm]:
     trunk = plan.trunk
     nodes = {node for node in net.graph.nodes if part_of(node) == "trunk"}
     with quiet_execution():
-        units, _ = find_units(net, survey(net, trunk.alignment.programs[0].call), nodes, still=True)
+        units, _ = find_units(net, survey(net, trunk.alignment.programs[0].small_call), nodes, still=True)
     names = {storage_of(param): name.removeprefix("trunk.") for name, param in net.named_parameters()}
     found = []
     for unit in units:
