@@ -20,6 +20,8 @@ from ..tracing.state import restored_state, wait_for
 ROUNDS = 40
 SECONDS = 1.0
 FEWEST = 5
+FEW, LONG = 2, 3.0
+"""Rounds that are enough where they have taken this many times the seconds: long runs even out by themselves."""
 QUIET = 0.02
 """Three times of a network that lie so close together are its least: nothing else held the machine up."""
 
@@ -40,7 +42,8 @@ def fastest(
         call: what they are given, copies of it.
         rounds: at most; the first warms up and does not count. There are fewer where the three least times of each
             network are the same up to 2 %.
-        seconds: no further round is begun after that, if there were five; None: `SECONDS`.
+        seconds: no further round is begun after that, if there were five, or after three times that, if there were
+            two; None: `SECONDS`.
     """
     return processes.of_first(lambda: _fastest(networks, call, rounds, SECONDS if seconds is None else seconds))
 
@@ -51,7 +54,10 @@ def _fastest(networks: Sequence[nn.Module], call: Call, rounds: int, seconds: fl
     with restored_state(), callers_precision(), torch.no_grad(), _buffers_kept(networks):
         begin = time.perf_counter()
         for done in range(rounds + 1):
-            if done > FEWEST and (time.perf_counter() - begin > seconds or all(map(_quiet, taken))):
+            past = time.perf_counter() - begin
+            if done > FEWEST and (past > seconds or all(map(_quiet, taken))):
+                break
+            if done > FEW and past > LONG * seconds:
                 break
             # What ran before leaves its weights in the caches: no network may always come behind the same one.
             for place in order.sample(range(len(networks)), len(networks)):

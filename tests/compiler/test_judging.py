@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 import warnings
 from itertools import pairwise
 
@@ -168,6 +169,22 @@ def test_no_network_is_always_timed_behind_the_same_one():
     fastest([Noted(name) for name in "abc"], Call((torch.ones(2),), {}), rounds=20, seconds=60)
     for name in "abc":
         assert len({before for before, now in pairwise(ran) if now == name}) >= 2
+
+
+def test_long_runs_are_timed_in_few_rounds():
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ran = 0
+
+        def forward(self, x):
+            self.ran += 1
+            time.sleep(0.05)
+            return x
+
+    slow = Slow()
+    assert fastest([slow], Call((torch.ones(2),), {}), rounds=20, seconds=0.01)[0] >= 0.05
+    assert slow.ran == 3  # one warms up
 
 
 # warnings ------------------------------------------------------------------------------------------------------------
