@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..tracing.calls import Call, JointCall, batch_size, leaves
 from ..tracing.containers import flatten
+from .rejections import describe, dimensions, made_tensors, without_places, wrong_shape
 
 
 def batches(data: Any, sample: Call) -> Iterator[Call]:
@@ -99,8 +100,8 @@ def _in_form(batch: Any, index: int, sample: Call) -> Call:
     if wanted == 1 and (isinstance(batch, Tensor) or not isinstance(sample.args[0], Tensor)):
         return Call((batch,), {})
     raise DataError(
-        f"Batch {index} of `data` must hold {_plural(wanted, 'input')} like `sample_input`, {_describe(sample)}; found "
-        f"{_describe(batch)}. {_where_else(batch, sample)}"
+        f"Batch {index} of `data` must hold {_plural(wanted, 'input')} like `sample_input`, {describe(sample)}; found "
+        f"{describe(batch)}. {_where_else(batch, sample)}"
     )
 
 
@@ -114,20 +115,10 @@ def _check_order(batch: Any, index: int, sample: Call) -> None:
     later = [place for place, value in enumerate(batch) if place and _alike(value, like)]
     if later and isinstance(first, Tensor) and not _alike(first, like):
         raise DataError(
-            f"Batch {index} of `data` must start with the inputs, {_describe(sample)} of {like.dtype} as in "
-            f"`sample_input`; item 0 is {_describe(first)} of {first.dtype}, as labels are, and item {later[0]} "
+            f"Batch {index} of `data` must start with the inputs, {describe(sample)} of {like.dtype} as in "
+            f"`sample_input`; item 0 is {describe(first)} of {first.dtype}, as labels are, and item {later[0]} "
             f"looks like the inputs. Let `data` yield the inputs first: `((b[{later[0]}], b[0]) for b in data)`."
         )
-
-
-def _where_else(batch: Any, sample: Call) -> str:
-    """A suggestion for a batch of another form."""
-    if isinstance(batch, Mapping) and len(sample.args) == 1:
-        found = [key for key, value in batch.items() if _alike(value, sample.args[0])]
-        if found:
-            return f"Let `data` yield the inputs alone, e.g. `(b[{found[0]!r}] for b in data)`."
-        return "Let `data` yield the inputs alone; or pass a dict as `sample_input` if the models take keywords."
-    return "Let `data` yield batches of that form, labels after the inputs."
 
 
 def _joined(batch: Any, index: int, sample: JointCall) -> JointCall:
@@ -145,7 +136,7 @@ def _joined(batch: Any, index: int, sample: JointCall) -> JointCall:
                 return JointCall.of(calls)
     raise DataError(
         f"Batch {index} of `data` must hold the inputs of all {len(sample.parts)} models that belong together, like "
-        f"{', '.join(_describe(part) for part in sample.parts)}; found {_describe(batch)}. Let `data` yield tuples "
+        f"{', '.join(describe(part) for part in sample.parts)}; found {describe(batch)}. Let `data` yield tuples "
         "with an input for each model, labels after them."
     )
 
@@ -164,7 +155,7 @@ def _keywords(batch: Any, index: int, sample: Call) -> Call:
         later = [place for place, value in enumerate(batch) if isinstance(value, Mapping)]
         if later and not isinstance(batch[0], Mapping):
             raise DataError(
-                f"Batch {index} of `data` must start with a dict like `sample_input`; item 0 is {_describe(batch[0])}, "
+                f"Batch {index} of `data` must start with a dict like `sample_input`; item 0 is {describe(batch[0])}, "
                 f"item {later[0]} a dict. Let `data` yield the inputs first, labels after them."
             )
         batch = batch[0]
@@ -174,7 +165,7 @@ def _keywords(batch: Any, index: int, sample: Call) -> Call:
     if not isinstance(batch, Mapping):
         raise DataError(
             f"Batch {index} of `data` must be a dict like `sample_input`, with the keys {_names(required)}; found "
-            f"{_describe(batch)}. Let `data` yield dicts."
+            f"{describe(batch)}. Let `data` yield dicts."
         )
     missing = [key for key in required if key not in batch]
     if missing:
@@ -191,13 +182,18 @@ def _checked(batch: Call, index: int, sample: Call) -> Call:
     wanted = leaves(sample)
     if len(given) != len(wanted):
         raise DataError(
-            f"Batch {index} of `data` must have the structure of `sample_input`, {_describe(sample)}; found "
-            f"{_describe(batch)}. Let `data` yield batches of that form."
+            f"Batch {index} of `data` must have the structure of `sample_input`, {describe(sample)}; found "
+            f"{describe(batch)}. {made_tensors(batch) or 'Let `data` yield batches of that form.'}"
         )
     moved = []
     for value, like in zip(given, wanted, strict=True):
+        if odd := without_places(value):
+            raise DataError(
+                f"Batch {index} of `data` must hold dense tensors with values; found {odd}. Let `data` yield tensors "
+                "as `sample_input` has them."
+            )
         if value.ndim != like.ndim:
-            raise wrong_shape(batch, index, sample, ValueError(_dimensions(value, like)))
+            raise wrong_shape(batch, index, sample, ValueError(dimensions(value, like)))
         if _kind(value) != _kind(like):
             raise DataError(
                 f"Batch {index} of `data` must have the kind of dtype of `sample_input`, {like.dtype}; found "
@@ -206,45 +202,6 @@ def _checked(batch: Call, index: int, sample: Call) -> Call:
         same = like.is_floating_point() or like.is_complex() or torch.bool in (like.dtype, value.dtype)
         moved.append(value.detach().to(like.device, like.dtype if same else value.dtype))
     return Call(*structure.build(moved))
-
-
-def _dimensions(value: Any, like: Tensor) -> str:
-    """What is wrong with the number of dimensions."""
-    if isinstance(value, Tensor) and value.ndim == like.ndim - 1:
-        return (
-            f"{like.ndim} dimensions are needed, the first of them the batch. Pass a DataLoader if these are single "
-            "inputs"
-        )
-    return f"{like.ndim} dimensions are needed"
-
-
-def wrong_shape(batch: Call, index: int, sample: Call, cause: Exception) -> DataError:
-    """The error to raise when the models do not take batch `index`.
-
-    >>> import torch
-    >>> from fxzip.tracing.calls import as_call
-    >>> sample = as_call(torch.ones(2, 3, 8, 8))
-    >>> print(wrong_shape(as_call(torch.ones(4, 1, 8, 8)), 7, sample, ValueError("3 channels expected")))
-    Batch 7 of `data` has shape (4, 1, 8, 8); the models were traced with (2, 3, 8, 8): 3 channels expected
-    """
-    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    found, traced = _describe(batch), _describe(sample)
-    return DataError(f"Batch {index} of `data` has shape {found}; the models were traced with {traced}: {reason}")
-
-
-def not_finite(features: int, node: str, network: str, index: int, batch: Call | None = None) -> DataError:
-    """The error to raise when features on batch `index` are not finite; `batch`: the batch itself, if it is at hand.
-
-    >>> print(not_finite(3, "layer1_conv", "model 0", 7))
-    Features must be finite; node `layer1_conv` of model 0 gave 3 non-finite features on batch 7 of `data`. Look for \
-overflow, or for NaN in the data or the parameters.
-    """
-    odd = sum(int((~value.isfinite()).sum()) for value in leaves(batch)) if batch is not None else 0
-    itself = f" The batch itself holds {odd} that {'is' if odd == 1 else 'are'} not finite." if odd else ""
-    return DataError(
-        f"Features must be finite; node `{node}` of {network} gave {features} non-finite features on batch {index} of "
-        f"`data`. Look for overflow, or for NaN in the data or the parameters.{itself}"
-    )
 
 
 def _alike(value: Any, like: Any) -> bool:
@@ -257,16 +214,16 @@ def _kind(value: Tensor) -> str:
     return "complex" if value.is_complex() else "float" if value.is_floating_point() else "int"
 
 
-def _describe(value: Any) -> str:
-    if isinstance(value, Call):
-        value = value.kwargs or (value.args[0] if len(value.args) == 1 else value.args)
-    if isinstance(value, Tensor):
-        return str(tuple(value.shape))
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_describe(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(_describe(item) for item in value) + "]"
-    return f"`{type(value).__name__}`"
+def _where_else(batch: Any, sample: Call) -> str:
+    """A suggestion for a batch of another form."""
+    if numbers := made_tensors(batch):
+        return numbers
+    if isinstance(batch, Mapping) and len(sample.args) == 1:
+        found = [key for key, value in batch.items() if _alike(value, sample.args[0])]
+        if found:
+            return f"Let `data` yield the inputs alone, e.g. `(b[{found[0]!r}] for b in data)`."
+        return "Let `data` yield the inputs alone; or pass a dict as `sample_input` if the models take keywords."
+    return "Let `data` yield batches of that form, labels after the inputs."
 
 
 def _names(keys: Iterable[Any]) -> str:

@@ -68,6 +68,11 @@ class Source:
     ended: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, PerModel):
+            raise DataError(
+                "Each source of a `PerModel` must be an iterable of batches; found another `PerModel`. Pass one source "
+                "for each model, `fxzip.PerModel(batches of a, batches of b, ...)`."
+            )
         if isinstance(self.data, (Tensor, Mapping, np.ndarray)):
             self.data = [self.data]
         iterable = hasattr(self.data, "__iter__") or hasattr(self.data, "__getitem__")
@@ -162,7 +167,7 @@ def _length(data: Any) -> int | None:
     """How many items something holds, if it says so."""
     try:
         return len(data)
-    except (TypeError, NotImplementedError):
+    except Exception:  # streams raise what they like
         return None
 
 

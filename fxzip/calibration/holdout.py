@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..tracing import Program, run_eager
 from ..tracing.calls import Call, batch_size, leaves, select_rows
 from . import processes
 from .agreement import Comparison, HeadAgreement
+from .rejections import run_on
 from .sources import Calibration, as_batch
 
 EVERY_TENTH = 10
@@ -48,16 +50,24 @@ class HeldOut:
     inputs: tuple[int, ...]
 
     @classmethod
-    def of(cls, calls: Sequence[tuple[int, Call]], programs: Sequence[Program]) -> HeldOut:
-        """Run the originals on the calls of this process."""
+    def of(
+        cls, calls: Sequence[tuple[int, Call]], programs: Sequence[Program], places: Sequence[int] | None = None
+    ) -> HeldOut:
+        """Run the originals on the calls of this process. `places`: the number of the batch that each is from.
+
+        Raises:
+            DataError: a model does not take a call.
+        """
         sources = {source for own in processes.everyone({source for source, _ in calls}) for source in own}
         several = len(sources) == len(programs) > 1
         expected, inputs = [], [0] * len(programs)
-        for source, call in calls:
+        for place, (source, call) in enumerate(calls):
+            index = place if places is None else places[place]
             outputs: list[list[Tensor] | None] = []
             for k, program in enumerate(programs):
                 asked = not several or source == k
-                outputs.append(leaves([run_eager(program.module, call)]) if asked else None)
+                run = partial(run_eager, program.module, call)
+                outputs.append(leaves([run_on(run, call, index, program.call)]) if asked else None)
                 inputs[k] += (batch_size(call) or 1) if asked else 0
             expected.append(tuple(outputs))
         return cls(tuple(calls), tuple(expected), tuple(processes.before(inputs)[1]))
@@ -101,28 +111,31 @@ def hold_out(
     dense = all(value.layout == torch.strided for value in leaves(calibration.sample))
     whole = not dense or any(not program.batch_axes for program in programs)
     held: list[tuple[int, Call]] = []
+    places: list[int] = []
     rows, out = [Counter[int]() for _ in calibration.sources], [0] * len(calibration.sources)
     seen, total = _counted_before(calibration, whole=whole), [0] * len(out)
-    last: dict[int, Call] = {}
+    last: dict[int, tuple[int, Call]] = {}
 
-    for source, call in calibration("holding out").by_source():
+    for index, (source, call) in enumerate(calibration("holding out").by_source()):
         size = batch_size(call) or 1
-        places = (
+        numbers = (
             torch.full((size,), seen[source], device="cpu")
             if whole
             else torch.arange(size, device="cpu") + seen[source]
         )
-        mine = places % every == every - 1
+        mine = numbers % every == every - 1
         seen[source] += 1 if whole else size
         total[source] += size
-        last[source] = call
+        last[source] = index, call
         if bool(mine.any()):
+            places.append(index)
             _take(held, rows, out, source, call if whole else _chosen(call, mine), whole=whole)
 
     everywhere, counts = processes.before(out)[1], processes.everyone(seen)
-    for source, call in last.items():
+    for source, (index, call) in last.items():
         latest = max(range(len(counts)), key=lambda number: (counts[number][source], number))
         if whole and not everywhere[source] and seen[source] > 1 and latest == processes.rank():
+            places.append(index)
             _take(held, rows, out, source, call, whole=True)  # at least one batch, if that leaves another
     out, total = processes.before(out)[1], processes.before(total)[1]
     for found, number in zip(out, total, strict=True):
@@ -135,7 +148,7 @@ def hold_out(
     if not all(out):
         return calibration, None
     rest = replace(calibration, without=Without(tuple(rows), whole))
-    return (_kept(rest) if needed_by else rest), HeldOut.of(held, programs)
+    return (_kept(rest) if needed_by else rest), HeldOut.of(held, programs, places)
 
 
 def _kept(calibration: Calibration) -> Calibration:

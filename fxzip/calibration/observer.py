@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from ..tracing import Program, quiet_execution
 from ..tracing.aten_calls import AtenCall, run
 from ..tracing.calls import Call
 from ..tracing.precision import full_precision
-from .batches import not_finite, wrong_shape
 from .hook_points import VALUE, Spot, Watch, watches
 from .moment_sums import Centres, MomentSums, moments_of_all, share_centres
+from .rejections import not_finite, run_on
 
 POSITIONS = (192, 8192)  # per batch and space, least and most; images, pixels and places are spread evenly
 _COST = 8e8  # multiplications per batch and space that decide in between
@@ -198,10 +199,7 @@ def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[C
     centres: Centres | None = None
     for index, call in enumerate(data):
         for program, watcher in zip(programs, watchers, strict=True):
-            try:
-                watcher.run(program, call)
-            except RuntimeError as error:
-                raise wrong_shape(call, index, program.call, error) from error
+            run_on(partial(watcher.run, program, call), call, index, program.call)
         _check_finite(places, watchers, index, call)
         with full_precision():
             centres = _take(sums, places, watchers, centres)

@@ -221,12 +221,59 @@ def test_labels_in_front_of_a_dict_are_named():
     ([batch(0).to(torch.complex64)], "must have the kind of dtype of `sample_input`, torch.float32; found torch.compl"),
     ([batch(0, 0), batch(1, 0)], "`data` must yield at least one input; all of its batches (2) are empty."),
     ([None], "found `NoneType`"),
+    ([batch(0).to("meta")], "must hold dense tensors with values; found one on the device `meta`. Let `data` yield"),
+    ([batch(0).to_sparse()], "must hold dense tensors with values; found one of layout `torch.sparse_coo`."),
+    ([torch.nested.nested_tensor([batch(0)[0], batch(0)[1]])], "must hold dense tensors with values; found a nested"),
+    ([batch(0).tolist()], "Make tensors of the lists of numbers"),
+    (PerModel(PerModel([batch(0)], [batch(1)]), [batch(2)]), "source of a `PerModel` must be an iterable of batches"),
     ("images", "`data` must be an iterable of batches; found `str`"),
     (3, "`data` must be an iterable of batches; found `int`"),
     ([], "`data` must yield at least one batch; it gave none."),
 ])  # fmt: skip
 def test_other_forms_are_refused_with_a_way_out(data, message):
     refuses(message, data)
+
+
+def test_a_tokenizers_lists_are_named_in_short():
+    sample = {"ids": torch.zeros(2, 6, dtype=torch.int64)}
+    message = "found {'ids': a `list` of 40 that starts with [`int`, `int`, `int`, `int`, `int`, `int`]}. Make tensors"
+    refuses(message, [{"ids": [[1] * 6] * 40}], sample)
+
+
+def test_a_dataset_that_has_no_length_may_raise_what_it_likes():
+    class Stream(Dataset):
+        def __len__(self):
+            raise RuntimeError("unknown")
+
+        def __iter__(self):
+            return iter([batch(0), batch(1)])
+
+    assert values(Stream()) == [0, 1]
+
+
+def network(classes):
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, classes))
+
+
+class Table(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 8), nn.Linear(8, classes)
+
+    def forward(self, ids):
+        return self.head(self.table(ids).mean(1))
+
+
+@pytest.mark.parametrize(("build", "batches", "message"), [
+    (network, [torch.randn(32, 3), torch.randn(32, 4)], "Batch 1 of `data` has shape (3, 4); the models were traced"),
+    (Table, [torch.full((32, 5), 20)], "Numbers must be below the length of the tables that they are looked up in"),
+    (Table, [torch.zeros(32, 5, dtype=torch.uint8)], "models were traced with (2, 5): Expected tensor for"),
+])  # fmt: skip
+@pytest.mark.parametrize("hold_out", [True, False])
+def test_batches_that_the_models_do_not_take_are_named_wherever_they_are_met_first(build, batches, message, hold_out):
+    sample = torch.zeros(2, 5, dtype=torch.int64) if build is Table else SAMPLE
+    with pytest.raises(DataError, match=re.escape(message if hold_out else message.replace("(3, 4)", "(32, 4)"))):
+        fxzip.compile_zip(build(2), build(3), sample, data=batches, hold_out=hold_out, progress=False)
 
 
 def test_empty_batches_are_passed_over():
@@ -251,10 +298,6 @@ def test_masks_of_either_kind_are_taken():
 
 def test_floats_are_brought_to_the_dtype_of_the_sample():
     assert [call.args[0].dtype for _, call in read([batch(0).half(), batch(1).double()])] == [torch.float32] * 2
-
-
-def network(classes):
-    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, classes))
 
 
 def test_every_entry_takes_the_bound():

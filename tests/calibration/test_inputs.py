@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxzip.calibration.batches import batches, wrong_shape
+from fxzip.calibration.batches import batches
+from fxzip.calibration.rejections import wrong_shape
 from fxzip.errors import DataError, InputError
 from fxzip.tracing.calls import as_call, batch_size, leaves, with_batch
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...calibration import processes
-from ...calibration.batches import not_finite
 from ...calibration.data_forms import MAX_BATCHES
+from ...calibration.rejections import not_finite
 from ...calibration.sources import Calibration
 from ...errors import DataError, InputError
 from ...ops import Provenance, lift, mark, pooled, shift

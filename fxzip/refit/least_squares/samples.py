@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ...calibration.batches import not_finite
+from ...calibration.rejections import not_finite
 from ..linear_calls.kernels import Kernel, Places, as_rows, effective, sampled_places, take, unravelled
 from ..linear_calls.parameter_uses import Survey
 from ..linear_calls.units import Site, Unit, called

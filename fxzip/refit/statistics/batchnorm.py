@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...calibration import processes
-from ...calibration.batches import not_finite
+from ...calibration.rejections import not_finite
 from ...rewriting.module import ZippedModule
 from ...rewriting.zip_plan import ZipPlan
 from ...tracing import quiet_execution

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...analysis.spaces import slots
-from ...calibration.batches import not_finite
+from ...calibration.rejections import not_finite
 from ...rewriting.merged_parameters import merged_layout
 from ...rewriting.module import ZippedModule
 from ...rewriting.zip_plan import ZipPlan
