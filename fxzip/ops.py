@@ -117,6 +117,13 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class MemoryFormat:
+    """Stands for a memory format of PyTorch, which pickles of protocol 2, those of `torch.save`, cannot hold."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Function:
     """What a node calls: where it is found, or itself if it is a function of one's own.
 
@@ -234,8 +241,25 @@ def provenance_data(node: fx.Node) -> dict[str, Any]:
     return provenance_of(node).as_data() if _KEY in node.meta else {}
 
 
-def _reference(node: fx.Node) -> Any:
-    return Reference(node.name)
+def _stored(value: Any) -> Any:
+    """What stands for a value among the arguments of a stored node."""
+    if isinstance(value, fx.Node):
+        return Reference(value.name)
+    return MemoryFormat(str(value).removeprefix("torch.")) if isinstance(value, torch.memory_format) else value
+
+
+def _again(value: Any, made: Mapping[str, fx.Node]) -> Any:
+    """The value that it stands for.
+
+    Raises:
+        LoadError: there is no such memory format.
+    """
+    if isinstance(value, MemoryFormat):
+        found = getattr(torch, str(value.name), None)
+        if not isinstance(found, torch.memory_format):
+            raise LoadError(f"There is no memory format {value.name!r}. Do not load the file.")
+        return found
+    return made[value.name] if isinstance(value, Reference) else value
 
 
 def written(graph: fx.Graph) -> list[tuple[Any, ...]]:
@@ -246,7 +270,7 @@ def written(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """
     lines = []
     for node in graph.nodes:
-        given: Any = fx.node.map_arg((node.args, node.kwargs), _reference)
+        given: Any = fx.node.map_aggregate((node.args, node.kwargs), _stored)
         target = node.target if isinstance(node.target, str) else Function.of(node.target)
         lines.append((node.op, node.name, target, *given, provenance_data(node)))
     return lines
@@ -272,13 +296,14 @@ def restored(
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
     for op, name, target, args, kwargs, meta in lines:
-        given = fx.node.map_aggregate((args, kwargs), lambda a: made[a.name] if isinstance(a, Reference) else a)
+        given: Any = fx.node.map_aggregate((args, kwargs), lambda a: _again(a, made))
+        arguments, options = given
         called = target.find(safely=safely) if isinstance(target, Function) else target
         check_name(op, called)
-        check_keywords(given[1])
+        check_keywords(options)
         if safely:
-            check_node(op, called, given[0])
-        made[name] = graph.create_node(op, called, *given, name=name)
+            check_node(op, called, arguments)
+        made[name] = graph.create_node(op, called, arguments, options, name=name)
         if meta:
             mark(made[name], Provenance.of_data(meta))
     result = kind(holder, graph)

@@ -34,7 +34,7 @@ class Labelling:
     constraints: Mapping[str, Constraints]
     fields: Mapping[str, AxisLabels]
     touches: Mapping[str, frozenset[str]]  # node -> parameters and buffers its calls read
-    dynamic: frozenset[str]  # nodes whose value depends on the input
+    dynamic: frozenset[str]  # nodes whose value depends on the input, or that write what does
     seen: Mapping[str, tuple[Tensor, ...]]  # node -> every distinct field inside it
     sites: tuple[Site, ...]
     barriers: tuple[Barrier, ...]
@@ -59,7 +59,7 @@ class _Run(fx.Interpreter):
     def __init__(self, program: Program, state: State) -> None:
         super().__init__(program.module, garbage_collect_values=True)
         self.state = state
-        self.memory = program.memory
+        self.memory, self.mutators = program.memory, program.mutators
         self.holders: Counter[int] = Counter()  # in how many live values a tensor is, by id
         self.constraints: dict[str, Constraints] = {}
         self.fields: dict[str, AxisLabels] = {}
@@ -86,6 +86,9 @@ class _Run(fx.Interpreter):
                 state.entry(tensor).used()
                 for labels in state.entry(tensor).fields:
                     state.store.pin(labels, "it is the model's output", "output")
+        # a write such as `out[mask] = value` returns nothing, and does what depends on what it is given
+        given = leaves(self.map_nodes_to_values((n.args, n.kwargs), n)) if n.name in self.mutators else []
+        moving = any(not state.entry(t).static for t in given)
         value = super().run_node(n)
         if n.op == "placeholder":
             for tensor in leaves(value):
@@ -103,7 +106,7 @@ class _Run(fx.Interpreter):
             for tensor in leaves(value):
                 entry = state.entry(tensor)
                 entry.static, entry.known, entry.uniform = False, False, frozenset()
-        if any(not state.entry(t).static for t in leaves(value)):
+        if moving or any(not state.entry(t).static for t in leaves(value)):
             self.dynamic.add(n.name)
         if n.name in self.memory.writes:
             self._relabel(n)
@@ -180,7 +183,11 @@ def _labelled(
     """The labels of one run, and the parameters that its calls meet in blocks, with the axis of these."""
     state = State(rules)
     tensors = dict(program.module.named_parameters())
-    buffers = {k: v for k, v in program.module.named_buffers() if k in program.persistent and v.is_floating_point()}
+    buffers = {
+        name: value
+        for name, value in program.module.named_buffers()
+        if name in program.persistent and (value.is_floating_point() or value.is_complex())
+    }
     for name, tensor in (*tensors.items(), *buffers.items()):
         if name in blockwise:
             labels = ParamLabels.in_blocks(state.store, tensor.shape, blockwise[name])

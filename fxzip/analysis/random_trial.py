@@ -88,9 +88,10 @@ class Trial:
 
     def _make_room(self) -> None:
         """Memory for parameters in the dtype that the program runs in."""
-        floats = {name: value for name, value in self.values.items() if value.is_floating_point()}
-        if any(name not in self._room or self._room[name].dtype != self.dtype for name in floats):
-            self._room = {name: torch.empty_like(value, dtype=self.dtype) for name, value in floats.items()}
+        floats = {name: value for name, value in self.values.items() if is_inexact(value)}
+        wide = {name: _like(value, self.dtype) for name, value in floats.items()}
+        if any(name not in self._room or self._room[name].dtype != dtype for name, dtype in wide.items()):
+            self._room = {name: torch.empty_like(floats[name], dtype=dtype) for name, dtype in wide.items()}
 
     def _run(self, values: Mapping[str, Tensor]) -> tuple[Any, Sightings]:
         """What the program returns, and what its nodes show."""
@@ -137,7 +138,7 @@ class Trial:
         that it moves by more all the same."""
         for gain in (0.5, 0.25, 0.0, None):
             generator = torch.Generator().manual_seed(seed)
-            values = {k: nudged(_cast(v, self.dtype), generator) for k, v in self.values.items()}
+            values = {k: nudged(cast(v, self.dtype), generator) for k, v in self.values.items()}
             output, seen = self._run(values)
             still = [(node, tensor_difference(value, seen[node])) for node, value in self.seen.items() if node in seen]
             self.restless = frozenset(node for node, moved in still if moved > self.tolerance / 10)
@@ -148,7 +149,7 @@ class Trial:
 
 def nudged(value: Tensor, generator: torch.Generator) -> Tensor:
     """Every other element off by four units of rounding."""
-    if not value.is_floating_point():
+    if not is_inexact(value):
         return value
     nudges = torch.randint(0, 2, value.shape, generator=generator, device="cpu").to(value.device, value.dtype)
     return value * (1 + 4 * torch.finfo(value.dtype).eps * nudges)
@@ -159,8 +160,25 @@ def tensors_of(program: Program) -> dict[str, Tensor]:
     return {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
 
 
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value.detach().to(dtype) if value.is_floating_point() else value
+def is_inexact(value: Tensor) -> bool:
+    """Whether a tensor holds real or complex numbers, not integers or truth values."""
+    return value.is_floating_point() or value.is_complex()
+
+
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A value in a real dtype, a complex one in the complex dtype of that precision; integers as they are.
+
+    >>> cast(torch.ones(1, dtype=torch.complex64), torch.float64).dtype
+    torch.complex128
+    """
+    return value.detach().to(_like(value, dtype)) if is_inexact(value) else value
+
+
+def _like(value: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that an inexact value has where real ones are of `dtype`."""
+    if not value.is_complex():
+        return dtype
+    return torch.complex128 if dtype == torch.float64 else value.dtype
 
 
 def sane_values(
@@ -175,9 +193,10 @@ def sane_values(
     values = tensors_of(program)
     generator = np.random.Generator(np.random.SFC64(seed))  # twice as fast as torch's
     for name, tensor in values.items():
-        if name in but or not tensor.is_floating_point() or not (name in parameters or name in program.persistent):
+        if name in but or not is_inexact(tensor) or not (name in parameters or name in program.persistent):
             continue
-        noise = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+        parts = (2,) if tensor.is_complex() else ()
+        noise = torch.empty((*tensor.shape, *parts), dtype=torch.float32, device="cpu")
         generator.random(out=noise.numpy(), dtype=np.float32)
         if tensor.ndim < 2:
             noise += 0.5
@@ -186,7 +205,7 @@ def sane_values(
         else:
             noise.sub_(0.5).mul_(gain * (12 / max(tensor[0].numel(), 1)) ** 0.5)
         noise.view(torch.int32).bitwise_and_(-16)  # of 19 binary digits, so that small multiples are exact
-        values[name] = noise.to(tensor.device)
+        values[name] = (torch.view_as_complex(noise) if parts else noise).to(tensor.device)
     return values
 
 
@@ -203,9 +222,9 @@ def run_with(
     With `visit` it runs node by node, and each value is what `visit` makes of it; along another `graph`, if given.
     """
     buffers = dict(program.module.named_buffers())
-    own = {k: _cast(v, dtype) for k, v in values.items()}
+    own = {k: cast(v, dtype) for k, v in values.items()}
     own |= {k: v.clone() for k, v in own.items() if k in buffers}
-    inputs = flat_inputs(program.module, map_tensors(lambda t: _cast(t, dtype).clone(), call))
+    inputs = flat_inputs(program.module, map_tensors(lambda t: cast(t, dtype).clone(), call))
     module: nn.Module = program.module
     if visit is not None:
         module, own = _Visited(program.module, visit, graph), {f"module.{name}": value for name, value in own.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..analysis import FeatureSpaces
-from ..analysis.random_trial import Trial
+from ..analysis.random_trial import Trial, is_inexact
 from ..matching import Merge
 from ..partition.region import Trunk
 from ..rewriting.zip_plan import head_params
@@ -32,7 +32,7 @@ def averaged_params(trunk: Trunk, trial: Trial, stem: Collection[str]) -> dict[s
     result = {}
     for name in trunk_params(trunk):
         twin, labels = trunk.alignment.params[name][1], trunk.spaces[0].labelling.params.get(name)
-        if labels is None or name in read[0] or twin in read[1] or not trial.values[name].is_floating_point():
+        if labels is None or name in read[0] or twin in read[1] or not is_inexact(trial.values[name]):
             continue
         if spaces_on(trunk.spaces[0], [name]):
             result[name] = twin

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from ..analysis import random_relabelling, relabelled, relative_difference
-from ..analysis.random_trial import Trial, nudged, run_with, sane_values, tensors_of
+from ..analysis.random_trial import Trial, cast, is_inexact, nudged, run_with, sane_values, tensors_of
 from ..analysis.relabelling import Movement
 from ..analysis.rules import AxisLabels
 from ..analysis.sightings import Sightings, Watcher, tensor_difference, watched
@@ -75,7 +75,7 @@ class Couple:
         own |= {name: name for name in self.stem}  # the second model is the first then
         known = set(own.values()) if trial.random else set(tensors_of(self.program))
         values = sane_values(self.program, seed + 1, but=known)
-        alike = {twin: trial.values[name] for name, twin in own.items() if trial.values[name].is_floating_point()}
+        alike = {twin: trial.values[name] for name, twin in own.items() if is_inexact(trial.values[name])}
         self.values = {name: value.detach() for name, value in (values | alike).items()}
         self.averaged = averaged_params(trunk, trial, self.stem) if trial.random else {}
         self.graph = copy.deepcopy(self.program.module.graph)
@@ -233,7 +233,7 @@ def _gap(expected: Tensor | None, found: Tensor) -> float:
 
 def _shaken(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: nudged(v.to(dtype) if v.is_floating_point() else v, generator) for name, v in values.items()}
+    return {name: nudged(cast(v, dtype), generator) for name, v in values.items()}
 
 
 def _unwritten(program: Program, watched: Mapping[str, AxisLabels]) -> dict[str, AxisLabels]:

@@ -71,6 +71,14 @@ _PACKAGES = (
 _OPERATIONS = frozenset({"lift", "merge", "mix", "pooled", "require", "shift", "unmerge"})
 _FUNCTIONAL = frozenset({"torch.functional", "torch.nn.functional"})
 _QUESTIONS = frozenset({"count", "get", "index", "items", "keys", "numel", "values"})  # of tuples, dicts and sizes
+_OPERATORS = frozenset(
+    f"__{name}__"
+    for name in _words(
+        "getitem add radd sub rsub mul rmul truediv rtruediv div rdiv floordiv rfloordiv mod rmod pow rpow matmul "
+        "rmatmul and rand or ror xor rxor lshift rlshift rshift rrshift neg pos abs invert eq ne lt le gt ge"
+    )
+)
+"""Calls of tensors that Python writes as operators."""
 _NO_METHODS = _words(
     """
     apply_ backward data_ptr map_ map2_ module_load numpy record_stream register_hook
@@ -176,9 +184,10 @@ def _listed() -> frozenset[Any]:
     found |= {getattr(builtins, name) for name in _BUILTINS}
     found |= {f for f in vars(math).values() if isinstance(f, BuiltinFunctionType)}
     found |= {f for f in vars(operator).values() if isinstance(f, BuiltinFunctionType) and f.__name__ != "call"}
-    for space in ("_nn", "_special", "_fft", "_linalg"):
-        held = vars(getattr(torch._C, space, ModuleType("none")))
-        found |= {f for name, f in held.items() if isinstance(f, BuiltinFunctionType) and not name.startswith("__")}
+    for space in ("_nn", "_special", "_fft", "_linalg", "_VariableFunctions"):
+        owner = getattr(torch._C, space, ModuleType("none"))
+        held = {name: getattr(owner, name) for name in dir(owner) if not name.startswith("__")}
+        found |= {f for name, f in held.items() if isinstance(f, BuiltinFunctionType) and not _FILES.search(name)}
     modes = ((torch.amp.autocast_mode, "_enter_autocast"), (torch.amp.autocast_mode, "_exit_autocast"))
     found |= {getattr(owner, name) for owner, name in (*modes, (torch._C, "_set_grad_enabled")) if hasattr(owner, name)}
     return frozenset(found)
@@ -263,6 +272,8 @@ def is_method(name: str) -> bool:
     >>> is_method("add_"), is_method("apply_"), is_method("__reduce__")
     (True, False, False)
     """
+    if name in _OPERATORS:
+        return True
     if name.startswith("_") or name in _NO_METHODS or not name.isidentifier():
         return False
     return name in _QUESTIONS or (name in dir(torch.Tensor) and callable(getattr(torch.Tensor, name)))
@@ -276,5 +287,8 @@ def is_rebuild(called: Any) -> bool:
 def qualified(called: Any) -> tuple[str, str]:
     """Where a function is found: module and name there. PyTorch's functions are found at `torch.relu`, say, not where
     they say they come from."""
+    own = getattr(called, "__name__", "")
+    if isinstance(called, BuiltinFunctionType) and getattr(torch, own, None) is called:
+        return "torch", own
     module, _, path = fx.node._get_qualified_name(called).rpartition(".")
     return module or "builtins", path

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -22,7 +22,7 @@ from .calls import Call
 from .containers import flatten, leaves
 from .guards import asked_by_model, form_of, place_in_source, require
 from .python_numbers import MATH, is_number, may_read
-from .questions import FACTORIES, SHAPE_FUNCTIONS, SHAPE_METHODS, SIZE_METHODS, plain_attribute, type_on_value
+from .questions import DRAWS, FACTORIES, SHAPE_FUNCTIONS, SHAPE_METHODS, SIZE_METHODS, plain_attribute, type_on_value
 from .symbolic import SymbolicTracer
 from .threads import only_here
 
@@ -162,19 +162,21 @@ class ValueTracer(SymbolicTracer):
     def patched_factories(self) -> Iterator[None]:
         """`torch.zeros(n)` and its like do not dispatch on a size that is a proxy; here they do."""
 
-        def recorded(original: Any) -> Any:
+        def recorded(original: Any, *, always: bool = False) -> Any:
             @functools.wraps(original)
             def factory(*args: Any, **kwargs: Any) -> Any:
-                if self._evaluating or not flatten((args, kwargs), _is_proxy)[0]:
+                drawn = always and kwargs.get("generator") is None
+                if self._evaluating or not (drawn or flatten((args, kwargs), _is_proxy)[0]):
                     return original(*args, **kwargs)
                 return self.create_proxy("call_function", original, args, kwargs)
 
             return factory
 
         with ExitStack() as stack:
-            for name in FACTORIES:
+            for name in (*FACTORIES, *DRAWS):
                 original = getattr(torch, name)
-                stack.enter_context(mock.patch.object(torch, name, only_here(recorded(original), original)))
+                function = recorded(original, always=name in DRAWS)
+                stack.enter_context(mock.patch.object(torch, name, only_here(function, original)))
             for name in MATH:
                 original = getattr(math, name)
                 stack.enter_context(mock.patch.object(math, name, only_here(recorded(original), original)))
@@ -278,8 +280,12 @@ class ValueProxy(fx.Proxy):
     def items(self) -> Any:
         return [(key, self[key]) for key in self.value]
 
+    @property
     def values(self) -> Any:
-        return [self[key] for key in self.value]
+        """Of a mapping a method; what `max` and `sort` return has a tensor of that name."""
+        if isinstance(self.value, Mapping):
+            return lambda: [self[key] for key in self.value]
+        return self.__getattr__("values")
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})

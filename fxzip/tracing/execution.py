@@ -16,8 +16,8 @@ from ..errors import SpecializationError
 from .calls import Call, map_tensors
 from .containers import flatten
 from .precision import full_precision
-from .randomness import own_randomness
-from .state import restored_state
+from .randomness import OwnRandomness, own_randomness
+from .state import restored_state, seed_python
 from .structure import Structure
 from .threads import ThreadPatch, tracing
 
@@ -29,9 +29,9 @@ _FASTPATH = ThreadPatch(lambda: [(torch.backends.mha, "get_fastpath_enabled", la
 
 
 @contextmanager
-def quiet_execution(*, seed: int = 0) -> Iterator[None]:
-    """No gradients, no fused transformer layers that hide features, random numbers from own generators; for this thread
-    only, and afterwards all is as it was. No TF32 meanwhile, in any thread.
+def quiet_execution(*, seed: int = 0) -> Iterator[OwnRandomness]:
+    """No gradients, no fused transformer layers that hide features, random numbers from own generators, which it gives;
+    for this thread only, and afterwards all is as it was. No TF32 meanwhile, in any thread.
 
     >>> state = torch.get_rng_state()
     >>> with quiet_execution():
@@ -39,8 +39,8 @@ def quiet_execution(*, seed: int = 0) -> Iterator[None]:
     >>> bool((torch.get_rng_state() == state).all())
     True
     """
-    with restored_state(), full_precision(), _FASTPATH.inside(), own_randomness(seed), torch.no_grad():
-        yield
+    with restored_state(), full_precision(), _FASTPATH.inside(), own_randomness(seed) as own, torch.no_grad():
+        yield own
 
 
 @contextmanager
@@ -85,14 +85,15 @@ def plain_context() -> Iterator[None]:
         yield
 
 
-def run_eager(model: nn.Module, call: Call) -> Any:
-    """Output of the model on copies of the inputs, from a fixed seed.
+def run_eager(model: nn.Module, call: Call, *, seed: int = 0) -> Any:
+    """Output of the model on copies of the inputs, from a fixed seed, of Python's and NumPy's random numbers as well.
 
     >>> run_eager(nn.Linear(3, 4), Call((torch.ones(2, 3),), {})).shape
     torch.Size([2, 4])
     """
     own = map_tensors(lambda value: value.detach().clone(), call)
-    with quiet_execution():
+    with quiet_execution(seed=seed):
+        seed_python(seed)
         return model(*own.args, **own.kwargs)
 
 
@@ -138,8 +139,8 @@ class Record:
     failed: set[str] = field(default_factory=set)
 
 
-def run_recorded(module: fx.GraphModule, call: Call, *, lenient: bool = False) -> Record:
-    """Run the graph node by node on copies of the inputs, from a fixed seed. `lenient`: go on where a guard fails.
+def run_recorded(module: fx.GraphModule, call: Call, *, lenient: bool = False, seed: int = 0) -> Record:
+    """Run the graph node by node on copies of the inputs, from a seed. `lenient`: go on where a guard fails.
 
     >>> module = fx.symbolic_trace(nn.Linear(3, 4))
     >>> sorted(run_recorded(module, Call((torch.ones(2, 3),), {})).shapes.values())
@@ -147,7 +148,7 @@ def run_recorded(module: fx.GraphModule, call: Call, *, lenient: bool = False) -
     """
     own = map_tensors(lambda value: value.detach().clone(), call)
     recorder = _Recorder(module, lenient)
-    with quiet_execution():
+    with quiet_execution(seed=seed):
         recorder.record.output = recorder.run(*flat_inputs(module, own))
     return recorder.record
 

@@ -22,9 +22,9 @@ from torch.fx.graph import CodeGen
 
 from .calls import Call
 from .containers import Part, flatten, is_plain, is_tensor
-from .guards import form_of, is_trivial, require
+from .guards import form_of_argument, is_trivial, require
 from .structure import Rebuild, Structure, notation
-from .symbolic import bind
+from .symbolic import bind, left_out
 from .threads import only_here, without_warnings
 
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
@@ -160,13 +160,14 @@ def _own_placeholders(root: nn.Module, graph: fx.Graph, call: Call) -> list[fx.N
     leaf by leaf."""
     flat = [node for node in graph.nodes if node.op == "placeholder"]
     pieces, leaves = iter(flat), list[fx.Node]()
-    named = bind(root, call)[1]
+    bound, named = bind(root, call)
+    optional = left_out(bound)
     given = dict(zip(named, call.args, strict=False)) | call.kwargs  # in the order in which they were flattened
     with graph.inserting_before(flat[0]):
         wholes = {name: graph.placeholder(name) for name in named}
     with graph.inserting_before(flat[-1].next):
         for name, value in named.items():
-            form = form_of(value, is_tensor)
+            form = form_of_argument(value, is_tensor, optional=name in optional)
             if not is_trivial(form):
                 graph.call_function(require, (wholes[name], form, name))
         for name, value in given.items():

@@ -5,7 +5,8 @@ A trace is a graph for some values of the arguments that are no tensors, and for
 value is found, so that a graph is never silently run for what it was not made for. Arguments of `require` are plain
 data, for torch.fx to write them into its code:
 
-    "*"                       a tensor, or a number that the graph reads
+    "*"                       a tensor, or a number that the graph reads; not None
+    ("tensor",)               a tensor, where the model could do without
     ("is", value)             this value
     ("dict", keys, forms)     a mapping with these keys
     ("list", forms)           a tuple or list of so many items
@@ -45,6 +46,15 @@ def form_of(value: Any, is_leaf: Callable[[Any], bool]) -> Form:
     ('dict', ('x', 'step'), ('*', ('is', 10)))
     """
     return _form(*flatten(value, is_leaf)[::-1])
+
+
+def form_of_argument(value: Any, is_leaf: Callable[[Any], bool], *, optional: bool) -> Form:
+    """`form_of` an argument; `optional`: the model may be called without it.
+
+    >>> form_of_argument(torch.ones(1), lambda value: isinstance(value, torch.Tensor), optional=True)
+    ('tensor',)
+    """
+    return ("tensor",) if optional and isinstance(value, torch.Tensor) else form_of(value, is_leaf)
 
 
 def _form(structure: Structure, leaves: list[Any]) -> Form:
@@ -118,9 +128,13 @@ fx.node.has_side_effect(require)
 
 
 def _mismatch(value: Any, form: Form, what: str) -> tuple[str, str, str] | None:
-    if isinstance(value, fx.Proxy) or is_trivial(form):
+    if isinstance(value, fx.Proxy):
         return None
+    if is_trivial(form):
+        return (what, "a tensor", "None") if form == "*" and value is None else None
     kind, *rest = form
+    if kind == "tensor":
+        return None if isinstance(value, torch.Tensor) else (what, "a tensor", _brief(value))
     if kind == "is":
         value = plain_number(value)
         same = value is rest[0] or (isinstance(value, _SIMPLE) and value == rest[0])

@@ -17,10 +17,6 @@ FACTORIES = [
     "eye",
     "linspace",
     "tensor",
-    "rand",
-    "randn",
-    "randint",
-    "randperm",
     "tril_indices",
     "triu_indices",
     "sym_max",
@@ -28,6 +24,9 @@ FACTORIES = [
     "as_tensor",
     "scalar_tensor",
 ]
+DRAWS = ("rand", "randn", "randint", "randperm", "normal")
+"""Those that draw random numbers: in every call other ones, whatever their sizes are made of."""
+
 SHAPE_METHODS = frozenset(
     [
         "size",

@@ -24,7 +24,8 @@ _ACTIVE = threading.local()
 
 
 class OwnRandomness(TorchDispatchMode):
-    """Inside, random calls of this thread draw from generators that start at a seed.
+    """Inside, random calls of this thread draw from generators that start at a seed. `seeded`: someone has set another
+    seed since then, or brought a generator.
 
     >>> with OwnRandomness(0):
     ...     first = torch.rand(3)
@@ -34,12 +35,12 @@ class OwnRandomness(TorchDispatchMode):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.seed = seed
+        self.seed, self.seeded = seed, False
         self._generators: dict[torch.device, torch.Generator | None] = {}
 
     def reseed(self, seed: int) -> torch.Generator:
         """What `torch.manual_seed` does, here."""
-        self.seed = seed
+        self.seed, self.seeded = seed, True
         for generator in self._generators.values():
             if generator is not None:
                 generator.manual_seed(seed)
@@ -78,6 +79,7 @@ class OwnRandomness(TorchDispatchMode):
         else:
             given = kwargs.get("generator")
         own = generator if given is None or _is_default(given) else given
+        self.seeded = self.seeded or own is given
         if position < len(args):
             return seeded(*args[:position], own, *args[position + 1 :], **kwargs)
         return seeded(*args, **{**kwargs, "generator": own})
@@ -221,7 +223,7 @@ _SEEDS = ThreadPatch(seeding)
 
 
 @contextmanager
-def own_randomness(seed: int = 0) -> Iterator[None]:
+def own_randomness(seed: int = 0) -> Iterator[OwnRandomness]:
     """Random calls draw from own generators, and the functions that seed them seed those.
 
     >>> before = torch.get_rng_state()
@@ -237,6 +239,6 @@ def own_randomness(seed: int = 0) -> Iterator[None]:
     stack.append(own)
     try:
         with _SEEDS.inside(), own:
-            yield
+            yield own
     finally:
         stack.pop()

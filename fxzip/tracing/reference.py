@@ -13,16 +13,18 @@ from torch import fx, nn
 from ..errors import ContainerError, InputError, TraceError
 from .calls import Call, batch_size, with_batch
 from .containers import leaves
-from .execution import Record, difference, run_eager, run_recorded
+from .execution import Record, difference, quiet_execution, run_eager, run_recorded
 from .kept_state import changed, marks, state_kept
 from .preparation import first_line
+from .state import python_numbers, seed_python
 from .tidying import tidied
 from .training import names_of
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the eager model gives.
+    """What the eager model gives, each time from another seed: a graph that holds numbers which were drawn while it was
+    made, or that is not seeded as the model seeds itself, gives something else.
 
     Attributes:
         sample: the sample input.
@@ -89,11 +91,13 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
     if size is not None:
         fresh = with_batch(call, 3 if size != 3 else 2)
         try:
-            return _with_others(own, (call, fresh), (expected, run_eager(own, fresh)), others, other_batch=True)
+            given = run_eager(own, fresh, seed=1)
+            return _with_others(own, (call, fresh), (expected, given), others, other_batch=True)
         except Exception:  # the model is made for one batch size
             pass
     fresh = with_batch(call, size or 0)
-    return _with_others(own, (call, fresh), (expected, run_eager(own, fresh)), others, other_batch=False)
+    given = run_eager(own, fresh, seed=1)
+    return _with_others(own, (call, fresh), (expected, given), others, other_batch=False)
 
 
 def _check_state(own: nn.Module, call: Call, name: str, written: Sequence[str]) -> None:
@@ -126,7 +130,7 @@ def _with_others(
     taken: list[tuple[Call, Any]] = []
     for call in others:
         with suppress(Exception):  # said where the data are used
-            taken.append((call, run_eager(own, call)))
+            taken.append((call, run_eager(own, call, seed=2 + len(taken))))
     found = tuple(call for call, _ in taken)
     return Reference(*calls, found, (*expected, *(output for _, output in taken)), other_batch)
 
@@ -137,10 +141,10 @@ def compared(module: fx.GraphModule, reference: Reference) -> tuple[Record, Reco
     size = batch_size(reference.sample)
     fresh = f"a batch of {batch_size(reference.fresh)}" if reference.other_batch else "fresh input"
     names = ("`sample_input`", fresh, *(f"`data` of shape {_shapes(call)}" for call in reference.others))
-    for call, expected, what in zip(reference.calls, reference.expected, names, strict=True):
+    for seed, (call, expected, what) in enumerate(zip(reference.calls, reference.expected, names, strict=True)):
         but = f"it reproduces `sample_input`, with its batch of {size}, but on {what} " if records else f"on {what} "
         try:
-            records.append(run_recorded(module, call))
+            records.append(run_recorded(module, call, seed=seed))
         except Exception as error:
             return f"{but}it raised {type(error).__name__}: {first_line(error).rstrip('.')}"
         reason = difference(records[-1].output, expected)
@@ -169,6 +173,27 @@ def without_idle_guards(module: fx.GraphModule, own: nn.Module, reference: Refer
             if node.name in record.failed:
                 module.graph.erase_node(node)
         tidied(module)
+
+
+def numbers_of_its_own(own: nn.Module, call: Call) -> str:
+    """What a model does with random numbers that no graph does, with a way out; "" if nothing."""
+    with quiet_execution() as seeds:
+        seed_python(0)
+        before = python_numbers()
+        with suppress(Exception):
+            own(*call.args, **call.kwargs)
+        drawn = python_numbers() != before
+    if seeds.seeded:
+        return (
+            "Its `forward` seeds random numbers, or a generator of them, which no graph does: draw them once, in "
+            "`__init__`, into a buffer, or leave out the seed."
+        )
+    if drawn:
+        return (
+            "Its `forward` may draw random numbers of Python or NumPy, which no graph does: draw them with PyTorch, "
+            "e.g. `torch.rand_like`."
+        )
+    return ""
 
 
 def _shapes(call: Call) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
 from collections.abc import Iterator
@@ -75,6 +76,18 @@ def _set_autocast(state: tuple[Any, ...]) -> None:
     while _autocast()[0] > nesting:
         torch.autocast_decrement_nesting()
     torch.clear_autocast_cache()
+
+
+def seed_python(seed: int) -> None:
+    """Seed Python's and NumPy's random numbers, inside of `restored_state`; not where other threads may draw them."""
+    if _alone():
+        random.seed(seed)
+        np.random.seed(seed)
+
+
+def python_numbers() -> bytes:
+    """Where Python's and NumPy's random numbers stand, to be compared."""
+    return pickle.dumps((random.getstate(), np.random.get_state()))
 
 
 def _random_states() -> tuple[Any, ...]:

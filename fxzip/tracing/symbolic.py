@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .calls import Call
 from .containers import Part, flatten, is_plain, is_written
-from .guards import asked_by_model, form_of, is_trivial, require
+from .guards import asked_by_model, form_of_argument, is_trivial, require
 from .names import check_arguments
 from .python_numbers import plain_number
 from .structure import Rebuild
@@ -39,6 +39,22 @@ def bind(model: nn.Module, call: Call) -> tuple[inspect.BoundArguments, dict[str
     return bound, named
 
 
+def left_out(bound: inspect.BoundArguments) -> set[str]:
+    """Names of the arguments that a call may leave out: those with a default, and what goes through `**`.
+
+    >>> left_out(bind(nn.MultiheadAttention(2, 1), Call((1, 2, 3), {"key_padding_mask": 4}))[0])
+    {'key_padding_mask'}
+    """
+    found = set[str]()
+    for name in bound.arguments:
+        parameter = bound.signature.parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(bound.arguments[name])
+        elif parameter.default is not inspect.Parameter.empty:
+            found.add(name)
+    return found
+
+
 class SymbolicTracer(fx.Tracer):
     """Modules of torch.nn are leaves, except those that only hold others; so are those that train another way than
     they run (stochastic depth). A placeholder for each argument given."""
@@ -58,9 +74,10 @@ class SymbolicTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         bound, named = bind(self.root, self._call)
+        optional = left_out(bound)
         proxies = {name: self._placeholder(name, value) for name, value in named.items()}
         for name, value in named.items():
-            form = form_of(value, self.reads)
+            form = form_of_argument(value, self.reads, optional=name in optional)
             if not is_trivial(form):
                 self.create_proxy("call_function", require, (proxies[name], form, name), {})
         given = {name: self._unpacked(proxies[name], value) for name, value in named.items()}

@@ -235,3 +235,34 @@ def test_a_maximum_over_features_keeps_their_number():
     kept = {space["name"]: (space["size"], space["kept"]) for space in zipped.report["spaces"]}
     assert kept["a.weight"] == (8, 8)
     assert any("a maximum over its features depends on which there are" in str(note) for note in zipped.report["notes"])
+
+
+def complex_weights(*shape):
+    return nn.Parameter(torch.randn(*shape, dtype=torch.complex64) / 2)
+
+
+COMPLEX = {
+    "a complex layer": (
+        lambda net, x: torch.view_as_real(F.linear(torch.complex(x, x.roll(1, 0)), net.w)).pow(2).sum(-1),
+        {"w": lambda: complex_weights(8, 8)}),
+    "a spectral convolution": (
+        lambda net, x: torch.fft.irfft(torch.einsum(
+            "bix,iox->box", torch.fft.rfft(x[..., None] * torch.arange(1.0, 7.0).to(x)), net.w), n=6).amax(-1),
+        {"w": lambda: complex_weights(8, 8, 4)}),
+    "a state that turns": (
+        lambda net, x: ((torch.exp(-net.rate.exp() + 1j * net.turn) * (x.to(net.w.dtype) @ net.w)) @ net.w.T).real,
+        {"w": lambda: complex_weights(8, 6), "rate": lambda: weights(6), "turn": lambda: weights(6)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_parameters_are_shared(name):
+    function, parts = COMPLEX[name]
+    torch.manual_seed(0)
+    net = Net(function, **{key: build() for key, build in parts.items()}).eval()
+    for part in net.parameters():
+        part.data = part.data.to(torch.complex128 if part.is_complex() else torch.float64)
+    error, zipped = twin_error(net, torch.randn(16, 6, dtype=torch.float64))
+    assert error < 1e-9
+    assert not any("ends earlier" in note for note in zipped.report["notes"])
+    assert zipped.report["flops"]["trunk"] > 0.8 * zipped.report["flops"]["originals"][0]

@@ -40,3 +40,27 @@ def test_by_default_a_mask_that_heads_read_is_theirs():
     zipped = fxzip.compile_zip(model, fxzip.relabel(model, x[:4]), x[:4], data=[x], progress=False)
     for found in zipped(x):
         torch.testing.assert_close(found, model(x), rtol=1e-6, atol=1e-6)
+
+
+class Kept(nn.Module):
+    """Features above a threshold are doubled by a write through a mask that is computed from them."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, classes)
+
+    def forward(self, x):
+        h = self.second(torch.relu(self.first(x)))
+        g = h.clone()
+        g[h > 0.5] = h[h > 0.5] * 2
+        return self.head(g)
+
+
+def test_a_mask_that_a_write_reads_is_the_heads():
+    models = [randomise(Kept(n), n) for n in (2, 3)]
+    zipped = fxzip.compile_zip(
+        models, X[:4], data=[X], until="second", width=2, refit=None, method="zip", progress=False
+    )
+    for model, output in zip(models, zipped(X), strict=True):
+        torch.testing.assert_close(output, model(X))
+    assert [tuple(y.shape) for y in fxzip.compile_zip(models, X[:4], data=[X], progress=False)(X)] == [(64, 2), (64, 3)]

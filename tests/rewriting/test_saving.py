@@ -134,3 +134,30 @@ def test_a_zip_is_exported_and_compiled():
     exported = torch.export.export(z, (X,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
     for found, expected in zip(exported(X[:5]), z(X[:5]), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+class Layouts(nn.Module):
+    """Memory formats, a buffer that is read by computed numbers, and sequences of several lengths."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.first, self.rest, self.head = nn.Linear(8, 12), nn.GRU(12, 10, batch_first=True), nn.Linear(10, classes)
+        self.register_buffer("table", torch.randn(classes))
+
+    def forward(self, x):
+        h = torch.relu(self.first(x)).contiguous(memory_format=torch.contiguous_format)[:, None]
+        packed = nn.utils.rnn.pack_padded_sequence(h, torch.ones(x.shape[0], dtype=torch.int64), batch_first=True)
+        logits = self.head(self.rest(packed)[1][0])
+        return logits, self.table[logits.argmax(1)]
+
+
+def test_what_protocol_2_and_plain_data_cannot_hold_by_themselves(tmp_path):
+    zipped = fxzip.compile_zip(Layouts(3), Layouts(4), X, data=[X], progress=False)
+    expected = zipped(X)
+    file = io.BytesIO()
+    torch.save(zipped, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.load(file, weights_only=False)(X), expected, rtol=0, atol=0)
+    zipped.save_pretrained(tmp_path / "zip")
+    loaded = fxzip.load(tmp_path / "zip", trust=[nn.utils.rnn.PackedSequence])
+    torch.testing.assert_close(loaded(X), expected, rtol=0, atol=0)

@@ -241,3 +241,28 @@ def test_other_shapes_are_few_and_small():
     assert len(calls) == 16
     assert calls[0].args[0].shape == (2, 8)
     assert difference(calls[0].args[0], torch.ones(2, 8)) is None
+
+
+class Optional(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 16), nn.Linear(16, classes)
+
+    def forward(self, x, mask=None, more=()):
+        hidden = torch.relu(self.first(x))
+        hidden = hidden if mask is None else hidden * mask[:, None]
+        return self.head(hidden + sum(more))
+
+
+@pytest.mark.parametrize("rung", ladder.RUNGS)
+def test_none_in_the_place_of_a_tensor_is_named(rung, monkeypatch):
+    monkeypatch.setattr(ladder, "RUNGS", (rung,))
+    x, mask, more = torch.randn(40, 8), torch.rand(40), [torch.randn(40, 16)]
+    sample = (x, mask, more)
+    zipped = fxzip.compile_zip(Optional(2), Optional(3), sample, data=[sample], progress=False)
+    assert [tuple(y.shape) for y in zipped(x, mask, more)] == [(40, 2), (40, 3)]
+    for network in (zipped, zipped.single(1), pickle.loads(pickle.dumps(zipped))):
+        with pytest.raises(fxzip.errors.SpecializationError, match=r"`mask` must be .* a tensor; found None"):
+            network(x, None, more)
+        with pytest.raises(fxzip.errors.SpecializationError, match=r"`more\[0\]` must be .* a tensor; found None"):
+            network(x, mask, [None])
