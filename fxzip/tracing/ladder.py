@@ -27,7 +27,7 @@ from .lengths import len_recorded
 from .names import named_safely, safe_names
 from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
 from .python_numbers import is_number
-from .reference import Reference, compared, numbers_of_its_own, reference_of, without_idle_guards
+from .reference import Reference, compared, reference_of, without_idle_guards
 from .symbolic import SymbolicTracer
 from .tidying import tidied
 from .training import Strays, Training
@@ -118,7 +118,7 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
             program = _program(found, reference, rung, tuple(failures), persistent, strays)
             return replace(program, origins=_origins(program.module, own))
         failures.append(f"{_title(rung, kept)} gave another result than the model: {found}.")
-    raise TraceError(_nothing_worked(name, failures, paths, numbers_of_its_own(own, reference.sample)))
+    raise TraceError(_nothing_worked(name, failures, paths))
 
 
 def _rungs(call: Call) -> tuple[str, ...]:
@@ -268,14 +268,12 @@ def _place(error: BaseException) -> str:
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def _nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...], numbers: str) -> str:
+def _nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...]) -> str:
     batch, shape = (any(f"but on {what} of" in failure for failure in failures) for what in ("a batch", "`data`"))
     must = "must be traceable at every batch size; it was at that of `sample_input` only" if batch else ""
     if shape:
         must = "must be traceable at every shape that `data` holds; it was at that of `sample_input` only"
     message = f"`{name}` {must or 'must be traceable; no way of tracing reproduces it'}. " + " ".join(failures)
-    if numbers:
-        return f"{message} {numbers}"
     if hooks:
         places = ", ".join(f"`{path or name}`" for path in hooks[:5]) + (" ..." if len(hooks) > 5 else "")
         return (

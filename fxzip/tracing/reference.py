@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..errors import ContainerError, InputError, TraceError
-from .calls import Call, batch_size, with_batch
+from .calls import Call, batch_size, map_tensors, with_batch
 from .containers import leaves
 from .execution import Record, difference, quiet_execution, run_eager, run_recorded
 from .kept_state import changed, marks, state_kept
@@ -32,6 +32,7 @@ class Reference:
         others: inputs of other shapes.
         expected: the outputs, in that order.
         other_batch: whether `fresh` is of another batch size.
+        numbers: what the model does with random numbers that no graph does; "" if nothing.
     """
 
     sample: Call
@@ -39,6 +40,7 @@ class Reference:
     others: tuple[Call, ...]
     expected: tuple[Any, ...]
     other_batch: bool
+    numbers: str = ""
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -64,7 +66,7 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
     try:
         before = marks(own)
         with state_kept(own):
-            expected = run_eager(own, call)
+            expected, numbers = _run_watched(own, call)
             written = changed(before, marks(own))
         returned = leaves(expected)
     except ContainerError as error:
@@ -92,12 +94,13 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
         fresh = with_batch(call, 3 if size != 3 else 2)
         try:
             given = run_eager(own, fresh, seed=1)
-            return _with_others(own, (call, fresh), (expected, given), others, other_batch=True)
+            found = _with_others(own, (call, fresh), (expected, given), others, other_batch=True)
+            return replace(found, numbers=numbers)
         except Exception:  # the model is made for one batch size
             pass
     fresh = with_batch(call, size or 0)
     given = run_eager(own, fresh, seed=1)
-    return _with_others(own, (call, fresh), (expected, given), others, other_batch=False)
+    return replace(_with_others(own, (call, fresh), (expected, given), others, other_batch=False), numbers=numbers)
 
 
 def _check_state(own: nn.Module, call: Call, name: str, written: Sequence[str]) -> None:
@@ -149,7 +152,7 @@ def compared(module: fx.GraphModule, reference: Reference) -> tuple[Record, Reco
             return f"{but}it raised {type(error).__name__}: {first_line(error).rstrip('.')}"
         reason = difference(records[-1].output, expected)
         if reason is not None:
-            return but + reason
+            return f"{but}{reason}; {reference.numbers}" if reference.numbers else but + reason
     return records[0], records[1]
 
 
@@ -175,25 +178,26 @@ def without_idle_guards(module: fx.GraphModule, own: nn.Module, reference: Refer
         tidied(module)
 
 
-def numbers_of_its_own(own: nn.Module, call: Call) -> str:
-    """What a model does with random numbers that no graph does, with a way out; "" if nothing."""
+def _run_watched(own: nn.Module, call: Call) -> tuple[Any, str]:
+    """`run_eager`, and what the model does there with random numbers that no graph does, with a way out; "" if
+    nothing."""
+    given = map_tensors(lambda value: value.detach().clone(), call)
     with quiet_execution() as seeds:
         seed_python(0)
         before = python_numbers()
-        with suppress(Exception):
-            own(*call.args, **call.kwargs)
+        output = own(*given.args, **given.kwargs)
         drawn = python_numbers() != before
     if seeds.seeded:
-        return (
-            "Its `forward` seeds random numbers, or a generator of them, which no graph does: draw them once, in "
-            "`__init__`, into a buffer, or leave out the seed."
+        return output, (
+            "its `forward` seeds random numbers, or a generator of them, which no graph does: draw them once, in "
+            "`__init__`, into a buffer, or leave out the seed"
         )
     if drawn:
-        return (
-            "Its `forward` may draw random numbers of Python or NumPy, which no graph does: draw them with PyTorch, "
-            "e.g. `torch.rand_like`."
+        return output, (
+            "its `forward` may draw random numbers of Python or NumPy, which no graph does: draw them with PyTorch, "
+            "e.g. `torch.rand_like`"
         )
-    return ""
+    return output, ""
 
 
 def _shapes(call: Call) -> str:

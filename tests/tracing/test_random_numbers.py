@@ -55,10 +55,10 @@ def test_noise_is_drawn_in_every_call_as_the_model_draws_it(noise):
 
 
 @pytest.mark.parametrize(("noise", "message"), [
-    (seeded, "Its `forward` seeds random numbers, or a generator of them, which no graph does: draw them once, in `__"),
-    (lambda h: torch.randn(16, dtype=h.dtype, generator=torch.Generator().manual_seed(1)), "Its `forward` seeds rand"),
-    (lambda _: random.random(), "Its `forward` may draw random numbers of Python or NumPy, which no graph does"),
-    (lambda _: float(np.random.rand()), "Its `forward` may draw random numbers of Python or NumPy, which no graph"),
+    (seeded, "its `forward` seeds random numbers, or a generator of them, which no graph does: draw them once, in `__"),
+    (lambda h: torch.randn(16, dtype=h.dtype, generator=torch.Generator().manual_seed(1)), "its `forward` seeds rand"),
+    (lambda _: random.random(), "its `forward` may draw random numbers of Python or NumPy, which no graph does"),
+    (lambda _: float(np.random.rand()), "its `forward` may draw random numbers of Python or NumPy, which no graph"),
 ])  # fmt: skip
 def test_numbers_that_no_graph_draws_are_named(noise, message):
     model = Noisy(noise).double()
