@@ -161,8 +161,8 @@ def tensors_of(program: Program) -> dict[str, Tensor]:
 
 
 def is_inexact(value: Tensor) -> bool:
-    """Whether a tensor holds real or complex numbers, not integers or truth values."""
-    return value.is_floating_point() or value.is_complex()
+    """Whether a tensor holds real or complex numbers, not integers or truth values, and one at each place."""
+    return (value.is_floating_point() or value.is_complex()) and value.layout == torch.strided
 
 
 def cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,7 +52,7 @@ class Watcher:
         self.seen: Sightings = {}
 
     def __call__(self, node: fx.Node, value: Any) -> Any:
-        if isinstance(value, Tensor) and node.name in self._nodes:
+        if isinstance(value, Tensor) and value.layout == torch.strided and node.name in self._nodes:
             sample = sampled(value, self._nodes[node.name])
             if sample is not None:
                 self.seen[node.name] = sample

@@ -36,6 +36,11 @@ class _Living(TorchDispatchMode):
         return result
 
 
+def _bytes(value: Tensor) -> int:
+    """Of the memory of a tensor; of a sparse one that of its values."""
+    return value.untyped_storage().nbytes() if value.layout == torch.strided else value._nnz() * value.element_size()
+
+
 def peak_bytes(networks: Sequence[nn.Module], call: Call) -> int:
     """The most bytes at once, of networks that run one after another on one input and whose outputs are kept.
 
@@ -50,7 +55,7 @@ def peak_bytes(networks: Sequence[nn.Module], call: Call) -> int:
     """
     own = map_tensors(torch.clone, call)  # some networks write into their inputs
     tensors = [value for net in networks for value in (*net.parameters(), *net.buffers())]
-    held = {storage_of(value): value.untyped_storage().nbytes() for value in tensors}
+    held = {storage_of(value): _bytes(value) for value in tensors}
     living = _Living(held.keys() | {storage_of(value) for value in leaves(own)})
     with restored_state(), torch.no_grad(), living:
         kept = [network(*own.args, **own.kwargs) for network in networks]

@@ -263,15 +263,25 @@ def _same_tensors(
             return False
         shared = name not in first.persistent and not isinstance(tensor, nn.Parameter)
         number = tensor.is_floating_point() or tensor.is_complex()
-        if (shared or (not number and tensor.ndim > 0)) and not _same_values(tensor, value):
+        if (shared or (not number and tensor.ndim > 0)) and not same_values(tensor, value):
             return False
     for (name, _), (twin, _) in zip(ours, theirs, strict=True):
         params[name], back[twin] = twin, name
     return True
 
 
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same to the bit, sparse ones too, on whatever devices.
+
+    >>> same_values(torch.eye(2).to_sparse(), torch.eye(2).to_sparse())
+    True
+    """
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
+        return False
+    first, other = (t if t.layout == torch.strided else t.to_dense() for t in (a, b.to(a.device)))
+    return bool(torch.equal(first, other))
 
 
 def _says(program: Program, node: fx.Node | None) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..analysis.labelling import Labelling
 from ..analysis.rules import Constraints, varying
 from ..analysis.spaces import FeatureSpaces
-from .alignment import Alignment
+from .alignment import Alignment, same_values
 from .dependencies import dependencies
 
 
@@ -38,12 +38,8 @@ def differing(alignment: Alignment) -> frozenset[str]:
         name
         for name, twins in alignment.params.items()
         if (first := tensors[0][name]).is_floating_point() or first.is_complex()
-        if not all(_same(first, tensors[k][twin]) for k, twin in enumerate(twins))
+        if not all(same_values(first, tensors[k][twin]) for k, twin in enumerate(twins))
     )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b.to(a.device))))
 
 
 def weights_behind(labelling: Labelling) -> dict[str, set[str]]:

@@ -22,6 +22,7 @@ from ..analysis.relabelling import dense_kernel
 from ..analysis.resizing import resized
 from ..analysis.spaces import FeatureSpaces, Layout, slots
 from ..matching import Entries, Merge
+from ..partition.alignment import same_values
 
 Merges = Mapping[int, Merge]  # by space number of model 0
 
@@ -215,9 +216,9 @@ def merged_param(
         return values[0]
     wide = [value.detach().to(torch.promote_types(value.dtype, torch.float32)) for value in values]
     if names[0] not in spaces[0].labelling.params:
-        same = all(torch.equal(value, wide[0]) for value in wide[1:])
+        same = all(same_values(value, wide[0]) for value in wide[1:])
         return wide[0] if same else torch.stack(wide).mean(0)
-    if all(torch.equal(value, wide[0]) for value in wide[1:]) and _stands(names, spaces, merges):
+    if all(same_values(value, wide[0]) for value in wide[1:]) and _stands(names, spaces, merges):
         return wide[0]  # the mean of what is equal to the bit would be rounded
     total, weight = torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
     for k, value in enumerate(wide):

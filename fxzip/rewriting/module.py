@@ -196,7 +196,8 @@ def _holder(module: nn.Module) -> nn.Module:
 def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
     """Give a parameter or buffer a new value, in its own dtype; where it is shared it stays shared."""
     own = attribute(module, name)
-    own.data = value.to(own.dtype).contiguous()
+    value = value.to(own.dtype)
+    own.data = value.contiguous() if value.layout == torch.strided else value
 
 
 def reuse_memory(module: fx.GraphModule) -> None:

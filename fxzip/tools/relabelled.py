@@ -49,8 +49,10 @@ def relabel(
     tensors = {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
     values = relabelled({name: value.detach() for name, value in tensors.items()}, spaces, perms)
     twin = folded(copied(check_model(model)))
+    # the graph may have safe names in the stead of the model's
+    held = {origin: name for name, origin in program.origins.items() if name in values}
     with torch.no_grad():
         for name, own in (*twin.named_parameters(), *twin.named_buffers()):
-            if name in values:
-                own.copy_(values[name])
+            if held.get(name, name) in values:
+                own.copy_(values[held.get(name, name)])
     return twin.train(model.training)

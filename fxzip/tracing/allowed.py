@@ -184,7 +184,7 @@ def _listed() -> frozenset[Any]:
     found |= {getattr(builtins, name) for name in _BUILTINS}
     found |= {f for f in vars(math).values() if isinstance(f, BuiltinFunctionType)}
     found |= {f for f in vars(operator).values() if isinstance(f, BuiltinFunctionType) and f.__name__ != "call"}
-    for space in ("_nn", "_special", "_fft", "_linalg", "_VariableFunctions"):
+    for space in ("_nn", "_special", "_fft", "_linalg", "_sparse", "_VariableFunctions"):
         owner = getattr(torch._C, space, ModuleType("none"))
         held = {name: getattr(owner, name) for name in dir(owner) if not name.startswith("__")}
         found |= {f for name, f in held.items() if isinstance(f, BuiltinFunctionType) and not _FILES.search(name)}

@@ -64,6 +64,8 @@ def tidied(module: fx.GraphModule) -> fx.GraphModule:
     graph = module.graph
     for node in reversed(list(graph.nodes)):
         node.type = None
+        if node.name == "self":  # in the code that torch.fx writes this is the module
+            node._rename("self_")
         if node.users:
             continue
         name = getattr(node.target, "__name__", "").split(".")[0]

@@ -113,3 +113,35 @@ def test_graph_convolutions_share_all_their_features(name):
     assert zipped.report["cut"]["after"] == ["relu_1"]
     with torch.no_grad():
         assert max(relative_difference(net(x, EDGES), output) for output in zipped(x, EDGES)) < 1e-12
+
+
+class Sparse(nn.Module):
+    """Sums over neighbours as products with a sparse matrix, that of a buffer or of the edges that are given."""
+
+    def __init__(self, classes, edges=None):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, classes)
+        if edges is not None:
+            self.register_buffer("near", torch.sparse_coo_tensor(edges, torch.ones(70), (20, 20)).coalesce())
+
+    def forward(self, x, edges):
+        near = torch.sparse_coo_tensor(edges, torch.ones_like(edges[0], dtype=x.dtype), (x.shape[0], x.shape[0]))
+        near = self.near if hasattr(self, "near") else near
+        return self.head(torch.relu(near @ self.second(torch.relu(torch.sparse.mm(near, self.first(x))))))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_sparse_matrices_inside_a_network(held, tmp_path):
+    torch.manual_seed(0)
+    a, b = (Sparse(n, EDGES if held else None).eval() for n in (3, 4))
+    x = torch.randn(20, 8)
+    zipped = fxzip.compile_zip(a, b, (x, EDGES), data=[(x, EDGES)], method="zip", refit=None, width=2, progress=False)
+    for model, output in zip((a, b), zipped(x, EDGES), strict=True):
+        torch.testing.assert_close(output, model(x, EDGES), rtol=1e-4, atol=1e-4)
+    if held:
+        with pytest.raises(fxzip.errors.SaveError, match="a tensor that is sparse"):
+            zipped.save_pretrained(tmp_path / "zip")
+    else:
+        zipped.save_pretrained(tmp_path / "zip")
+        loaded = fxzip.load(tmp_path / "zip")(x, EDGES)
+        torch.testing.assert_close(loaded, zipped(x, EDGES), rtol=0, atol=0)

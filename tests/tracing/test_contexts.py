@@ -56,6 +56,15 @@ def test_names_in_a_zip(name, monkeypatch):
     assert not ran
 
 
+@pytest.mark.parametrize("name", ["graph", "class", "self", CODE[0]])
+def test_a_relabelled_copy_of_a_network_with_any_names_is_the_network(name):
+    net, x = Branch(name, name not in ("graph", "self")).double().eval(), torch.randn(40, 8, dtype=torch.float64)
+    twin = fxzip.relabel(net, x)
+    torch.testing.assert_close(twin(x), net(x))
+    for output in fxzip.compile_zip(net, twin, x, data=[x], method="permute", refit=None, progress=False)(x):
+        torch.testing.assert_close(output, net(x))
+
+
 def test_export_writes_no_code_of_names(monkeypatch):
     ran = []
     monkeypatch.setattr(builtins, "RUN", lambda: ran.append(1), raising=False)
