@@ -291,3 +291,24 @@ def test_bad_widths(arguments, message):
     x = X.double()
     with pytest.raises((fxzip.InputError, fxzip.OptionError), match=message):
         fxzip.compile_zip(*models, x[:2], data=[x], **arguments)
+
+
+class Sized(nn.Module):
+    """Returns the size of what it computes beside the logits."""
+
+    def __init__(self, classes, shape):
+        super().__init__()
+        self.first, self.second, self.head, self.shape = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, classes), shape
+
+    def forward(self, x):
+        h = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.head(h), self.shape(h)
+
+
+@pytest.mark.parametrize("shape", [lambda h: h.shape[1], lambda h: h.shape])
+def test_a_size_that_the_model_returns_stays(shape):
+    a, b = Sized(2, shape).eval(), Sized(3, shape).eval()
+    x = torch.randn(40, 6)
+    zipped = fxzip.compile_zip(a, b, x, data=[x], method="zip", refit=None, width=2, progress=False)
+    assert [size for _, size in zipped(x)] == [model(x)[1] for model in (a, b)]
+    assert any("the model returns a size that goes by it" in note for note in zipped.report["notes"])
