@@ -156,7 +156,12 @@ class TrunkSearch:
     def _unpacked(self, names: set[str], shared: Collection[str] | None = None) -> set[str]:
         """Items that are taken out of a tuple belong to the node that returns the tuple."""
         shared = self.alignment.pairs if shared is None else shared
-        items = {n.name for n in self.order if n.target is operator.getitem and n.name in shared}
+        tensors = self.labellings[0].program.shapes
+        items = {
+            n.name
+            for n in self.order
+            if n.target is operator.getitem and n.name in shared and tensors.keys().isdisjoint({str(n.args[0])})
+        }
         return self.closed(names | {name for name in items if names.issuperset(self.graph.predecessors(name))})
 
     def _needed(self, names: set[str]) -> set[str]:

@@ -64,3 +64,27 @@ def test_a_mask_that_a_write_reads_is_the_heads():
     for model, output in zip(models, zipped(X), strict=True):
         torch.testing.assert_close(output, model(X))
     assert [tuple(y.shape) for y in fxzip.compile_zip(models, X[:4], data=[X], progress=False)(X)] == [(64, 2), (64, 3)]
+
+
+class Replaced(nn.Module):
+    """Features below zero are overwritten in place by what a mask takes of them, then those of a second layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        h[h < 0] = h[h < 0] * 0.1
+        h = self.second(h)
+        h[h < 0] = 0.0
+        return self.head(h)
+
+
+def test_what_a_mask_takes_of_features_that_models_share_is_the_heads():
+    model, other = (randomise(Replaced(), seed) for seed in range(2))
+    other.first.load_state_dict(model.first.state_dict())
+    for twin in (other, fxzip.relabel(model, X[:4])):
+        zipped = fxzip.compile_zip(model, twin, X[:4], data=[X], method="zip", progress=False)
+        for found, own in zip(zipped(X), (model, twin), strict=True):
+            torch.testing.assert_close(found, own(X), rtol=1e-4, atol=1e-5)
