@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..tracing import Program, require
 from .dependencies import dependencies, versions
+from .parting import parted, settings
 from .stems import Stem
 
 
@@ -67,26 +68,9 @@ class _Names:
 def _configuration(module: nn.Module) -> Hashable:
     """What a leaf module computes, modulo weights and widths: class and settings that are not sizes of its tensors."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    sizes = {n for _, t in tensors for n in t.shape}
-
-    def known(value: Any) -> Hashable:
-        if isinstance(value, (tuple, list)):
-            return tuple("size" if isinstance(v, int) and v in sizes and v > 1 else repr(v) for v in value)
-        return (
-            "size"
-            if isinstance(value, int) and not isinstance(value, bool) and value in sizes and value > 1
-            else repr(value)
-        )
-
-    plain = (bool, int, float, str, tuple, list, type(None), torch.Size)
-    settings = tuple(
-        (key, known(value))
-        for key, value in sorted(vars(module).items())
-        if isinstance(value, plain) and not key.startswith("_") and key != "training"
-    )
     children = tuple((name, _configuration(child)) for name, child in module.named_children())
     own = tuple((name, t.ndim) for name, t in tensors if "." not in name)
-    return type(module).__qualname__, settings, own, children
+    return type(module).__qualname__, settings(module), own, children
 
 
 def attribute(module: nn.Module, target: str) -> Any:
@@ -232,8 +216,11 @@ def _pair(
         elif rest is None and node not in asked:
             rest = node
     lone = next((n for n in nodes if n.name not in pairs and n not in asked), None)
-    parting = "" if rest is None and lone is None else f"{_says(first, lone)}, the other {_says(other, rest)}"
-    return pairs, params, parting
+    if rest is None and lone is None:
+        return pairs, params, ""
+    ours, own = (_tensors(n, at) if n else [] for n, at in ((lone, left), (rest, right)))
+    constants = [(a, b) for (name, a), (_, b) in zip(ours, own, strict=False) if _is_constant(name, a, first)]
+    return pairs, params, parted(first, lone, other, rest, constants)
 
 
 def _asked(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -261,13 +248,18 @@ def _same_tensors(
     for (name, tensor), (twin, value) in zip(ours, theirs, strict=True):
         if params.get(name, twin) != twin or back.get(twin, name) != name or tensor.ndim != value.ndim:
             return False
-        shared = name not in first.persistent and not isinstance(tensor, nn.Parameter)
-        number = tensor.is_floating_point() or tensor.is_complex()
-        if (shared or (not number and tensor.ndim > 0)) and not same_values(tensor, value):
+        if _is_constant(name, tensor, first) and not same_values(tensor, value):
             return False
     for (name, _), (twin, _) in zip(ours, theirs, strict=True):
         params[name], back[twin] = twin, name
     return True
+
+
+def _is_constant(name: str, tensor: Tensor, program: Program) -> bool:
+    """Whether a tensor of a program is no weight: a buffer outside the `state_dict`, or integers or booleans."""
+    if name not in program.persistent and not isinstance(tensor, nn.Parameter):
+        return True
+    return not (tensor.is_floating_point() or tensor.is_complex()) and tensor.ndim > 0
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
@@ -282,13 +274,3 @@ def same_values(a: Tensor, b: Tensor) -> bool:
         return False
     first, other = (t if t.layout == torch.strided else t.to_dense() for t in (a, b.to(a.device)))
     return bool(torch.equal(first, other))
-
-
-def _says(program: Program, node: fx.Node | None) -> str:
-    """What a program does at a node, in words."""
-    if node is None:
-        return "ends"
-    if node.op == "call_module":
-        return f"calls `{type(attribute(program.module, str(node.target))).__name__}` (`{node.target}`)"
-    name = getattr(node.target, "__name__", str(node.target))
-    return f"reads `{node.target}`" if node.op == "get_attr" else f"calls `{name}` (node `{node.name}`)"

@@ -30,6 +30,7 @@ def nothing_shared(alignment: Alignment, order: Sequence[fx.Node], ends: Mapping
         why = f"node `{first.name}` ends the trunk: {ends[first.name]}"
     elif parting:
         why = f"they part at the first node: the first {parting}"
+        why += ". Make that alike in all models, share what lies behind it (`start=`), or nothing at all (`until=0`)"
     else:
         why = "no node with parameters lies before the cut"
     place = "`start`" if alignment.stems else "the input"

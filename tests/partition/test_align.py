@@ -106,6 +106,38 @@ def test_where_models_part_is_said_in_words():
     assert aligned(b, a, sample=torch.randn(2, 4)).parting == ("calls `ReLU` (`1`), the other ends",)
 
 
+def test_where_models_part_in_what_looks_alike_the_difference_is_said():
+    sample = torch.randn(2, 4)
+    found = aligned(Indexed(2, 0, 1), Indexed(2, 1, 0), sample=sample).parting[0]
+    assert "reads `order`: 2 of 3 values differ, the first at [1]: 0 and 1; integers" in found
+    longer = Picked(2, 0, 1)
+    longer.order = torch.tensor([[2, 0, 1]])
+    assert "the shapes are (3,) and (1, 3)" in aligned(Picked(2, 0, 1), longer, sample=sample[:, :3]).parting[0]
+    strides = [nn.Sequential(nn.Conv1d(3, width, 1, n)) for width, n in ((5, 1), (6, 2))]
+    assert aligned(*strides, sample=X).parting[0].endswith("calls `Conv1d` (`0`): `stride` is (1,) and (2,)")
+    rolled = [nn.Sequential(nn.Linear(8, 3), nn.Flatten(n)) for n in (1, 2)]
+    assert aligned(*rolled, sample=X).parting[0].endswith("`start_dim` is 1 and 2")
+
+
+class Picked(nn.Module):
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.register_buffer("order", torch.tensor(order))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x[:, self.order])))
+
+
+def test_where_nothing_is_shared_the_difference_and_a_way_out_are_said():
+    models, x = [Picked(2, 0, 1), Picked(2, 1, 0)], torch.randn(20, 3)
+    with pytest.raises(fxzip.AlignError, match=r"2 of 3 values differ, .*: 0 and 1; .* nothing at all \(`until=0`\)"):
+        fxzip.compile_zip(models, x, data=[x], progress=False)
+    zipped = fxzip.compile_zip(models, x, data=[x], until=0, progress=False)
+    for model, found in zip(models, zipped(x), strict=True):
+        torch.testing.assert_close(found, model(x))
+
+
 def test_attribute_follows_a_dotted_path():
     model = Residual()
     assert attribute(model, "layer1.0.conv1.weight") is model.layer1[0].conv1.weight
