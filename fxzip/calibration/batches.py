@@ -30,7 +30,7 @@ def batches(data: Any, sample: Call) -> Iterator[Call]:
         if isinstance(sample, JointCall):
             call = _joined(batch, index, sample)
         else:
-            call = _checked(_in_form(batch, index, sample), index, sample)
+            call = call_of(batch, index, sample)
         size = batch_size(call)
         if size != 0:  # of an empty batch there is nothing to learn, not even a mean
             rows += size or 1
@@ -39,6 +39,15 @@ def batches(data: Any, sample: Call) -> Iterator[Call]:
         raise DataError("`data` must yield at least one batch; it gave none.")
     if not rows:
         raise DataError(f"`data` must yield at least one input; all of its batches ({index + 1}) are empty.")
+
+
+def call_of(batch: Any, index: int, sample: Call) -> Call:
+    """Batch `index`, of tensors, as a call of the sample's form. Labels behind the inputs are dropped.
+
+    Raises:
+        DataError: it has another form.
+    """
+    return _checked(_in_form(batch, index, sample), index, sample)
 
 
 def as_tensors(value: Any) -> Any:
@@ -78,7 +87,7 @@ def single(item: Any, sample: Call) -> bool:
     flat = item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list)) else [item]
     likes = [like for like in leaves(sample) if like.ndim]
     found = [value for value in flat if isinstance(value, Tensor)]
-    return any(value.ndim == likes[0].ndim - 1 and _kind(value) == _kind(likes[0]) for value in found)
+    return bool(likes) and any(value.ndim == likes[0].ndim - 1 and _kind(value) == _kind(likes[0]) for value in found)
 
 
 def _in_form(batch: Any, index: int, sample: Call) -> Call:

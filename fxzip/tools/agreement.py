@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..calibration.agreement import Comparison, HeadAgreement
-from ..calibration.data_forms import MAX_BATCHES
+from ..calibration.batches import as_tensors, call_of
+from ..calibration.data_forms import MAX_BATCHES, Source
+from ..calibration.rejections import describe, run_on
 from ..calibration.sources import PerModel
 from ..errors import DataError, InputError
 from ..rewriting.module import ZippedModule
@@ -67,7 +69,7 @@ def agreement(
         max_batches: most batches of each source.
 
     Raises:
-        InputError: the numbers of heads, models and sources differ. DataError: there is no batch.
+        InputError: the numbers of heads, models and sources differ. DataError: there is no batch, or the models do not take one.
     """
     network, tasks, sources = _prepared(zipped, data)
     originals = list(models.values()) if isinstance(models, Mapping) else list(models)
@@ -77,11 +79,11 @@ def agreement(
     with modes_kept(network, *originals):
         for model in (network, *originals):
             model.eval()
-        for source, call, _ in _calls(network, sources, max_batches):
-            outputs = _outputs(run_eager(network, call))
+        for source, index, call, _ in _calls(network, sources, max_batches):
+            outputs = _outputs(_run(network, call, index, network))
             for k, (own, model) in enumerate(zip(sums, originals, strict=True)):
                 if len(sources) == 1 or source == k:
-                    own.add(leaves([outputs[k]]), leaves([run_eager(model, call)]), batch_size(call) or 1)
+                    own.add(leaves([outputs[k]]), leaves([_run(model, call, index, network)]), batch_size(call) or 1)
     return Agreement(tuple(own.result() for own in sums), tuple(own.inputs for own in sums), tasks)
 
 
@@ -140,12 +142,17 @@ def evaluate(zipped: nn.Module, data: Any, *, max_batches: int = MAX_BATCHES) ->
     right, rows = [0] * len(sources), [0] * len(sources)
     with modes_kept(network):
         network.eval()
-        for source, call, labels in _calls(network, sources, max_batches):
-            found = leaves([_outputs(run_eager(network, call))[source]])
-            if labels is None or len(found) != 1 or found[0].ndim != 2 or labels.shape != found[0].shape[:1]:
+        for source, index, call, labels in _calls(network, sources, max_batches):
+            found = leaves([_outputs(_run(network, call, index, network))[source]])
+            if (
+                not isinstance(labels, Tensor)
+                or len(found) != 1
+                or found[0].ndim != 2
+                or labels.shape != found[0].shape[:1]
+            ):
                 raise InputError(
                     "`evaluate` needs batches (inputs, labels) with labels [batch], and heads that give [batch, "
-                    f"classes]; found {'no labels' if labels is None else tuple(labels.shape)} for outputs "
+                    f"classes]; found {'no labels' if labels is None else describe(labels)} for outputs "
                     f"{[tuple(y.shape) for y in found]}."
                 )
             right[source] += int((found[0].argmax(1).cpu() == labels.cpu()).sum())
@@ -170,25 +177,65 @@ def _prepared(zipped: nn.Module, data: Any) -> tuple[ZippedModule, tuple[str, ..
     return zipped, tasks, [[data] if isinstance(data, Tensor) else data]
 
 
-def _calls(
-    network: ZippedModule, sources: Sequence[Iterable[Any]], limit: int
-) -> Iterator[tuple[int, Call, Tensor | None]]:
-    """The batches of all sources as calls, with the number of their source, and labels where they have any."""
-    taken = sum(node.op == "placeholder" for node in network.graph.nodes)
+def _calls(network: ZippedModule, sources: Sequence[Iterable[Any]], limit: int) -> Iterator[tuple[int, int, Call, Any]]:
+    """The batches of all sources as calls, with the number of their source, their own, and labels where they have any.
+
+    Raises:
+        DataError: a source gives no batch, or one of another form than that of the inputs of the sample.
+    """
     for number, source in enumerate(sources):
-        found = 0
-        for batch in islice(source, limit):
-            found += 1
-            if isinstance(batch, Mapping):
-                yield number, Call((), dict(batch)), None
+        sample = _sample(network, by_name=False)
+        index, rows = -1, 0
+        for index, given in enumerate(Source(source, sample, limit, lambda _: None)):
+            batch = as_tensors(given)
+            by_name = isinstance(batch, Mapping)
+            own = _sample(network, by_name=True) if by_name else sample
+            call = call_of(batch, index, own) if leaves(own) else _taken(batch, len(own.args))
+            size = batch_size(call)
+            if size == 0:
                 continue
-            items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
-            if len(items) < taken:
-                raise InputError(f"A batch must begin with the {taken} inputs of the network; found {len(items)}.")
-            labels = items[taken] if len(items) > taken else None
-            yield number, Call(tuple(items[:taken]), {}), labels if isinstance(labels, Tensor) else None
-        if not found:
+            rows += size or 1
+            yield number, index, call, None if by_name else _labels(batch, call)
+        if index < 0:
             raise DataError("`data` must yield at least one batch; a source gave none.")
+        if not rows:
+            raise DataError(f"`data` must yield at least one input; all {index + 1} batches of a source are empty.")
+
+
+def _taken(batch: Any, inputs: int) -> Call:
+    """A batch as a call of a network of which only the number of inputs is known."""
+    if isinstance(batch, Mapping):
+        return Call((), dict(batch))
+    items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    if len(items) < inputs:
+        raise DataError(f"A batch must begin with the {inputs} inputs of the network; found {len(items)}.")
+    return Call(tuple(items[:inputs]), {})
+
+
+def _labels(batch: Any, call: Call) -> Any:
+    """What lies behind the inputs in a batch; None if nothing does."""
+    if not isinstance(batch, (tuple, list)):
+        return None
+    taken = 1 if isinstance(batch[0], (tuple, list)) and isinstance(call.args[0], Tensor) else len(call.args)
+    return batch[taken] if len(batch) > taken else None
+
+
+def _sample(network: ZippedModule, *, by_name: bool) -> Call:
+    """A call of the form that the network was traced with, of zeros; where its report has no shapes, of what it takes
+    nothing is known but the number of inputs."""
+    names = [str(node.target) for node in network.graph.nodes if node.op == "placeholder"]
+    known = network.meta.get("fxzip_report", {}).get("inputs") or []
+    device = next((value.device for value in (*network.parameters(), *network.buffers())), torch.device("cpu"))
+    values = [
+        torch.zeros((), dtype=getattr(torch, own["dtype"]), device=device).expand(own["shape"]) for own in known
+    ] or [None] * len(names)
+    return Call((), dict(zip(names, values, strict=True))) if by_name else Call(tuple(values), {})
+
+
+def _run(model: nn.Module, call: Call, index: int, network: ZippedModule) -> Any:
+    """What a model, or the network, gives on a batch."""
+    sample = _sample(network, by_name=bool(call.kwargs))
+    return run_on(lambda: run_eager(model, call), call, index, sample if leaves(sample) else call)
 
 
 def _outputs(returned: Any) -> list[Any]:

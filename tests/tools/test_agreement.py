@@ -86,3 +86,50 @@ def test_mistakes_are_named(models, call, error, message):
     zipped = fxzip.compile_zip(models, X, data=[X])
     with pytest.raises(error, match=message):
         call(zipped, models)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Single inputs with labels."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, place):
+        return X[place], place % 2
+
+
+def test_data_may_have_any_form_that_a_compile_takes(models):
+    zipped = fxzip.compile_zip(models, X, data=[X])
+    known = fxzip.agreement(zipped, models, [X])
+    for data in (Rows(), [[[X]]], [X.numpy()], X, iter([X[:0], X]), [{"input": X, "labels": X[:, 0]}]):
+        found = fxzip.agreement(zipped, models, data)
+        assert found.inputs == (96, 96)
+        assert found.heads[1].relative_error == pytest.approx(known.heads[1].relative_error, rel=1e-4)
+    labels = torch.arange(96) % 2
+    logits = [net(2), net(2)]
+    both = fxzip.side_by_side(logits, X)
+    scores = fxzip.evaluate(both, fxzip.PerModel([(X, labels)], [(X, labels)])).per_task
+    for data in (Rows(), [([X], labels)], [(X.numpy(), labels.numpy())]):
+        assert fxzip.evaluate(both, fxzip.PerModel(data, data)).per_task == scores
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    ([torch.zeros(4, 99)], r"Batch 0 of `data` has shape \(4, 99\)"),
+    ([(torch.zeros(4).long(), X)], "Let `data` yield the inputs first"),
+    ([X.long()], "kind of dtype"),
+    ([{"x": X}], "`input` missing, found `x`"),
+    ([[1.0, 2.0]], "must hold 1 input"),
+    ([X[:0]], "at least one input"),
+    (None, "must be an iterable of batches; found `NoneType`"),
+    (iter(()), "An iterator can be read only once"),
+])  # fmt: skip
+def test_data_that_networks_do_not_take_are_named(models, data, message):
+    with pytest.raises(fxzip.DataError, match=message):
+        fxzip.agreement(fxzip.side_by_side(list(models.values()), X), list(models.values()), data)
+
+
+def test_of_a_network_without_known_inputs_a_batch_is_taken_as_it_is(models):
+    both = fxzip.side_by_side(list(models.values()), X)
+    both.meta.pop("fxzip_report")
+    for data in ([X], [(X, X[:, 0])], [{"input": X}]):
+        assert fxzip.agreement(both, list(models.values()), data).inputs == (96, 96)
