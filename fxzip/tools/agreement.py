@@ -69,7 +69,8 @@ def agreement(
         max_batches: most batches of each source.
 
     Raises:
-        InputError: the numbers of heads, models and sources differ. DataError: there is no batch, or the models do not take one.
+        InputError: the numbers of heads, models and sources differ. DataError: there is no batch, or the models do not
+            take one.
     """
     network, tasks, sources = _prepared(zipped, data)
     originals = list(models.values()) if isinstance(models, Mapping) else list(models)
@@ -226,7 +227,7 @@ def _sample(network: ZippedModule, *, by_name: bool) -> Call:
     names = [str(node.target) for node in network.graph.nodes if node.op == "placeholder"]
     known = network.meta.get("fxzip_report", {}).get("inputs") or []
     device = next((value.device for value in (*network.parameters(), *network.buffers())), torch.device("cpu"))
-    values = [
+    values: list[Any] = [
         torch.zeros((), dtype=getattr(torch, own["dtype"]), device=device).expand(own["shape"]) for own in known
     ] or [None] * len(names)
     return Call((), dict(zip(names, values, strict=True))) if by_name else Call(tuple(values), {})
