@@ -167,7 +167,7 @@ def _with_lifted(alignment: Alignment, labellings: Sequence[Labelling], *, weigh
     """The programs with scalars in which they differ lifted to features, and with `weights` that are computed from
     parameters; None where there are none, or not in all."""
     differ = differing(alignment)
-    if not differ:
+    if not differ and not weights:
         return None
     result = [
         lifted(own, {alignment.params[name][k] for name in differ}, weights=weights) for k, own in enumerate(labellings)

@@ -42,13 +42,16 @@ def lifted(labelling: Labelling, differ: Collection[str], *, weights: bool = Fal
 
     Args:
         differ: parameters and buffers in which the models do not agree.
-        weights: weights that are computed from parameters become parameters, too (see `computed_weights`).
+        weights: weights that are computed from parameters become parameters, too (see `computed_weights`), where the
+            models agree as well: features may be merged within one network.
     """
     program = labelling.program
     behind = {name: names & set(differ) for name, names in weights_behind(labelling).items()}
     places = [place for node in program.module.graph.nodes for place in _places(labelling, node, behind)]
     if weights:
-        places += [_Place(name, name, "", tuple(program.shapes[name])) for name in computed_weights(labelling, differ)]
+        whole = [n for n in computed_weights(labelling, labelling.params.keys()) if not behind[n]]
+        found = [*computed_weights(labelling, differ), *whole]
+        places += [_Place(name, name, "", tuple(program.shapes[name])) for name in found]
     if not places:
         return None
     module = fx.GraphModule(program.module, copy.deepcopy(program.module.graph), "GraphModule").eval()

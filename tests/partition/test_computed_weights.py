@@ -58,3 +58,20 @@ def test_heads_keep_what_they_have():
     assert computed_weights(labelling, names) == ["mul"]
     assert computed_weights(labelling, ["second.weight"]) == []  # of what differs it is the last sum
     assert computed_weights(labelling, ["first.weight", "last.weight"]) == []
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_within_one_network_features_that_are_copies_are_merged_exactly(name):
+    torch.manual_seed(0)
+    model = Net(HOW[name]).eval()
+    with torch.no_grad():
+        for value in (*model.first.parameters(), *model.second.parameters()):
+            value[8:] = value[:8]
+        model.first.weight.mul_(4)
+    narrowed = fxzip.narrow(model, X[:4], data=[X], max_cost=0.62, budget="flops", refit=None, progress=False)
+    assert narrowed.report["spaces"][0]["kept"] < 16
+    assert relative_difference(model(X), narrowed(X)) < 1e-5
+    same = {"data": [X], "width": 0.5, "method": "energy", "refit": None, "until": "relu_1", "progress": False}
+    twins = fxzip.compile_zip(model, copy.deepcopy(model), X[:4], **same)
+    for found in twins(X):
+        assert relative_difference(model(X), found) < 1e-5
