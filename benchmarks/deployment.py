@@ -154,6 +154,8 @@ def rows(settings: argparse.Namespace) -> Iterator[Row]:
     calibration, held = holdout_split(cifar.train)
     models = find_models(settings)
     images = cifar.test if settings.split == "test" else held
+    if settings.test_images:
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: settings.test_images]]
     drawn = draw_calibration(calibration, [model.classes for model in models], settings.images, settings.seed)
     batches = mixed_batches(drawn, settings.batch_size, settings.seed)
     originals = [model.network for model in models]
@@ -183,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own = parser()
     own.description = __doc__
     own.add_argument("--rounds", type=int, default=40, help="runs of which the least counts")
+    own.add_argument("--test-images", type=int, help="so many of them, drawn at random (default: all)")
     own.add_argument("--forms", nargs="*", metavar="FORM", help="these alone, as the table names them")
     settings = own.parse_args(argv)
     torch.manual_seed(settings.seed)

@@ -50,6 +50,7 @@ def trace_export(root: nn.Module, call: Call, dynamic: Sequence[tuple[int, ...]]
     module = exported.module(check_guards=False)
     graph = module.graph
     inline_regions(module, graph)
+    _by_shape(graph)
     leaves = _own_placeholders(root, graph, call)
     _guard_sizes(graph, leaves, given, dynamic, getattr(exported, "_guards_code", ()))
     _own_output(graph, returned[-1])
@@ -97,6 +98,14 @@ def _attribute(root: nn.Module, module: nn.Module, target: str) -> Any:
         if isinstance(value, Tensor) or owner is module:
             return value
     raise AttributeError(target)
+
+
+def _by_shape(graph: fx.Graph) -> None:
+    """Let views be what they are by shape, wherever their values lie: a kernel other than that which `torch.export` has
+    seen, of attention say, may lay its result out in another way, which `view` refuses."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
 
 
 def inline_regions(module: nn.Module, graph: fx.Graph) -> None:

@@ -203,6 +203,25 @@ class Ensemble(nn.Module):
         return self.head(torch.func.vmap(lambda weight: torch.tanh(h @ weight.mT))(self.weights).mean(0))
 
 
+class MappedBehindAttention(nn.Module):
+    """Attention as `nn.MultiheadAttention` makes it views what its kernel returns; `vmap` is what only export traces."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.func.vmap(torch.tanh)(self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
+def test_a_view_of_what_attention_returns_does_not_depend_on_its_kernel():
+    torch.manual_seed(0)
+    models, x = [MappedBehindAttention().eval() for _ in range(2)], torch.randn(8, 5, 6)
+    zipped = fxzip.compile_zip(models[0], models[0], x, method="permute", refit=None, progress=False)
+    torch.testing.assert_close(zipped(x)[1], models[0](x))
+    fxzip.compile_zip(*models, x, data=[x], progress=False)
+
+
 def test_vmap_in_a_model_becomes_plain_calls():
     torch.manual_seed(0)
     x = torch.randn(6, 4)
