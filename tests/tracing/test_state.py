@@ -204,7 +204,7 @@ class Ensemble(nn.Module):
 
 
 class MappedBehindAttention(nn.Module):
-    """Attention as `nn.MultiheadAttention` makes it views what its kernel returns; `vmap` is what only export traces."""
+    """Attention of `nn.MultiheadAttention` views what its kernel returns; `vmap` is what only export traces."""
 
     def __init__(self):
         super().__init__()
