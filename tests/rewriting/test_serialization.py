@@ -222,12 +222,13 @@ def test_another_process_needs_no_code_of_the_models(tmp_path):
     save_file({"x": given[0], **{str(k): y.contiguous() for k, y in enumerate(network(*given))}}, tmp_path / "seen")
     code = (
         "import sys, torch, fxzip; from safetensors.torch import load_file;"
+        "torch.set_num_threads(int(sys.argv[3]));"  # bits depend on it
         "seen = load_file(sys.argv[2]); network = fxzip.load(sys.argv[1]);"
         "assert all(torch.equal(y, seen[str(k)]) for k, y in enumerate(network(seen['x'])));"
         "assert 'zoo' not in sys.modules; print(network.report)"
     )
     paths = {**os.environ, "PYTHONPATH": str(Path(fxzip.__file__).parent.parent)}
-    command = [sys.executable, "-c", code, str(tmp_path / "zip"), str(tmp_path / "seen")]
+    command = [sys.executable, "-c", code, str(tmp_path / "zip"), str(tmp_path / "seen"), str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, env=paths, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(network.report).strip()
