@@ -238,6 +238,7 @@ def test_max_cost_takes_the_earliest_cut_in_reach(pair):
 
 
 @pytest.mark.slow
+@pytest.mark.hours
 def test_best_of_some_cuts_at_a_cost(pair):
     """With widths by need: no cut that was tried agrees better, and the zip is that of the cut given by hand."""
     settings = {"width": "auto", "max_cost": 1.4, "budget": "flops", "refit": "repair", "progress": False}

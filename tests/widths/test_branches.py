@@ -218,6 +218,7 @@ def test_without_least_squares_heads_stay_as_they_are():
 
 
 @pytest.mark.slow
+@pytest.mark.hours
 def test_three_models_data_per_model_and_a_cut_that_is_looked_for():
     models = [randomise(Residual(n), n).double() for n in (4, 5, 3)]
     data = fxzip.PerModel(*([X + 0.1 * i] for i in range(3)))
