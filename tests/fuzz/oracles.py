@@ -19,8 +19,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from models import with_statistics_of
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import fxzip
 from fxzip.partition.node_names import cut_names
@@ -219,23 +219,10 @@ def with_itself(trial: Trial) -> None:
     exact, y = setting["refit"] is None, trial.y
     if setting["refit"] == "batchnorm":
         setting["hold_out"] = False
-        y = _with_new_statistics(trial.model, [trial.x[:48], trial.x[48:]], trial.x)
+        with torch.no_grad():
+            y = with_statistics_of(trial.model, [trial.x[:48], trial.x[48:]])(trial.x)
     check = trial.equal(EXACT if exact else FITTED, y, y)
     trial.compiled("with itself", trial.model, trial.model, check, **setting)
-
-
-def _with_new_statistics(model: nn.Module, batches: Sequence[Tensor], x: Tensor) -> Any:
-    """What a network gives whose BatchNorms have the mean statistics of these batches."""
-    own = copy.deepcopy(model)
-    norms = [module for module in own.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for batch in batches:
-            own(batch)
-        return own.eval()(x)
 
 
 def side_by_side(trial: Trial) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def randomise(model: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
@@ -27,3 +31,17 @@ def randomise(model: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
             elif isinstance(tensor, nn.Parameter):
                 uniform(tensor, 0.5, 1.5)
     return model.eval()
+
+
+def with_statistics_of(network: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """A copy whose BatchNorms have the mean statistics of these batches, by PyTorch's own cumulative average."""
+    result = copy.deepcopy(network)
+    norms = [module for module in result.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            result(batch)
+    return result.eval()

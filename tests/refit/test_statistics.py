@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import randomise
+from models import randomise, with_statistics_of
 from models.networks import Block, Residual
 from torch import Tensor, nn
 
@@ -182,15 +182,7 @@ def test_a_feature_that_never_varies_is_only_shifted(models):
 def test_reset_is_the_cumulative_average_of_torch(models):
     data = [images(8, seed) for seed in (1, 2, 3)]
     zipped, plan = zipped_of(*models, data=data)
-    expected = copy.deepcopy(zipped)
-    norms = [module for module in expected.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for batch in data:
-            expected(batch)
+    expected = with_statistics_of(zipped, data)
     found = reset_batchnorm(zipped, plan, calls(data))
     for (name, value), wanted in zip(found.state_dict().items(), expected.state_dict().values(), strict=True):
         assert torch.equal(value, wanted), name
