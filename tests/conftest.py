@@ -4,6 +4,9 @@ import os
 from collections import defaultdict
 from zlib import crc32
 
+# Before torch and NumPy read it; workers and the processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
