@@ -134,7 +134,8 @@ def best_blocks(tables: Sequence[Tensor]) -> Tensor:
 def _cross(space: BlockMoments, alike: Tensor, k: int) -> Tensor:
     """Similarity of the blocks of model 0 and of model k: [n_blocks, n_blocks, s_0, s_k]."""
     first, other = space.blocks[0], space.blocks[k] + space.moments.offsets()[k]
-    return alike[first.flatten()][:, other.flatten()].view(*first.shape, *other.shape).transpose(1, 2).cpu()
+    table = alike.cpu()  # where blocks are counted and paired
+    return table[first.flatten()][:, other.flatten()].view(*first.shape, *other.shape).transpose(1, 2)
 
 
 def _value(block: Tensor) -> float:
@@ -180,6 +181,7 @@ def _merge_by_position(space: BlockMoments, alike: Tensor | None, matched: Seque
 def _merge_inside(space: BlockMoments, alike: Tensor, matched: Sequence[Tensor], method: SpaceMethod) -> Merge:
     """The block diagonal merge: `method` on each tuple of matched blocks."""
     moments = space.moments
+    matched = [blocks.to(alike.device) for blocks in matched]
     offsets, widths = moments.offsets(), tuple(blocks.shape[1] for blocks in matched)
     features = torch.cat([blocks + offset for blocks, offset in zip(matched, offsets[:-1], strict=True)], dim=1)
     totals, outers = moments.total[features], moments.outer[features[:, :, None], features[:, None, :]]

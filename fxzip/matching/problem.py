@@ -12,7 +12,7 @@ brings W_k into model 0's layout along all runs or all but one:  (W_k)[..., p_k(
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -58,7 +58,7 @@ class Space:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A labelled axis of one parameter, in all models.
+    """A labelled axis of one parameter, in all models; its places are where the parameter is.
 
     Attributes:
         axis: which axis; of a grouped kernel axis 1 stands for (group, axis 1).
@@ -79,14 +79,18 @@ class Run:
         >>> run.source(1, {7: torch.tensor([1, 0])})
         tensor([2, 1, 0])
         """
-        device = next(iter(assignment.values())).device if assignment else None
         width = self.rest[0].numel() + sum(slots[0].numel() for slots in self.slots.values())
-        source = torch.full((width,), -1, device=device)
-        source[self.rest[0].to(source.device)] = self.rest[k].to(source.device)
+        source = torch.full((width,), -1, device=self.rest[0].device)
+        source[self.rest[0]] = self.rest[k]
         for space, slots in self.slots.items():
-            own, first = assignment[space], slots[0].to(source.device)
-            source[first] = torch.where(own >= 0, slots[k].to(source.device)[:, own.clamp(min=0)], -1)
+            own = assignment[space].to(source.device)
+            source[slots[0]] = torch.where(own >= 0, slots[k][:, own.clamp(min=0)], -1)
         return source
+
+    def to(self, device: torch.device) -> Run:
+        """The same with its places on a device."""
+        slots = {space: tuple(own.to(device) for own in found) for space, found in self.slots.items()}
+        return replace(self, slots=slots, rest=tuple(own.to(device) for own in self.rest))
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,4 +53,4 @@ def _numbers(weight: Weight, place: int, space: int, k: int) -> Tensor:
     wide = flat.double()
     each = torch.stack([wide.mean(1), wide.square().mean(1).sqrt(), wide.pow(3).mean(1), wide.amin(1), wide.amax(1)], 1)
 
-    return each[run.slots[space][k].to(each.device)].mean(0).cpu()
+    return each[run.slots[space][k]].mean(0).cpu()

@@ -108,7 +108,7 @@ class PlaceMap:
     def _sparse(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         index = torch.stack([self.rows, self.columns]).to(device)
         return torch.sparse_coo_tensor(
-            index, self.weights.to(device, dtype), (self.height, self.width), check_invariants=False, device="cpu"
+            index, self.weights.to(device, dtype), (self.height, self.width), check_invariants=False, device=device
         )
 
 

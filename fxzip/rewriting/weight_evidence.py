@@ -102,7 +102,8 @@ def _weight(trunk: Trunk, name: str, values: Sequence[Tensor]) -> Weight:
     runs: list[Run] = []
     for place, found in enumerate(zip(*(own.runs() for own in labels), strict=True)):
         fields = [run for _, run in found]
-        runs.append(_layouts(trunk, fields, found[0][0], (name, place) in trunk.spaces[0].consumed))
+        summed = (name, place) in trunk.spaces[0].consumed
+        runs.append(_layouts(trunk, fields, found[0][0], summed).to(values[0].device))
     if groups > 1 and not _in_blocks(trunk, runs, groups):
         return Weight(name, tuple(dense_kernel(value, groups) for value in values), tuple(runs))
     return Weight(name, tuple(values), tuple(runs), groups)
@@ -126,7 +127,7 @@ def _in_blocks(trunk: Trunk, runs: Sequence[Run], groups: int) -> bool:
     for k, own in enumerate(trunk.spaces):
         owners = []
         for run, number in zip(runs, (row, column), strict=True):
-            places, blocks = run.slots[number][k], own.spaces[number].blocks
+            places, blocks = run.slots[number][k].cpu(), own.spaces[number].blocks
             if blocks is None or len(blocks) != groups or len(places) > 1:
                 return False
             group = places[0][blocks] // (places.numel() // groups)

@@ -75,7 +75,7 @@ class KMeans(SpaceMethod):
 def _distances(alike: Tensor, labels: Tensor, size: int) -> Tensor:
     """|z_i - mean of cluster c|² less what does not depend on c: [N, size]."""
     member = torch.zeros(len(alike), size, dtype=alike.dtype, device=alike.device)
-    member[torch.arange(len(alike), device="cpu"), labels] = 1
+    member[torch.arange(len(alike), device=alike.device), labels] = 1
     mean = member / member.sum(0)
     reach = alike @ mean
     return (mean * reach).sum(0) - 2 * reach

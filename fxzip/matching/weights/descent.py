@@ -121,9 +121,9 @@ def slices(value: Tensor, axis: int, slots: Tensor) -> Tensor:
     """
     times, n = slots.shape
     moved = value.movedim(axis, 0)
-    if times == 1 and n == len(moved) and torch.equal(slots[0], torch.arange(n, device="cpu")):
+    if times == 1 and n == len(moved) and torch.equal(slots[0], torch.arange(n, device=slots.device)):
         return moved.reshape(n, -1)
-    taken = moved.index_select(0, slots.reshape(-1).to(value.device))
+    taken = moved.index_select(0, slots.reshape(-1))
     return taken.reshape(times, n, -1).transpose(0, 1).reshape(n, -1)
 
 
@@ -132,14 +132,15 @@ def table(
     own: Space,
 ) -> Tensor:  # fmt: skip
     """C [n_0, n_k] in float64, all other axes as matched; grouped kernels are left out."""
-    total = torch.zeros(own.sizes[0], own.sizes[k], dtype=torch.float64, device="cpu")
+    device = reference[0].device if reference else "cpu"
+    total = torch.zeros(own.sizes[0], own.sizes[k], dtype=torch.float64, device=device)
     for weight, target in zip(weights, reference, strict=True):
         for run in weight.runs if weight.groups == 1 else ():
             if space in run.slots:
                 value = weight.aligned(k, matching, skip=run)
                 first = slices(target, run.axis, run.slots[space][0])
-                total += (first @ slices(value, run.axis, run.slots[space][k]).T).cpu()
-    return total
+                total += first @ slices(value, run.axis, run.slots[space][k]).T
+    return total.cpu()
 
 
 def _summed(
@@ -200,8 +201,11 @@ def product_of(problem: Problem, weight: Weight, target: Tensor, k: int) -> Prod
     (row,), (column,) = rows.slots, columns.slots
 
     def cut(value: Tensor, model: int) -> Tensor:
-        up = rows.slots[row][model][0][problem.spaces[row].blocks[model]]
-        across = columns.slots[column][model][0][problem.spaces[column].blocks[model]] % value.shape[1]
+        up, across = (
+            run.slots[space][model][0][problem.spaces[space].blocks[model].to(value.device)]
+            for run, space in ((rows, row), (columns, column))
+        )
+        across = across % value.shape[1]
         return value.flatten(2)[up[:, :, None], across[:, None, :]] if value.ndim > 2 else (
             value[up[:, :, None], across[:, None, :]][..., None]
         )  # fmt: skip

@@ -110,7 +110,7 @@ class MuDSC(Method):
         for s in spaces:
             alike = weight_cosines(problem, s, merges)
             active = seen[s]
-            mixed = alike if active is None else self.balance * alike + (1 - self.balance) * active
+            mixed = alike if active is None else self.balance * alike + (1 - self.balance) * active.to(alike.device)
             own.append(replace(problem.spaces[s], moments=as_moments(mixed, problem.spaces[s].sizes)))
         return dict(zip(spaces, self.inner.match(Problem(tuple(own))), strict=True))
 
@@ -129,7 +129,8 @@ def as_moments(alike: Tensor, sizes: tuple[int, ...]) -> Moments:
 def weight_cosines(problem: Problem, space: int, merges: Sequence[Merge]) -> Tensor:
     """Cosines of the slices of a space, of all models side by side, [N, N] in float64, 1 on the diagonal."""
     total = sum(problem.spaces[space].sizes)
-    inner = torch.zeros(total, total, dtype=torch.float64, device="cpu")
+    device = problem.weights[0].values[0].device if problem.weights else "cpu"
+    inner = torch.zeros(total, total, dtype=torch.float64, device=device)
 
     for weight in problem.weights:
         for run in weight.runs if weight.groups == 1 else ():
@@ -138,7 +139,7 @@ def weight_cosines(problem: Problem, space: int, merges: Sequence[Merge]) -> Ten
                     slices(merged(weight, k, merges, run), run.axis, run.slots[space][k]) for k in range(problem.models)
                 ]
                 joint = torch.cat(parts)
-                inner += (joint @ joint.T).cpu()
+                inner += joint @ joint.T
 
     size = inner.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     return (inner / size[:, None] / size).clamp(-1, 1).fill_diagonal_(1.0)

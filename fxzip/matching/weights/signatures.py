@@ -45,7 +45,7 @@ def signature(weight: Weight, place: int, space: int, k: int) -> Tensor:
             [2., 5.]])
     """
     run, value = weight.runs[place], weight.values[k]
-    slots = run.slots[space][k].to(value.device)
+    slots = run.slots[space][k]
     if weight.groups > 1:
         moved = value if place == 0 else columns_first(value, weight.groups)
         moved = _in_order(moved, 1)
@@ -62,11 +62,9 @@ def signature(weight: Weight, place: int, space: int, k: int) -> Tensor:
 def _sorted(value: Tensor, run: Run, k: int) -> Tensor:
     """The value sorted along a run, within each space and occurrence."""
     parts = [
-        _in_order(value.index_select(run.axis, places.to(value.device)), run.axis)
-        for slots in run.slots.values()
-        for places in slots[k]
+        _in_order(value.index_select(run.axis, places), run.axis) for slots in run.slots.values() for places in slots[k]
     ]
-    parts.append(value.index_select(run.axis, run.rest[k].to(value.device)))
+    parts.append(value.index_select(run.axis, run.rest[k]))
     return torch.cat(parts, run.axis)
 
 

@@ -207,7 +207,7 @@ def _cosines(space: Space, weights: Sequence[Weight], number: int, k: int, match
             if number in run.slots:
                 slots = run.slots[number][0]
                 for total, value in zip(sums, (first * other, first.square(), other.square()), strict=True):
-                    total += _along(value, weight, place).cpu()[slots].sum(0)
+                    total += _along(value, weight, place)[slots].sum(0).cpu()
 
     size = (sums[1] * sums[2]).sqrt()
     return torch.where(size > 0, sums[0] / size.clamp(min=torch.finfo(size.dtype).tiny), (sums[1] == sums[2]).double())
@@ -233,7 +233,7 @@ def _likest(space: Space, weights: Sequence[Weight], number: int, k: int, matchi
     for weight in weights:
         for place, run in enumerate(weight.runs if weight.groups == 1 else ()):
             if number in run.slots:
-                size += _along(weight.values[0].square(), weight, place).cpu()[run.slots[number][0]].sum(0)
+                size += _along(weight.values[0].square(), weight, place)[run.slots[number][0]].sum(0).cpu()
 
     alike = alike / size.sqrt().clamp(min=torch.finfo(size.dtype).tiny)[:, None]
     if space.blocks:
