@@ -16,7 +16,7 @@ from .rejections import describe, dimensions, made_tensors, without_places, wron
 
 
 def batches(data: Any, sample: Call) -> Iterator[Call]:
-    """Every batch of `data` as a call of the sample's form, on the sample's device, floats in the sample's dtype.
+    """Every batch of `data` as a call of the sample's form, floats in the sample's dtype, on the device it comes on.
 
     >>> import torch
     >>> from fxzip.tracing.calls import as_call
@@ -186,7 +186,7 @@ def _keywords(batch: Any, index: int, sample: Call) -> Call:
 
 
 def _checked(batch: Call, index: int, sample: Call) -> Call:
-    """The batch moved to the sample's device and dtype, after a check of structure, dimensions and kind of dtype."""
+    """The batch in the sample's dtype, after a check of structure, dimensions and kind of dtype."""
     given, structure = flatten((batch.args, batch.kwargs))
     wanted = leaves(sample)
     if len(given) != len(wanted):
@@ -209,7 +209,7 @@ def _checked(batch: Call, index: int, sample: Call) -> Call:
                 f"{value.dtype}. Convert it in the data, e.g. `images.float() / 255`."
             )
         same = like.is_floating_point() or like.is_complex() or torch.bool in (like.dtype, value.dtype)
-        moved.append(value.detach().to(like.device, like.dtype if same else value.dtype))
+        moved.append(value.detach().to(like.dtype if same else value.dtype))
     return Call(*structure.build(moved))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..tracing import Program, run_eager
-from ..tracing.calls import Call, batch_size, leaves, select_rows
+from ..tracing.calls import Call, batch_size, leaves, moved, select_rows
 from . import processes
 from .agreement import Comparison, HeadAgreement
 from .rejections import run_on
@@ -116,7 +116,7 @@ def hold_out(
     seen, total = _counted_before(calibration, whole=whole), [0] * len(out)
     last: dict[int, tuple[int, Call]] = {}
 
-    for index, (source, call) in enumerate(calibration("holding out").by_source()):
+    for index, (source, call) in enumerate(calibration.unmoved("holding out").by_source()):
         size = batch_size(call) or 1
         numbers = (
             torch.full((size,), seen[source], device="cpu")
@@ -147,6 +147,7 @@ def hold_out(
             )
     if not all(out):
         return calibration, None
+    held = [(source, moved(call, calibration.sample)) for source, call in held]
     rest = replace(calibration, without=Without(tuple(rows), whole))
     return (_kept(rest) if needed_by else rest), HeldOut.of(held, programs, places)
 
@@ -163,7 +164,7 @@ def _counted_before(calibration: Calibration, *, whole: bool) -> list[int]:
     """How many inputs of each source the processes of lower ranks have; `whole`: how many batches."""
     counts = [0] * len(calibration.sources)
     if processes.count() > 1:
-        for source, call in calibration("counting").by_source():
+        for source, call in calibration.unmoved("counting").by_source():
             counts[source] += 1 if whole else batch_size(call) or 1
     return processes.before(counts)[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import DataError
-from ..tracing.calls import Call, JointCall, batch_size
+from ..tracing.calls import Call, JointCall, batch_size, moved
 from . import processes
 from .batches import batches
 from .data_forms import MAX_BATCHES, PerModel, Source, sources_of
@@ -110,8 +110,15 @@ class Calibration:
         return cls((), sample, "without data", False, [note], given=False)
 
     def __call__(self, stage: str) -> Replay:
-        """All batches, named `stage` on the bar."""
-        return Replay(lambda: self._counted(stage), max(len(self.sources), 1), self.say, self.store)
+        """All batches, named `stage` on the bar, where the models are."""
+        return self._replay(lambda: ((number, moved(call, self.sample)) for number, call in self._counted(stage)))
+
+    def unmoved(self, stage: str) -> Replay:
+        """The same on the device that they come on, for what looks at their bytes."""
+        return self._replay(lambda: self._counted(stage))
+
+    def _replay(self, start: Callable[[], Iterator[tuple[int, Call]]]) -> Replay:
+        return Replay(start, max(len(self.sources), 1), self.say, self.store)
 
     @property
     def inputs(self) -> int | None:

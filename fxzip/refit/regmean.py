@@ -182,7 +182,7 @@ class RegMeanPlusPlus(RegMean):
             out = call.make()
             if call.number == site.call and call.name == site.name:
                 assert unit.kernel is not None
-                places = sampled_places(out.shape, unit.kernel.axes, self.positions, generator)
+                places = sampled_places(out.shape, unit.kernel.axes, self.positions, generator, out.device)
                 caught.append(unit.kernel.patches(call.args[site.at], places).transpose(0, 1))
             return out
 
@@ -233,6 +233,6 @@ class _Grams:
             return out
 
         first = unit.sites[0]
-        places = sampled_places(out.shape, unit.kernel.axes, self.positions, self.generator)
+        places = sampled_places(out.shape, unit.kernel.axes, self.positions, self.generator, out.device)
         self.found[first.node.name, first.call].add(unit.kernel.patches(call.args[site.at], places).transpose(0, 1))
         return out

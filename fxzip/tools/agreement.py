@@ -20,7 +20,7 @@ from ..calibration.sources import PerModel
 from ..errors import DataError, InputError
 from ..rewriting.module import ZippedModule
 from ..tracing import modes_kept, plain_context, run_eager
-from ..tracing.calls import Call, batch_size, leaves
+from ..tracing.calls import Call, batch_size, leaves, moved
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _calls(network: ZippedModule, sources: Sequence[Iterable[Any]], limit: int) 
             batch = as_tensors(given)
             by_name = isinstance(batch, Mapping)
             own = _sample(network, by_name=True) if by_name else sample
-            call = call_of(batch, index, own) if leaves(own) else _taken(batch, len(own.args))
+            call = moved(call_of(batch, index, own), own) if leaves(own) else _taken(batch, len(own.args))
             size = batch_size(call)
             if size == 0:
                 continue

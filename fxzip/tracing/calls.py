@@ -70,6 +70,19 @@ def map_tensors(function: Any, call: Call) -> Call:
     return Call(*containers.map_leaves(function, (call.args, call.kwargs)))
 
 
+def moved(call: Call, like: Call) -> Call:
+    """The call with each tensor on the device of its twin in another call of the same form. From pinned memory it
+    is moved beside what the host and the device do meanwhile.
+
+    >>> moved(Call((torch.ones(2),), {}), Call((torch.ones(4, device="meta"),), {})).device
+    device(type='meta')
+    """
+    if isinstance(call, JointCall) and isinstance(like, JointCall):
+        return JointCall.of(moved(*pair) for pair in zip(call.parts, like.parts, strict=True))
+    devices = iter([value.device for value in leaves(like)])
+    return map_tensors(lambda value: value.to(next(devices), non_blocking=True), call)
+
+
 def select_rows(call: Call, chosen: Tensor | slice) -> Call:
     """Some inputs of a batch: rows of every tensor that has the batch size.
 

@@ -111,7 +111,7 @@ def test_patches_times_weight_is_the_call(name: str) -> None:
     x = torch.randn(*shape, dtype=torch.float64)
     x, y = (x, module(x)) if name != "linear" else (x.flatten(0, -2), module(x.flatten(0, -2)))
     kernel = kernel_of(module, x)
-    places = sampled_places(y.shape, kernel.axes, 50, torch.Generator().manual_seed(0))
+    places = sampled_places(y.shape, kernel.axes, 50, torch.Generator().manual_seed(0), y.device)
     flat, bias = effective(kernel, None)
     found = torch.einsum("pgd,gnd->pgn", kernel.patches(x, places), flat).flatten(1) + bias
     torch.testing.assert_close(found, take(y, kernel.axes, places))

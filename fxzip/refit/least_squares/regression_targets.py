@@ -48,6 +48,7 @@ class TargetValues:
         shape: of the values, all places as one axis where the target is `flat`; `full` is that of the result itself.
         at: from places to values, [places, n].
         apart: from places to the originals' own features, not merged, one [places, n_k] for each.
+        device: where they are.
     """
 
     axes: tuple[int, ...]
@@ -55,6 +56,7 @@ class TargetValues:
     full: torch.Size
     at: Callable[[Places], Tensor]
     apart: Callable[[Places], list[Tensor]]
+    device: torch.device
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,7 @@ class RegressionTarget:
         def at(places: Places) -> Tensor:
             return apart(places)[0] if merging is None else merging.at(source, values, places)
 
-        return TargetValues(axes, shape, torch.Size(full), at, apart)
+        return TargetValues(axes, shape, torch.Size(full), at, apart, values[0].device)
 
 
 def _seen(unit: Unit, site: Site) -> tuple[int, tuple[int, ...], bool]:

@@ -171,7 +171,7 @@ def best_ridge(
     """
     held = Blocks.of(held)
     halves = regression.chosen(held), regression.chosen(held.map(torch.logical_not))
-    errors = torch.zeros(len(ridges), dtype=torch.float64, device="cpu")
+    errors = torch.zeros(len(ridges), dtype=torch.float64, device=regression.prior.device)
     for fitted, judged in (halves, halves[::-1]):
         system = _Normal(fitted.inputs)
         side = system.side(fitted.left)
@@ -179,7 +179,7 @@ def best_ridge(
             factor, _ = system.factor(ridge)
             found = _outputs(judged.inputs, regression.prior.double() + system.solve(factor, side))
             wrong = judged.targets.map(_mistake if rectified else _difference, found, judged.base)
-            errors[place] += wrong.map(lambda own: own.square().sum()[None, None]).sum().cpu()[0]
+            errors[place] += wrong.map(lambda own: own.square().sum()[None, None]).sum()[0]
     return ridges[int(errors.argmin())]
 
 

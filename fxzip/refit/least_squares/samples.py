@@ -152,7 +152,7 @@ class Sampler:
             if drawn is not None and seen is not None and not self._adds(tail, drawn, env, values, seen):
                 drawn, self.tails[site] = None, False
         if drawn is None:
-            places = sampled_places(values.shape, values.axes, count, self.generator)
+            places = sampled_places(values.shape, values.axes, count, self.generator, values.device)
             plain = site.returned is not None or site.norm is not None
             drawn = _Draw(places, places, values.at(places), None, values, site.output, plain)
         x = self._inputs(unit, site, env, values.axes, drawn.places)
@@ -209,7 +209,7 @@ class Sampler:
         """
         if total.shape != tail.index.shape:
             return None
-        there = sampled_places(total.shape, total.axes, count, self.generator)
+        there = sampled_places(total.shape, total.axes, count, self.generator, total.device)
         index = take(tail.index, total.axes, there) - 1
         kept = (index >= 0).all(1)
         index = index[kept]

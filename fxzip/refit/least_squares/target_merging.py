@@ -63,9 +63,12 @@ def find_merging(plan: ZipPlan, places: Sequence[tuple[str, int | None]], source
     if not bool((layouts[0].space >= 0).all()):
         return None
     merged = merged_layout(trunk.spaces[0], fields[0][0], plan.merges)
-    models = range(len(layouts))
+    models, device = range(len(layouts)), trunk.alignment.programs[0].call.device
     matrices = [
-        tuple(_merge_matrix(plan, merged, layouts, k, source if sources == len(models) else None) for k in models)
+        tuple(
+            _merge_matrix(plan, merged, layouts, k, source if sources == len(models) else None).to(device)
+            for k in models
+        )
         for source in range(sources)
     ]
     return TargetMerging(axes[0], tuple(matrices), tuple(layouts))

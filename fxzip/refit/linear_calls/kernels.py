@@ -21,8 +21,13 @@ Places = tuple[Tensor, ...]
 Form = Literal["columns", "rows", "batched columns", "batched rows", "convolution"]
 
 
-def sampled_places(shape: Sequence[int], axes: Sequence[int], count: int, generator: torch.Generator) -> Places:
-    """At most `count` random places over all axes but those of the features: one index tensor per axis."""
+def sampled_places(
+    shape: Sequence[int], axes: Sequence[int], count: int, generator: torch.Generator, device: torch.device
+) -> Places:
+    """At most `count` random places over all axes but those of the features: one index tensor per axis, on a device.
+
+    `generator`: of the CPU, so that every device gets the same places.
+    """
     sizes = [n for a, n in enumerate(shape) if a not in axes]
     total = math.prod(sizes)
     flat = (
@@ -30,7 +35,7 @@ def sampled_places(shape: Sequence[int], axes: Sequence[int], count: int, genera
         if count >= total
         else torch.randint(total, (count,), generator=generator, device="cpu")
     )
-    return unravelled(flat, sizes)
+    return unravelled(flat.to(device, non_blocking=True), sizes)
 
 
 def unravelled(flat: Tensor, sizes: Sequence[int]) -> Places:
