@@ -50,6 +50,7 @@ from .rewriting.report import Report
 from .rewriting.serialization import load, save
 from .tools import baselines
 from .tools.agreement import Agreement, Evaluation, agreement, evaluate
+from .tools.batched_heads import batch_heads
 from .tools.comparison import compare, sweep
 from .tools.exporting import export
 from .tools.inspection import inspect
@@ -108,6 +109,7 @@ __all__ = [
     "agreement",
     "barrier",
     "baselines",
+    "batch_heads",
     "calibrate_joint",
     "compare",
     "compile_zip",

@@ -18,13 +18,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .errors import LoadError
 from .tracing.allowed import check_keywords, check_name, check_node, is_allowed, is_rebuild, named, qualified
 from .tracing.guards import require
 
-__all__ = ["lift", "merge", "mix", "pooled", "require", "shift", "unmerge"]
+__all__ = [
+    "join_heads",
+    "lift",
+    "linear_heads",
+    "merge",
+    "mix",
+    "norm_heads",
+    "part_heads",
+    "pooled",
+    "require",
+    "shift",
+    "turn_heads",
+    "unmerge",
+]
 
 FORMAT = 1
 """The number of the format that is written."""
@@ -107,6 +121,79 @@ def lift(logits: Tensor, amount: Tensor) -> Tensor:
             [-1., -1.]])
     """
     return (logits + amount[:, None]).to(logits.dtype)
+
+
+def join_heads(values: tuple[Tensor, ...], axis: int) -> Tensor:
+    """What each head has there in one tensor, head after head along an axis.
+
+    >>> join_heads((torch.zeros(2, 3), torch.ones(2, 3)), 1).shape
+    torch.Size([2, 6])
+
+    Raises:
+        ValueError: the heads' shapes differ, as they did not on the sample.
+    """
+    if any(value.shape != values[0].shape for value in values):
+        shapes = ", ".join(str(tuple(value.shape)) for value in values)
+        raise ValueError(
+            f"Heads that run together need values of one shape; found {shapes}. Pass inputs of the shape of the sample "
+            "input, or the network with its heads apart."
+        )
+    return torch.cat(values, axis)
+
+
+def part_heads(x: Tensor, heads: int, axis: int) -> tuple[Tensor, ...]:
+    """What `join_heads` has joined, apart again: views.
+
+    >>> [part.shape[0] for part in part_heads(torch.zeros(6, 3), 2, 0)]
+    [3, 3]
+    """
+    return x.tensor_split(heads, axis)
+
+
+def turn_heads(x: Tensor, heads: int, axis: int, onto: int) -> Tensor:
+    """Head after head along another axis than before.
+
+    >>> turn_heads(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 2, 1, 0)
+    tensor([[1.],
+            [3.],
+            [2.],
+            [4.]])
+    """
+    moved: Tensor = x.unflatten(axis, (heads, -1)).movedim(axis, onto)
+    return moved.flatten(onto, onto + 1)
+
+
+def linear_heads(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool = False) -> Tensor:
+    """A linear call of each head, all in one batched product; heads lie along the first axis, with the batch.
+
+    >>> linear_heads(torch.tensor([[1.0], [2.0]]), torch.tensor([[[1.0]], [[10.0]]]), None)
+    tensor([[ 1.],
+            [20.]])
+
+    Args:
+        x: [heads · batch, ..., inputs].
+        weight: [heads, outputs, inputs].
+        bias: [heads, outputs], or None.
+        shared: x is [batch, ..., inputs], and every head reads it.
+    """
+    heads, outputs, inputs = weight.shape
+    rows = x.reshape(1, -1, inputs).expand(heads, -1, -1) if shared else x.reshape(heads, -1, inputs)
+    result = rows @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+    return result.reshape(x.shape[0] * (heads if shared else 1), *x.shape[1:-1], outputs)
+
+
+def norm_heads(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """A layer normalisation of each head, whose scale and shift are [heads, *features]; heads as in `linear_heads`.
+
+    >>> norm_heads(torch.tensor([[1.0, 3.0], [1.0, 3.0]]), torch.tensor([[1.0, 1.0], [2.0, 2.0]]), None, 0.0)
+    tensor([[-1.,  1.],
+            [-2.,  2.]])
+    """
+    heads, *features = weight.shape
+    spread = (heads, *[1] * (x.ndim - len(features)), *features)
+    scaled = F.layer_norm(x, features, eps=eps).unflatten(0, (heads, -1)) * weight.reshape(spread)
+    result: Tensor = scaled if bias is None else scaled + bias.reshape(spread)
+    return result.flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -198,9 +285,10 @@ class Provenance:
     {'part': 'trunk', 'from': ['conv1', 'conv1'], 'writes': False}
 
     Attributes:
-        part: "trunk", "head K", "stem K", or "merge" for what merges the values that enter the trunk.
-        sources: the nodes that it stands for: of every model in the trunk, else of the model that the part belongs to;
-            none for what only the zip has.
+        part: "trunk", "head K", "stem K", "merge" for what merges the values that enter the trunk, or "batched" for
+            what all heads compute in one call.
+        sources: the nodes that it stands for: of every model in the trunk and where heads are joined, else of the model
+            that the part belongs to; none for what only the zip has.
         writes: whether it writes in place into memory that was there before it.
         unmerges: whether it gives a head its own features back.
     """

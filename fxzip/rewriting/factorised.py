@@ -89,11 +89,11 @@ def why_whole(net: fx.GraphModule, node: fx.Node) -> str:
     weight = module.weight
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return "its weight is not one of real numbers"
-    return _shared(net, module, str(node.target))
+    return why_shared(net, module, str(node.target))
 
 
-def _shared(net: fx.GraphModule, module: nn.Module, path: str) -> str:
-    """Whether something else calls the module, or has one of its parameters; "" if not."""
+def why_shared(net: fx.GraphModule, module: nn.Module, path: str) -> str:
+    """Why a module is not that of one call alone: others call it, or have one of its parameters; "" if it is."""
     calls = [str(node.target) for node in net.graph.nodes if node.op == "call_module"]
     times = Counter(id(own) for _, own in net.named_modules(remove_duplicate=False))
     if calls.count(path) > 1 or times[id(module)] > 1:

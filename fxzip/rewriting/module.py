@@ -39,7 +39,7 @@ _restored, _Function, _Reference = restored, Function, Reference  # files of for
 
 def part_of(node: fx.Node) -> str:
     """Which part of a zipped module a node belongs to: "trunk", "head 0", ...; with `start` also "stem 0", ... and
-    "merge"."""
+    "merge"; where heads run together also "batched"."""
     return provenance_of(node).part
 
 
@@ -163,14 +163,18 @@ class ZippedModule(EmittedModule):
         if not -len(heads) <= i < len(heads):
             raise IndexError(f"`single` takes the number of a head, 0 to {len(heads) - 1}; found {i}.")
         output.args = (heads[i],)
-        own = f"head {i % len(heads)}"
+        own, root = f"head {i % len(heads)}", _holder(self)
+        if any(part_of(node) == "batched" for node in graph.nodes):
+            from .batching.one_head import alone  # which knows this module
+
+            alone(graph, root, i % len(heads), len(heads))
         for node in reversed(list(graph.nodes)):
             kept = node.op in ("output", "placeholder") or node.users
-            needed = part_of(node) in ("trunk", own) or part_of(node).startswith("stem ")
+            needed = part_of(node) in ("trunk", "batched", own) or part_of(node).startswith("stem ")
             acts = needed and (provenance_of(node).writes or node.target is require)
             if not kept and not acts:
                 graph.erase_node(node)
-        result = EmittedModule(_holder(self), graph)
+        result = EmittedModule(root, graph)
         result.meta["fxzip_inputs"] = self.meta.get("fxzip_report", {}).get("inputs")
         return result
 

@@ -54,7 +54,7 @@ def export(network: fx.GraphModule, path: str | Path, sample_input: Any = None) 
     writers: dict[str, Callable[[fx.GraphModule, Call, Path], None]] = {".onnx": _onnx, ".pt2": _program}
     if target.suffix not in writers:
         raise OptionError(f"`path` must end in {' or '.join(writers)}; found {str(target)!r}.")
-    call = _sample(network) if sample_input is None else as_call(sample_input)
+    call = sample_of(network) if sample_input is None else as_call(sample_input)
     call = Call(tuple(flat_inputs(network, call)), {})
     folder = tempfile.TemporaryDirectory(dir=target.absolute().parent)
     with modes_kept(network), folder as place:
@@ -88,12 +88,19 @@ def output_names(network: fx.GraphModule) -> list[str]:
     return names
 
 
-def _sample(network: fx.GraphModule) -> Call:
-    """A batch in the shapes and dtypes with which the network was compiled, whole numbers in their range then."""
+def sample_of(network: fx.GraphModule) -> Call:
+    """A batch in the shapes and dtypes with which the network was compiled, whole numbers in their range then.
+
+    Raises:
+        InputError: they are not known.
+    """
     meta = getattr(network, "meta", {})
     known = meta.get("fxzip_inputs") or meta.get("fxzip_report", {}).get("inputs")
     if not known:
-        raise InputError("`export` needs one batch of what the network takes; pass it as `sample_input`.")
+        raise InputError(
+            "`sample_input` must be one batch of what the network takes; the shapes that it was compiled for are not "
+            "known."
+        )
     generator = torch.Generator().manual_seed(0)
     device = next((t.device for t in (*network.parameters(), *network.buffers())), None)
     values = []

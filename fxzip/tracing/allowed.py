@@ -68,7 +68,11 @@ _PACKAGES = (
     re.compile(r"transformers\.models\.\w+\.modeling_\w+$"),
     re.compile(r"fxzip\.ops$"),
 )
-_OPERATIONS = frozenset({"lift", "merge", "mix", "pooled", "require", "shift", "unmerge"})
+_OPERATIONS = _words(
+    """
+    join_heads lift linear_heads merge mix norm_heads part_heads pooled require shift turn_heads unmerge
+    """
+)
 _FUNCTIONAL = frozenset({"torch.functional", "torch.nn.functional"})
 _QUESTIONS = frozenset({"count", "get", "index", "items", "keys", "numel", "values"})  # of tuples, dicts and sizes
 _OPERATORS = frozenset(

@@ -61,7 +61,7 @@ def test_one_task_alone(tmp_path):
     made_up = torch.export.load(fxzip.export(alone, tmp_path / "dogs.pt2")).module()
     torch.testing.assert_close(outputs(made_up, X)[0], outputs(network, X)[1])
     alone.meta.clear()
-    with pytest.raises(fxzip.InputError, match="needs one batch of what the network takes"):
+    with pytest.raises(fxzip.InputError, match="must be one batch of what the network takes"):
         fxzip.export(alone, tmp_path / "dogs.pt2")
 
 
