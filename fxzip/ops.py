@@ -26,6 +26,7 @@ from .tracing.allowed import check_keywords, check_name, check_node, is_allowed,
 from .tracing.guards import require
 
 __all__ = [
+    "batch_of_heads",
     "join_heads",
     "lift",
     "linear_heads",
@@ -161,6 +162,15 @@ def turn_heads(x: Tensor, heads: int, axis: int, onto: int) -> Tensor:
     """
     moved: Tensor = x.unflatten(axis, (heads, -1)).movedim(axis, onto)
     return moved.flatten(onto, onto + 1)
+
+
+def batch_of_heads(batch: int, heads: int) -> int:
+    """How many inputs a batch has where heads lie along it.
+
+    >>> batch_of_heads(4, 3)
+    12
+    """
+    return batch * heads
 
 
 def linear_heads(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool = False) -> Tensor:

@@ -70,7 +70,7 @@ _PACKAGES = (
 )
 _OPERATIONS = _words(
     """
-    join_heads lift linear_heads merge mix norm_heads part_heads pooled require shift turn_heads unmerge
+    batch_of_heads join_heads lift linear_heads merge mix norm_heads part_heads pooled require shift turn_heads unmerge
     """
 )
 _FUNCTIONAL = frozenset({"torch.functional", "torch.nn.functional"})

@@ -32,12 +32,12 @@ class Values:
     Attributes:
         shapes: of those that give a tensor.
         dtypes: of the same.
-        by_input: those whose axis 0 is the batch, on batches of two sizes.
+        batch: the axis along which the inputs of a batch lie, of those that have one, on batches of two sizes.
     """
 
     shapes: Mapping[fx.Node, tuple[int, ...]]
     dtypes: Mapping[fx.Node, torch.dtype]
-    by_input: frozenset[fx.Node]
+    batch: Mapping[fx.Node, int]
 
 
 def values_of(net: fx.GraphModule, call: Call) -> Values:
@@ -45,11 +45,13 @@ def values_of(net: fx.GraphModule, call: Call) -> Values:
     first, other = batch_size(call), (batch_size(call) or 0) + 2
     found, again = _tensors(net, call), _tensors(net, with_batch(call, other))
     shapes = {node: tuple(value.shape) for node, value in found.items()}
-    by_input = frozenset(
-        node for node, shape in shapes.items()
-        if node in again and shape[:1] == (first,) and tuple(again[node].shape) == (other, *shape[1:])
-    )  # fmt: skip
-    return Values(shapes, {node: value.dtype for node, value in found.items()}, by_input)
+    batch = {}
+    for node, shape in shapes.items():
+        then = tuple(again[node].shape) if node in again else ()
+        differs = [axis for axis, sizes in enumerate(zip(shape, then, strict=False)) if sizes[0] != sizes[1]]
+        if len(then) == len(shape) and [(shape[axis], then[axis]) for axis in differs] == [(first, other)]:
+            batch[node] = differs[0]
+    return Values(shapes, {node: value.dtype for node, value in found.items()}, batch)
 
 
 def _tensors(net: fx.GraphModule, call: Call) -> dict[fx.Node, Tensor]:

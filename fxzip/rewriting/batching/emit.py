@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...ops import Provenance, join_heads, mark, mix, part_heads, provenance_of, turn_heads, unmerge
+from ...ops import Provenance, batch_of_heads, join_heads, mark, mix, part_heads, provenance_of, turn_heads, unmerge
 from ...partition.alignment import attribute
 from ..module import ZippedModule, reuse_memory, sources_of
 from .alike import Twins, Values, alike, operands
-from .rules import Axes, Rule, Site, axes_of, rule_of
+from .rules import BATCH, Axes, Rule, Site, axes_of, read, rule_of, sizes_of, viewed, whole
 
 PART = "batched"
 """What nodes are part of that compute for all heads, and where their modules are."""
@@ -41,9 +41,9 @@ class BatchedCall:
     axes: Axes
 
     @property
-    def read(self) -> list[tuple[fx.Node, ...]]:
+    def reads(self) -> list[tuple[fx.Node, ...]]:
         """Of each operand that holds heads the nodes of all of them."""
-        columns = zip(*(operands(node) for node in self.site.twins), strict=True)
+        columns = zip(*(read(node) for node in self.site.twins), strict=True)
         return [own for own in columns if self.rule.reads(self.site, own[0])]
 
     @property
@@ -68,7 +68,7 @@ def batchable(net: ZippedModule, values: Values, axes: Collection[int] = (0, 1))
         if rule is None or not possible:
             continue
         call = BatchedCall(site, rule, possible)
-        if call.begins or site.node.target in (unmerge, mix) or any(own[0] in within for own in call.read):
+        if call.begins or site.node.target in (unmerge, mix) or any(own[0] in within for own in call.reads):
             found[twins] = call
             within |= dict.fromkeys(twins, twins)
     calls = [call for call in found.values() if not _idle(call, within)]
@@ -104,11 +104,14 @@ def _found(net: nn.Module, name: str) -> nn.Module | None:
 
 class _Emitter:
     def __init__(self, net: ZippedModule, calls: Sequence[BatchedCall]) -> None:
+        self.batch = calls[0].site.values.batch if calls else {}
         self.net, self.heads = net, len(net.heads)
         self.calls = {node: call for call in calls for node in call.site.twins}
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.apart: dict[fx.Node, fx.Node] = {}
+        self.parts: dict[fx.Node, fx.Node] = {}
+        self.idle: set[str] = set()  # nodes that go where nothing reads them
         self.joint: dict[tuple[fx.Node, ...], dict[int, fx.Node]] = {}
         held: dict[int, Any] = {id(own): own for own in (*net.parameters(), *net.buffers())}
         for name, child in net.named_children():  # modules of its own: whether they write over what they read differs
@@ -123,9 +126,9 @@ class _Emitter:
                 self.together(self.calls[node])
             else:
                 self.by_itself(node)
-        dead = [node for node in self.graph.nodes if not node.users and node.op == "get_attr"]
-        for node in dead:
-            self.graph.erase_node(node)
+        for node in reversed(list(self.graph.nodes)):  # sizes, tables and the like that one call for all needs no more
+            if not node.users and node.name in self.idle:
+                self.graph.erase_node(node)
         self.graph.lint()
         result = ZippedModule(self.root, self.graph)
         result.training = self.net.training
@@ -137,16 +140,19 @@ class _Emitter:
         made = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
         made.meta = dict(node.meta)
         self.apart[node] = made
+        if node.users and node.op != "placeholder":
+            self.idle.add(made.name)
 
     def one(self, node: fx.Node) -> fx.Node:
         """A value of one head, or of none, parted from the others."""
         if node not in self.apart:
             twins = self.calls[node].site.twins
             axis, value = next(iter(self.joint[twins].items()))
-            parts = self.made(part_heads, (value, self.heads, axis), f"{twins[0].name}_parts")
+            parts = self.made(part_heads, (value, self.heads, self.place(twins, axis)), f"{twins[0].name}_parts")
             for k, own in enumerate(twins):
                 self.apart[own] = self.graph.call_function(operator.getitem, (parts, k))
                 mark(self.apart[own], replace(provenance_of(own), unmerges=False))
+                self.idle |= {parts.name, self.apart[own].name}
         return self.apart[node]
 
     def made(self, function: Callable[..., Any], args: tuple[Any, ...], name: str) -> fx.Node:
@@ -154,26 +160,31 @@ class _Emitter:
         mark(node, Provenance(PART))
         return node
 
+    def place(self, own: tuple[fx.Node, ...], axis: int) -> int:
+        """Along which axis of its tensor heads lie in a value."""
+        return self.batch[own[0]] if axis == BATCH else axis
+
     def value(self, own: tuple[fx.Node, ...], axis: int) -> fx.Node:
-        """The value of all heads, along this axis."""
-        known = self.joint.setdefault(own, {})
+        """The value of all heads, along the batch or the features."""
+        known, place = self.joint.setdefault(own, {}), self.place(own, axis)
         if axis in known:
             return known[axis]
         if known:
             other, value = next(iter(known.items()))
-            known[axis] = self.made(turn_heads, (value, self.heads, other, axis), f"{own[0].name}_turned")
+            turned = (value, self.heads, self.place(own, other), place)
+            known[axis] = self.made(turn_heads, turned, f"{own[0].name}_turned")
         else:
-            known[axis] = self.made(join_heads, (tuple(map(self.one, own)), axis), f"{own[0].name}_joined")
+            known[axis] = self.made(join_heads, (tuple(map(self.one, own)), place), f"{own[0].name}_joined")
         return known[axis]
 
     def together(self, call: BatchedCall) -> None:
         """One call for all heads, along the axis of its first operand that lies joined, if it may."""
         site, rule, node = call.site, call.rule, call.site.node
-        shared = rule.shares and all(len({*own}) == 1 and own[0] not in self.calls for own in call.read)
+        shared = rule.shares and all(len({*own}) == 1 and own[0] not in self.calls for own in call.reads)
         shared = shared and not any(getattr(module, "groups", 1) > 1 for module in self.modules(call))
-        lying = [axis for own in call.read for axis in self.joint.get(own, {})]
+        lying = [axis for own in call.reads for axis in self.joint.get(own, {})]
         axis = next((axis for axis in lying if axis in call.axes), call.axes[0])
-        reads = iter([self.one(own[0]) if shared else self.value(own, axis) for own in call.read])
+        reads = iter([self.one(own[0]) if shared else self.value(own, axis) for own in call.reads])
 
         def given(operand: fx.Node) -> fx.Node:
             return next(reads) if rule.reads(site, operand) else self.one(operand)
@@ -182,10 +193,10 @@ class _Emitter:
             made = self.given_back(call, next(reads))
         elif rule.stack is not None:
             made = self.stacked(call, next(reads), shared)
-        elif rule.function is not None:
-            made = self.graph.create_node(
-                "call_function", rule.function, (next(reads), *rule.extra), {}, name=node.name
-            )
+        elif whole(node) is not None:
+            made = self.part(node, next(reads))
+        elif rule.axes is viewed:
+            made = self.viewed(node, next(reads), axis)
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
             made = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
@@ -212,6 +223,24 @@ class _Emitter:
         further = [getattr(site.modules[0], name) for name in rule.extra]
         args = (value, *tensors, *further, *([True] if shared else []))
         return self.graph.create_node("call_function", rule.function, args, {}, name=node.name)
+
+    def part(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """One of the parts of a tensor, which is taken apart once."""
+        parts = whole(node)
+        assert parts is not None
+        if parts not in self.parts:
+            args = (value, *parts.args[1:])
+            self.parts[parts] = self.graph.create_node(parts.op, parts.target, args, parts.kwargs, name=parts.name)
+            mark(self.parts[parts], Provenance(PART))
+        made = (self.parts[parts], node.args[1])
+        return self.graph.create_node("call_function", operator.getitem, made, {}, name=node.name)
+
+    def viewed(self, node: fx.Node, value: fx.Node, axis: int) -> fx.Node:
+        """Another shape for every input of a batch, which is K times as large where heads lie along it."""
+        first, *others = (self.one(own) if isinstance(own, fx.Node) else own for own in sizes_of(node))
+        if isinstance(first, fx.Node) and axis == BATCH:
+            first = self.made(batch_of_heads, (first, self.heads), f"{node.name}_batch")
+        return self.graph.create_node("call_function", torch.reshape, (value, (first, *others)), {}, name=node.name)
 
     def parameter(self, path: str) -> fx.Node:
         node = self.graph.get_attr(path)
@@ -257,10 +286,10 @@ def in_order(graph: fx.Graph, groups: Sequence[Twins]) -> list[fx.Node]:
         own = first.get(node, node)
         needs[own] |= {first.get(source, source) for source in node.all_input_nodes}
     users: dict[fx.Node, list[fx.Node]] = {node: [] for node in needs}
-    for node, read in needs.items():
-        for source in read:
+    for node, sources in needs.items():
+        for source in sources:
             users[source].append(node)
-    left = {node: len(read) for node, read in needs.items()}
+    left = {node: len(sources) for node, sources in needs.items()}
     ready = [order[node] for node, count in left.items() if not count]
     heapq.heapify(ready)
     nodes, found = list(graph.nodes), []

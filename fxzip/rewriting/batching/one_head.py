@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ...ops import join_heads, mix, part_heads, provenance_of, turn_heads, unmerge
+from ...ops import batch_of_heads, join_heads, mix, part_heads, provenance_of, turn_heads, unmerge
 from ...partition.alignment import attribute
 from .emit import PART, put
 from .rules import with_tensors
@@ -42,10 +42,9 @@ def _for_one(node: fx.Node, k: int, heads: int) -> None:
     if node.target is join_heads:
         node.replace_all_uses_with(node.args[0][k])  # type: ignore[arg-type, index]
     elif node.target is part_heads:
-        for own in list(node.users):
-            if own.args[1] == k:
-                own.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-    elif node.target is turn_heads:
+        for own in list(node.users):  # other heads' too: sizes are read of the first
+            own.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    elif node.target in (turn_heads, batch_of_heads):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     elif node.target in (unmerge, mix):
         *before, sizes = node.args

@@ -2,9 +2,10 @@
 
 Two ways to lay out K values of the shape [batch, features, ...]:
 
-- along axis 1, [batch, K · features, ...]: a convolution of K groups, a normalisation of K times the features, and
-  whatever treats features one by one. A view of neither is needed between them.
-- along axis 0, [K · batch, ...]: whatever treats inputs of a batch one by one. Linear calls become one batched product.
+- along the features, [batch, K · features, ...]: a convolution of K groups, a normalisation of K times the features,
+  and whatever treats features one by one.
+- along the batch, [K · batch, ...]: whatever treats inputs of a batch one by one. Linear calls become one batched
+  product. Where axes change their order the batch may lie along another one than the first, and heads go with it.
 
 Calls without parameters are made as they are, on more features or more inputs; of calls with parameters those of all
 heads are stacked. What is not in a table is left as it is.
@@ -28,8 +29,9 @@ from ..factorised import why_shared
 from .alike import Twins, Values, operands
 
 Axes = tuple[int, ...]
+"""`BATCH`, `FEATURES`, both, or `NOWHERE`."""
 NOWHERE: Axes = ()
-_BATCH, _FEATURES = 0, 1
+BATCH, FEATURES = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class Site:
     @property
     def ndim(self) -> int:
         """Of the first operand."""
-        return len(self.values.shapes[operands(self.node)[0]])
+        return len(self.values.shapes[read(self.node)[0]])
 
     def argument(self, place: int, name: str, default: Any) -> Any:
         """One of the arguments of the call."""
@@ -74,18 +76,39 @@ class Rule:
     Attributes:
         axes: where heads may lie in its operands, and do in its result, the first one if they lie nowhere yet.
         stack: one module that holds the parameters of all; None: the call has none.
-        function: what is called in place of it, with the parameters if there are any, and `extra`; None: the same.
-        extra: further arguments; where there are parameters names of attributes of the module.
+        function: what is called with these parameters, and with the arguments that `extra` names of the module; None:
+            the module itself is called.
+        extra: names of further arguments, attributes of a head's module.
         shares: whether it can read one value for all heads.
         reads: which operands hold heads; the others are taken care of.
+        moves: whether the batch may lie along another axis than the first, in what it reads or gives.
     """
 
     axes: Callable[[Site], Axes]
     stack: Callable[[Sequence[Any], bool], nn.Module] | None = None
     function: Callable[..., Tensor] | None = None
-    extra: tuple[Any, ...] = ()
+    extra: tuple[str, ...] = ()
     shares: bool = False
     reads: Callable[[Site, fx.Node], bool] = lambda site, node: True
+    moves: bool = False
+
+
+_TAKEN_APART: Mapping[Any, int] = {
+    **dict.fromkeys(("unbind", torch.unbind), 1),
+    **dict.fromkeys(("chunk", torch.chunk, "split", torch.split, "tensor_split", torch.tensor_split), 2),
+}
+"""Calls that take a tensor apart along an axis, and the place of that argument."""
+
+
+def whole(node: fx.Node) -> fx.Node | None:
+    """The call that takes a tensor apart, where a node is one of its parts."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return source if isinstance(source, fx.Node) and source.target in _TAKEN_APART else None
+
+
+def read(node: fx.Node) -> list[fx.Node]:
+    """The operands of a call; of a part of what was taken apart, the whole."""
+    return operands(whole(node) or node)
 
 
 def rule_of(net: fx.GraphModule, node: fx.Node) -> Rule | None:
@@ -97,8 +120,9 @@ def rule_of(net: fx.GraphModule, node: fx.Node) -> Rule | None:
 
 def axes_of(rule: Rule, site: Site) -> Axes:
     """Where heads may lie in a call; nowhere if it cannot be said of it that one call does what K do."""
-    read = [node for node in operands(site.node) if rule.reads(site, node)]
-    if not read or any(node not in site.values.by_input for node in (*read, site.node)):
+    operands = [node for node in read(site.node) if rule.reads(site, node)]
+    batch = [site.values.batch.get(node) for node in (*operands, site.node)]
+    if not operands or None in batch or (any(batch) and not rule.moves):
         return NOWHERE
     if site.node.op == "call_module" and any(why_alone(site.net, node) for node in site.twins):
         return NOWHERE
@@ -124,7 +148,7 @@ def _one_by_one(site: Site) -> Axes:
     made = site.values.shapes[site.node]
     if any(len(shape) != len(made) for shape in shapes):
         return NOWHERE
-    return (_FEATURES, _BATCH) if len(made) > 1 and len({shape[1] for shape in shapes}) == 1 else (_BATCH,)
+    return (FEATURES, BATCH) if len(made) > 1 and len({shape[1] for shape in shapes}) == 1 else (BATCH,)
 
 
 def _function(site: Site) -> Axes:
@@ -134,7 +158,7 @@ def _function(site: Site) -> Axes:
 
 def _positions(ndim: int) -> Callable[[Site], Axes]:
     """A call that treats every feature by itself, in [batch, features, positions ...] of so many axes."""
-    return lambda site: (_FEATURES, _BATCH) if site.ndim == ndim else NOWHERE
+    return lambda site: (FEATURES, BATCH) if site.ndim == ndim else NOWHERE
 
 
 def _features(site: Site) -> Axes:
@@ -142,7 +166,7 @@ def _features(site: Site) -> Axes:
     module = site.modules[0]
     least = 2 + len(getattr(module, "kernel_size", ()))  # else there is no axis of the batch
     counted = getattr(module, "momentum", 0.1) is None  # statistics weigh by the number of batches seen, one for all
-    return (_FEATURES,) if site.ndim >= least and not counted else NOWHERE
+    return (FEATURES,) if site.ndim >= least and not counted else NOWHERE
 
 
 def _inputs(site: Site) -> Axes:
@@ -150,12 +174,12 @@ def _inputs(site: Site) -> Axes:
     module = site.modules[0]
     inner = len(getattr(module, "normalized_shape", (1,)))
     scaled = not isinstance(module, nn.LayerNorm) or module.weight is not None
-    return (_BATCH,) if site.ndim > inner and scaled else NOWHERE
+    return (BATCH,) if site.ndim > inner and scaled else NOWHERE
 
 
 def _softmax(site: Site) -> Axes:
     dim = site.modules[0].dim if site.node.op == "call_module" else site.argument(1, "dim", None)
-    return (_BATCH,) if isinstance(dim, int) and dim % site.ndim > 0 else NOWHERE
+    return (BATCH,) if isinstance(dim, int) and dim % site.ndim > 0 else NOWHERE
 
 
 def _flatten(site: Site) -> Axes:
@@ -165,28 +189,45 @@ def _flatten(site: Site) -> Axes:
     end = site.argument(2, "end_dim", -1) if module is None else module.end_dim
     if not (isinstance(begin, int) and isinstance(end, int)) or begin % site.ndim == 0 or end % site.ndim == 0:
         return NOWHERE
-    return _FEATURES, _BATCH
+    return FEATURES, BATCH
 
 
-def _viewed(site: Site) -> Axes:
-    """`x.view(x.size(0), -1)`, which is the same."""
-    given = site.node.args[1] if len(site.node.args) == 2 else site.node.args[1:]
-    sizes = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-    flat = len(sizes) == 2 and sizes[1] == -1 and isinstance(sizes[0], fx.Node) and _is_batch_size(sizes[0], site)
-    return (_FEATURES, _BATCH) if flat and site.ndim > 1 else NOWHERE
+def viewed(site: Site) -> Axes:
+    """Every input of a batch gets another shape. `x.view(x.size(0), -1)` keeps the order of the features as well."""
+    sizes = sizes_of(site.node)
+    read = sizes[0] if sizes else None
+    if read != -1 and not (isinstance(read, fx.Node) and _is_batch_size(read, site)):
+        return NOWHERE
+    return (FEATURES, BATCH) if sizes[1:] == (-1,) and site.ndim > 1 else (BATCH,)
+
+
+def sizes_of(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes that a `view` or `reshape` is given."""
+    given = node.args[1] if len(node.args) == 2 else node.args[1:]
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 
 def _is_batch_size(node: fx.Node, site: Site) -> bool:
-    """Whether a number is `x.size(0)` or `x.shape[0]`."""
-    source: Any
-    source, place = node.args if len(node.args) == 2 else (None, None)
-    if node.target is operator.getitem and isinstance(source, fx.Node):
-        shape = source.target == "size" and len(source.args) == 1
-        named = source.target is getattr and source.args[1:] == ("shape",)
-        source = source.args[0] if shape or named else None
-    elif node.target != "size":
+    """Whether a number is `x.size(0)`, `x.shape[0]` or `x.shape[:2][0]`."""
+    if node.target == "size" and node.args[1:] == (0,):
+        source: Any = node.args[0]
+    elif node.target is operator.getitem and node.args[1] == 0:
+        source = _measured(node.args[0])
+    else:
         return False
-    return bool(place == 0) and source in site.values.by_input
+    return site.values.batch.get(source) == 0
+
+
+def _measured(shape: Any) -> fx.Node | None:
+    """The value whose shape something is, or the first sizes of it."""
+    if not isinstance(shape, fx.Node):
+        return None
+    source: Any = shape.args[0] if shape.args else None
+    if shape.target is operator.getitem and isinstance(shape.args[1], slice):
+        taken = shape.args[1]
+        return _measured(source) if taken.start in (None, 0) and taken.step in (None, 1) else None
+    whole_shape = shape.target == "size" and len(shape.args) == 1 and not shape.kwargs
+    return source if whole_shape or (shape.target is getattr and shape.args[1] == "shape") else None
 
 
 def _mean(site: Site) -> Axes:
@@ -195,19 +236,39 @@ def _mean(site: Site) -> Axes:
     if not dims or not all(isinstance(dim, int) for dim in dims):
         return NOWHERE
     least = min(dim % site.ndim for dim in dims)
-    return (_FEATURES, _BATCH) if least > 1 else (_BATCH,) if least > 0 else NOWHERE
+    return (FEATURES, BATCH) if least > 1 else (BATCH,) if least > 0 else NOWHERE
 
 
-def _transpose(site: Site) -> Axes:
-    dims = (site.argument(1, "dim0", 0), site.argument(2, "dim1", 0))
-    moved = [dim % site.ndim for dim in dims if isinstance(dim, int)]
-    return (_BATCH,) if len(moved) == 2 and min(moved) > 0 else NOWHERE
+def _by_batch(site: Site) -> Axes:
+    """Axes change their order, or one of them is left out, but that of the batch."""
+    return (BATCH,)
+
+
+def _part(site: Site) -> Axes:
+    """`x[:, 0]`, `x.chunk(3, -1)[0]`: whatever is taken of every input of a batch."""
+    parts, batch = whole(site.node), site.values.batch[read(site.node)[0]]
+    if parts is not None:
+        place = _TAKEN_APART[parts.target]
+        dim = parts.args[place] if place < len(parts.args) else parts.kwargs.get("dim", 0)
+        apart = isinstance(dim, int) and dim % site.ndim != batch and len(operands(parts)) == 1
+        return (BATCH,) if apart and isinstance(site.node.args[1], int) else NOWHERE
+    index = site.node.args[1]
+    taken = index if isinstance(index, tuple) else (index,)
+    plain = all(isinstance(own, (int, slice, type(None), type(...))) for own in taken)
+    fixed = plain and len(operands(site.node)) == 1 and (batch, site.values.batch[site.node]) == (0, 0)
+    return (BATCH,) if fixed and taken[0] in (slice(None), ...) else NOWHERE
+
+
+def _product(site: Site) -> Axes:
+    """A product of matrices for each input of a batch; attention too."""
+    shapes = {len(site.values.shapes[node]) for node in operands(site.node)}
+    return (BATCH,) if len(operands(site.node)) > 1 and len(shapes) == 1 and min(shapes) > 2 else NOWHERE
 
 
 def _given_back(site: Site) -> Axes:
     """Features out of merged ones: of one value for all heads, by tables one below another."""
     first = {operands(node)[0] for node in site.twins}
-    return (_FEATURES,) if len(first) == 1 and tuple(site.argument(2, "axes", ())) == (1,) else NOWHERE
+    return (FEATURES,) if len(first) == 1 and tuple(site.argument(2, "axes", ())) == (1,) else NOWHERE
 
 
 def _convolution(modules: Sequence[Any], shared: bool) -> Any:
@@ -297,9 +358,12 @@ FUNCTIONS: Mapping[Any, Rule] = {
         (F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d, F.max_pool2d, F.interpolate), Rule(_positions(4))
     ),
     **dict.fromkeys((torch.flatten, "flatten"), Rule(_flatten)),
-    **dict.fromkeys(("view", "reshape", torch.reshape), Rule(_viewed, None, torch.flatten, (1,), reads=_first)),
+    **dict.fromkeys(("view", "reshape", torch.reshape), Rule(viewed, reads=_first)),
     **dict.fromkeys((torch.mean, "mean"), Rule(_mean)),
-    **dict.fromkeys((torch.transpose, "transpose"), Rule(_transpose)),
+    **dict.fromkeys((torch.transpose, torch.permute, "transpose", "permute"), Rule(_by_batch, moves=True)),
+    **dict.fromkeys((torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"), Rule(_product)),
+    F.scaled_dot_product_attention: Rule(_product),
+    operator.getitem: Rule(_part, moves=True),
     **dict.fromkeys((torch.softmax, F.softmax, "softmax"), Rule(_softmax)),
     **dict.fromkeys((unmerge, mix), Rule(_given_back, shares=True, reads=_first)),
 }  # fmt: skip
