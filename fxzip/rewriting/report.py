@@ -40,7 +40,8 @@ class Report(Mapping[str, Any]):
     each node of the graph where it is, what it gives and why it is not shared (see `node_facts.py`).
     "flops" and "parameters" hold "trunk", "heads", "total", "originals", "side_by_side"; "flops" also
     "unknown", the calls whose FLOPs are not known and count as none. "unmerges" are the nodes that
-    give a head its own features; "mixed" those of them that take a matrix product, the others gather.
+    give a head its own features; "mixed" those of them that take a matrix product, the others gather. "batched", where
+    heads were to run together, is what `batch_heads` says of it.
     """
 
     values_: dict[str, Any]

@@ -1,10 +1,10 @@
 """Heads that compute the same on values of the same shapes, in one batched or grouped call instead of K.
 
-`alike` finds the calls that all heads make, `rules` says along which axis heads may lie one after another in each,
+`twins` finds the calls that all heads make, `rules` says along which axis heads may lie one after another in each,
 `emit` writes the graph, and `one_head` takes one head out of it again.
 """
 
-from .alike import Values, alike, values_of
 from .emit import PART, BatchedCall, batchable, emitted
+from .twins import Values, alike, values_of
 
 __all__ = ["PART", "BatchedCall", "Values", "alike", "batchable", "emitted", "values_of"]

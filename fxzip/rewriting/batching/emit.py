@@ -19,8 +19,8 @@ from torch import fx, nn
 from ...ops import Provenance, batch_of_heads, join_heads, mark, mix, part_heads, provenance_of, turn_heads, unmerge
 from ...partition.alignment import attribute
 from ..module import ZippedModule, reuse_memory, sources_of
-from .alike import Twins, Values, alike, operands
 from .rules import BATCH, Axes, Rule, Site, axes_of, read, rule_of, sizes_of, viewed, whole
+from .twins import Twins, Values, alike, operands
 
 PART = "batched"
 """What nodes are part of that compute for all heads, and where their modules are."""

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from ...ops import linear_heads, mix, norm_heads, unmerge
 from ...partition.alignment import attribute
 from ..factorised import why_shared
-from .alike import Twins, Values, operands
+from .twins import Twins, Values, operands
 
 Axes = tuple[int, ...]
 """`BATCH`, `FEATURES`, both, or `NOWHERE`."""
