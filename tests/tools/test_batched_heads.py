@@ -61,6 +61,7 @@ def test_slower_heads_stay_apart_to_the_bit(network, clock):
             "_4_2",
         ],
         "seconds": {"apart": 1.0, "together": 0.99},
+        "flops": network.report["flops"]["total"],
     }
     assert found.report.notes[-1] == "heads run apart: together they take 0.99x the time"
     assert all(torch.equal(value, network(X)[name]) for name, value in found(X).items())
@@ -102,6 +103,21 @@ def test_latency_is_that_of_the_zip_in_the_ratio_that_was_timed(clock):
     found = fxzip.batch_heads(zipped, X)
     assert found.report["latency"]["zipped"] == pytest.approx(zipped.report["latency"]["zipped"] / 4)
     assert found.report["latency"]["originals"] == zipped.report["latency"]["originals"]
+
+
+def test_heads_of_other_widths_get_zeros_if_that_is_faster(clock):
+    models = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, n), nn.ReLU(), nn.Linear(n, 8)) for n in (8, 7, 8)]
+    network = fxzip.side_by_side([randomise(model, k) for k, model in enumerate(models)], X)
+    clock(1.0, 0.8, 0.6)
+    found = fxzip.batch_heads(network, X)
+    assert found.report["batched"]["calls"] == ["_0", "_1", "_2", "_3", "_4"]
+    assert found.report["batched"]["flops"] > found.report["flops"]["total"]
+    assert found.report.notes[-1] == "features of zeros bring heads to one width: 3% more FLOPs"
+    torch.testing.assert_close(found(X), network(X))
+    clock(1.0, 0.6, 0.8)
+    found = fxzip.batch_heads(network, X)
+    assert found.report["batched"]["calls"] == ["_0", "_1"]
+    assert found.report["batched"]["flops"] == found.report["flops"]["total"]
 
 
 def test_without_a_clock_nothing_depends_on_the_machine(network, monkeypatch):

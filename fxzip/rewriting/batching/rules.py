@@ -322,7 +322,7 @@ _POINTWISE: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,
     nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Identity, nn.Dropout,
 )  # fmt: skip
-_BY_POSITION: Mapping[int, tuple[type[nn.Module], ...]] = {
+BY_POSITION: Mapping[int, tuple[type[nn.Module], ...]] = {
     3: (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.Dropout1d),
     4: (
         nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d, nn.ZeroPad2d,
@@ -333,7 +333,7 @@ _BY_POSITION: Mapping[int, tuple[type[nn.Module], ...]] = {
 
 MODULES: Mapping[type[nn.Module], Rule] = {
     **dict.fromkeys(_POINTWISE, Rule(_one_by_one)),
-    **{kind: Rule(_positions(ndim)) for ndim, kinds in _BY_POSITION.items() for kind in kinds},
+    **{kind: Rule(_positions(ndim)) for ndim, kinds in BY_POSITION.items() for kind in kinds},
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), Rule(_features, _convolution, shares=True)),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm), Rule(_features, _normalisation)),
     nn.Linear: Rule(_inputs, _stacked, linear_heads, shares=True),
