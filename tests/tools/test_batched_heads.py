@@ -152,7 +152,9 @@ def test_what_users_do_with_it(network, tmp_path):
     program = torch.export.load(fxzip.export(found, tmp_path / "together.pt2")).module()
     torch.testing.assert_close(dict(program(X[:3])), found(X[:3]))
     found.report.html(tmp_path / "together.html")
-    assert "linear_heads" in (tmp_path / "together.html").read_text(encoding="utf-8")
+    page = (tmp_path / "together.html").read_text(encoding="utf-8")
+    assert "linear_heads" in page
+    assert '"label": "all heads"' in page or '"label":"all heads"' in page
 
 
 def test_what_is_no_network_with_several_heads_is_an_error(network):
