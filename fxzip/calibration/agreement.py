@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..tracing.precision import place_of_float64
+
 
 @dataclass(frozen=True)
 class HeadAgreement:
@@ -76,7 +78,8 @@ class _TensorSums:
             self.count += same.numel()
 
         exact = torch.complex128 if original.is_complex() else torch.float64
-        z, y = found.to(exact), original.to(exact)
+        place = place_of_float64(original.device)
+        z, y = found.to(place).to(exact), original.to(place).to(exact)
         self.error += float((z - y).abs().square().sum())
         self.square += float(y.abs().square().sum())
         self.total += y.sum().item()

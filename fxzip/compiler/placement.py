@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..rewriting.module import ZippedModule
+from ..calibration.sources import PerModel
 from ..tracing.calls import Call, JointCall, leaves, map_tensors
+from ..tracing.containers import map_leaves
 from ..tracing.precision import has_float64
 from .arguments import Given
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def device_of(given: Given) -> torch.device:
@@ -25,17 +29,22 @@ def at_work(given: Given) -> Given:
     if has_float64(device_of(given)):
         return given
     networks = copy.deepcopy(given.networks)  # all at once: what they share they share again
-    return replace(given, networks=tuple(network.cpu() for network in networks), call=_moved(given.call))
+    moved = tuple(network.cpu() for network in networks)
+    return replace(given, networks=moved, call=_moved(given.call), sample=_moved_sample(given.sample))
 
 
-def brought_back(zipped: ZippedModule, device: torch.device) -> ZippedModule:
-    """The zip where the models are."""
-    moved: nn.Module = zipped if has_float64(device) else zipped.to(device)
-    assert isinstance(moved, ZippedModule)
-    return moved
+def brought_back(network: Network, device: torch.device) -> Network:
+    """A network of a session where the models are that were given to it."""
+    return network if has_float64(device) else network.to(device)
 
 
 def _moved(call: Call) -> Call:
     if isinstance(call, JointCall):
         return JointCall.of(map(_moved, call.parts))
     return map_tensors(torch.Tensor.cpu, call)
+
+
+def _moved_sample(sample: Any) -> Any:
+    if isinstance(sample, PerModel):
+        return PerModel(*map(_moved_sample, sample))
+    return map_leaves(torch.Tensor.cpu, sample)

@@ -26,6 +26,7 @@ from ..calibration.observer import observe
 from ..calibration.processes import together
 from ..compiler.arguments import Given
 from ..compiler.options import Options
+from ..compiler.placement import brought_back, device_of
 from ..compiler.progress import Display
 from ..compiler.session import Session
 from ..errors import InputError, OptionError
@@ -158,7 +159,7 @@ def barrier(
     values = []
     for t in places:
         network = corrected(line.at(t), line.plan_at(t), calibration("refitting")).single(0)
-        values.append(_number(measure, network, kind))
+        values.append(_number(measure, brought_back(network, device_of(given)), kind))
     return Barrier(tuple(places), tuple(values), kind)
 
 

@@ -19,6 +19,7 @@ from ..calibration.sources import as_batch
 from ..compiler.arguments import Given
 from ..compiler.options import Options, Recipe
 from ..compiler.pipeline import assemble, finished
+from ..compiler.placement import brought_back, device_of
 from ..compiler.progress import Display
 from ..compiler.session import Candidate, Session
 from ..errors import AlignError, InputError
@@ -91,7 +92,7 @@ def narrow(
         if whole is None:
             raise AlignError("`narrow` needs a network with parameters; found none that the output depends on.")
         candidate = Candidate(Cut.of(None), session.observed(whole, recipe))
-        zipped = finished(session, assemble(session, candidate, recipe))
+        zipped = brought_back(finished(session, assemble(session, candidate, recipe)), device_of(given))
     result = zipped.single(0)
     assert isinstance(result, EmittedModule)
     result.meta["fxzip_report"] = zipped.report

@@ -21,6 +21,7 @@ from ..compiler.arguments import check_models
 from ..errors import InputError, OptionError
 from ..partition.alignment import align
 from ..tracing import plain_context, trace
+from ..tracing.precision import place_of_float64
 
 KINDS = ("uniform", "greedy")
 
@@ -139,7 +140,8 @@ class _Total:
         with torch.no_grad():
             for name, own in self.sink.items():
                 wide = torch.promote_types(own.dtype, torch.float64)
-                own.copy_(torch.stack([part[name].to(wide) for part in self.kept]).mean(0))
+                place = place_of_float64(own.device)
+                own.copy_(torch.stack([part[name].to(place).to(wide) for part in self.kept]).mean(0))
 
 
 def _floating(network: nn.Module) -> dict[str, Tensor]:

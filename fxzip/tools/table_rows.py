@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ..compiler.arguments import Given
 from ..compiler.one_base import for_fine_tunes
 from ..compiler.options import Options
 from ..compiler.pipeline import assemble
+from ..compiler.placement import device_of
 from ..compiler.progress import Display
 from ..compiler.session import Candidate, Session
 from ..compiler.timing import as_used, fastest
 from ..errors import CostError, InputError, Interrupted
 from ..rewriting.module import ZippedModule
+from ..tracing.precision import has_float64
 from ..widths.observed import Observed
 from ..widths.requests import WHOLE, Budget
 from .lines import ALONE, Line
@@ -31,11 +35,12 @@ Score = Callable[[nn.Module], float | Mapping[str, float]]
 
 @dataclass(frozen=True, eq=False)
 class TableRows:
-    """The rows of one table: all lines, at cuts of one session."""
+    """The rows of one table: all lines, at cuts of one session; `device`: where the models are."""
 
     session: Session
     lines: Sequence[Line]
     seconds: float
+    device: torch.device
 
     @classmethod
     def of(
@@ -47,7 +52,7 @@ class TableRows:
         found = [replace(line, recipe=for_fine_tunes(line.recipe, session.survey)) for line in lines]
         if all(line.recipe.by_position for line in found):
             session = session.positional(found[0].recipe)
-        return cls(session, found, time.perf_counter() - start)
+        return cls(session, found, time.perf_counter() - start, device_of(given))
 
     def at(self, cuts: Sequence[str | float | None], score: Score | None, *, strict: bool) -> Table:
         """All lines at all cuts. `strict`: an error ends it, else it is a row."""
@@ -128,7 +133,10 @@ class TableRows:
         if held is not None:
             heads = held.agreement(network)
             agreement = {"agreement": sum(heads) / len(heads), "worst": min(heads)}
-        scores = {} if score is None else dict(_scores(score(self.session.named(network))))
+        scores: dict[str, float] = {}
+        if score is not None:  # of a copy: a network of a table may hold the session's own parameters
+            own = network if has_float64(self.device) else copy.deepcopy(network).to(self.device)
+            scores = dict(_scores(score(self.session.named(own))))
         return {**costs, **agreement, **scores, "seconds": seconds}
 
 

@@ -71,8 +71,10 @@ def map_tensors(function: Any, call: Call) -> Call:
 
 
 def moved(call: Call, like: Call) -> Call:
-    """The call with each tensor on the device of its twin in another call of the same form. From pinned memory it
-    is moved beside what the host and the device do meanwhile.
+    """The call with each tensor on the device of its twin in another call of the same form.
+
+    From pinned memory it goes to a device beside what host and device do meanwhile. The host waits for what comes to
+    it: it would read what has not arrived.
 
     >>> moved(Call((torch.ones(2),), {}), Call((torch.ones(4, device="meta"),), {})).device
     device(type='meta')
@@ -80,7 +82,12 @@ def moved(call: Call, like: Call) -> Call:
     if isinstance(call, JointCall) and isinstance(like, JointCall):
         return JointCall.of(moved(*pair) for pair in zip(call.parts, like.parts, strict=True))
     devices = iter([value.device for value in leaves(like)])
-    return map_tensors(lambda value: value.to(next(devices), non_blocking=True), call)
+
+    def to_next(value: Tensor) -> Tensor:
+        device = next(devices)
+        return value.to(device, non_blocking=device.type != "cpu")
+
+    return map_tensors(to_next, call)
 
 
 def select_rows(call: Call, chosen: Tensor | slice) -> Call:
@@ -172,7 +179,7 @@ def batch_size(call: Call) -> int | None:
 
 
 def _noise(rows: Tensor, generator: torch.Generator) -> Tensor:
-    finite = rows[rows.isfinite()]
+    finite = rows[rows.isfinite()].cpu()  # not every device holds float64
     scale = finite.double().abs().pow(2).mean().sqrt().item() if finite.numel() and not rows.is_complex() else 1.0
     noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64, device="cpu")
     return (0.3 * (scale or 1.0) * noise).to(rows.device, rows.dtype)

@@ -81,6 +81,15 @@ def _full_precision_by_operator() -> Iterator[None]:
             own.fp32_precision = value
 
 
+def place_of_float64(device: torch.device) -> torch.device:
+    """Where float64 beside a device is: there, or on the CPU where the device holds none.
+
+    >>> place_of_float64(torch.device("cpu"))
+    device(type='cpu')
+    """
+    return device if has_float64(device) else torch.device("cpu")
+
+
 def has_float64(device: torch.device) -> bool:
     """Whether tensors on a device may be float64; Apple's GPUs hold none.
 

@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 import torch
-from models import randomise
+from models import randomise, second_device
 from models.networks import Block
-from models.second_device import DEVICE, copies, register
+from models.second_device import DEVICE, copies
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,8 +30,9 @@ close = torch.testing.assert_close
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _registered():
-    register()
+def _at_hand():
+    with second_device.second_device():
+        yield
 
 
 class Perceptron(nn.Module):
@@ -201,11 +202,25 @@ def test_data_on_the_device(kind):
     assert_same(found, zipped(models, data, method="permute", refit="repair"))
 
 
+@pytest.mark.parametrize("on_the_device", [False, True])
+def test_a_device_without_float64(on_the_device, monkeypatch):
+    """What is zipped on the CPU in its stead is the zip of the CPU, to the bit."""
+    monkeypatch.setattr(second_device, "has_float64", False)
+    models, data = networks("table")
+    models, data = [model.float() for model in models], [batch.float() for batch in data]
+    found = zipped(on_device(models), [batch.to(DEVICE) for batch in data] if on_the_device else data)
+    expected = zipped(models, data)
+    assert all(y.device == DEVICE for y in found(data[0].to(DEVICE)))
+    assert all(
+        torch.equal(own.cpu(), value) for own, value in zip(found.parameters(), expected.parameters(), strict=True)
+    )
+
+
 # Beside compiles
 
 
 def loss(network):
-    return float(network(batches(3, 6, 6)[0].to(network.head.weight.device)).square().mean())
+    return float(network(batches(3, 6, 6)[0].to(next(network.parameters()))).square().mean())
 
 
 @pytest.mark.slow
@@ -233,19 +248,36 @@ def test_what_is_side_by_side_agrees():
     assert fxzip.evaluate(found, labelled).per_task == fxzip.evaluate(expected, labelled).per_task
 
 
-@pytest.mark.parametrize("kind", ["images", "table"])
-def test_heads_run_together(kind):
-    models, data = networks(kind)
-    there, sample = on_device(models), data[0][:2].to(DEVICE)
-    network = fxzip.side_by_side(there, sample)
-    found = fxzip.batch_heads(network, sample, timed=False)
-    assert found.report["batched"]["calls"]
-    assert {value.device for value in found.state_dict().values()} == {
-        value.device for value in network.state_dict().values()
-    }
-    close([y.cpu() for y in found(sample)], [y.cpu() for y in network(sample)])
-    close([found.single(1)(sample).cpu()], [network(sample)[1].cpu()])
-    assert fxzip.batch_heads(network, sample).report["batched"]["seconds"]["apart"] > 0
+def scored(network):
+    """What is scored is where the models are."""
+    x = batches(3, 6, 6)[0].to(next(network.parameters()))
+    assert x.device == DEVICE
+    return float(network(x)[0].square().mean())
+
+
+@pytest.mark.slow
+def test_tools_on_a_device_without_float64(monkeypatch):
+    """What they return, and give to be scored, is where the models are."""
+    monkeypatch.setattr(second_device, "has_float64", False)
+    models, data = networks("images")
+    there, data = [model.float().to(DEVICE) for model in models], [batch.float() for batch in data]
+    sample, quiet = data[0][:2].to(DEVICE), {"data": data, "progress": False}
+
+    twin = fxzip.relabel(there[0], sample)
+    close(twin(sample), there[0](sample), rtol=1e-4, atol=1e-4)
+    pair = fxzip.side_by_side(there, sample)
+    assert fxzip.agreement(pair, there, data).heads[1].same_class == 1
+    assert fxzip.inspect(there[0], sample).spaces
+    assert fxzip.barrier(there[0], twin, sample, score=scored, points=3, **quiet).height == pytest.approx(0, abs=1e-4)
+    for network in (
+        twin,
+        fxzip.soup([there[0], copy.deepcopy(there[0])], sample),
+        fxzip.narrow(there[0], sample, budget="flops", **quiet),
+    ):
+        assert next(network.parameters()).device == DEVICE
+        assert network(sample).device == DEVICE
+    table = fxzip.compare(there, sample, methods=["zip", "alone"], score=scored, budget="flops", **quiet)
+    assert all("score" in row for row in table)
 
 
 @pytest.mark.slow
@@ -349,9 +381,11 @@ def test_planted_faults_are_seen(fault, monkeypatch):
 @pytest.mark.parametrize("call", [
     lambda x: x + torch.ones(4), lambda x: torch.ones(4) @ x, lambda x: torch.stack([x[0], torch.ones(())]),
     lambda x: x[torch.tensor([0])], lambda x: x.index_select(0, torch.tensor([0])), lambda x: torch.ones(4).add_(x),
+    lambda x: torch.zeros(4, dtype=torch.float64, device=x.device), lambda x: x.double(),
     lambda x: torch.randn(4, device=x.device, generator=torch.Generator()), lambda x: x.numpy(),
 ])  # fmt: skip
-def test_what_the_device_refuses(call):
+def test_what_the_device_refuses(call, monkeypatch):
+    monkeypatch.setattr(second_device, "has_float64", False)
     with pytest.raises((RuntimeError, TypeError), match="device"):
         call(torch.ones(4).to(DEVICE))
 

@@ -20,6 +20,7 @@ import ctypes
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ def _on_host(value: Tensor) -> Tensor:
 
 def _on_device(value: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
     """The tensor of the device in the same memory; where that is the host's, its bytes are copied, once."""
+    if value.dtype is torch.float64 and not has_float64:
+        raise TypeError(f"Cannot make a float64 tensor on the device '{NAME}', which holds none.")
     storage = value.untyped_storage()
     if storage.data_ptr() not in storages:
         new = _allocated(storage.nbytes()).untyped_storage()
@@ -232,6 +235,8 @@ def _copied(leaf: Any, device: str) -> Any:
 # What it costs
 
 
+has_float64 = True
+"""False: it refuses float64, as Apple's GPUs do."""
 copies: Counter[tuple[str, str]] = Counter()
 """How often the host and the device had to wait for each other, by kind and line of fxzip: something was copied "to the
 host" or "to the device", or a "number" was asked for."""
@@ -342,10 +347,45 @@ def _wait(device: Any = None, /) -> None:
         _synchronize(device)
 
 
+_here = [False]
+
+
+class _Module(backend_registration._DummyBackendModule):
+    """What `torch.cuda` is to "cuda". Random numbers are of the CPU's generator."""
+
+    def is_available(self) -> bool:
+        return _here[0]
+
+    def device_count(self) -> int:
+        return int(_here[0])
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        pass
+
+
+class _Hook(backend_registration._DummyPrivateUse1Hook):
+    def is_available(self) -> bool:
+        return _here[0]
+
+
+@contextmanager
+def second_device() -> Iterator[None]:
+    """Inside, PyTorch has the device. Outside it still knows the type, of which there is none."""
+    _register()
+    _here[0] = True
+    try:
+        yield
+    finally:
+        _here[0] = False
+
+
 @cache
-def register() -> tuple[torch.library.Library, ...]:
-    """Make the device known to PyTorch, for as long as the process runs; again, it does nothing."""
-    backend_registration._setup_privateuseone_for_python_backend(NAME)
+def _register() -> tuple[torch.library.Library, ...]:
+    """Once in a process."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_Hook())
     every, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     every.fallback(_fallback, "PrivateUse1")
     every.fallback(_sparse, "SparsePrivateUse1")
