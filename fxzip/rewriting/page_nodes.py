@@ -48,7 +48,7 @@ class Places:
         part = part_of(node)
         kind, _, k = part.partition(" ")
         apart = node.op in ("placeholder", "output")
-        top = "" if not k or apart else self._called(kind, int(k))
+        top = "all heads" if part == "batched" else "" if not k or apart else self._called(kind, int(k))
         role, bundle = self.bundles.get(node, ("stage", None))
         path = () if apart else self.paths[node]
         minor = _minor(node, self.facts.get(node.name, _NONE))

@@ -7,13 +7,13 @@ the threads, so it is timed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..analysis.flops import count_flops
 from ..compiler.timing import fastest
 from ..errors import FxzipError, OptionError
-from ..rewriting.batching import PART, batchable, emitted, values_of
+from ..rewriting.batching import PART, batchable, emitted, padded, values_of
 from ..rewriting.module import ZippedModule, part_of, sources_of
 from ..rewriting.node_facts import node_facts
 from ..rewriting.report import Report
@@ -42,9 +42,12 @@ def batch_heads(network: ZippedModule, sample_input: Any = None, *, timed: bool 
     >>> all(torch.allclose(y, z, atol=1e-5) for y, z in zip(together(torch.ones(5, 4)), apart(torch.ones(5, 4))))
     True
 
-    Calls are taken together whose settings and shapes agree in *all* heads; others stay as they are. It is the last
-    step before a network is used: parameters of heads are stacked, so their names change (`batched.PATH`), and a
-    network that is trained further has them as one. `single`, `save`, `export`, `train()` and gradients work as before.
+    Calls are taken together that *all* heads make with one setting; others stay as they are. Where only their widths
+    differ, as behind `width="auto"`, narrower layers get features of zeros if that is faster; `single` keeps them.
+
+    It is the last step before a network is used: parameters of heads are stacked, so their names change
+    (`batched.PATH`), and a network that is trained further has them as one. `single`, `save`, `export`, `train()` and
+    gradients work as before.
 
     Args:
         network: a zip, or what `side_by_side` gives.
@@ -55,8 +58,8 @@ def batch_heads(network: ZippedModule, sample_input: Any = None, *, timed: bool 
     Returns:
         A network in eval mode, which shares the parameters of the trunk with `network`; to the bit the same function
         where no call was taken together. `report["batched"]` has "calls" (the nodes that compute for all heads),
-        "apart" (calls of modules that each head makes for itself), and "seconds" ("apart" and "together"; None where
-        nothing was timed).
+        "apart" (calls of modules that each head makes for itself), "flops", and "seconds" ("apart" and "together"; None
+        where nothing was timed).
 
     Raises:
         OptionError: the network is no zip of several, or its heads run together. InputError: there is no sample.
@@ -73,15 +76,27 @@ def batch_heads(network: ZippedModule, sample_input: Any = None, *, timed: bool 
     call = Call(tuple(flat_inputs(network, call)), {})
     with modes_kept(network):
         network.eval()
-        values = values_of(network, call)
-        plans = [batchable(network, values, axes) for axes in (_LAYOUTS if timed else _LAYOUTS[:1])]
-        made = _different([emitted(network, []), *(emitted(network, calls) for calls in plans)])
+        layouts = _LAYOUTS if timed else _LAYOUTS[:1]
+        made = _different([emitted(network, []), *(own for axes in layouts for own in _together(network, call, axes))])
         for own in made[1:]:
             _check(network, own, call)
         seconds = fastest(made, call) if timed and len(made) > 1 else None
     best = _chosen(seconds, len(made))
     made[best].meta["fxzip_report"] = _report(made[best], network, call, seconds)
     return made[best]
+
+
+def _together(network: ZippedModule, call: Call, axes: Sequence[int]) -> Iterator[ZippedModule]:
+    """The network with all calls made together that can be; and again with heads brought to one width first, if these
+    are more calls then."""
+    values = values_of(network, call)
+    calls = batchable(network, values, axes)
+    yield emitted(network, calls)
+    wider = padded(network, values)
+    if wider is not None:
+        more = batchable(wider, values_of(wider, call), axes)
+        if len(more) > len(calls):
+            yield emitted(wider, more)
 
 
 def _different(networks: Sequence[ZippedModule]) -> list[ZippedModule]:
@@ -121,14 +136,22 @@ def _report(made: ZippedModule, network: ZippedModule, call: Call, seconds: Sequ
     before = network.report
     calls = [node.name for node in made.graph.nodes if part_of(node) == PART and sources_of(node)]
     apart = [node.name for node in made.graph.nodes if part_of(node).startswith("head ") and node.op == "call_module"]
-    found = node_facts(made, count_flops(made, call))
+    counted = count_flops(made, call)
+    found = node_facts(made, counted)
     nodes = {name: facts if name in calls else before["nodes"].get(name, facts) for name, facts in found.items()}
     taken = None if seconds is None else {"apart": seconds[0], "together": min(seconds[1:])}
-    values = {**before.as_dict(), "nodes": nodes, "batched": {"calls": calls, "apart": apart, "seconds": taken}}
+    told = {"calls": calls, "apart": apart, "seconds": taken, "flops": counted.total}
+    values = {**before.as_dict(), "nodes": nodes, "batched": told}
     if calls and taken is not None and values.get("latency"):
         share = taken["together"] / taken["apart"]
         values["latency"] = {**values["latency"], "zipped": share * values["latency"]["zipped"]}
-    return Report(values).noting(_told(calls, taken))
+    zeros = counted.total / max(before["flops"]["total"], 1) - 1
+    return Report(values).noting(_told(calls, taken), *_widened(zeros))
+
+
+def _widened(zeros: float) -> list[str]:
+    """A note where there are features of zeros; `zeros`: what they add to the FLOPs, as a share."""
+    return [f"features of zeros bring heads to one width: {zeros:.0%} more FLOPs"] if zeros > 1e-3 else []
 
 
 def _told(calls: Sequence[str], taken: Mapping[str, float] | None) -> str:

@@ -248,6 +248,21 @@ def test_what_is_side_by_side_agrees():
     assert fxzip.evaluate(found, labelled).per_task == fxzip.evaluate(expected, labelled).per_task
 
 
+@pytest.mark.parametrize("kind", ["images", "table"])
+def test_heads_run_together(kind):
+    models, data = networks(kind)
+    there, sample = on_device(models), data[0][:2].to(DEVICE)
+    network = fxzip.side_by_side(there, sample)
+    found = fxzip.batch_heads(network, sample, timed=False)
+    assert found.report["batched"]["calls"]
+    assert {value.device for value in found.state_dict().values()} == {
+        value.device for value in network.state_dict().values()
+    }
+    close([y.cpu() for y in found(sample)], [y.cpu() for y in network(sample)])
+    close([found.single(1)(sample).cpu()], [network(sample)[1].cpu()])
+    assert fxzip.batch_heads(network, sample).report["batched"]["seconds"]["apart"] > 0
+
+
 def scored(network):
     """What is scored is where the models are."""
     x = batches(3, 6, 6)[0].to(next(network.parameters()))

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxzip
 from fxzip.ops import join_heads, linear_heads, norm_heads, part_heads, turn_heads
-from fxzip.rewriting.batching import PART, batchable, emitted, rules, values_of
+from fxzip.rewriting.batching import PART, batchable, emitted, padded, rules, values_of
 from fxzip.rewriting.module import part_of
 from fxzip.tracing.calls import Call, as_call, batch_size, with_batch
 from fxzip.tracing.containers import leaves
@@ -285,6 +285,123 @@ def test_a_wrong_rule_shows(monkeypatch):
         assert_same(found, network, as_call(ROWS))
     with pytest.raises(fxzip.FxzipError, match="must give what they give apart; on a batch of 4, the output differs"):
         fxzip.batch_heads(network, ROWS, timed=False)
+
+
+class Narrow(nn.Module):
+    """A residual block with few features inside."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = nn.Conv2d(inner, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+
+
+def narrowed(inner, width, rows, classes):
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), Narrow(inner), nn.Conv2d(4, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(4 * width, rows), nn.GELU(), nn.Linear(rows, classes),
+    )  # fmt: skip
+
+
+SIZES = ((5, 6, 7, 2), (7, 5, 9, 3), (3, 6, 6, 4))
+
+
+def of_other_widths():
+    models = [randomise(narrowed(*sizes), k).double() for k, sizes in enumerate(SIZES)]
+    return fxzip.side_by_side(models, IMAGE)
+
+
+def test_heads_of_other_widths_get_zeros():
+    network = of_other_widths()
+    assert [node.name for node in together(network, IMAGE)[1]] == ["_0", "_1_bn2", "add", "relu_1"]
+    wider = padded(network, values_of(network, as_call(IMAGE)))
+    assert_same(wider, network, as_call(IMAGE))
+    assert [wider.get_submodule(f"head_{k}.1.conv1").weight.shape[0] for k in range(3)] == [7, 7, 7]
+    assert [wider.get_submodule(f"head_{k}.9").weight.shape for k in range(3)] == [(2, 9), (3, 9), (4, 9)]
+    found, calls = together(wider, IMAGE)
+    assert [node.name for node in calls[-3:]] == ["_6", "_7", "_8"]
+    assert len(calls) == 15
+    assert_same(found, network, as_call(IMAGE))
+    for k in range(3):
+        assert_same(found.single(k), network.single(k), as_call(IMAGE))
+
+
+def test_zeros_stay_zeros_in_training():
+    network = of_other_widths()
+    wider = padded(network, values_of(network, as_call(IMAGE)))
+    found, _ = together(wider, IMAGE)
+    for _ in range(3):
+        for own in (network, found):
+            own.train()
+            own.zero_grad()
+            sum(value.square().mean() for value in own(IMAGE)).backward()
+            with torch.no_grad():
+                for p in own.parameters():
+                    p -= 0.05 * p.grad
+    assert_same(found.eval(), network.eval(), as_call(IMAGE))
+
+
+def wide(function=lambda x: x, width=6, *, layer=nn.Linear):
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = layer(6, width), nn.Linear(width, 3)
+
+        def forward(self, x):
+            return self.last(function(self.first(x)))
+
+    return Wide()
+
+
+@pytest.mark.parametrize(
+    ("function", "wider"),
+    [
+        (F.relu, True),
+        (lambda x: x * F.silu(x), True),
+        (lambda x: torch.tanh(x) - F.gelu(x), True),
+        (torch.sigmoid, False),
+        (lambda x: x + 1, False),
+        (torch.cos, False),
+        (lambda x: x.softmax(1), False),
+        (lambda x: x / x.norm(dim=1, keepdim=True), False),
+        (lambda x: x - x.mean(1, keepdim=True), False),
+        (lambda x: x.flip(1), False),
+        (lambda x: x * x[:, :1], False),
+    ],
+)
+def test_zeros_go_only_through_what_gives_zeros_for_them(function, wider):
+    models = [randomise(wide(function, width), width).double() for width in (5, 7)]
+    network = fxzip.side_by_side(models, ROWS)
+    found = padded(network, values_of(network, as_call(ROWS)))
+    assert (found is not None) == wider
+    assert_same(found or network, network, as_call(ROWS))
+
+
+def test_features_that_are_returned_get_no_zeros():
+    class Two(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, width), nn.Linear(width, 3)
+
+        def forward(self, x):
+            y = self.first(x)
+            return y, self.last(y)
+
+    network = fxzip.side_by_side([randomise(Two(width), width).double() for width in (5, 7)], ROWS)
+    assert padded(network, values_of(network, as_call(ROWS))) is None
+
+
+def test_layers_with_hooks_and_tied_ones_get_no_zeros():
+    for change in (
+        lambda network: network.head_1.first.register_forward_hook(lambda module, given, result: result + 1),
+        lambda network: setattr(network.head_1, "again", network.head_1.last),
+    ):
+        network = fxzip.side_by_side([randomise(wide(width=width), width).double() for width in (5, 7)], ROWS)
+        change(network)
+        assert padded(network, values_of(network, as_call(ROWS))) is None
 
 
 @pytest.mark.parametrize("size", [0, 1, 5])

@@ -61,6 +61,7 @@ def test_slower_heads_stay_apart_to_the_bit(network, clock):
             "_4_2",
         ],
         "seconds": {"apart": 1.0, "together": 0.99},
+        "flops": network.report["flops"]["total"],
     }
     assert found.report.notes[-1] == "heads run apart: together they take 0.99x the time"
     assert all(torch.equal(value, network(X)[name]) for name, value in found(X).items())
@@ -104,6 +105,21 @@ def test_latency_is_that_of_the_zip_in_the_ratio_that_was_timed(clock):
     assert found.report["latency"]["originals"] == zipped.report["latency"]["originals"]
 
 
+def test_heads_of_other_widths_get_zeros_if_that_is_faster(clock):
+    models = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, n), nn.ReLU(), nn.Linear(n, 8)) for n in (8, 7, 8)]
+    network = fxzip.side_by_side([randomise(model, k) for k, model in enumerate(models)], X)
+    clock(1.0, 0.8, 0.6)
+    found = fxzip.batch_heads(network, X)
+    assert found.report["batched"]["calls"] == ["_0", "_1", "_2", "_3", "_4"]
+    assert found.report["batched"]["flops"] > found.report["flops"]["total"]
+    assert found.report.notes[-1] == "features of zeros bring heads to one width: 3% more FLOPs"
+    torch.testing.assert_close(found(X), network(X))
+    clock(1.0, 0.6, 0.8)
+    found = fxzip.batch_heads(network, X)
+    assert found.report["batched"]["calls"] == ["_0", "_1"]
+    assert found.report["batched"]["flops"] == found.report["flops"]["total"]
+
+
 def test_without_a_clock_nothing_depends_on_the_machine(network, monkeypatch):
     monkeypatch.setattr(batched_heads, "fastest", None)  # it would be called
     found = fxzip.batch_heads(network, timed=False)
@@ -136,7 +152,9 @@ def test_what_users_do_with_it(network, tmp_path):
     program = torch.export.load(fxzip.export(found, tmp_path / "together.pt2")).module()
     torch.testing.assert_close(dict(program(X[:3])), found(X[:3]))
     found.report.html(tmp_path / "together.html")
-    assert "linear_heads" in (tmp_path / "together.html").read_text(encoding="utf-8")
+    page = (tmp_path / "together.html").read_text(encoding="utf-8")
+    assert "linear_heads" in page
+    assert '"label": "all heads"' in page or '"label":"all heads"' in page
 
 
 def test_what_is_no_network_with_several_heads_is_an_error(network):

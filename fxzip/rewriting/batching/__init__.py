@@ -5,6 +5,7 @@
 """
 
 from .emit import PART, BatchedCall, batchable, emitted
+from .padding import padded
 from .twins import Values, alike, values_of
 
-__all__ = ["PART", "BatchedCall", "Values", "alike", "batchable", "emitted", "values_of"]
+__all__ = ["PART", "BatchedCall", "Values", "alike", "batchable", "emitted", "padded", "values_of"]

@@ -7,7 +7,6 @@ heads are joined where such a call reads what lies apart, and parted where a hea
 from __future__ import annotations
 
 import copy
-import heapq
 import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,9 @@ from torch import fx, nn
 from ...ops import Provenance, batch_of_heads, join_heads, mark, mix, part_heads, provenance_of, turn_heads, unmerge
 from ...partition.alignment import attribute
 from ..module import ZippedModule, reuse_memory, sources_of
-from .rules import BATCH, Axes, Rule, Site, axes_of, read, rule_of, sizes_of, viewed, whole
+from .ordering import in_order
+from .reading import read, sizes_of, whole
+from .rules import BATCH, Axes, Rule, Site, axes_of, rule_of, viewed
 from .twins import Twins, Values, alike, operands
 
 PART = "batched"
@@ -272,31 +273,3 @@ def put(root: nn.Module, path: str, value: Any) -> None:
         root.register_parameter(last, value)
     else:
         root.register_buffer(last, value)
-
-
-def in_order(graph: fx.Graph, groups: Sequence[Twins]) -> list[fx.Node]:
-    """The nodes of a graph, of each group the first only; each behind all that it, or another of its group, reads.
-
-    As near to the order of the graph as may be.
-    """
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    first = {node: group[0] for group in groups for node in group}
-    needs = {node: set[fx.Node]() for node in graph.nodes if first.get(node, node) is node}
-    for node in graph.nodes:
-        own = first.get(node, node)
-        needs[own] |= {first.get(source, source) for source in node.all_input_nodes}
-    users: dict[fx.Node, list[fx.Node]] = {node: [] for node in needs}
-    for node, sources in needs.items():
-        for source in sources:
-            users[source].append(node)
-    left = {node: len(sources) for node, sources in needs.items()}
-    ready = [order[node] for node, count in left.items() if not count]
-    heapq.heapify(ready)
-    nodes, found = list(graph.nodes), []
-    while ready:
-        found.append(nodes[heapq.heappop(ready)])
-        for user in users[found[-1]]:
-            left[user] -= 1
-            if not left[user]:
-                heapq.heappush(ready, order[user])
-    return found

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from ...ops import batch_of_heads, join_heads, mix, part_heads, provenance_of, turn_heads, unmerge
 from ...partition.alignment import attribute
 from .emit import PART, put
-from .rules import with_tensors
+from .stacking import with_tensors
 
 
 def alone(graph: fx.Graph, root: nn.Module, k: int, heads: int) -> None:

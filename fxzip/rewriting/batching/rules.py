@@ -13,7 +13,6 @@ heads are stacked. What is not in a table is left as it is.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from torch import Tensor, fx, nn
 from ...ops import linear_heads, mix, norm_heads, unmerge
 from ...partition.alignment import attribute
 from ..factorised import why_shared
+from .reading import dim_of, is_batch_size, read, sizes_of, whole
+from .stacking import convolution, normalisation, stacked
 from .twins import Twins, Values, operands
 
 Axes = tuple[int, ...]
@@ -91,24 +92,6 @@ class Rule:
     shares: bool = False
     reads: Callable[[Site, fx.Node], bool] = lambda site, node: True
     moves: bool = False
-
-
-_TAKEN_APART: Mapping[Any, int] = {
-    **dict.fromkeys(("unbind", torch.unbind), 1),
-    **dict.fromkeys(("chunk", torch.chunk, "split", torch.split, "tensor_split", torch.tensor_split), 2),
-}
-"""Calls that take a tensor apart along an axis, and the place of that argument."""
-
-
-def whole(node: fx.Node) -> fx.Node | None:
-    """The call that takes a tensor apart, where a node is one of its parts."""
-    source = node.args[0] if node.target is operator.getitem else None
-    return source if isinstance(source, fx.Node) and source.target in _TAKEN_APART else None
-
-
-def read(node: fx.Node) -> list[fx.Node]:
-    """The operands of a call; of a part of what was taken apart, the whole."""
-    return operands(whole(node) or node)
 
 
 def rule_of(net: fx.GraphModule, node: fx.Node) -> Rule | None:
@@ -195,39 +178,10 @@ def _flatten(site: Site) -> Axes:
 def viewed(site: Site) -> Axes:
     """Every input of a batch gets another shape. `x.view(x.size(0), -1)` keeps the order of the features as well."""
     sizes = sizes_of(site.node)
-    read = sizes[0] if sizes else None
-    if read != -1 and not (isinstance(read, fx.Node) and _is_batch_size(read, site)):
+    first = sizes[0] if sizes else None
+    if first != -1 and not (isinstance(first, fx.Node) and is_batch_size(first, site.values)):
         return NOWHERE
     return (FEATURES, BATCH) if sizes[1:] == (-1,) and site.ndim > 1 else (BATCH,)
-
-
-def sizes_of(node: fx.Node) -> tuple[Any, ...]:
-    """The sizes that a `view` or `reshape` is given."""
-    given = node.args[1] if len(node.args) == 2 else node.args[1:]
-    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
-
-
-def _is_batch_size(node: fx.Node, site: Site) -> bool:
-    """Whether a number is `x.size(0)`, `x.shape[0]` or `x.shape[:2][0]`."""
-    if node.target == "size" and node.args[1:] == (0,):
-        source: Any = node.args[0]
-    elif node.target is operator.getitem and node.args[1] == 0:
-        source = _measured(node.args[0])
-    else:
-        return False
-    return site.values.batch.get(source) == 0
-
-
-def _measured(shape: Any) -> fx.Node | None:
-    """The value whose shape something is, or the first sizes of it."""
-    if not isinstance(shape, fx.Node):
-        return None
-    source: Any = shape.args[0] if shape.args else None
-    if shape.target is operator.getitem and isinstance(shape.args[1], slice):
-        taken = shape.args[1]
-        return _measured(source) if taken.start in (None, 0) and taken.step in (None, 1) else None
-    whole_shape = shape.target == "size" and len(shape.args) == 1 and not shape.kwargs
-    return source if whole_shape or (shape.target is getattr and shape.args[1] == "shape") else None
 
 
 def _mean(site: Site) -> Axes:
@@ -248,8 +202,7 @@ def _part(site: Site) -> Axes:
     """`x[:, 0]`, `x.chunk(3, -1)[0]`: whatever is taken of every input of a batch."""
     parts, batch = whole(site.node), site.values.batch[read(site.node)[0]]
     if parts is not None:
-        place = _TAKEN_APART[parts.target]
-        dim = parts.args[place] if place < len(parts.args) else parts.kwargs.get("dim", 0)
+        dim = dim_of(parts)
         apart = isinstance(dim, int) and dim % site.ndim != batch and len(operands(parts)) == 1
         return (BATCH,) if apart and isinstance(site.node.args[1], int) else NOWHERE
     index = site.node.args[1]
@@ -271,58 +224,11 @@ def _given_back(site: Site) -> Axes:
     return (FEATURES,) if len(first) == 1 and tuple(site.argument(2, "axes", ())) == (1,) else NOWHERE
 
 
-def _convolution(modules: Sequence[Any], shared: bool) -> Any:
-    """K times the groups; where all heads read one value, K times the outputs."""
-    made = _with_joined_tensors(modules)
-    made.out_channels *= len(modules)
-    if not shared:
-        made.in_channels *= len(modules)
-        made.groups *= len(modules)
-    return made
-
-
-def _normalisation(modules: Sequence[Any], shared: bool) -> Any:
-    made = _with_joined_tensors(modules)
-    for name in ("num_features", "num_channels", "num_groups"):
-        if hasattr(made, name):
-            setattr(made, name, getattr(made, name) * len(modules))
-    return made
-
-
-def _with_joined_tensors(modules: Sequence[Any]) -> Any:
-    """A copy of the first module whose tensors are those of all, one after another along their first axis."""
-    return with_tensors(modules[0], lambda *own: torch.cat(own) if own[0].ndim else own[0].clone(), modules)
-
-
-def with_tensors(module: nn.Module, function: Callable[..., Tensor], modules: Sequence[nn.Module]) -> Any:
-    """A copy of a module that holds a function of what several modules hold under each name."""
-    made = copy.copy(module)
-    vars(made).update({key: copy.copy(vars(module)[key]) for key in ("_parameters", "_buffers")})
-    for name, own in module._parameters.items():
-        if own is not None:
-            value = function(*(getattr(other, name).detach() for other in modules))
-            made._parameters[name] = nn.Parameter(value, requires_grad=own.requires_grad)
-    for name, held in module._buffers.items():
-        if held is not None:
-            made._buffers[name] = function(*(getattr(other, name) for other in modules))
-    return made
-
-
-def _stacked(modules: Sequence[Any], shared: bool) -> Any:
-    """A module that only holds the parameters of all, [heads, ...]."""
-    made = nn.Module()
-    for name in ("weight", "bias"):
-        own = [getattr(module, name) for module in modules]
-        value = None if own[0] is None else nn.Parameter(torch.stack([p.detach() for p in own]), own[0].requires_grad)
-        made.register_parameter(name, value)
-    return made.train(modules[0].training)
-
-
 _POINTWISE: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,
     nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Identity, nn.Dropout,
 )  # fmt: skip
-_BY_POSITION: Mapping[int, tuple[type[nn.Module], ...]] = {
+BY_POSITION: Mapping[int, tuple[type[nn.Module], ...]] = {
     3: (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.Dropout1d),
     4: (
         nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d, nn.ZeroPad2d,
@@ -333,11 +239,11 @@ _BY_POSITION: Mapping[int, tuple[type[nn.Module], ...]] = {
 
 MODULES: Mapping[type[nn.Module], Rule] = {
     **dict.fromkeys(_POINTWISE, Rule(_one_by_one)),
-    **{kind: Rule(_positions(ndim)) for ndim, kinds in _BY_POSITION.items() for kind in kinds},
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), Rule(_features, _convolution, shares=True)),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm), Rule(_features, _normalisation)),
-    nn.Linear: Rule(_inputs, _stacked, linear_heads, shares=True),
-    nn.LayerNorm: Rule(_inputs, _stacked, norm_heads, ("eps",)),
+    **{kind: Rule(_positions(ndim)) for ndim, kinds in BY_POSITION.items() for kind in kinds},
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), Rule(_features, convolution, shares=True)),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm), Rule(_features, normalisation)),
+    nn.Linear: Rule(_inputs, stacked, linear_heads, shares=True),
+    nn.LayerNorm: Rule(_inputs, stacked, norm_heads, ("eps",)),
     nn.Flatten: Rule(_flatten),
     nn.Softmax: Rule(_softmax),
 }

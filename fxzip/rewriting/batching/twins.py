@@ -75,19 +75,21 @@ def operands(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def alike(net: ZippedModule, values: Values) -> list[Twins]:
-    """The calls that all heads make, in the order of the first head."""
+def alike(net: ZippedModule, values: Values, *, sized: bool = True) -> list[Twins]:
+    """The calls that all heads make, in the order of the first head. `sized`: results and parameters are of the same
+    sizes; else of as many axes."""
     heads = len(net.heads)
     own = [[node for node in net.graph.nodes if part_of(node) == f"head {k}"] for k in range(heads)]
-    told = {node: _called(net, node) for nodes in own for node in nodes}
-    return _Matching(net, values, own, told).all() if heads > 1 else []
+    told = {node: _called(net, node, sized) for nodes in own for node in nodes}
+    return _Matching(net, values, own, told, sized).all() if heads > 1 else []
 
 
 class _Matching:
     def __init__(
-        self, net: ZippedModule, values: Values, own: Sequence[Sequence[fx.Node]], told: Mapping[fx.Node, Hashable]
-    ) -> None:
-        self.net, self.values, self.own, self.told = net, values, own, told
+        self, net: ZippedModule, values: Values, own: Sequence[Sequence[fx.Node]], told: Mapping[fx.Node, Hashable],
+        sized: bool,
+    ) -> None:  # fmt: skip
+        self.net, self.values, self.own, self.told, self.sized = net, values, own, told, sized
         self.number: dict[fx.Node, int] = {}
 
     def all(self) -> list[Twins]:
@@ -108,7 +110,8 @@ class _Matching:
     def said(self, node: fx.Node) -> Hashable:
         """All that twins have in common, but for what is called."""
         given = fx.node.map_arg((node.args, node.kwargs), self.operand)
-        return repr(given), self.kind(node)
+        shape, dtype = self.kind(node)
+        return repr(given), (shape if self.sized or shape is None else len(shape)), dtype
 
     def operand(self, node: fx.Node) -> Any:
         if node in self.number:
@@ -123,28 +126,39 @@ class _Matching:
             return "the trunk"
         return type(attribute(self.net, str(node.target))).__name__ if node.op == "call_module" else str(node.target)
 
-    def kind(self, node: fx.Node) -> Any:
+    def kind(self, node: fx.Node) -> tuple[tuple[int, ...] | None, str]:
         return self.values.shapes.get(node), str(self.values.dtypes.get(node))
 
 
-def _called(net: fx.GraphModule, node: fx.Node) -> Hashable:
+def _called(net: fx.GraphModule, node: fx.Node, sized: bool) -> Hashable:
     """What a node calls, without the values of parameters."""
     if node.op == "call_module":
         module: nn.Module = attribute(net, str(node.target))
-        return node.op, tuple((name, _settings(part)) for name, part in module.named_modules())
+        return node.op, tuple((name, _settings(part, sized)) for name, part in module.named_modules())
     if node.op == "get_attr":
-        return node.op, _held(attribute(net, str(node.target)))
+        return node.op, _held(attribute(net, str(node.target)), True)
     return node.op, node.target
 
 
-def _settings(module: nn.Module) -> Hashable:
+_SIZES = frozenset({"in_features", "out_features", "in_channels", "out_channels", "num_features"})
+
+
+def _settings(module: nn.Module, sized: bool) -> Hashable:
     """A module without its parts; `inplace` changes nothing of what it computes."""
-    plain = {key: repr(value) for key, value in vars(module).items() if not key.startswith("_") and key != "inplace"}
+    left_out = {"inplace"} | (set() if sized else _SIZES)
+    plain = {key: repr(value) for key, value in vars(module).items() if not key.startswith("_") and key not in left_out}
     tensors = {**module._parameters, **module._buffers}
-    return type(module), tuple(sorted(plain.items())), tuple((name, _held(own)) for name, own in tensors.items())
+    held = tuple((name, _held(own, sized)) for name, own in tensors.items())
+    return type(module), tuple(sorted(plain.items())), held
 
 
-def _held(value: Any) -> Hashable:
+def _held(value: Any, sized: bool) -> Hashable:
     if not isinstance(value, Tensor):
         return repr(value)
-    return tuple(value.shape), value.dtype, value.device, value.requires_grad, isinstance(value, nn.Parameter)
+    return (
+        tuple(value.shape) if sized else value.ndim,
+        value.dtype,
+        value.device,
+        value.requires_grad,
+        isinstance(value, nn.Parameter),
+    )

@@ -44,7 +44,7 @@ class Node:
         name: in the zip.
         title, label: two lines, what it is called and what it does.
         role: "call", "input", "output", "value" (a parameter or table), "unmerge", "merge", "check".
-        part: "trunk", "merge", "head 0", "stem 0", ...
+        part: "trunk", "merge", "head 0", "stem 0", ...; "batched": all heads in one call.
         path: of the module that it is in, or that it calls.
         group: the number of its group, -1 for none.
         inputs: numbers of the nodes it reads.

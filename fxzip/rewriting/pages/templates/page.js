@@ -21,6 +21,7 @@
   const task = (part) => Number(part.split(" ")[1]);
   const called = (part) => {
     if (part === "trunk" && tasks.length === 1) return "the network";
+    if (part === "batched") return "all heads";
     const name = tasks[task(part)]; // "head 0" where tasks have no names
     return name === undefined || name === `head ${task(part)}` ? part : `${part.split(" ")[0]} of ${name}`;
   };
@@ -30,7 +31,7 @@
   function colours(part, role) {
     if (role === "unmerge" || role === "merge" || part === "merge") return [tone("--unmerge"), tone("--unmerge-fill")];
     if (role === "input" || role === "output" || role === "check" || role === "checks") return [tone("--soft"), tone("--faint")];
-    if (part === "trunk") return [tone("--trunk"), tone("--trunk-fill")];
+    if (part === "trunk" || part === "batched") return [tone("--trunk"), tone("--trunk-fill")];
     const hue = hues[task(part)];
     return [`hsl(${hue}, ${tone("--head-s")}, ${tone("--head-l")})`, `hsl(${hue}, ${tone("--fill-s")}, ${tone("--fill-l")})`];
   }
