@@ -42,7 +42,7 @@ class LabelMode(TorchDispatchMode):
             call = Invocation(
                 name.rstrip("_") if written else name, func, tuple(args), kwargs, out, state.store,
                 lambda t: earlier.operands.get(id(t)) or state.operand(t), state.restart,
-                state.lies_in_blocks,
+                state.lies_in_blocks, state.lie_at_once,
                 lambda t, why: numbers.update({id(t): why}),
             )  # fmt: skip
             self._label(call, inputs, written, earlier)

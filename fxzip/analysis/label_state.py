@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .rules import AxisLabels, ConstraintStore, Operand, Rule, varying
+from .rules.axis_labels import along
+from .solver import components
 
 _IN_BLOCKS = 4096  # features of all blocks: more of them are labelled by axes, which says less and costs less
 _VALUES_COMPARED = 1 << 22  # constants above this size count as different everywhere
@@ -18,21 +21,29 @@ _VALUES_COMPARED = 1 << 22  # constants above this size count as different every
 
 @dataclass(frozen=True, eq=False)
 class ParamLabels:
-    """Labels of one parameter or buffer: one field per labelled axis, but where its features lie in blocks.
+    """Labels of one parameter or buffer: one field per labelled axis, but where its features lie in blocks or along
+    several axes at once.
 
-    What lies in blocks is seen as a kernel: that of a grouped convolution [groups · rows, columns, ...] as it is, one
+    Such a parameter is seen as a kernel: that of a grouped convolution [groups · rows, columns, ...] as it is, one
     weight per head [heads, inputs, outputs] or one scale per feature of a head [heads, features] with its axes in
-    another order and the first two as one.
+    another order and the first ones as one.
 
     Attributes:
         fields: in the parameter's own axes.
         groups: more than 1: a kernel of so many groups, whose second field varies with the group.
-        order: of the axes, the blocks' first; None: it is a kernel as it is.
+        order: of the axes, those first that are one in the kernel; None: it is a kernel as it is.
+        joined: how many of them are one.
     """
 
     fields: AxisLabels
     groups: int = 1
     order: tuple[int, ...] | None = None
+    joined: int = 2
+
+    @classmethod
+    def lying(cls, store: ConstraintStore, shape: Sequence[int], axes: Sequence[int]) -> ParamLabels:
+        """Fresh labels of features that lie in blocks along an axis, or along several axes at once."""
+        return cls.in_blocks(store, shape, axes[0]) if len(axes) == 1 else cls.at_once(store, shape, axes)
 
     @classmethod
     def in_blocks(cls, store: ConstraintStore, shape: Sequence[int], blocks: int) -> ParamLabels:
@@ -52,16 +63,31 @@ class ParamLabels:
         rest = [axis for axis, n in enumerate(shape) if n == 1]
         return cls(fields, shape[blocks] if len(labelled) == 2 else 1, (blocks, *labelled, *rest))
 
+    @classmethod
+    def at_once(cls, store: ConstraintStore, shape: Sequence[int], axes: Sequence[int]) -> ParamLabels:
+        """Fresh labels of features that lie along several axes, each place of these another; the other axes have their
+        own.
+
+        >>> of_heads = ParamLabels.at_once(ConstraintStore(), [2, 3, 4], [0, 2])
+        >>> [list(field.shape) for field in of_heads.fields], of_heads.order
+        ([[2, 1, 4], [1, 3, 1]], (0, 2, 1))
+        """
+        several = store.fresh(*(n if axis in axes else 1 for axis, n in enumerate(shape)))
+        others = sorted(set(range(len(shape))) - set(axes), key=lambda axis: shape[axis] == 1)
+        fields = (along(store.fresh(shape[axis]), axis, len(shape)) for axis in others if shape[axis] > 1)
+        return cls((several, *fields), order=(*sorted(axes), *others), joined=len(axes))
+
     def kernel(self, value: Tensor) -> Tensor:
         """The parameter's value as a kernel."""
-        return value if self.order is None else value.permute(self.order).flatten(0, 1)
+        return value if self.order is None else value.permute(self.order).flatten(0, self.joined - 1)
 
     def natural(self, kernel: Tensor) -> Tensor:
         """The value of the parameter, from that of the kernel; blocks may have another size by now."""
         if self.order is None:
             return kernel
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        blocks: Tensor = kernel.unflatten(0, (self.fields[0].shape[self.order[0]], -1))
+        outer = (self.fields[0].shape[axis] for axis in self.order[: self.joined - 1])
+        blocks: Tensor = kernel.unflatten(0, (*outer, -1))
         return blocks.permute(back).contiguous()
 
     def runs(self) -> list[tuple[int, Tensor]]:
@@ -149,7 +175,7 @@ class State:
     barriers: list[Barrier] = field(default_factory=list)
     probed: list[Probed] = field(default_factory=list)
     made: list[int] = field(default_factory=list)  # ids of the entries of the node under way
-    blockwise: dict[str, int] = field(default_factory=dict)  # parameter -> the axis of blocks, where calls meet it so
+    lying: dict[str, tuple[int, ...]] = field(default_factory=dict)  # parameter -> axes, see `ParamLabels.lying`
     node: str = ""
     where: str = ""
     calls: int = 0
@@ -211,17 +237,39 @@ class State:
             return
         name, axis = found[0]
         sizes = [labels.numel() for labels in self.params[name].fields]
-        if len(sizes) in (2, 3) and single[blocks].numel() * max(sizes) <= _IN_BLOCKS:
-            self.blockwise.setdefault(name, axis)
+        fits = len(sizes) in (2, 3) and single[blocks].numel() * max(sizes) <= _IN_BLOCKS
+        if fits and len(self.lying.get(name, ())) != 1:
+            self.lying[name] = (axis,)
 
     def _axis_of(self, labels: Tensor) -> tuple[str, int] | None:
         """The parameter, and the axis of it, that a field is the first labels of."""
         held = labels.unique()  # a view may hold them several times: one weight per head for each row of a batch
-        for name, own in self.params.items():
-            for field_ in own.fields if own.order is None and own.groups == 1 else ():
-                if torch.equal(field_.reshape(-1), held):  # fresh labels count up
-                    return name, min(varying(field_))
+        for name, field_ in self._single():
+            if torch.equal(field_.reshape(-1), held):  # fresh labels count up
+                return name, min(varying(field_))
         return None
+
+    def lie_at_once(self, first: Tensor, second: Tensor) -> None:
+        """Note the parameters that have an axis with the features of each of two fields; a call lays both along one."""
+        stated = [torch.zeros(2, 1, dtype=torch.int64, device="cpu"), *self.store.equated]
+        klass = torch.from_numpy(components(torch.cat(stated, 1).numpy(), self.store.size))
+        wanted = [klass[labels[labels > 0]].unique() for labels in (first, second)]
+        held = [{n: run for n, run in self._single() if torch.equal(klass[run].unique(), own)} for own in wanted]
+        for name in held[0].keys() & held[1].keys():
+            before = self.lying.get(name, ())
+            axes = varying(held[0][name]) | varying(held[1][name])
+            if axes & set(before):
+                axes |= set(before)
+            places = math.prod(run.numel() for run in self.params[name].fields if varying(run) <= axes)
+            # Blocks say more, and of axes that are laid along two others only the first are noted.
+            if len(axes) > 1 and len(before) != 1 and axes >= set(before) and places <= _IN_BLOCKS:
+                self.lying[name] = tuple(sorted(axes))
+
+    def _single(self) -> Iterator[tuple[str, Tensor]]:
+        """The fields of all parameters that have one for each axis."""
+        for name, own in self.params.items():
+            for labels in own.fields if own.order is None and own.groups == 1 else ():
+                yield name, labels
 
     def restart(self, tensor: Tensor, fields: Any, groups: int) -> None:
         name = self.names.get(id(tensor))

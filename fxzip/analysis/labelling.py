@@ -167,20 +167,21 @@ def label(program: Program, rules: Mapping[str, Rule] | None = None) -> Labellin
     """Run `program` once on its sample and collect what every call says about labels. `rules`: None for `RULES`.
 
     Every axis of every parameter (and of every floating buffer in the state dict) starts with labels of its own. Where
-    calls meet a parameter block by block (one weight per head), it is run again, with labels for each block.
+    calls meet a parameter block by block (one weight per head), or lay several axes of it along one, it is run again,
+    with labels for each block, or for all places of these axes.
     """
-    blockwise: dict[str, int] = {}
+    lying: dict[str, tuple[int, ...]] = {}
     while True:
-        labelling, found = _labelled(program, RULES if rules is None else rules, blockwise)
-        if found.keys() <= blockwise.keys():
+        labelling, found = _labelled(program, RULES if rules is None else rules, lying)
+        if found.keys() <= lying.keys():
             return labelling
-        blockwise |= found  # these have labels by blocks from the start
+        lying = found | lying  # these have such labels from the start
 
 
 def _labelled(
-    program: Program, rules: Mapping[str, Rule], blockwise: Mapping[str, int]
-) -> tuple[Labelling, dict[str, int]]:
-    """The labels of one run, and the parameters that its calls meet in blocks, with the axis of these."""
+    program: Program, rules: Mapping[str, Rule], lying: Mapping[str, tuple[int, ...]]
+) -> tuple[Labelling, dict[str, tuple[int, ...]]]:
+    """The labels of one run, and the parameters that are to have others, see `ParamLabels.lying`."""
     state = State(rules)
     tensors = dict(program.module.named_parameters())
     buffers = {
@@ -189,8 +190,8 @@ def _labelled(
         if name in program.persistent and (value.is_floating_point() or value.is_complex())
     }
     for name, tensor in (*tensors.items(), *buffers.items()):
-        if name in blockwise:
-            labels = ParamLabels.in_blocks(state.store, tensor.shape, blockwise[name])
+        if name in lying:
+            labels = ParamLabels.lying(state.store, tensor.shape, lying[name])
         else:
             axes = enumerate(tensor.shape)
             labels = ParamLabels(tuple(along(state.store.fresh(n), a, tensor.ndim) for a, n in axes if n > 1))
@@ -205,4 +206,4 @@ def _labelled(
         frozenset(run.dynamic), run.seen, tuple(state.sites), tuple(state.barriers), tuple(state.probed),
         run.rewritten, frozenset(run.discrete),
     )  # fmt: skip
-    return labelling, state.blockwise
+    return labelling, state.lying

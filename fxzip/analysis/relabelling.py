@@ -205,7 +205,8 @@ def relabelled(
         elif labels.groups > 1:
             moved = labels.natural(_grouped_kernel(labels.kernel(value), labels.groups, sources))
         elif labels.order is not None:
-            moved = labels.natural(labels.kernel(value).index_select(0, sources[0]))
+            kernel = labels.kernel(value)
+            moved = labels.natural(_moved(kernel, sources, torch.empty_like(kernel)))
         else:
             moved = _moved(value, sources, torch.empty_like(value) if room is None else room)
         result[name] = moved if room is None or moved is room else room.copy_(moved)

@@ -128,6 +128,107 @@ def test_experts_that_read_the_same_features_keep_labels_by_axis():
     assert [field.numel() for field in labels.fields] == [2, 6, 7]
 
 
+# how features come from an input [B, 5] and a weight, the weight's shape, and the axes that a view lays along one
+LAID = {
+    "bmm": (
+        lambda x, w: torch.bmm(x.expand(HEADS, *x.shape), w).transpose(0, 1).flatten(1), (HEADS, 5, OUTER), (0, 2)),
+    "einsum": (lambda x, w: torch.einsum("bc,hcd->bhd", x, w).flatten(1), (HEADS, 5, OUTER), (0, 2)),
+    "features first": (lambda x, w: torch.einsum("bc,hcd->bdh", x, w).flatten(1), (HEADS, 5, OUTER), (2, 0)),
+    "heads last": (lambda x, w: torch.einsum("bc,cdh->bhd", x, w).flatten(1), (5, OUTER, HEADS), (2, 1)),
+    "matmul": (lambda x, w: (x @ w).transpose(0, 1).reshape(len(x), -1), (HEADS, 5, OUTER), (0, 2)),
+    "heads of heads": (lambda x, w: torch.einsum("bc,ghcd->bghd", x, w).flatten(1), (3, HEADS, 5, OUTER), (0, 1, 3)),
+    "a view of the weight": (lambda x, w: x @ w.transpose(0, 1).reshape(5, -1), (HEADS, 5, OUTER), (0, 2)),
+    "a sum": (lambda x, w: x.sum(1, keepdim=True) + w[:, 0].reshape(-1), (HEADS, 5, OUTER), (0, 2)),
+}  # fmt: skip
+
+
+class Laid(nn.Module):
+    """A weight with axes of heads and of their features, which a view lays along one: all of them may move freely."""
+
+    def __init__(self, name, behind=False):
+        super().__init__()
+        self.way, shape, self.axes = LAID[name]
+        self.a, self.w = nn.Linear(5, 5) if behind else nn.Identity(), nn.Parameter(torch.randn(shape))
+        self.o, self.h = nn.Linear(self.w.numel() // 5, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.h(torch.relu(self.o(torch.tanh(self.way(torch.tanh(self.a(x)), self.w)))))
+
+    def counterpart(self):
+        """The same function, with the features in another order."""
+        twin = copy.deepcopy(self)
+        order = torch.randperm(self.o.in_features)
+        with torch.no_grad():
+            ends = range(len(self.axes))
+            moved = self.w.movedim(self.axes, tuple(ends))
+            shuffled = moved.flatten(0, ends[-1])[order].view(moved.shape)
+            twin.w.copy_(shuffled.movedim(tuple(ends), self.axes))
+            twin.o.weight.copy_(self.o.weight[:, order])
+        return twin
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("name", LAID)
+def test_axes_that_a_view_lays_along_one_have_features_at_once(name, behind):
+    torch.manual_seed(0)
+    model = Laid(name, behind).double().eval()
+    twin, other, y = model.counterpart(), Laid(name, behind).double().eval(), model(X)
+    torch.testing.assert_close(twin(X), y, rtol=0, atol=1e-12)
+    spaces = {(space.size, space.legality) for space in fxzip.inspect(model, X[:4]).spaces}
+    assert (model.o.in_features, "free") in spaces
+    for setting in SETTINGS.values():
+        for found in fxzip.compile_zip(model, twin, X[:4], data=[X], progress=False, **setting)(X):
+            torch.testing.assert_close(found, y, rtol=0, atol=1e-9)
+    zipped = fxzip.compile_zip(model, other, X[:4], data=[X], progress=False, until="tanh_1")
+    assert model.o.in_features in {space["size"] for space in zipped.report["spaces"]}
+
+
+class Crossed(nn.Module):
+    """Features of two kinds, of two parameters, along one axis."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.a, self.b, self.s = nn.Linear(5, 4), nn.Linear(5, 3), nn.Parameter(torch.randn(3))
+        self.o, self.h, self.way = nn.Linear(12, 6), nn.Linear(6, 3), way
+
+    def forward(self, x):
+        return self.h(torch.relu(self.o(torch.tanh(self.way(self, x)))))
+
+
+CROSSED = {
+    "outer": lambda s, x: torch.einsum("bi,bj->bij", s.a(x), s.b(x)).flatten(1),
+    "the other way round": lambda s, x: torch.einsum("bi,bj->bji", s.a(x), s.b(x)).flatten(1),
+    "scales": lambda s, x: (s.a(x)[:, None] * s.s[:, None]).flatten(1),
+    "pairs by number": lambda s, x: torch.einsum("bi,bj->bij", s.a(x), s.b(x))[
+        :, torch.arange(4).repeat_interleave(3), torch.arange(3).repeat(4)],
+    "pairs that lie anyhow": lambda s, x: torch.einsum("bi,bj->bij", s.a(x), s.b(x))[
+        :, torch.arange(12) % 4, torch.tensor([0, 1, 2, 0, 1, 2, 2, 1, 0, 0, 0, 1])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CROSSED)
+def test_features_of_two_parameters_along_one_axis(name):
+    """The larger kind moves alike for all of the smaller one, which stays; where pairs are no grid none moves."""
+    torch.manual_seed(0)
+    model, other = (Crossed(CROSSED[name]).double().eval() for _ in range(2))
+    twin, y = copy.deepcopy(model), model(X)
+    order, grid = torch.tensor([2, 0, 3, 1]), model.o.weight.detach()
+    if name != "pairs that lie anyhow":
+        first = name in ("outer", "pairs by number")
+        grid = grid.unflatten(1, (4, 3))[:, order] if first else grid.unflatten(1, (3, 4))[:, :, order]
+        with torch.no_grad():
+            twin.a.weight.copy_(model.a.weight[order])
+            twin.a.bias.copy_(model.a.bias[order])
+            twin.o.weight.copy_(grid.flatten(1))
+    torch.testing.assert_close(twin(X), y, rtol=0, atol=1e-12)
+    pinned = {space.name for space in fxzip.inspect(model, X[:4]).spaces}
+    assert ("a.weight" in pinned) == (name != "pairs that lie anyhow")
+    for found in fxzip.compile_zip(model, twin, X[:4], data=[X], progress=False, method="permute", refit=None)(X):
+        torch.testing.assert_close(found, y, rtol=0, atol=1e-9)
+    zipped = fxzip.compile_zip(model, other, X[:4], data=[X], progress=False, method="permute", refit=None, width=2)
+    assert not torch.equal(*zipped(X))
+
+
 @pytest.mark.parametrize(
     ("shape", "blocks"), [([2, 3, 4], 0), ([3, 2, 4], 1), ([3, 4, 2], 2), ([2, 1, 3], 0), ([3, 2], 1)]
 )

@@ -61,6 +61,7 @@ class ConstraintStore:
     def __init__(self) -> None:
         self.size = 1  # label 0 is VOID
         self.constraints = Constraints()
+        self.equated: list[Tensor] = []  # what is equal by all nodes so far, each [2, E]
         self.call = ""
         self.where = ""
 
@@ -97,6 +98,7 @@ class ConstraintStore:
         differ = pairs[0] != pairs[1]
         if bool(differ.any()):
             self.constraints.equal.append(self._distinct(pairs if bool(differ.all()) else pairs[:, differ]))
+            self.equated.append(self.constraints.equal[-1])
 
     def agree(self, a: Tensor, b: Tensor) -> Tensor:
         """`equal(a, b)`, and the labels of both: a feature where either has one, else FIXED before VOID."""
@@ -107,17 +109,28 @@ class ConstraintStore:
         """Features that meet VOID keep to themselves: those that meet it at the same of their places, in order."""
         pairs = self._pairs(labels, other)
         void = (pairs[1] == VOID) & (pairs[0] > 0)
-        if not bool(void.any()):
-            return
+        if bool(void.any()):
+            rank = occurrences(pairs[0])
+            self._keep_apart(pairs[0, void], _scrambled(rank[void] + 1), "padded places keep to themselves")
 
-        rank = occurrences(pairs[0])
-        members, which = pairs[0, void].unique(return_inverse=True)
-        marks = torch.zeros(len(members), dtype=torch.int64, device="cpu")
-        marks.index_add_(0, which, _scrambled(rank[void] + 1))
-        patterns, kind = marks.unique(return_inverse=True)
-        mates = self.fresh(len(patterns))
-        self.pin(mates, "padded places keep to themselves")
+    def _keep_apart(self, labels: Tensor, marks: Tensor, reason: str) -> None:
+        """Features may change places only with those of which the marks add up to the same."""
+        members, which = labels.unique(return_inverse=True)
+        sums = torch.zeros(len(members), dtype=torch.int64, device="cpu").index_add_(0, which, marks)
+        kinds, kind = sums.unique(return_inverse=True)
+        mates = self.fresh(len(kinds))
+        self.pin(mates, reason)
         self.block(mates[kind], members)
+
+    def hold(self, still: Tensor, moving: Tensor, reason: str) -> None:
+        """Of two fields at the same places one keeps its places; what the other names may change places only with what
+        meets the same of the first, in order."""
+        self.pin(still, reason)
+        pairs = self._pairs(moving, still)
+        rank = occurrences(pairs[0])
+        features = pairs[0] > 0
+        marks = _scrambled(_scrambled(rank + 1) + pairs[1])
+        self._keep_apart(pairs[0, features], marks[features], reason)
 
     def block(self, blocks: Tensor, members: Tensor) -> None:
         """Each label of `blocks` (broadcast) is a block with the label of `members` at the same place as a member."""
