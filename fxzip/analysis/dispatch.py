@@ -42,7 +42,7 @@ class LabelMode(TorchDispatchMode):
             call = Invocation(
                 name.rstrip("_") if written else name, func, tuple(args), kwargs, out, state.store,
                 lambda t: earlier.operands.get(id(t)) or state.operand(t), state.restart,
-                state.lies_in_blocks, state.lie_at_once,
+                state.lies_in_blocks,
                 lambda t, why: numbers.update({id(t): why}),
             )  # fmt: skip
             self._label(call, inputs, written, earlier)
@@ -63,6 +63,9 @@ class LabelMode(TorchDispatchMode):
         for tensor in inputs:
             state.entry(tensor).used()
         result = _apply(state, call) if labelled or (random and call.name in state.rules) else None
+        for first, second in state.store.crossed:
+            state.lie_at_once(first, second)
+        state.store.crossed.clear()
         for labels in () if dynamic or not labelled or not _is_elementwise(state, call) else elementwise.bent(call):
             state.store.touch("bent", labels)
         if written:

@@ -251,8 +251,7 @@ class State:
 
     def lie_at_once(self, first: Tensor, second: Tensor) -> None:
         """Note the parameters that have an axis with the features of each of two fields; a call lays both along one."""
-        stated = [torch.zeros(2, 1, dtype=torch.int64, device="cpu"), *self.store.equated]
-        klass = torch.from_numpy(components(torch.cat(stated, 1).numpy(), self.store.size))
+        klass = self._classes()
         wanted = [klass[labels[labels > 0]].unique() for labels in (first, second)]
         held = [{n: run for n, run in self._single() if torch.equal(klass[run].unique(), own)} for own in wanted]
         for name in held[0].keys() & held[1].keys():
@@ -264,6 +263,30 @@ class State:
             # Blocks say more, and of axes that are laid along two others only the first are noted.
             if len(axes) > 1 and len(before) != 1 and axes >= set(before) and places <= _IN_BLOCKS:
                 self.lying[name] = tuple(sorted(axes))
+
+    def lying_free(self, pinned: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+        """What `lying` says, without axes whose features keep their places anyway, as those of a kernel's places do."""
+        klass = self._classes()
+        held = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *pinned])
+        fixed = torch.zeros(self.store.size, dtype=torch.bool, device="cpu").index_fill_(0, klass[held], True)
+        still = {(name, min(varying(run))) for name, run in self._single() if bool(fixed[klass[run]].all())}
+        result = {}
+        for name, axes in self.lying.items():
+            kept = axes if len(axes) == 1 else tuple(axis for axis in axes if (name, axis) not in still)
+            if len(axes) == 1 or len(kept) > 1:
+                result[name] = kept
+        return result
+
+    def made_equal(self) -> set[str]:
+        """The parameters with features along several axes at once of which calls have made some equal."""
+        several = {n: own.fields[0] for n, own in self.params.items() if own.order is not None and own.groups == 1}
+        klass = self._classes() if several else torch.empty(0)
+        return {name for name, labels in several.items() if len(klass[labels].unique()) < labels.numel()}
+
+    def _classes(self) -> Tensor:
+        """For each label the class of those that all calls so far say are equal."""
+        stated = [torch.zeros(2, 1, dtype=torch.int64, device="cpu"), *self.store.equated]
+        return torch.from_numpy(components(torch.cat(stated, 1).numpy(), self.store.size))
 
     def _single(self) -> Iterator[tuple[str, Tensor]]:
         """The fields of all parameters that have one for each axis."""

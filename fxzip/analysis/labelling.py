@@ -20,6 +20,7 @@ from .dispatch import LabelMode
 from .label_state import Barrier, Entry, ParamLabels, Probed, Site, State
 from .rules import RULES, AxisLabels, Constraints, Rule
 from .rules.axis_labels import along
+from .rules.constraint_store import ACROSS
 
 __all__ = ["Barrier", "Labelling", "ParamLabels", "Probed", "Site", "label", "place_of"]
 
@@ -168,20 +169,26 @@ def label(program: Program, rules: Mapping[str, Rule] | None = None) -> Labellin
 
     Every axis of every parameter (and of every floating buffer in the state dict) starts with labels of its own. Where
     calls meet a parameter block by block (one weight per head), or lay several axes of it along one, it is run again,
-    with labels for each block, or for all places of these axes.
+    with labels for each block, or for all places of these axes. Where calls make such places equal again, as those that
+    sum over one of the axes do, each axis has its own.
     """
     lying: dict[str, tuple[int, ...]] = {}
+    apart: set[str] = set()
     while True:
-        labelling, found = _labelled(program, RULES if rules is None else rules, lying)
-        if found.keys() <= lying.keys():
+        labelling, state = _labelled(program, RULES if rules is None else rules, lying)
+        pins = [pin for stated in labelling.constraints.values() for pin in stated.pins if pin.kind == "fixed"]
+        apart |= state.made_equal()
+        found = state.lying_free([pin.labels for pin in pins if not pin.reason.startswith(ACROSS)]) | lying
+        wanted = {n: axes for n, axes in found.items() if len(axes) == 1 or n not in apart}
+        if wanted.keys() == lying.keys():
             return labelling
-        lying = found | lying  # these have such labels from the start
+        lying = wanted  # these have such labels from the start
 
 
 def _labelled(
     program: Program, rules: Mapping[str, Rule], lying: Mapping[str, tuple[int, ...]]
-) -> tuple[Labelling, dict[str, tuple[int, ...]]]:
-    """The labels of one run, and the parameters that are to have others, see `ParamLabels.lying`."""
+) -> tuple[Labelling, State]:
+    """The labels of one run, which begins with those of `ParamLabels.lying` for some parameters."""
     state = State(rules)
     tensors = dict(program.module.named_parameters())
     buffers = {
@@ -206,4 +213,4 @@ def _labelled(
         frozenset(run.dynamic), run.seen, tuple(state.sites), tuple(state.barriers), tuple(state.probed),
         run.rewritten, frozenset(run.discrete),
     )  # fmt: skip
-    return labelling, state.lying
+    return labelling, state

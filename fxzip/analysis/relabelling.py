@@ -6,14 +6,15 @@ network computes the same function afterwards; `checking` makes the self-check o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .labelling import ParamLabels
+from .rules.axis_labels import occurrences
 from .solver import Ints
 from .spaces import FeatureSpaces
 
@@ -82,12 +83,16 @@ class _Runs:
         self.klass, self.origin = spaces.klass.numpy(), origin
         self.place = np.empty_like(origin)
 
-    def sources(self, run: Tensor) -> Tensor | None:
-        """For each place of a run the place whose content it gets; None if all stay. Shape [places]."""
+    def classes(self, run: Tensor) -> tuple[Tensor, Tensor]:
+        """For each place of a run its class, and the one whose content comes there."""
         labels = run.reshape(-1).numpy()
         classes = self.klass[np.maximum(labels, 0)]
         classes[labels <= 0] = len(self.origin) - 1
-        wanted = self.origin[classes]
+        return torch.from_numpy(classes), torch.from_numpy(self.origin[classes])
+
+    def sources(self, run: Tensor) -> Tensor | None:
+        """For each place of a run the place whose content it gets; None if all stay. Shape [places]."""
+        classes, wanted = (own.numpy() for own in self.classes(run))
         if np.array_equal(wanted, classes):
             return None
         places = np.arange(len(classes))
@@ -121,19 +126,22 @@ class Movement:
 
     def __call__(self, value: Tensor, fields: Sequence[Tensor]) -> Tensor | None:
         """The value as it must be afterwards; None if its fields do not say where everything comes from."""
-        moving = []
+        moving, still = [], []
         for labels in fields:
             labels = _fitting(labels, value)
             source = self._runs.sources(labels)
             if source is None:
+                still.append(labels)
                 continue
             if not torch.equal(source.sort().values, torch.arange(len(source), device="cpu")):
                 return None
             moving.append((labels, source.to(value.device)))
 
         axes = [axis for labels, _ in moving for axis in _varying(labels)]
-        if len(set(axes)) < len(axes):
-            return _gathered_jointly(value, moving)
+        beside = [labels for labels in still if not set(axes).isdisjoint(_varying(labels))]
+        if beside or len(set(axes)) < len(axes):
+            together = [labels for labels, _ in moving] + beside
+            return _gathered_jointly(value, [(labels, *self._runs.classes(labels)) for labels in together])
         for labels, source in moving:
             value = _gathered(value, source, labels)
         return value
@@ -154,26 +162,38 @@ def _gathered(value: Tensor, source: Tensor, labels: Tensor) -> Tensor:
     return run.flatten(-len(axes)).index_select(-1, source).reshape(run.shape).movedim(ends, axes)
 
 
-def _gathered_jointly(value: Tensor, moving: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """As `_gathered`, of several fields at once, some of which share an axis; None if they do not agree along it.
+def _gathered_jointly(value: Tensor, runs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor | None:
+    """As `_gathered`, of several fields at once, some of which share an axis; None if there is no such place.
 
-    Where features lie in blocks, as those of queries and keys in heads, each field says for itself where a block goes.
+    Every place takes what lies where all fields say what they say of it; of several such places that of its number.
+
+    Args:
+        value: of a node.
+        runs: labels, with the class of each of their places and that whose content comes there.
     """
-    axes = sorted({axis for labels, _ in moving for axis in _varying(labels)})
-    places: dict[int, Tensor] = {}
-    for labels, source in moving:
-        mine = _varying(labels)
+    axes = sorted({axis for labels, _, _ in runs for axis in _varying(labels)})
+    sizes = [value.shape[axis] for axis in axes]
+    here = torch.zeros(2 * math.prod(sizes), dtype=torch.int64, device="cpu")
+    for labels, own, wanted in runs:
         shape = [labels.shape[axis] for axis in axes]
-        for axis, place in zip(mine, torch.unravel_index(source, [labels.shape[a] for a in mine]), strict=True):
-            place = place.reshape(shape)
-            known = places.setdefault(axis, place)
-            if not bool((known == place).all()):
-                return None
+        both = torch.cat([part.reshape(shape).expand(sizes).flatten() for part in (own, wanted)])
+        here = (here * (int(both.max()) + 1) + both).unique(return_inverse=True)[1]
+
+    have, want = here.chunk(2)
+    (keys, order), asked = _numbered(have, len(want)).sort(), _numbered(want, len(want))
+    found = torch.searchsorted(keys, asked).clamp(max=len(keys) - 1)
+    if not torch.equal(keys[found], asked):
+        return None
 
     ends = list(range(value.ndim - len(axes), value.ndim))
     run = value.movedim(axes, ends)
-    index: tuple[Any, ...] = (..., *(places[axis] for axis in axes))
-    return run[index].movedim(ends, axes)
+    taken = run.flatten(-len(axes)).index_select(-1, order[found].to(value.device))
+    return taken.reshape(run.shape).movedim(ends, axes)
+
+
+def _numbered(codes: Tensor, base: int) -> Tensor:
+    """Codes with the number of times that they occurred before."""
+    return codes * base + occurrences(codes)
 
 
 def _varying(labels: Tensor) -> list[int]:

@@ -7,8 +7,8 @@ merged there is what the heads get.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.labelling import Site
-from ..analysis.rules import varying
+from ..analysis.rules import across, varying
 from ..analysis.spaces import slots
 from ..partition.region import Trunk
 
@@ -36,6 +36,7 @@ class Watch:
     `index[k]` has shape [occurrences, n_k]: where the features sit along the run made of `axes`. Axes that other
     features of the models lie along, in orders of their own, are `pooled`: averaged out. Where axis 0 holds both these
     and the batch, the former are `period` places next to one another; 0: there is no such period, or no need of one.
+    `crossed`: such features lie along the run itself; all places of a feature are averaged then.
     """
 
     space: int
@@ -47,13 +48,25 @@ class Watch:
     sizes: tuple[tuple[int, ...], ...]
     index: tuple[Tensor, ...]
     period: int = 0
+    crossed: bool = False
     sample: bool = False  # taken as it is, not for the moments
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """What is seen, whatever the number of the space: watches of two trunks that agree in it see the same."""
         runs = tuple(index.numpy().tobytes() for index in self.index)
-        return self.node, self.call, self.arg, self.axes, self.pooled, self.period, self.sizes, runs, self.sample
+        return (
+            self.node,
+            self.call,
+            self.arg,
+            self.axes,
+            self.pooled,
+            self.period,
+            self.sizes,
+            runs,
+            self.crossed,
+            self.sample,
+        )
 
     @cached_property
     def in_order(self) -> tuple[bool, ...]:
@@ -66,21 +79,22 @@ def watches(trunk: Trunk) -> list[Watch]:
     """Where to look: per space where its features are read, else where they arise."""
     found: dict[int, list[tuple[bool, Watch]]] = defaultdict(list)
     names = [trunk.names(k) for k in range(len(trunk.spaces))]
-    sites = [{(s.node, (s.name, s.nth), s.arg, tuple(sorted(varying(s.labels)))): s for s in label.sites}
-             for label in trunk.labellings]  # fmt: skip
-    labelled: dict[tuple[str, Spot, int], set[int]] = defaultdict(set)
-    for node, call, arg, axes in sites[0]:
-        labelled[node, call, arg].update(axes)
-    for node, call, arg, axes in sites[0]:
+    sites = [_by_place(label.sites) for label in trunk.labellings]
+    beside: dict[tuple[str, Spot, int], list[Tensor]] = defaultdict(list)  # all fields there
+    for (node, call, arg, _, _), site in sites[0].items():
+        beside[node, call, arg].append(site.labels)
+    for node, call, arg, axes, number in sites[0]:
         twins = tuple(own.get(node, "") for own in names)
-        keys = [(twin, call, arg, axes) for twin in twins]
+        keys = [(twin, call, arg, axes, number) for twin in twins]
         if all(key in own for key, own in zip(keys, sites, strict=True)):
             here = [own[key] for key, own in zip(keys, sites, strict=True)]
-            pooled = _pooled(trunk, labelled[node, call, arg] - set(axes))
-            others = sites[0].get((node, call, arg, (0,))) if 0 in pooled else None
+            fields = beside[node, call, arg]
+            pooled = _pooled(trunk, set().union(*map(varying, fields)) - set(axes))
+            others = sites[0].get((node, call, arg, (0,), 0)) if 0 in pooled else None
             period = 0 if others is None else _period(others.labels.reshape(-1))
             for watch in _watches_at(trunk, here, twins, axes, pooled, period):
-                found[watch.space].append((here[0].consumed, watch))
+                crossed = _crossed(trunk, here[0].labels, fields)
+                found[watch.space].append((here[0].consumed, replace(watch, crossed=crossed)))
     for watch in _handed_over(trunk):
         found[watch.space].append((True, watch))
     return [watch for candidates in found.values() for watch in _chosen(candidates)]
@@ -105,7 +119,29 @@ def _handed_over(trunk: Trunk) -> Iterator[Watch]:
         for axes, same in zip(runs[0], zip(*fields, strict=True), strict=True):
             shapes = [program.shapes[twin] for program, twin in zip(trunk.alignment.programs, twins, strict=True)]
             here = [Site(t, -1, -1, f, shape, True, *VALUE) for t, f, shape in zip(twins, same, shapes, strict=True)]
-            yield from _watches_at(trunk, here, twins, axes, _pooled(trunk, labelled - set(axes)))
+            crossed = _crossed(trunk, same[0], fields[0])
+            for watch in _watches_at(trunk, here, twins, axes, _pooled(trunk, labelled - set(axes))):
+                yield replace(watch, crossed=crossed)
+
+
+def _by_place(sites: Iterable[Site]) -> dict[tuple[str, Spot, int, tuple[int, ...], int], Site]:
+    """Sites by node, call, argument and axes; of several that agree in these, by their number."""
+    found: dict[tuple[str, Spot, int, tuple[int, ...], int], Site] = {}
+    seen: Counter[tuple[str, Spot, int, tuple[int, ...]]] = Counter()
+    for site in sites:
+        place = site.node, (site.name, site.nth), site.arg, tuple(sorted(varying(site.labels)))
+        key = (*place, seen[place])
+        found[key] = site
+        seen[place] += 1
+    return found
+
+
+def _crossed(trunk: Trunk, labels: Tensor, fields: Iterable[Tensor]) -> bool:
+    """Whether other features that may move lie along the axes of a field, across it."""
+    if len(trunk.spaces) == 1:  # its features are in one order
+        return False
+    moving = (other for other in fields if bool((trunk.spaces[0].layout(other).space >= 0).any()))
+    return any(across(labels, other) for other in moving)
 
 
 def _pooled(trunk: Trunk, axes: set[int]) -> tuple[int, ...]:
@@ -132,7 +168,7 @@ def _chosen(candidates: list[tuple[bool, Watch]]) -> list[Watch]:
     """
 
     def rank(watch: Watch) -> tuple[bool, bool, int]:
-        return bool(watch.pooled), 0 in watch.axes, len(watch.axes)
+        return bool(watch.pooled) or watch.crossed, 0 in watch.axes, len(watch.axes)
 
     best = min(rank(watch) for _, watch in candidates)
     own = [(consumed, watch) for consumed, watch in candidates if rank(watch) == best]

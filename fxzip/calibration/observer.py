@@ -119,6 +119,8 @@ def _features(value: Tensor, watch: Watch, k: int, positions: int) -> Tensor | N
     if watch.in_order[k]:
         return run
     parts = [run[:, row.to(run.device)] for row in watch.index[k]]
+    if watch.crossed:
+        return torch.stack(parts).mean(0)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -282,6 +282,11 @@ def _nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...]) -> s
         )
     if any("Cache'" in failure for failure in failures):
         return f"{message} Set `{name}.config.use_cache = False`: what is not a tensor cannot be an output."
+    if any("does not require grad" in failure for failure in failures):
+        return (
+            f"{message} Gradients that `forward` takes (`torch.autograd.grad`) are no part of a graph: pass the "
+            "network that is differentiated, and take the gradients of what the zipped network returns."
+        )
     if shape:
         return f"{message} Give `data` the sizes of `sample_input`, or replace what Python does with sizes by tensors."
     return (

@@ -15,12 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from .threads import Replacement, ThreadPatch
 
 _SWAP = threading.Lock()
 _ACTIVE = threading.local()
+
+
+class HigherOrderCall(NotImplementedError):
+    """A call that takes functions of tensors, such as `torch.cond`: what they compute is not seen."""
 
 
 class OwnRandomness(TorchDispatchMode):
@@ -32,6 +37,8 @@ class OwnRandomness(TorchDispatchMode):
     >>> bool((first == torch.rand(3, generator=torch.Generator().manual_seed(0))).all())
     True
     """
+
+    supports_higher_order_operators = True  # so that they are refused by name
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -65,6 +72,8 @@ class OwnRandomness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            raise HigherOrderCall(func.name())
         if not draws(func, args, kwargs):
             return func(*args, **kwargs)
         generator = self.generator(_device(args, kwargs))

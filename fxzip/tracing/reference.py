@@ -16,6 +16,7 @@ from .containers import leaves
 from .execution import Record, difference, quiet_execution, run_eager, run_recorded
 from .kept_state import changed, marks, state_kept
 from .preparation import first_line
+from .randomness import HigherOrderCall
 from .state import python_numbers, seed_python
 from .tidying import tidied
 from .training import names_of
@@ -71,6 +72,13 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
         returned = leaves(expected)
     except ContainerError as error:
         raise TraceError(f"`{name}` must return tensors in containers that can be taken apart. {error}") from error
+    except HigherOrderCall as error:
+        raise TraceError(
+            f"`{name}` must consist of calls on tensors; it calls `{error}`, which is given functions, and what these "
+            "compute is not seen. Write it with plain calls: `torch.where` in place of `torch.cond`, a loop of Python "
+            "over a fixed number of steps in place of `while_loop` and scans, `scaled_dot_product_attention` with a "
+            "mask in place of `flex_attention`."
+        ) from error
     except Exception as error:
         raise InputError(
             f"`{name}` must run on `sample_input`; it raised {type(error).__name__}: {first_line(error)} "

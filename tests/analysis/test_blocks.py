@@ -208,7 +208,8 @@ CROSSED = {
 
 @pytest.mark.parametrize("name", CROSSED)
 def test_features_of_two_parameters_along_one_axis(name):
-    """The larger kind moves alike for all of the smaller one, which stays; where pairs are no grid none moves."""
+    """The larger kind moves alike for all of the smaller one, which stays where both are read; where pairs are no grid
+    none moves."""
     torch.manual_seed(0)
     model, other = (Crossed(CROSSED[name]).double().eval() for _ in range(2))
     twin, y = copy.deepcopy(model), model(X)
@@ -227,6 +228,83 @@ def test_features_of_two_parameters_along_one_axis(name):
         torch.testing.assert_close(found, y, rtol=0, atol=1e-9)
     zipped = fxzip.compile_zip(model, other, X[:4], data=[X], progress=False, method="permute", refit=None, width=2)
     assert not torch.equal(*zipped(X))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_features_that_lie_across_others_are_observed_whatever_the_order_of_these(setting):
+    """The trunk ends where both kinds have an order of their own, along one axis."""
+    torch.manual_seed(0)
+    model = Crossed(CROSSED["outer"]).double().eval()
+    twin, y = copy.deepcopy(model), model(X)
+    rows, columns = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 2, 0])
+    with torch.no_grad():
+        for own, order in (("a", rows), ("b", columns)):
+            for part in ("weight", "bias"):
+                value = getattr(getattr(model, own), part)
+                getattr(getattr(twin, own), part).copy_(value[order])
+        twin.o.weight.copy_(model.o.weight.unflatten(1, (4, 3))[:, rows][:, :, columns].flatten(1))
+    torch.testing.assert_close(twin(X), y, rtol=0, atol=1e-12)
+    options = SETTINGS[setting] | {"until": "tanh"}
+    for found in fxzip.compile_zip(model, twin, X[:4], data=[X], progress=False, **options)(X):
+        torch.testing.assert_close(found, y, rtol=0, atol=1e-9)
+
+
+class PerHead(nn.Module):
+    """Attention with a weight for each head, all of which read the same features (as in TransformerLens)."""
+
+    def __init__(self, joined):
+        super().__init__()
+        self.i, self.o, self.joined = nn.Linear(5, 8), nn.Linear(8, 3), joined
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(HEADS, 8, 4) / 3) for _ in range(3))
+        self.back = nn.Parameter(torch.randn(HEADS, 4, 8) / 3)
+
+    def forward(self, x):
+        x = self.i(x)
+        q, k, v = (torch.einsum("bpd,ndh->bpnh", x, w) for w in (self.q, self.k, self.v))
+        z = torch.einsum("bnqk,bknh->bqnh", torch.einsum("bqnh,bknh->bnqk", q, k).softmax(-1), v)
+        y = z.flatten(2) @ self.back.flatten(0, 1) if self.joined else torch.einsum("bqnh,nhd->bqd", z, self.back)
+        return self.o(torch.tanh(x + y))
+
+
+class Mixed(nn.Module):
+    """Kernels mixed for each input (dynamic convolution): both axes of a kernel have features of their own."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.a, self.r, self.o = nn.Conv1d(1, 6, 1), nn.Linear(6, 4), nn.Linear(7, 3)
+        self.w = nn.Parameter(torch.randn(4, 7, 6, *places) / 3)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x[:, None]))
+        w = torch.einsum("bk,koi...->boi...", self.r(h.mean(2)).softmax(-1), self.w)
+        if w.ndim == 4:
+            y = nn.functional.conv1d(h.reshape(1, -1, 5), w.flatten(0, 1), padding=1, groups=len(x)).view(len(x), 7, 5)
+        else:
+            y = torch.bmm(w, h)
+        return self.o(torch.relu(y).mean(2))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("build", "sizes"),
+    [
+        (lambda: PerHead(False), {8}),
+        (lambda: PerHead(True), {8}),
+        (lambda: Mixed(()), {4, 6}),
+        (lambda: Mixed((3,)), {4, 6}),
+    ],
+    ids=["heads", "joined heads", "mixed weights", "mixed kernels"],
+)
+def test_what_einsum_lays_along_one_axis_and_takes_apart_again(build, sizes, setting):
+    torch.manual_seed(0)
+    x = X if isinstance(build(), Mixed) else torch.randn(32, 6, 5, dtype=torch.float64)
+    model = build().double().eval()
+    twin = fxzip.relabel(model, x[:4], seed=1)
+    options = {key: value for key, value in SETTINGS[setting].items() if key != "until"}
+    zipped = fxzip.compile_zip(model, twin, x[:4], data=[x], progress=False, **options)
+    assert sizes <= {space["size"] for space in zipped.report["spaces"]}
+    for found in zipped(x):
+        torch.testing.assert_close(found, model(x), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(

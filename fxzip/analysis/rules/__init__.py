@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from . import contraction, elementwise, joining, movement, noise, reduction, scattering
 from .axis_labels import FIXED, VOID, AxisLabels, Operand, compress, varying
-from .constraint_store import Constraints, ConstraintStore, Pin
+from .constraint_store import Constraints, ConstraintStore, Pin, across
 from .invocation import Invocation, Rule, is_pointwise, is_random
 from .meeting import meet
 
@@ -27,6 +27,7 @@ __all__ = [
     "Operand",
     "Pin",
     "Rule",
+    "across",
     "compress",
     "elementwise",
     "is_pointwise",

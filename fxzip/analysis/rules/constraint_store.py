@@ -14,18 +14,21 @@ unlabelled values on axes S keeps its place there (`fix`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .axis_labels import FIXED, VOID, all_features, compress, joint, occurrences, varying
+from .axis_labels import FIXED, VOID, AxisLabels, all_features, compress, joint, occurrences, varying
 
 PinKind = Literal["fixed", "barrier", "output"]
 Touch = Literal["param", "written", "mix", "extremum", "dual", "bent"]
 
 _LOOKED_AT = 1 << 14
+ACROSS = "features of another kind lie along the same axis"
 _SCRAMBLE = -0x61C8864680B583EB  # an odd number without structure
 
 
@@ -62,6 +65,8 @@ class ConstraintStore:
         self.size = 1  # label 0 is VOID
         self.constraints = Constraints()
         self.equated: list[Tensor] = []  # what is equal by all nodes so far, each [2, E]
+        self.of_blocks: list[tuple[int, int]] = []  # labels that stand for blocks, [from, to[
+        self.crossed: list[tuple[Tensor, Tensor]] = []  # fields of one tensor that lay across each other in this call
         self.call = ""
         self.where = ""
 
@@ -122,16 +127,6 @@ class ConstraintStore:
         self.pin(mates, reason)
         self.block(mates[kind], members)
 
-    def hold(self, still: Tensor, moving: Tensor, reason: str) -> None:
-        """Of two fields at the same places one keeps its places; what the other names may change places only with what
-        meets the same of the first, in order."""
-        self.pin(still, reason)
-        pairs = self._pairs(moving, still)
-        rank = occurrences(pairs[0])
-        features = pairs[0] > 0
-        marks = _scrambled(_scrambled(rank + 1) + pairs[1])
-        self._keep_apart(pairs[0, features], marks[features], reason)
-
     def block(self, blocks: Tensor, members: Tensor) -> None:
         """Each label of `blocks` (broadcast) is a block with the label of `members` at the same place as a member."""
         pairs = self._pairs(blocks, members)
@@ -185,6 +180,27 @@ class ConstraintStore:
         cannot be matched: only models that agree to the bit may share it."""
         self.constraints.refusals.append(self._placed(reason))
 
+    def apart(self, fields: AxisLabels, axes: frozenset[int]) -> AxisLabels:
+        """The fields of a tensor that meets features along `axes`, without those that lie across others there.
+
+        A view may lay features of several kinds along one axis, as (head, feature of a head) where heads are joined.
+        Of two kinds the one with fewer features keeps its places then, and the others may change places only with what
+        lies at the same of these. Parameters with an axis of each kind may have other labels instead: see `crossed`.
+        """
+        kept = list(fields)
+        for f, g in combinations(fields, 2):
+            both = varying(f) & varying(g) & axes
+            if both and any(f is k for k in kept) and any(g is k for k in kept) and across(f, g):
+                self.crossed.append((f, g))
+                still, moving = sorted((f, g), key=lambda labels: len(labels.unique()))
+                self.pin(still, ACROSS)
+                pairs = self._pairs(moving, still)
+                features = pairs[0] > 0
+                marks = _scrambled(_scrambled(occurrences(pairs[0]) + 1) + pairs[1])
+                self._keep_apart(pairs[0, features], marks[features], ACROSS)
+                kept = [labels for labels in kept if labels is not still]
+        return tuple(kept)
+
     # relations of fields -------------------------------------------------------------------------------------------
 
     def project(self, labels: Tensor, axes: frozenset[int]) -> Tensor | None:
@@ -204,6 +220,7 @@ class ConstraintStore:
         rows = labels.permute(*sorted(axes), *inner).reshape(torch.Size(shape).numel(), -1)
         first, which = _same_members(rows)
         blocks = self.fresh(len(first))
+        self.of_blocks.append((int(blocks[0]), self.size))
         self.block(blocks[:, None], rows[first])
 
         return compress(blocks[which].reshape([n if axis in axes else 1 for axis, n in enumerate(labels.shape)]))
@@ -245,6 +262,10 @@ class ConstraintStore:
 
         return False
 
+    def holds_blocks(self, labels: Tensor) -> bool:
+        """Whether labels of a field stand for blocks."""
+        return any(bool(((labels >= start) & (labels < end)).any()) for start, end in self.of_blocks)
+
     def mix(self, labels: Tensor, axes: frozenset[int]) -> Tensor | None:
         """A symmetric function over `axes` (sum, norm, softmax): what is left of the field outside of `axes`."""
         if not axes & varying(labels):
@@ -270,6 +291,21 @@ def _same_members(rows: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.full((len(found),), len(rows), device="cpu").scatter_reduce_(0, which, places, "amin")
     order = first.argsort()
     return first[order], order.argsort()[which]
+
+
+def across(f: Tensor, g: Tensor) -> bool:
+    """Whether along the axes that two fields share neither says what the other has there: (head, feature of a head)."""
+    shared = sorted(varying(f) & varying(g))
+    if not shared:
+        return False
+    kinds = []
+    for labels in (f, g):
+        inner = [axis for axis in range(labels.ndim) if axis not in shared]
+        places = math.prod(labels.shape[axis] for axis in shared)
+        kinds.append(_same_members(labels.permute(*shared, *inner).reshape(places, -1))[1])
+    first, second = kinds
+    count = int(second.max()) + 1
+    return len((first * count + second).unique()) > max(int(first.max()) + 1, count)
 
 
 def _told_apart(labels: Tensor, axes: frozenset[int]) -> bool:

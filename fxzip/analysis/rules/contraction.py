@@ -8,17 +8,24 @@ block label per place there: attention heads, the groups of a convolution.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .axis_labels import AxisLabels, Operand, compress, varying
-from .constraint_store import ConstraintStore
+from .constraint_store import ConstraintStore, across
 from .invocation import Invocation
-from .meeting import meet, merged_fields, note_blocks
+from .meeting import apart, meet, merged_fields, note_blocks
 
 
 def _spread(store: ConstraintStore, labels: Tensor, axes: frozenset[int]) -> Tensor:
-    """Make a field the same along `axes`."""
+    """Make a field the same along `axes`. Blocks move alike at all places of these, but hold what is at theirs."""
+    if axes & varying(labels) and store.holds_blocks(labels):
+        store.fix(labels, axes, "what it meets is the same at all these places")
+        whole = store.project(labels, varying(labels) - axes)
+        assert whole is not None
+        return whole
     for axis in sorted(axes & varying(labels)):
         whole = labels.amax(axis, keepdim=True)  # a feature, if there is one at any place
         store.equal(labels, whole)
@@ -38,13 +45,15 @@ def contract(store: ConstraintStore, x: Operand, y: Operand, spec: str, what: st
     y = y.place([letters.index(c) for c in right], len(letters))
     summed = frozenset(i for i, c in enumerate(letters) if c not in out)
     known = frozenset(letters.index(c) for c in left) & frozenset(letters.index(c) for c in right)
+    x, y = apart(store, [x, y])
     fx = [_spread(store, f, varying(f) - known) if _sums(f, y, summed) else f for f in x.fields]
     fy = [_spread(store, g, varying(g) - known) if _sums(g, x, summed) else g for g in y.fields]
 
     for own in (fx, fy):
         for i, f in enumerate(own):
             for g in own[:i]:
-                store.relate(f, g)
+                if not across(f, g):  # else a view has laid them along one axis, and may take them apart again
+                    store.relate(f, g)
 
     for f in fx:
         for g in fy:
@@ -53,13 +62,25 @@ def contract(store: ConstraintStore, x: Operand, y: Operand, spec: str, what: st
     _roles(store, (x, fx), (y, fy), summed, known, first_reads)
     why = f"{what} meets it with values that carry no feature"
 
-    groups: list[AxisLabels] = []
+    groups: list[list[Tensor]] = []
     for own, other in ((fx, y), (fy, x)):
         fields = [f for f in own if not store.fix(f, other.loose & known, why)]  # what cannot move is dropped
         rest = [store.project(f, varying(f) - summed) if varying(f) & summed else f for f in fields]
-        groups += [(_trim(f, len(out)),) for f in rest if f is not None]  # all are related by now
+        groups += _unrelated([_trim(f, len(out)) for f in rest if f is not None])
 
-    return merged_fields(groups)
+    return merged_fields([tuple(group) for group in groups])
+
+
+def _unrelated(fields: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Fields of one operand, those in a group that were not related since they lie across each other."""
+    groups: list[list[Tensor]] = []
+    for f in fields:
+        group = next((group for group in groups if all(across(f, g) for g in group)), None)
+        if group is None:
+            groups.append([f])
+        else:
+            group.append(f)
+    return groups
 
 
 def _sums(labels: Tensor, other: Operand, summed: frozenset[int]) -> bool:
@@ -189,12 +210,14 @@ def convolution(call: Invocation) -> AxisLabels:
         if rest is not None:
             flat.append(rest)
 
+    kernel = []
     for labels in w.fields:
         store.fix(labels, spatial, "a kernel has places, not features")
-
-    kernel = tuple(f for f in w.fields if not varying(f) & spatial)
+        rest = store.project(labels, varying(labels) - spatial)
+        if rest is not None:
+            kernel.append(rest)
     x = _grouped(_first_place(x, tuple(flat)), 1, groups)
-    w = _grouped(_first_place(w, kernel), 0, groups)
+    w = _grouped(_first_place(w, tuple(kernel)), 0, groups)
     spec = "ngc,gco->ngo" if transposed else "ngc,goc->ngo"
     fields = contract(store, x, w, spec, "`convolution`")
     channels = [groups, call.out.shape[1] // groups]

@@ -22,7 +22,7 @@ class Invocation:
     than one run per axis, once (a grouped convolution's weight has inputs of its own in every group);
     `numbers(t, why)` says that a result holds numbers of places, which fixes features only where it is used: `why()`
     states that then; `lies_in_blocks(t, axis)` says that a parameter is met block by block along an axis, so that each
-    block shall have labels of its own; `lie_at_once(f, g)` says that the features of two fields now lie along one axis.
+    block shall have labels of its own.
     """
 
     name: str
@@ -34,7 +34,6 @@ class Invocation:
     operand: Callable[[Tensor], Operand]
     restart: Callable[[Tensor, Callable[[], AxisLabels], int], None]
     lies_in_blocks: Callable[..., None] = lambda parameter, blocks, others=(): None
-    lie_at_once: Callable[[Tensor, Tensor], None] = lambda f, g: None
     numbers: Callable[[Tensor, Callable[[], None]], None] = lambda result, why: None
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -69,12 +70,20 @@ def note_blocks(call: Invocation, met: Sequence[tuple[Tensor | None, Operand]]) 
             call.lies_in_blocks(tensor, first, others)
 
 
+def apart(store: ConstraintStore, operands: Sequence[Operand]) -> list[Operand]:
+    """Operands of which no fields lie across each other where they meet those of others."""
+    axes = [frozenset[int]().union(*map(varying, x.fields)) for x in operands]
+    others = [frozenset[int]().union(*axes[:i], *axes[i + 1 :]) for i in range(len(operands))]
+    return [replace(x, fields=store.apart(x.fields, met)) for x, met in zip(operands, others, strict=True)]
+
+
 def meet(store: ConstraintStore, operands: Sequence[Operand], what: str) -> AxisLabels:
     """Operands (placed in the same axes) meet elementwise: relate their fields, return the result's fields.
 
     A field that cannot move any more is dropped: its axes count as unlabelled from here on, which says the same.
     """
     dead: set[int] = set()
+    operands = apart(store, operands)
     _relate_all(store, operands)
 
     for i, x in enumerate(operands):

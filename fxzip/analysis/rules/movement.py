@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .axis_labels import FIXED, VOID, AxisLabels, Operand, compress, varying
+from .constraint_store import across
 from .invocation import Invocation, axes_of, names
 
 MOVES = names(
@@ -78,36 +79,14 @@ def replay(call: Invocation, source: Operand) -> AxisLabels | list[AxisLabels]:
     shape = source.tensor.shape
     moved = [_replay(call, labels, shape) for labels in source.fields]
     if isinstance(call.out, Tensor):
-        return _apart(call, source.fields, _live(moved))
+        fields = _live(moved)
+        call.store.crossed += [(f, g) for f, g in combinations(fields, 2) if across(f, g)]
+        return fields
     return [_live([parts[i] for parts in moved]) for i in range(len(call.out))]
 
 
 def _live(fields: list[Tensor]) -> AxisLabels:
     return tuple(map(compress, fields))
-
-
-def _apart(call: Invocation, before: AxisLabels, after: AxisLabels) -> AxisLabels:
-    """The fields behind a move, without those whose places are told by another's.
-
-    A view may lay features of several kinds along one axis, as (head, feature of a head) are where heads are joined.
-    Parameters with axes of both kinds have features of both at once then, with which the next run begins. Here, and
-    where several parameters are behind them, the kind with fewer features stays where it is.
-    """
-    kept = list(range(len(after)))
-    for i, j in combinations(range(len(after)), 2):
-        if i in kept and j in kept and _cross(before[i], before[j], after[i], after[j]):
-            still, moving = sorted((i, j), key=lambda n: before[n].unique().numel())
-            call.lie_at_once(before[still], before[moving])
-            call.store.hold(after[still], after[moving], "features of another kind lie along the same axis")
-            kept.remove(still)
-    return tuple(after[n] for n in kept)
-
-
-def _cross(f: Tensor, g: Tensor, f_after: Tensor, g_after: Tensor) -> bool:
-    """Whether two fields vary along one axis now whose features could be moved independently before."""
-    (a, b), (c, d) = ((varying(x), varying(y)) for x, y in ((f, g), (f_after, g_after)))
-    apart = not a & b and bool(c & d)
-    return apart or (not (a <= b or b <= a) and bool(c and d) and (c <= d or d <= c))
 
 
 def turn(call: Invocation) -> AxisLabels | list[AxisLabels]:
