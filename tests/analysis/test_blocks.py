@@ -286,23 +286,23 @@ class Mixed(nn.Module):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(
-    ("build", "sizes"),
+    ("build", "shared"),
     [
-        (lambda: PerHead(False), {8}),
-        (lambda: PerHead(True), {8}),
-        (lambda: Mixed(()), {4, 6}),
-        (lambda: Mixed((3,)), {4, 6}),
+        (lambda: PerHead(False), {("q", 8), ("v", 8)}),
+        (lambda: PerHead(True), {("q", 8), ("back", 8)}),
+        (lambda: Mixed(()), {("w", 7), ("r.weight", 4)}),
+        (lambda: Mixed((3,)), {("a.weight", 6), ("r.weight", 4)}),
     ],
     ids=["heads", "joined heads", "mixed weights", "mixed kernels"],
 )
-def test_what_einsum_lays_along_one_axis_and_takes_apart_again(build, sizes, setting):
+def test_what_einsum_lays_along_one_axis_and_takes_apart_again(build, shared, setting):
     torch.manual_seed(0)
     x = X if isinstance(build(), Mixed) else torch.randn(32, 6, 5, dtype=torch.float64)
     model = build().double().eval()
     twin = fxzip.relabel(model, x[:4], seed=1)
     options = {key: value for key, value in SETTINGS[setting].items() if key != "until"}
     zipped = fxzip.compile_zip(model, twin, x[:4], data=[x], progress=False, **options)
-    assert sizes <= {space["size"] for space in zipped.report["spaces"]}
+    assert shared <= {(space["name"], space["size"]) for space in zipped.report["spaces"]}
     for found in zipped(x):
         torch.testing.assert_close(found, model(x), rtol=0, atol=1e-8)
 
