@@ -1,29 +1,24 @@
-"""What a zipped network calls, and how it is stored: operations, and the graph as plain data.
+"""What a zipped network calls: the operations of its graph.
 
-This module does not move: files name it. A network is stored as its class, a module that holds its parameters, its
-nodes (operation, name, target, arguments, and what fxzip notes of each), its notes, and the number of the format.
-
-Format 0 had the operations in `fxzip.zipped` and `fxzip.joint`; such files are still read.
+This module does not move: files name it. What pickled networks name beside operations (`tracing/stored_graphs.py`) is
+found here, too.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import inspect
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from .errors import LoadError
-from .tracing.allowed import check_keywords, check_name, check_node, is_allowed, is_rebuild, named, qualified
 from .tracing.guards import require
+from .tracing.stored_graphs import Function as Function  # what files name, see above
+from .tracing.stored_graphs import MemoryFormat as MemoryFormat
+from .tracing.stored_graphs import Reference as Reference
+from .tracing.stored_graphs import restored as restored
 
 __all__ = [
     "batch_of_heads",
@@ -40,9 +35,6 @@ __all__ = [
     "turn_heads",
     "unmerge",
 ]
-
-FORMAT = 1
-"""The number of the format that is written."""
 
 
 def unmerge(x: Tensor, index: Tensor, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -206,69 +198,6 @@ def norm_heads(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return result.flatten(0, 1)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Stands for a node, by name, in the arguments of a stored one."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class MemoryFormat:
-    """Stands for a memory format of PyTorch, which pickles of protocol 2, those of `torch.save`, cannot hold."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Function:
-    """What a node calls: where it is found, or itself if it is a function of one's own.
-
-    >>> Function.of(torch.relu)
-    Function(module='torch', path='relu', itself=None)
-    """
-
-    module: str
-    path: str
-    itself: Any = None
-
-    @classmethod
-    def of(cls, called: Any) -> Function:
-        """What is stored for a function."""
-        if not is_allowed(called):
-            return cls("", "", called)
-        module, path = qualified(called)
-        try:
-            return cls(module, path) if named(module, path) is called else cls("", "", called)
-        except LoadError:
-            return cls("", "", called)
-
-    def find(self, *, safely: bool) -> Any:
-        """The function.
-
-        Raises:
-            LoadError: `safely`, and it is none that a file may name.
-        """
-        if not self.module:
-            if safely and not (is_rebuild(self.itself) or is_allowed(self.itself)):
-                return named(*(str(getattr(self.itself, key, "?")) for key in ("__module__", "__qualname__")))
-            return self.itself
-        module = _MOVED.get((self.module, self.path), self.module)
-        if safely:
-            return named(module, self.path)
-        try:
-            return getattr(importlib.import_module(module), self.path)
-        except ImportError:  # `torch.ops.aten.relu.default`: objects, not modules
-            first, *rest = f"{module}.{self.path}".split(".")
-            return functools.reduce(getattr, rest, importlib.import_module(first))
-
-
-_MOVED = {
-    (module, name): "fxzip.ops"
-    for module, names in {"fxzip.zipped": ("unmerge", "mix", "merge"), "fxzip.joint": ("shift", "lift")}.items()
-    for name in names
-}
-"""Where the operations of format 0 are now."""
 _FORMER = {
     "fxzip.zipped": "fxzip.rewriting.module",
     "fxzip.report": "fxzip.rewriting.report",
@@ -285,135 +214,3 @@ def answer_to_former_names() -> None:
     """Let pickles find classes of fxzip where they were."""
     for former, name in _FORMER.items():
         sys.modules.setdefault(former, importlib.import_module(name))
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a node of a zipped network comes from.
-
-    >>> Provenance("trunk", ("conv1", "conv1")).as_data()
-    {'part': 'trunk', 'from': ['conv1', 'conv1'], 'writes': False}
-
-    Attributes:
-        part: "trunk", "head K", "stem K", "merge" for what merges the values that enter the trunk, or "batched" for
-            what all heads compute in one call.
-        sources: the nodes that it stands for: of every model in the trunk and where heads are joined, else of the model
-            that the part belongs to; none for what only the zip has.
-        writes: whether it writes in place into memory that was there before it.
-        unmerges: whether it gives a head its own features back.
-    """
-
-    part: str = "trunk"
-    sources: tuple[str, ...] = ()
-    writes: bool = False
-    unmerges: bool = False
-
-    def as_data(self) -> dict[str, Any]:
-        """As files have it."""
-        found = {"part": self.part, "from": list(self.sources), "writes": self.writes}
-        return {**found, "unmerge": True} if self.unmerges else found
-
-    @classmethod
-    def of_data(cls, data: Mapping[str, Any]) -> Provenance:
-        """From a file, of whatever format."""
-        sources = tuple(data.get("from", ()))
-        return cls(str(data.get("part", "trunk")), sources, bool(data.get("writes")), bool(data.get("unmerge")))
-
-
-_KEY = "fxzip"  # among what a node knows of itself
-
-
-def mark(node: fx.Node, provenance: Provenance) -> None:
-    """Note where a node comes from. In place."""
-    node.meta[_KEY] = provenance
-
-
-def provenance_of(node: fx.Node) -> Provenance:
-    """Where a node comes from; a node of which nothing is noted is one of the trunk that stands for none."""
-    found: Provenance = node.meta.get(_KEY, Provenance())
-    return found
-
-
-def provenance_data(node: fx.Node) -> dict[str, Any]:
-    """What a file keeps of it; empty where nothing is noted."""
-    return provenance_of(node).as_data() if _KEY in node.meta else {}
-
-
-def _stored(value: Any) -> Any:
-    """What stands for a value among the arguments of a stored node."""
-    if isinstance(value, fx.Node):
-        return Reference(value.name)
-    return MemoryFormat(str(value).removeprefix("torch.")) if isinstance(value, torch.memory_format) else value
-
-
-def _again(value: Any, made: Mapping[str, fx.Node]) -> Any:
-    """The value that it stands for.
-
-    Raises:
-        LoadError: there is no such memory format.
-    """
-    if isinstance(value, MemoryFormat):
-        found = getattr(torch, str(value.name), None)
-        if not isinstance(found, torch.memory_format):
-            raise LoadError(f"There is no memory format {value.name!r}. Do not load the file.")
-        return found
-    return made[value.name] if isinstance(value, Reference) else value
-
-
-def written(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """A graph as plain data.
-
-    >>> [line[:3] for line in written(fx.symbolic_trace(nn.ReLU()).graph)][1]
-    ('call_function', 'relu', Function(module='torch.nn.functional', path='relu', itself=None))
-    """
-    lines = []
-    for node in graph.nodes:
-        given: Any = fx.node.map_aggregate((node.args, node.kwargs), _stored)
-        target = node.target if isinstance(node.target, str) else Function.of(node.target)
-        lines.append((node.op, node.name, target, *given, provenance_data(node)))
-    return lines
-
-
-def restored(
-    kind: type[fx.GraphModule], holder: nn.Module, lines: list[tuple[Any, ...]], own: dict[str, Any], version: int = 0
-) -> fx.GraphModule:
-    """A module from its file.
-
-    Raises:
-        LoadError: it is of a later format; or `torch.load(weights_only=True)` reads it, and it calls what a file may
-            not name (see `allowed`); or a name in it is none.
-    """
-    if version > FORMAT:
-        raise LoadError(
-            f"This version of fxzip reads zipped networks up to format {FORMAT}; the file is of format {version}. "
-            "Use the version that wrote it, or a later one."
-        )
-    if not (isinstance(kind, type) and issubclass(kind, fx.GraphModule)):
-        raise LoadError(f"A stored network must name its class; this one has {kind!r}. Do not load it.")
-    safely = _only_weights()
-    graph = fx.Graph()
-    made: dict[str, fx.Node] = {}
-    for op, name, target, args, kwargs, meta in lines:
-        given: Any = fx.node.map_aggregate((args, kwargs), lambda a: _again(a, made))
-        arguments, options = given
-        called = target.find(safely=safely) if isinstance(target, Function) else target
-        check_name(op, called)
-        check_keywords(options)
-        if safely:
-            check_node(op, called, arguments)
-        made[name] = graph.create_node(op, called, arguments, options, name=name)
-        if meta:
-            mark(made[name], Provenance.of_data(meta))
-    result = kind(holder, graph)
-    result.meta.update(own)
-    return result
-
-
-def _only_weights() -> bool:
-    """Whether the unpickler at work is the one that runs no code of its own."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if "weights_only" in str(frame.f_globals.get("__name__")):
-            return True
-        frame = frame.f_back
-    return False

@@ -25,12 +25,12 @@ from ..analysis.relabelling import Movement
 from ..analysis.rules import AxisLabels
 from ..analysis.sightings import Sightings, Watcher, tensor_difference, watched
 from ..errors import FxzipError
-from ..ops import provenance_of
 from ..partition.region import Trunk
 from ..rewriting.emit import rewrite
 from ..rewriting.module import part_of, sources_of
 from ..rewriting.zip_plan import ZipPlan, planned
 from ..tracing import Program
+from ..tracing.provenance import provenance_of
 from .known_merges import averaged_params, merges_of, spaces_on, trunk_params
 
 _SPREAD = 0.125  # ε; a power of two, so that (1 ± ε) θ and their mean are exact

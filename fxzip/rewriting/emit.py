@@ -2,7 +2,7 @@
 
 Targets are `trunk.PATH` and `head_K.PATH`, with the paths of the models. On an edge from the trunk to head k an
 `unmerge` node (a gather) gives the head its own features, unless the plan folded it into the head's weights. Nodes of
-the result say by their `ops.Provenance` what part they belong to and which nodes they stand for.
+the result say by their `Provenance` what part they belong to and which nodes they stand for.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch import fx, nn
 
 from ..analysis.random_trial import tensors_of
 from ..analysis.resizing import resized
-from ..ops import Provenance, mark, mix, provenance_of, unmerge
+from ..ops import mix, unmerge
 from ..partition.alignment import attribute
 from ..partition.region import Trunk
 from ..tracing import Program, guards_at_entry
+from ..tracing.provenance import Provenance, mark, provenance_of
 from .emit_stems import copied_node, emit_entries, emit_guards, emit_stems
 from .handing import steps
 from .merged_parameters import PlaceMap, merged_param

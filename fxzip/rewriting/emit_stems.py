@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 from ..analysis.random_trial import tensors_of
 from ..analysis.rules import varying
 from ..errors import CutError
-from ..ops import Provenance, mark, merge
+from ..ops import merge
 from ..tracing import Program, guards_at_entry, require
+from ..tracing.provenance import Provenance, mark
 from .merged_parameters import PlaceMap, merged_layout
 from .parts import Tensors, held_by, parts
 from .zip_plan import ZipPlan

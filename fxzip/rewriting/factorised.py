@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from ..ops import Provenance, mark, provenance_of
 from ..partition.alignment import attribute
+from ..tracing.provenance import Provenance, mark, provenance_of
 
 _POINTWISE: dict[type[nn.Module], Any] = {
     nn.Conv1d: nn.Conv1d, nn.Conv2d: nn.Conv2d, nn.Conv3d: nn.Conv3d,

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..errors import LoadError, SaveError
-from ..ops import Provenance, mark, provenance_data
 from ..tracing.allowed import check_keywords, check_name, check_node
 from ..tracing.containers import Part
+from ..tracing.provenance import Provenance, mark, provenance_data
 from ..tracing.structure import Rebuild
 from .json_modules import modules_as_json, modules_of_json
 from .json_structures import call_as_json, call_of_json, classes_of

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import FxzipWarning
-from ..ops import FORMAT, Function, Reference, merge, mix, provenance_of, restored, unmerge, written
+from ..ops import merge, mix, unmerge
 from ..partition.alignment import attribute
 from ..tracing import names_of, require
+from ..tracing.provenance import provenance_of
+from ..tracing.stored_graphs import FORMAT, Function, Reference, restored, written
 
 if TYPE_CHECKING:
     from .report import Report

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import InputError, LoadError, SaveError
-from ..ops import Function
 from ..tracing.allowed import named, qualified, trusted
 from ..tracing.allowed_classes import known_container, known_module
+from ..tracing.stored_graphs import Function
 
 
 def name_of(called: Any) -> tuple[str, str]:

@@ -11,7 +11,6 @@ from torch import fx, nn
 from ..analysis.flops import count_flops
 from ..compiler.arguments import models_and_sample, tasks_of
 from ..compiler.session import with_task_names
-from ..ops import mark, provenance_of
 from ..rewriting.emit import forget_buffers
 from ..rewriting.emit_stems import copied_node
 from ..rewriting.module import ZippedModule, reuse_memory
@@ -19,6 +18,7 @@ from ..rewriting.node_facts import node_facts
 from ..rewriting.report import Report, costs, described_inputs, tracing_facts, uncounted
 from ..tracing import Program, plain_context
 from ..tracing.joint_inputs import trace_all
+from ..tracing.provenance import mark, provenance_of
 
 
 @plain_context()

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_map
 
 from ..analysis.random_trial import tensors_of
 from ..matching import Merge
-from ..ops import provenance_of
 from ..partition.alignment import attribute
 from ..partition.region import Trunk
 from ..rewriting.emit import rewrite
@@ -27,6 +26,7 @@ from ..rewriting.zip_plan import planned
 from ..tracing import Program
 from ..tracing.calls import Call, map_tensors
 from ..tracing.execution import flat_inputs
+from ..tracing.provenance import provenance_of
 from ..tracing.state import restored_state, wait_for
 from .cached_seconds import CachedSeconds
 from .costs import axes_of

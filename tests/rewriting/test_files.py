@@ -16,6 +16,7 @@ from torch import nn
 import fxzip
 from fxzip import ops
 from fxzip.tracing.allowed import check_name, is_allowed, is_method, named
+from fxzip.tracing.stored_graphs import FORMAT
 
 HERE = Path(__file__).parents[1] / "data"
 
@@ -74,9 +75,9 @@ def test_a_file_says_which_format_it_is_of():
     module = zipped()
     kind, *rest = module.__reduce__()
     assert kind is ops.restored
-    assert rest[0][-1] == ops.FORMAT
+    assert rest[0][-1] == FORMAT
     with pytest.raises(fxzip.LoadError, match=r"reads zipped networks up to format 1; the file is of format 2\."):
-        ops.restored(*rest[0][:-1], ops.FORMAT + 1)
+        ops.restored(*rest[0][:-1], FORMAT + 1)
 
 
 def test_a_network_comes_back_with_weights_only():

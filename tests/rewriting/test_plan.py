@@ -8,8 +8,8 @@ from models import randomise
 from models.networks import Residual
 
 import fxzip
-from fxzip.ops import provenance_of
 from fxzip.rewriting.zip_plan import head_params, plan
+from fxzip.tracing.provenance import provenance_of
 
 X = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

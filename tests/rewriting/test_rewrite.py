@@ -7,8 +7,8 @@ from models.networks import Residual
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxzip
-from fxzip.ops import provenance_of
 from fxzip.rewriting.zip_plan import plan
+from fxzip.tracing.provenance import provenance_of
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

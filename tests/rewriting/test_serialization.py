@@ -25,11 +25,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fxzip
-from fxzip.ops import provenance_of
 from fxzip.rewriting import serialization
 from fxzip.rewriting.json_values import decoded, encoded
 from fxzip.rewriting.module import EmittedModule
 from fxzip.rewriting.stored_tensors import TensorTable, tensors_again
+from fxzip.tracing.provenance import provenance_of
 
 NAMES = ["model.safetensors", "graph.json", "report.json", "fxzip.json", "README.md"]
 

@@ -26,12 +26,13 @@ from ...calibration.data_forms import MAX_BATCHES
 from ...calibration.rejections import not_finite
 from ...calibration.sources import Calibration
 from ...errors import DataError, InputError
-from ...ops import Provenance, lift, mark, pooled, shift
+from ...ops import lift, pooled, shift
 from ...partition.alignment import attribute
 from ...rewriting.module import ZippedModule
 from ...rewriting.report import Report
 from ...tracing import Program, plain_context, run_eager
 from ...tracing.calls import Call, JointCall, as_call, batch_size, with_batch
+from ...tracing.provenance import Provenance, mark
 from .classifier_heads import Ending, check_features, check_logits, ending
 from .logistic import Evidence, Shifts, fit_shifts
 

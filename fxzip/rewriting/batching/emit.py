@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...ops import Provenance, batch_of_heads, join_heads, mark, mix, part_heads, provenance_of, turn_heads, unmerge
+from ...ops import batch_of_heads, join_heads, mix, part_heads, turn_heads, unmerge
 from ...partition.alignment import attribute
+from ...tracing.provenance import Provenance, mark, provenance_of
 from ..module import ZippedModule, reuse_memory, sources_of
 from .ordering import in_order
 from .reading import read, sizes_of, whole

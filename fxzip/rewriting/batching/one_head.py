@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ...ops import batch_of_heads, join_heads, mix, part_heads, provenance_of, turn_heads, unmerge
+from ...ops import batch_of_heads, join_heads, mix, part_heads, turn_heads, unmerge
 from ...partition.alignment import attribute
+from ...tracing.provenance import provenance_of
 from .emit import PART, put
 from .stacking import with_tensors
 
