@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import DataError
 from ..tracing.calls import Call, JointCall, batch_size, leaves
@@ -51,7 +52,8 @@ def call_of(batch: Any, index: int, sample: Call) -> Call:
 
 
 def as_tensors(value: Any) -> Any:
-    """A batch with numpy arrays made tensors, in tuples, lists and dicts, which become plain ones.
+    """A batch with numpy arrays made tensors. Tuples, lists and dicts that hold some become plain ones; all others stay
+    what they are, since models may ask more of them than items.
 
     >>> as_tensors([np.zeros(2), "a"])
     [tensor([0., 0.], dtype=torch.float64), 'a']
@@ -59,9 +61,12 @@ def as_tensors(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return torch.from_numpy(np.array(value))  # a copy: the array may be read-only or lie backwards
     if isinstance(value, Mapping):
-        return {key: as_tensors(item) for key, item in value.items()}
+        made = {key: as_tensors(item) for key, item in value.items()}
+        return made if any(made[key] is not item for key, item in value.items()) else value
     if isinstance(value, (tuple, list)):
-        return type(value)(map(as_tensors, value)) if type(value) in (tuple, list) else tuple(map(as_tensors, value))
+        items = [as_tensors(item) for item in value]
+        changed = any(new is not old for new, old in zip(items, value, strict=True))
+        return (items if type(value) is list else tuple(items)) if changed else value
     return value
 
 
@@ -84,7 +89,7 @@ def single(item: Any, sample: Call) -> bool:
     item = as_tensors(item)
     if isinstance(sample, JointCall) or fits(item, sample):
         return False
-    flat = item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list)) else [item]
+    flat = item.values() if isinstance(item, Mapping) else item if isinstance(item, (tuple, list)) else [item]
     likes = [like for like in leaves(sample) if like.ndim]
     found = [value for value in flat if isinstance(value, Tensor)]
     return bool(likes) and any(value.ndim == likes[0].ndim - 1 and _kind(value) == _kind(likes[0]) for value in found)
@@ -209,7 +214,10 @@ def _checked(batch: Call, index: int, sample: Call) -> Call:
                 f"{value.dtype}. Convert it in the data, e.g. `images.float() / 255`."
             )
         same = like.is_floating_point() or like.is_complex() or torch.bool in (like.dtype, value.dtype)
-        moved.append(value.detach().to(like.dtype if same else value.dtype))
+        own = value.detach()
+        if type(like) is Tensor and not is_traceable_wrapper_subclass(value):  # an image of torchvision is its pixels
+            own = own.as_subclass(Tensor)
+        moved.append(own.to(like.dtype if same else value.dtype))
     return Call(*structure.build(moved))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import os
 import warnings
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import FxzipWarning
+from ..errors import FxzipWarning, InputError
 from ..ops import merge, mix, unmerge
 from ..partition.alignment import attribute
 from ..tracing import names_of, require
@@ -36,6 +37,7 @@ __all__ = [
     "unmerge",
 ]
 
+_UNUSED: Sequence[str] = fx.GraphModule.__jit_unused_properties__
 _restored, _Function, _Reference = restored, Function, Reference  # files of format 0 name them here
 
 
@@ -56,6 +58,41 @@ def is_unmerge(node: fx.Node) -> bool:
     return provenance_of(node).unmerges
 
 
+class _Called(fx.graph_module._WrappedCall):
+    """What a graph module does when it is called; arguments other than the graph's are named."""
+
+    def __call__(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(obj, *args, **kwargs)
+        except (TypeError, AttributeError):
+            if wrong := _misfit(type(obj).forward, args, kwargs):
+                raise InputError(wrong) from None
+            raise
+
+
+def _misfit(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """In what arguments differ from those that a graph takes, and what to do; "" if in nothing.
+
+    >>> _misfit(lambda self, x, mask: None, (1,), {})[:84]
+    'The network takes what `sample_input` held, `(x, mask)`; `mask` is missing. What is '
+    """
+    names = list(inspect.signature(forward).parameters)[1:]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    missing = [f"`{name}` is missing" for name in names if name not in given]
+    missing += [f"`{name}` is None" for name in names if name in given and given[name] is None]
+    further = [f"`{name}` is not among it" for name in kwargs if name not in names]
+    further += [f"`{name}` is given twice" for name in names[: len(args)] if name in kwargs]
+    if len(args) > len(names):
+        further.append(f"there are {len(args)} by position")
+    if not missing and not further:
+        return ""
+    return (
+        f"The network takes what `sample_input` held, `({', '.join(names)})`; {', '.join(missing + further)}. What is "
+        "missing must be passed, and what is not among it left out; or compile with a `sample_input` that has what you "
+        "pass."
+    )
+
+
 class EmittedModule(fx.GraphModule):
     """A graph module that is pickled as its graph. `fx.GraphModule` pickles its code and traces it again, which looks
     into functions and computes what does not depend on the input, and so gives another graph, or none."""
@@ -66,6 +103,9 @@ class EmittedModule(fx.GraphModule):
             own = node.op == "call_function" and isinstance(node.target, FunctionType)
             if own and str(node.target.__module__).partition(".")[0] != "torch":  # tracing knows those of PyTorch
                 node.meta["is_wrapped"] = True
+        own = type(self)  # a class of this one network
+        if "_wrapped_call" not in vars(own):
+            own._wrapped_call = _Called(own, vars(own).get("__call__"))  # type: ignore[attr-defined]
         return super().recompile()
 
     def __reduce__(self) -> Any:
@@ -99,6 +139,9 @@ class EmittedModule(fx.GraphModule):
 class ZippedModule(EmittedModule):
     """A multi-task network: an ordinary `torch.fx.GraphModule` that returns a tuple with each model's output, or a dict
     of them by the names of the tasks."""
+
+    # `torch.jit.script` compiles all other properties.
+    __jit_unused_properties__ = [*_UNUSED, "code", "report", "heads", "tasks"]  # noqa: RUF012
 
     def train(self, mode: bool = True) -> ZippedModule:
         """Switch to train mode. Warns where the models draw random numbers there and this network does not, or compute

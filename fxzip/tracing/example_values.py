@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -20,15 +19,22 @@ from torch import Tensor, fx, nn
 
 from .calls import Call
 from .containers import flatten, leaves
-from .guards import asked_by_model, form_of, place_in_source, require
+from .guards import asked_by_model, form_of, guard_rank, place_in_source, require
 from .python_numbers import MATH, is_number, may_read
-from .questions import DRAWS, FACTORIES, SHAPE_FUNCTIONS, SHAPE_METHODS, SIZE_METHODS, plain_attribute, type_on_value
+from .questions import (
+    DRAWS,
+    FACTORIES,
+    RANK_METHODS,
+    SHAPE_FUNCTIONS,
+    SHAPE_METHODS,
+    SIZE_METHODS,
+    TYPE_QUESTIONS,
+    plain_attribute,
+    type_on_value,
+)
 from .symbolic import SymbolicTracer
 from .threads import only_here
-
-
-class DataDependentError(RuntimeError):
-    """A Python condition or number depends on the content of a tensor."""
+from .value_proxies import DataDependentError, ValueProxy, is_proxy, on_value
 
 
 def trace_with_values(root: nn.Module, call: Call) -> fx.Graph:
@@ -66,6 +72,8 @@ class ValueTracer(SymbolicTracer):
         self._evaluating = False
         self._examples: dict[str, Any] = {}
         self._assumed: set[tuple[str, str]] = set()
+        self._tensors: list[ValueProxy] = []  # among the arguments
+        self._ranks_asked = False
 
     def reads(self, value: Any) -> bool:
         return isinstance(value, Tensor) or is_number(value)
@@ -83,12 +91,17 @@ class ValueTracer(SymbolicTracer):
         self._examples[name] = value
         return super()._placeholder(name, value)
 
+    def _unpacked(self, proxy: Any, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self._tensors.append(proxy)
+        return super()._unpacked(proxy, value)
+
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
-        if target is not require and any(p.number for p in flatten((args, kwargs), _is_proxy)[0]):
+        if target is not require and any(p.number for p in flatten((args, kwargs), is_proxy)[0]):
             args = tuple(self._built_in(kind, target, place, value) for place, value in enumerate(args))
             kwargs = {key: self._built_in(kind, target, key, value) for key, value in kwargs.items()}
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        given = flatten((args, kwargs), _is_proxy)[0]
+        given = flatten((args, kwargs), is_proxy)[0]
         proxy.value = self._evaluated(kind, target, args, kwargs)
         proxy.tainted = self._tainted(kind, target, given, proxy.value)
         if kind == "placeholder":
@@ -99,14 +112,18 @@ class ValueTracer(SymbolicTracer):
         about_size = target in SIZE_METHODS or (target is getattr and args[1] == "shape") or target is torch.numel
         proxy.given = any(p.given for p in given)
         proxy.number = plain and any(p.number for p in given)
-        proxy.sized = plain and any(p.sized or (p.given and about_size) for p in given)
+        about_dtype = target in TYPE_QUESTIONS or (target is getattr and args[1] == "dtype")
+        asked = about_dtype and any(p.node is own.node for p in given for own in self._tensors)
+        proxy.sized = plain and (asked or any(p.sized or (p.given and about_size) for p in given))
+        if target in RANK_METHODS and proxy.given:
+            self.assume_ranks()
         return proxy
 
     def _built_in(self, kind: str, target: Any, place: Any, value: Any) -> Any:
         """An argument with values for numbers that the call may not read."""
         if may_read(kind, target, place):
             return value
-        found, structure = flatten(value, _is_proxy)
+        found, structure = flatten(value, is_proxy)
         for proxy in found:
             if proxy.number:
                 self.assume(proxy, "value")
@@ -126,6 +143,16 @@ class ValueTracer(SymbolicTracer):
         form = form_of(value if value is not None else 0, lambda _: False)
         self.create_node("call_function", require, (node, form, *about), {})
 
+    def assume_ranks(self) -> None:
+        """Leave guards behind for the numbers of axes of all arguments where the model asks for one: of what follows
+        from the arguments, too, it follows from theirs."""
+        if self._evaluating or self._ranks_asked or not asked_by_model():
+            return
+        self._ranks_asked = True
+        for proxy in self._tensors:
+            with self.graph.inserting_before(proxy.node.next):
+                guard_rank(self.graph, proxy.node, proxy.value.ndim)
+
     def assume_type(self, proxy: ValueProxy) -> None:
         """Leave a guard behind where the model asks for the type of a number among the arguments."""
         key = proxy.node.name, "type"
@@ -141,7 +168,7 @@ class ValueTracer(SymbolicTracer):
         if kind == "get_attr":
             return functools.reduce(plain_attribute, target.split("."), self.root)
 
-        found, structure = flatten((args, kwargs), _is_proxy)
+        found, structure = flatten((args, kwargs), is_proxy)
         args, kwargs = structure.build([proxy.value for proxy in found])
         self._evaluating = True
         try:
@@ -158,6 +185,15 @@ class ValueTracer(SymbolicTracer):
         about_shape = target in (SHAPE_METHODS if kind == "call_method" else SHAPE_FUNCTIONS)
         return any(p.tainted or (isinstance(p.value, Tensor) and not about_shape) for p in given)
 
+    def _is_tensor(self, value: Any) -> bool:
+        """`torch.is_tensor` of a value; where it is a number that may be another one, it must be a number then, too."""
+        if not is_proxy(value):
+            return isinstance(value, Tensor)
+        if value.number and not self._evaluating and (value.node.name, "number") not in self._assumed:
+            self._assumed.add((value.node.name, "number"))
+            self.create_node("call_function", require, (value.node, ("number",), value.node.name), {})
+        return isinstance(value.value, Tensor)
+
     @contextmanager
     def patched_factories(self) -> Iterator[None]:
         """`torch.zeros(n)` and its like do not dispatch on a size that is a proxy; here they do."""
@@ -166,7 +202,7 @@ class ValueTracer(SymbolicTracer):
             @functools.wraps(original)
             def factory(*args: Any, **kwargs: Any) -> Any:
                 drawn = always and kwargs.get("generator") is None
-                if self._evaluating or not (drawn or flatten((args, kwargs), _is_proxy)[0]):
+                if self._evaluating or not (drawn or flatten((args, kwargs), is_proxy)[0]):
                     return original(*args, **kwargs)
                 return self.create_proxy("call_function", original, args, kwargs)
 
@@ -180,121 +216,7 @@ class ValueTracer(SymbolicTracer):
             for name in MATH:
                 original = getattr(math, name)
                 stack.enter_context(mock.patch.object(math, name, only_here(recorded(original), original)))
-            stack.enter_context(mock.patch.object(torch, "is_tensor", _on_value(torch.is_tensor)))
+            stack.enter_context(mock.patch.object(torch, "is_tensor", self._is_tensor))
             for name in ("finfo", "iinfo"):
-                stack.enter_context(mock.patch.object(torch, name, type_on_value(getattr(torch, name), _on_value)))
+                stack.enter_context(mock.patch.object(torch, name, type_on_value(getattr(torch, name), on_value)))
             yield
-
-
-class ValueProxy(fx.Proxy):
-    """A proxy that knows the value of its node on the sample, and answers Python with it."""
-
-    value: Any = None
-    tainted: bool = False
-    given: bool = False  # it depends on an argument
-    sized: bool = False  # it is no tensor, and depends on sizes or numbers of the arguments
-    number: bool = False  # it depends on a number among the arguments
-    tracer: ValueTracer
-    __getitem__: Any  # given to `Proxy` when torch.fx is imported
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """So that `isinstance(n, int)` is true in the model. Never for tensors: compiled code would believe it."""
-        if self.number:
-            self.tracer.assume_type(self)
-        return type(self) if isinstance(self.value, (Tensor, type(None))) else type(self.value)
-
-    def __getattr__(self, k: str) -> Any:
-        value = getattr(self.value, k)
-        if callable(value) and not isinstance(value, (Tensor, nn.Module)):
-            return self._method(k, value)
-        constant = self.node.op == "get_attr" and isinstance(value, tuple)  # the shape of a parameter
-        if isinstance(value, self.tracer.recorded) and not constant:
-            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
-        return value
-
-    def _method(self, name: str, value: Any) -> Any:
-        if self.node.op == "get_attr" and name in SHAPE_METHODS:
-            return value
-        return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
-
-    def concrete(self, use: str, convert: Any = None) -> Any:
-        """The value, unless it depends on the content of an input; with a guard where it depends on a size."""
-        if self.tainted or (isinstance(self.value, Tensor) and self.node.op != "get_attr"):
-            raise DataDependentError(f"`{use}` of `{self.node.name}` depends on the content of a tensor.")
-        if self.sized:
-            self.tracer.assume(self, use, convert)
-        return self.value
-
-    def __bool__(self) -> bool:
-        return bool(self.concrete("bool", operator.truth))
-
-    def __int__(self) -> int:
-        return int(self.concrete("int", int))
-
-    def __index__(self) -> int:
-        return operator.index(self.concrete("int"))
-
-    def __float__(self) -> float:
-        return float(self.concrete("float"))
-
-    def __hash__(self) -> int:
-        return hash(self.concrete("hash")) if is_number(self.value) and self.sized else object.__hash__(self)
-
-    def __str__(self) -> str:
-        return str(self.concrete("str")) if is_number(self.value) and asked_by_model() else super().__str__()
-
-    def __format__(self, spec: str) -> str:
-        return format(self.concrete("format"), spec) if is_number(self.value) else super().__format__(spec)
-
-    def __divmod__(self, other: Any) -> Any:
-        return self // other, self % other
-
-    def __round__(self, *digits: Any) -> Any:
-        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
-
-    def __array_ufunc__(self, function: Any, how: str, *given: Any, **options: Any) -> Any:
-        """A function of NumPy on a number: `np.sqrt(n)` is `math.sqrt(n)`; of others Python sees the value."""
-        if how == "__call__" and function.__name__ in MATH and not options:
-            return getattr(math, function.__name__)(*given)
-        plain = [value.concrete("number") if _is_proxy(value) else value for value in given]
-        return getattr(function, how)(*plain, **options)
-
-    def __len__(self) -> int:
-        varies = isinstance(self.value, Tensor) or (self.node.op != "placeholder" and bool(leaves(self.value)))
-        if self.given and varies:  # so many rows, chunks, parts
-            self.tracer.assume(self, "len", len)
-        return len(self.value)
-
-    def __iter__(self) -> Iterator[Any]:
-        if isinstance(self.value, dict):
-            return iter(self.value)
-        return (self[index] for index in range(len(self)))
-
-    def __contains__(self, item: Any) -> bool:
-        return item in self.concrete("in")
-
-    def keys(self) -> Any:
-        return self.value.keys()
-
-    def items(self) -> Any:
-        return [(key, self[key]) for key in self.value]
-
-    @property
-    def values(self) -> Any:
-        """Of a mapping a method; what `max` and `sort` return has a tensor of that name."""
-        if isinstance(self.value, Mapping):
-            return lambda: [self[key] for key in self.value]
-        return self.__getattr__("values")
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-def _on_value(original: Any) -> Any:
-    """The function of the value that a proxy stands for, not recorded."""
-    return lambda *args: original(*(arg.value if issubclass(type(arg), ValueProxy) else arg for arg in args))
-
-
-def _is_proxy(value: Any) -> bool:
-    return issubclass(type(value), ValueProxy)

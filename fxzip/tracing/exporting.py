@@ -22,10 +22,10 @@ from torch.fx.graph import CodeGen
 
 from .calls import Call
 from .containers import Part, flatten, is_plain, is_tensor
-from .guards import form_of_argument, is_trivial, require
+from .guards import form_of_argument, guard_rank, is_trivial, require
 from .structure import Rebuild, Structure, notation
 from .symbolic import bind, left_out
-from .threads import only_here, without_warnings
+from .threads import alone_in, only_here, without_warnings
 
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Position of the submodule among the arguments."""
@@ -38,10 +38,12 @@ def trace_export(root: nn.Module, call: Call, dynamic: Sequence[tuple[int, ...]]
     >>> module(torch.ones(5, 3)).shape
     torch.Size([5, 4])
     """
+    from torch.export import _trace  # it takes a second to import
+
     given, arguments = flatten((call.args, call.kwargs))
     returned: list[Structure] = []
     shapes = (tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) or None for axes in dynamic),)
-    with without_warnings(), _compiling_here(), _flat_forward(root, arguments, returned):
+    with without_warnings(), alone_in(_trace, "_export"), _compiling_here(), _flat_forward(root, arguments, returned):
         exported = torch.export.export(root, tuple(given), dynamic_shapes=shapes, strict=False)
         if _transforms(exported.graph):
             exported = exported.run_decompositions({})  # `vmap` and its like become the calls that they stand for
@@ -193,13 +195,14 @@ def _guard_sizes(
     guards: Sequence[str],
 ) -> None:  # fmt: skip
     """Leave a guard behind for all that export took for granted: sizes along axes that are not dynamic, which are
-    built into the graph, and what it has found of those that are (`guards`, in its own notation)."""
+    built into the graph, their number, and what it has found of those that are (`guards`, in its own notation)."""
     last = [node for node in graph.nodes if node.op == "placeholder" or node in leaves][-1]
     with graph.inserting_after(last):
         end = graph.call_function(operator.getitem, ((), slice(None)))  # what follows is put in front of it
 
     with graph.inserting_before(end):
         for leaf, value, axes in zip(leaves, given, dynamic, strict=True):
+            guard_rank(graph, leaf, value.ndim)
             for axis in (axis for axis in range(value.ndim) if axis not in axes):
                 size = graph.call_method("size", (leaf, axis))
                 what = f"the size of axis {axis} of `{leaf.name}`"

@@ -7,6 +7,7 @@ data, for torch.fx to write them into its code:
 
     "*"                       a tensor, or a number that the graph reads; not None
     ("tensor",)               a tensor, where the model could do without
+    ("number",)               a number, where the model asked whether it is a tensor
     ("is", value)             this value
     ("dict", keys, forms)     a mapping with these keys
     ("list", forms)           a tuple or list of so many items
@@ -22,6 +23,7 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,12 +31,14 @@ from torch import fx
 
 from ..errors import SpecializationError
 from .containers import flatten
-from .python_numbers import plain_number
+from .python_numbers import is_number, plain_number
 from .structure import Structure
 
 Form = Any
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
-_PROXIES = frozenset(str(Path(__file__).with_name(name)) for name in ("example_values.py", "symbolic.py"))
+_PROXIES = frozenset(
+    str(Path(__file__).with_name(f"{name}.py")) for name in ("example_values", "value_proxies", "symbolic", "lengths")
+)
 _LONG = 200  # characters of an object that are compared as they are
 _OWN = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<eval_with_key", "<frozen")
 
@@ -81,19 +85,35 @@ def _name_of(value: Any) -> str:
     """What tells a constant from others: of functions and classes the name, of other objects the class and how they
     are written, without addresses."""
     if hasattr(value, "__qualname__"):
-        code = getattr(value, "__code__", None)
-        line = f":{code.co_firstlineno}" if code is not None and "<lambda>" in value.__qualname__ else ""
-        return f"{getattr(value, '__module__', None) or 'builtins'}.{value.__qualname__}{line}"
+        return f"{getattr(value, '__module__', None) or 'builtins'}.{value.__qualname__}{_made_of(value)}"
     written = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     if len(written) > _LONG:
         written = f"{written[:_LONG]}... ({zlib.crc32(written.encode())})"
     return f"{type(value).__module__}.{type(value).__qualname__} {written}"
 
 
+def _made_of(function: Any) -> str:
+    """What tells functions of one name apart: of those that are made where they are used, line, code and the values
+    that they hold; of methods their object."""
+    owner = getattr(function, "__self__", None)
+    if owner is not None and not isinstance(owner, (type, ModuleType)):
+        return f" of {_name_of(owner)}"
+    code = getattr(function, "__code__", None)
+    if code is None or "<" not in function.__qualname__:
+        return ""
+    kept = [cell.cell_contents for cell in function.__closure__ or ()] + list(function.__defaults__ or ())
+    written = f"{code.co_code!r} {code.co_names} {[const for const in code.co_consts if type(const) in _SIMPLE]}"
+    held = "".join(f" {_name_of(value)}" for value in kept)
+    return f":{code.co_firstlineno} ({zlib.crc32((written + held).encode())})"
+
+
 def _simple_values(structure: Structure) -> tuple[Any, ...]:
     if structure.kind is not None and structure.is_constant:
         return (structure.constant,) if type(structure.constant) in _SIMPLE else ()
-    return tuple(value for part in structure.parts for value in _simple_values(part))
+    parts = structure.parts
+    if structure.recipe is not None and parts[1].constant is None and parts[1].is_constant:
+        parts = (parts[0], *parts[2:])  # no attributes, as of a dict
+    return tuple(value for part in parts for value in _simple_values(part))
 
 
 def is_trivial(form: Form) -> bool:
@@ -135,6 +155,8 @@ def _mismatch(value: Any, form: Form, what: str) -> tuple[str, str, str] | None:
     kind, *rest = form
     if kind == "tensor":
         return None if isinstance(value, torch.Tensor) else (what, "a tensor", _brief(value))
+    if kind == "number":
+        return None if is_number(plain_number(value)) else (what, "a number", _brief(value))
     if kind == "is":
         value = plain_number(value)
         same = value is rest[0] or (isinstance(value, _SIMPLE) and value == rest[0])
@@ -190,6 +212,12 @@ def place_in_source() -> str:
             return f"{Path(name).name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "an unknown line"
+
+
+def guard_rank(graph: fx.Graph, tensor: fx.Node, rank: int) -> None:
+    """Leave a guard behind, where nodes are inserted now, for the number of axes of an argument."""
+    found = graph.call_method("dim", (tensor,))
+    graph.call_function(require, (found, ("is", rank), f"the number of axes of `{tensor.name}`", "the input"))
 
 
 def guards_at_entry(module: fx.GraphModule, computed: Mapping[str, torch.Size]) -> dict[fx.Node, list[fx.Node]]:

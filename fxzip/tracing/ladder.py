@@ -31,6 +31,7 @@ from .reference import Reference, compared, reference_of, without_idle_guards
 from .symbolic import SymbolicTracer
 from .tidying import tidied
 from .training import Strays, Training
+from .unsteady import unsteady
 
 RUNGS = ("symbolic", "symbolic with example values", "export")
 _FEW = 8  # inputs
@@ -118,7 +119,7 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
             program = _program(found, reference, rung, tuple(failures), persistent, strays)
             return replace(program, origins=_origins(program.module, own))
         failures.append(f"{_title(rung, kept)} gave another result than the model: {found}.")
-    raise TraceError(_nothing_worked(name, failures, paths))
+    raise TraceError(_nothing_worked(name, failures, paths, unsteady(own, reference.sample)))
 
 
 def _rungs(call: Call) -> tuple[str, ...]:
@@ -268,7 +269,9 @@ def _place(error: BaseException) -> str:
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def _nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...]) -> str:
+def _nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...], unsteady: str) -> str:
+    if unsteady:
+        return f"`{name}` must give the same for the same input. {unsteady}"
     batch, shape = (any(f"but on {what} of" in failure for failure in failures) for what in ("a batch", "`data`"))
     must = "must be traceable at every batch size; it was at that of `sample_input` only" if batch else ""
     if shape:
@@ -286,6 +289,11 @@ def _nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...]) -> s
         return (
             f"{message} Gradients that `forward` takes (`torch.autograd.grad`) are no part of a graph: pass the "
             "network that is differentiated, and take the gradients of what the zipped network returns."
+        )
+    if batch:
+        return (
+            f"{message} Replace Python loops and conditions over the rows of a batch by calls on all rows at once, or "
+            "pass the part of the model that has none."
         )
     if shape:
         return f"{message} Give `data` the sizes of `sample_input`, or replace what Python does with sizes by tensors."

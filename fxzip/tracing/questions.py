@@ -45,6 +45,8 @@ SHAPE_METHODS = frozenset(
     ]
 )
 SIZE_METHODS = frozenset(["size", "numel", "nelement"])
+RANK_METHODS = frozenset(["dim", "ndimension"])
+TYPE_QUESTIONS = frozenset(["is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex])
 SHAPE_FUNCTIONS = frozenset((getattr, torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor))
 
 

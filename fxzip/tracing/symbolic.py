@@ -40,7 +40,7 @@ def bind(model: nn.Module, call: Call) -> tuple[inspect.BoundArguments, dict[str
 
 
 def left_out(bound: inspect.BoundArguments) -> set[str]:
-    """Names of the arguments that a call may leave out: those with a default, and what goes through `**`.
+    """Names of the arguments that a call may leave out: those with a default, and what goes through `*` and `**`.
 
     >>> left_out(bind(nn.MultiheadAttention(2, 1), Call((1, 2, 3), {"key_padding_mask": 4}))[0])
     {'key_padding_mask'}
@@ -50,6 +50,8 @@ def left_out(bound: inspect.BoundArguments) -> set[str]:
         parameter = bound.signature.parameters[name]
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             found.update(bound.arguments[name])
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            found.update(f"{name}_{index}" for index in range(len(bound.arguments[name])))
         elif parameter.default is not inspect.Parameter.empty:
             found.add(name)
     return found
@@ -116,8 +118,11 @@ class SymbolicTracer(fx.Tracer):
             items = [self._unpacked(proxy[index], item) for index, item in enumerate(value)]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         found, structure = flatten(value)
-        parts = [Part(place, len(found)) for place in range(len(found))]
-        return structure.build([self.create_proxy("call_function", part, (proxy,), {}) for part in parts])
+        parts = [
+            self._unpacked(self.create_proxy("call_function", Part(place, len(found)), (proxy,), {}), leaf)
+            for place, leaf in enumerate(found)
+        ]
+        return structure.build(parts)
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):

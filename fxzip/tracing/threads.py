@@ -4,25 +4,32 @@ Three means, the least of them first. Most settings have a counterpart that belo
 instead of the default dtype, of the attention backend (`attention`), of the seed (`randomness`). Where code asks a
 function of a module, that function is replaced by one that answers differently in the threads that are inside and
 passes on all others (`ThreadPatch`). What `torch.fx` itself patches while it traces is made to act in that thread
-only, and one thread traces at a time (`tracing`).
+only (`traces_apart`), and one thread traces at a time (`tracing`).
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import CodeType, FrameType
 from typing import Any
 from unittest import mock
 
 from torch import fx
 
+from ..errors import TraceError
+
 Replacement = tuple[Any, str, Callable[..., Any]]
 """A module or class, the name of a function there, and what is called instead."""
 
 _TRACING = threading.RLock()
+_PATIENCE = 300  # seconds
 
 
 class ThreadPatch:
@@ -98,21 +105,115 @@ def only_here(own: Callable[..., Any], original: Callable[..., Any]) -> Callable
     return called
 
 
+class _TracesApart:
+    """While someone is inside, what `torch.fx` patches while it traces (`nn.Module.__call__` and `__getattr__`) acts in
+    the thread that traces, whoever's trace it is: modules called in others are called as ever."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._original: Any = None
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                self._install()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    fx._symbolic_trace._Patcher.patch_method = self._original  # type: ignore[method-assign]
+
+    def _install(self) -> None:
+        patcher = fx._symbolic_trace._Patcher
+        original = self._original = patcher.patch_method
+
+        def patch_here(self: Any, cls: type, name: str, new_fn: Callable[..., Any], *rest: Any, **options: Any) -> None:
+            original(self, cls, name, only_here(new_fn, getattr(cls, name)), *rest, **options)
+
+        patcher.patch_method = patch_here  # type: ignore[method-assign]
+        try:
+            _wait_for(fx.Tracer.trace)
+        except BaseException:
+            patcher.patch_method = original  # type: ignore[method-assign]
+            raise
+
+
+traces_apart = _TracesApart().inside
+
+
+def _wait_for(function: Callable[..., Any]) -> None:
+    """Until no other thread is in a function.
+
+    Raises:
+        TraceError: another thread does not come out of it.
+    """
+    code = inspect.unwrap(function).__code__
+    end = time.monotonic() + _PATIENCE
+    while any(_runs(frame, code) for thread, frame in sys._current_frames().items() if thread != threading.get_ident()):
+        if time.monotonic() > end:
+            raise TraceError(
+                f"No other thread may be in `{function.__qualname__}` of PyTorch, which patches the whole process; one "
+                f"has been there for {_PATIENCE} seconds. Let it end first."
+            )
+        time.sleep(0.001)
+
+
+def runs_here(code: CodeType) -> bool:
+    """Whether this thread is running this code, somewhere above.
+
+    >>> runs_here(runs_here.__code__), runs_here(only_here.__code__)
+    (True, False)
+    """
+    return _runs(sys._getframe(), code)
+
+
+def _runs(frame: FrameType | None, code: CodeType) -> bool:
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def alone_in(owner: Any, name: str) -> Iterator[None]:
+    """To be used inside `tracing`: calls of a function by other threads wait until the lock is free, and keep it while
+    they run; those that had begun before are waited for. For functions that keep something once per process.
+
+    >>> import textwrap
+    >>> with tracing(), alone_in(textwrap, "dedent"):
+    ...     textwrap.dedent("  one at a time")
+    'one at a time'
+
+    Raises:
+        TraceError: another thread does not come out of the function.
+    """
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        with _TRACING:
+            return original(*args, **kwargs)
+
+    with mock.patch.object(owner, name, waiting):
+        _wait_for(original)
+        yield
+
+
 @contextmanager
 def tracing() -> Iterator[None]:
-    """One thread at a time. `torch.fx` patches `nn.Module.__call__` and `__getattr__` while it traces, and so does
-    `torch.export`; inside, what it puts there acts in the thread that traces, and modules called in others are called
-    as ever.
+    """One thread at a time, whoever traces: two traces that end in another order than they began would leave PyTorch
+    patched for good. One that another thread has begun by itself is waited for, and one that it begins waits.
 
     >>> with tracing():
     ...     graph = fx.Tracer().trace(lambda x: x + 1)
     """
-    patch_method = fx._symbolic_trace._Patcher.patch_method
-
-    def patch_here(self: Any, cls: type, name: str, new_fn: Callable[..., Any], *rest: Any, **options: Any) -> None:
-        patch_method(self, cls, name, only_here(new_fn, getattr(cls, name)), *rest, **options)
-
-    with _TRACING, mock.patch.object(fx._symbolic_trace._Patcher, "patch_method", patch_here):
+    with traces_apart(), _TRACING, alone_in(fx.Tracer, "trace"):
         yield
 
 

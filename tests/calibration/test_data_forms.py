@@ -2,6 +2,8 @@
 
 import itertools
 import re
+from collections import OrderedDict, UserDict, namedtuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -329,3 +331,53 @@ def test_what_is_not_finite_in_the_data_is_named():
     broken[7, 1] = float("nan")
     with pytest.raises(DataError, match=r"on batch 1 of `data`.* The batch itself holds 1 that is not finite\."):
         fxzip.compile_zip(network(2), network(3), SAMPLE, data=[torch.randn(40, 3), broken], progress=False)
+
+
+class Holder(OrderedDict):
+    """As batches of other libraries are: items, and more that models may ask for."""
+
+    @property
+    def pixels(self):
+        return self["pixels"]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [OrderedDict, dict, UserDict, Holder, namedtuple("Batch", "pixels"), SimpleNamespace],
+    ids=lambda made: made.__name__,
+)
+def test_data_are_in_the_containers_that_models_take(made):
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, batch):
+            x = batch["pixels"] if made in (dict, OrderedDict, UserDict) else batch.pixels
+            return self.b(torch.relu(self.a(x)))
+
+    torch.manual_seed(0)
+    a, b = Takes().eval(), Takes().eval()
+    images = [torch.randn(32, 6) for _ in range(3)]
+    data = [(made(pixels=x), torch.zeros(32)) for x in images]
+    zipped = fxzip.compile_zip(a, b, (made(pixels=images[0]),), data=data, progress=False)
+    plain = fxzip.compile_zip(
+        *(nn.Sequential(net.a, nn.ReLU(), net.b) for net in (a, b)), images[0], data=images, progress=False
+    )
+    torch.testing.assert_close(zipped(made(pixels=images[1])), plain(images[1]))
+
+
+def test_tensors_of_a_class_of_their_own_are_their_values():
+    class Image(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.sub_:
+                raise TypeError("an image is not subtracted from")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    x = torch.randn(64, 8)
+    models = [nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, n)) for n in (2, 3)]
+    expected = fxzip.compile_zip(*models, x, data=[x], progress=False)(x)
+    torch.testing.assert_close(
+        fxzip.compile_zip(*models, x, data=[x.as_subclass(Image)], progress=False)(x), expected, rtol=0, atol=0
+    )

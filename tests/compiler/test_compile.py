@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import pickle
 
 import pytest
 import torch
@@ -331,3 +332,50 @@ def test_models_that_write_into_their_input_leave_the_data_alone(refit):
         torch.testing.assert_close(given, data, rtol=0, atol=0)
         found.append(zipped(data.clone()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+ROWS, MASK = torch.ones(16, 6), torch.ones(16, 1)
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x, mask=None, *, scale=1.0):
+        hidden = torch.relu(self.a(x)) * scale
+        return self.b(hidden if mask is None else hidden * mask)
+
+
+@pytest.mark.parametrize(
+    ("sample", "args", "kwargs", "message"),
+    [
+        ((ROWS, MASK), (ROWS,), {}, r"held, `\(x, mask\)`; `mask` is missing\. What is missing must be passed"),
+        ((ROWS, MASK), (ROWS, MASK, MASK), {}, r"`\(x, mask\)`; there are 3 by position"),
+        ((ROWS, MASK), (ROWS, MASK), {"scale": 2.0}, r"`\(x, mask\)`; `scale` is not among it"),
+        ((ROWS, MASK), (ROWS, MASK), {"mask": MASK}, r"`\(x, mask\)`; `mask` is given twice"),
+        ((ROWS,), (ROWS,), {"mask": MASK}, r"`\(x\)`; `mask` is not among it.*compile with a `sample_input`"),
+        ({"x": ROWS, "scale": 2.0}, (), {"x": ROWS}, r"`\(x, scale\)`; `scale` is missing"),
+    ],
+)
+def test_calls_of_another_form_say_what_the_network_takes(sample, args, kwargs, message):
+    torch.manual_seed(0)
+    zipped = fxzip.compile_zip(Optional().eval(), Optional().eval(), sample, progress=False)
+    for network in (zipped, zipped.single(0), pickle.loads(pickle.dumps(zipped)), copy.deepcopy(zipped)):
+        with pytest.raises(fxzip.InputError, match=message):
+            network(*args, **kwargs)
+
+
+def test_errors_of_the_network_itself_stay():
+    torch.manual_seed(0)
+    zipped = fxzip.compile_zip(Optional().eval(), Optional().eval(), ROWS, progress=False)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        zipped(ROWS[:, :3])
+    with pytest.raises(TypeError, match="linear"):
+        zipped("text")
+
+
+def test_torch_script():
+    torch.manual_seed(0)
+    zipped = fxzip.compile_zip(Optional().eval(), Optional().eval(), ROWS, progress=False)
+    torch.testing.assert_close(torch.jit.script(zipped)(ROWS), zipped(ROWS))

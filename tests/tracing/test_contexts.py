@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxzip
 from fxzip.tracing import ladder, trace
@@ -182,3 +183,35 @@ def test_functions_given_to_a_module(build):
     for k, model in enumerate((a, b)):
         torch.testing.assert_close(zipped(x)[k], model(x), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(p, q) for p, q in zip(before, (*a.parameters(), *b.parameters()), strict=True))
+
+
+def inside_a_trace(action):
+    class Acts(nn.Module):
+        def forward(self, x):
+            action()
+            return x
+
+    torch.fx.symbolic_trace(Acts())
+
+
+AROUND = {
+    "transforms of `torch.func`": lambda action: torch.vmap(lambda x: (action(), x)[1])(torch.ones(2)),
+    "a trace of `torch.fx`": inside_a_trace,
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_where_tensors_have_no_values_nothing_is_compiled(around):
+    x = torch.randn(16, 8)
+    models = pair()
+    with pytest.raises(fxzip.InputError, match=f"must be called outside of {around}"):
+        AROUND[around](lambda: fxzip.compile_zip(*models, x, progress=False))
+    fxzip.compile_zip(*models, x, progress=False)
+
+
+def test_fake_tensors_are_no_values():
+    x = torch.randn(16, 8)
+    models = pair()
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with fakes, pytest.raises(fxzip.InputError, match="must be called outside of a `FakeTensorMode`"):
+        fxzip.compile_zip(*models, x, progress=False)

@@ -266,3 +266,152 @@ def test_none_in_the_place_of_a_tensor_is_named(rung, monkeypatch):
             network(x, None, more)
         with pytest.raises(fxzip.errors.SpecializationError, match=r"`more\[0\]` must be .* a tensor; found None"):
             network(x, mask, [None])
+
+
+class Asks(nn.Module):
+    """Python that asks something of the input."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(6, 16), nn.Linear(16, 3), how
+
+    def forward(self, x):
+        doubled = self.how(x)
+        return self.b(torch.relu(self.a(x.to(self.a.weight.dtype)))) * (2 if doubled else 1)
+
+
+RANKS = {
+    "dim": lambda x: x.dim() == 2,
+    "ndim": lambda x: x.ndim == 2,
+    "len": lambda x: len(x.shape) == 2,
+    "size": lambda x: len(x.size()) == 2,
+    "hidden": lambda x: (x + 1).ndim == 2,
+}
+TYPES = {
+    "dtype": lambda x: x.dtype == torch.float32,
+    "method": lambda x: x.is_floating_point(),
+    "function": lambda x: torch.is_floating_point(x),
+}
+
+
+@pytest.mark.parametrize("how", RANKS)
+def test_numbers_of_axes_that_python_looks_at(how):
+    net = Asks(RANKS[how]).eval()
+    x = torch.randn(4, 6)
+    graph = trace(net, x).module
+    torch.testing.assert_close(graph(x[:3]), net(x[:3]))
+    with pytest.raises(fxzip.SpecializationError, match=r"the number of axes of `x` .* traced, 2; it gives 3 now"):
+        graph(x[None])
+
+
+def test_a_model_that_asks_for_no_axes_takes_any():
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(trace(net, x).module(x[None]), net(x[None]))
+
+
+def test_export_fixes_the_number_of_axes(monkeypatch):
+    monkeypatch.setattr(ladder, "RUNGS", ("export",))
+    graph = trace(Asks(RANKS["dim"]).eval(), torch.randn(4, 6)).module
+    with pytest.raises(fxzip.SpecializationError, match="the number of axes of `x`"):
+        graph(torch.randn(4, 6, 6))
+
+
+@pytest.mark.parametrize("how", TYPES)
+def test_dtypes_of_arguments_that_python_looks_at(how):
+    net = Asks(TYPES[how]).eval()
+    x = torch.randn(4, 6)
+    graph = trace(net, x).module
+    torch.testing.assert_close(graph(x), net(x))
+    with pytest.raises(fxzip.SpecializationError, match=r"at test_guards.py:\d+ must give what it gave"):
+        graph((x * 9).long())
+
+
+def test_whether_a_size_is_in_a_shape():
+    net = Asks(lambda x: 9 in x.shape).eval()
+    graph = trace(net, torch.randn(4, 5, 6)).module
+    for size in (4, 7):
+        x = torch.randn(size, size, 6)
+        torch.testing.assert_close(graph(x), net(x))
+    with pytest.raises(fxzip.SpecializationError, match="`bool` of `eq"):
+        graph(torch.randn(4, 9, 6))
+
+
+class Rows(nn.Module):
+    """Rows one after another, by slices, which are empty behind the last one."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.a, self.step = nn.Linear(6, 3), step
+
+    def forward(self, x):
+        return torch.cat([self.a(x[i : i + self.step]) for i in range(0, x.shape[0], self.step)])
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_loop_over_the_rows_of_a_batch_is_refused(step):
+    """Unrolled it is right at every batch that is smaller than the sample."""
+    with pytest.raises(fxzip.TraceError, match=r"every batch size.*test_guards\.py:\d+.*calls on all rows at once"):
+        trace(Rows(step).eval(), torch.randn(8, 6))
+
+
+def test_a_number_that_is_asked_for_being_a_tensor():
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 3)
+
+        def forward(self, x, step):
+            return self.a(x) * (step if torch.is_tensor(step) else torch.tensor([step + 1]))
+
+    net, x = Timed().eval(), torch.randn(4, 6)
+    graph = trace(net, (x, 3)).module
+    torch.testing.assert_close(graph(x, 7), net(x, 7))
+    with pytest.raises(fxzip.SpecializationError, match=r"`step` must be .* a number; found a tensor of shape \(\)"):
+        graph(x, torch.tensor(7))
+
+
+def scaled(factor):
+    def scale(y):
+        return y * factor
+
+    return scale
+
+
+class Times:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __repr__(self):
+        return f"Times({self.factor})"
+
+    def __call__(self, y):
+        return y * self.factor
+
+    def twice(self, y):
+        return y * self.factor * 2
+
+
+FUNCTIONS = [
+    (scaled(2.0), scaled(2.0), scaled(3.0)),
+    *[(double, double, triple) for double, triple in [(lambda y: y * 2, lambda y: y * 3)]],
+    (Times(2.0).twice, Times(2.0).twice, Times(3.0).twice),
+    (Times(2.0), Times(2.0), Times(3.0)),
+]
+
+
+@pytest.mark.parametrize(("given", "alike", "other"), FUNCTIONS)
+def test_functions_that_are_made_where_they_are_used(given, alike, other):
+    class Applied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 3)
+
+        def forward(self, x, function):
+            return function(self.a(x))
+
+    net, x = Applied().eval(), torch.randn(4, 6)
+    graph = trace(net, (x, given)).module
+    torch.testing.assert_close(graph(x, alike), net(x, alike))
+    with pytest.raises(fxzip.SpecializationError, match="Argument `function` must be what the network was traced with"):
+        graph(x, other)

@@ -4,11 +4,13 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxzip
+from fxzip.tracing import threads
 from fxzip.tracing.attention import MathAttention
 from fxzip.tracing.randomness import OwnRandomness, own_randomness
 from fxzip.tracing.threads import ThreadPatch, without_warnings
@@ -236,3 +238,64 @@ def test_fused_attention_is_the_math_backend():
             with MathAttention():
                 found = F.scaled_dot_product_attention(*operands, **options)
         assert torch.equal(found, expected)
+
+
+TRACERS = {
+    "fx": lambda net: fx.symbolic_trace(net),
+    "export": lambda net: torch.export.export(net, (torch.randn(3, 6),)).module(),
+}
+
+
+@pytest.mark.parametrize("how", TRACERS)
+def test_a_compile_beside_a_thread_that_traces_by_itself(how):
+    """Each gets what it gets alone, and PyTorch is not left patched: `nn.Module.__call__` is, while anyone traces."""
+    called, looked_up = nn.Module.__call__, nn.Module.__getattr__
+    patching = fx._symbolic_trace._Patcher.patch_method
+    work = jobs()
+    alone = [outputs(*job) for job in work]
+    net, x, stop, traced = mlp(3).eval(), torch.randn(3, 6), threading.Event(), []
+    expected = net(x)
+
+    def keep_tracing():
+        while not stop.is_set():
+            try:
+                found = TRACERS[how](net)
+                traced.append(torch.equal(found(x), expected) and len(list(found.graph.nodes)) > 5)
+            except BaseException as error:
+                traced.append(error)
+
+    beside = threading.Thread(target=keep_tracing)
+    beside.start()
+    try:
+        for _ in range(2):
+            for job, found in zip(work, alone, strict=True):
+                assert same(outputs(*job), found)
+    finally:
+        stop.set()
+        beside.join()
+    assert set(traced) == {True}
+    assert nn.Module.__call__ is called
+    assert nn.Module.__getattr__ is looked_up
+    assert fx._symbolic_trace._Patcher.patch_method is patching
+
+
+def test_a_thread_that_does_not_end_its_trace_is_named(monkeypatch):
+    monkeypatch.setattr(threads, "_PATIENCE", 0.05)
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self, x):
+            begun.set()
+            go_on.wait()
+            return x + 1
+
+    beside = threading.Thread(target=fx.symbolic_trace, args=(Waits(),))
+    beside.start()
+    begun.wait()
+    try:
+        with pytest.raises(fxzip.TraceError, match=r"No other thread may be in `Tracer\.trace` of PyTorch"):
+            outputs(*jobs()[1])
+    finally:
+        go_on.set()
+        beside.join()
+    outputs(*jobs()[1])
