@@ -27,6 +27,9 @@ TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4,
 
 
 _FX_TRACE = fx.Tracer.trace.__code__
+_COMPILING = ThreadPatch(  # a `torch.export` in another thread sets it for all; for fxzip's own see `exporting.py`
+    lambda: [(torch.compiler, name, lambda: False) for name in ("is_compiling", "is_exporting")]
+)
 _FASTPATH = ThreadPatch(lambda: [(torch.backends.mha, "get_fastpath_enabled", lambda: False)])
 
 
@@ -95,6 +98,7 @@ def plain_context() -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(full_precision())
         stack.enter_context(traces_apart())
+        stack.enter_context(_COMPILING.inside())
         yield
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -80,7 +81,8 @@ def _compiling_here() -> Iterator[None]:
     with ExitStack() as stack:
         for name in ("is_compiling", "is_exporting"):
             original = getattr(torch.compiler, name)
-            here = only_here(original, functools.wraps(original)(functools.partial(bool, original())))
+            elsewhere = functools.wraps(original)(functools.partial(bool, original()))
+            here = only_here(inspect.unwrap(original), elsewhere)
             stack.enter_context(mock.patch.object(torch.compiler, name, here))
         for name in ("set_current_meta", "annotate"):
             noting = getattr(fx.traceback, name, None)

@@ -24,7 +24,7 @@ from .functional_to_modules import raised
 from .inplace import out_of_place
 from .kept_state import without_proxies
 from .lengths import len_recorded
-from .names import named_safely, safe_names
+from .names import check_code, named_safely, safe_names
 from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
 from .python_numbers import is_number
 from .reference import Reference, compared, reference_of, without_idle_guards
@@ -110,6 +110,7 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
         found = _verified(traced, reference)
         if not isinstance(found, str):
             found = _with_modules(found, reference)
+            check_code(found.module)
             training = Training(own, reference.sample)
             if training.keep_dropout(found.module):
                 again = compared(found.module, reference)

@@ -16,12 +16,15 @@ from ..errors import InputError
 from .copying import deep_copy
 
 _UNSAFE = re.compile(r"[^\w \-+:@/]")
+_WRITTEN = frozenset(fx.graph._custom_builtins)
 _EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
 
 
 def _safe(name: str, *, top: bool) -> str:
     result = _UNSAFE.sub("_", name) or "_"
-    taken = top and (hasattr(_EMPTY, result) or result.startswith("__"))
+    if result.startswith("__"):  # as what Python has for itself; no saved network may name such
+        result = "_" + result.lstrip("_")
+    taken = top and hasattr(_EMPTY, result)
     return result + "_" if keyword.iskeyword(result) or taken else result
 
 
@@ -69,6 +72,24 @@ def _renamed(path: str, name: str, paths: dict[str, str]) -> str:
     return paths.get(old, old).rpartition(".")[2]
 
 
+def check_code(module: fx.GraphModule) -> None:
+    """An argument may have a name that torch.fx writes for something else: `inf` for a number, `device` for a device.
+    Its code would read the argument there.
+
+    Raises:
+        InputError: there is one.
+    """
+    for node in module.graph.nodes:
+        name = str(node.target)
+        if node.op == "placeholder" and name in _WRITTEN:
+            found = re.findall(rf"(?<![\w.'\"]){name}\b", module.code)
+            if len(found) > 2:  # in the signature, and where it is given the name of its node
+                raise InputError(
+                    f"Argument `{name}` has a name that is written into code for something else; rename it, e.g. to "
+                    f"`{name}_`."
+                )
+
+
 def check_arguments(names: list[str]) -> None:
     """Names of arguments are written into code, too.
 
@@ -78,3 +99,5 @@ def check_arguments(names: list[str]) -> None:
     for name in names:
         if not name.isidentifier() or keyword.iskeyword(name):
             raise InputError(f"Names of arguments must be identifiers; found {name!r}. Rename the argument.")
+        if name == "torch":
+            raise InputError("Argument `torch` has the name of a module that every graph calls; rename it.")

@@ -290,6 +290,7 @@ def test_report_counts_the_fitted_calls() -> None:
 @pytest.mark.parametrize(("settings", "message"), [
     ({"ridge": -1e-4}, "^`LeastSquares` needs `ridge` >= 0; got ridge=-0.0001. The default is 0.0001.$"),
     ({"positions": 0}, "^`LeastSquares` needs `positions` >= 1; got positions=0. The default is 20.$"),
+    ({"memory": "2GB"}, "^`LeastSquares` needs `memory` >= 1; got memory='2GB'. The default is None.$"),
     ({"memory": 0}, "^`LeastSquares` needs `memory` >= 1; got memory=0. The default is None.$"),
 ])  # fmt: skip
 def test_settings_out_of_range(settings, message) -> None:

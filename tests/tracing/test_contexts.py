@@ -30,7 +30,9 @@ class Branch(nn.Module):
 CODE = ['a"), RUN(), getattr(self, "a', 'q"]; RUN(); ["', '" + str(RUN()) + "', "x\nRUN()\n", "back\\"]
 
 
-@pytest.mark.parametrize("name", ["graph", "code", "meta", "_graph", "class_", "global", "a b", "0", "layer-1", *CODE])
+@pytest.mark.parametrize(
+    "name", ["graph", "code", "meta", "_graph", "class_", "global", "a b", "0", "layer-1", "__", *CODE]
+)
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("rung", ladder.RUNGS[:2])
 def test_names_are_data(name, within, rung, monkeypatch):
@@ -45,14 +47,15 @@ def test_names_are_data(name, within, rung, monkeypatch):
     assert "class" in name or any(key.endswith("class_") for key in program.persistent)
 
 
-@pytest.mark.parametrize("name", ["graph", "class", CODE[0]])
-def test_names_in_a_zip(name, monkeypatch):
+@pytest.mark.parametrize("name", ["graph", "class", "__", CODE[0]])
+def test_names_in_a_zip(name, monkeypatch, tmp_path):
     ran = []
     monkeypatch.setattr(builtins, "RUN", lambda: ran.append(name), raising=False)
     a, b = (Branch(name, name != "graph", n).eval() for n in (3, 4))
     x = torch.randn(16, 8)
     zipped = fxzip.compile_zip(a, b, x, method="permute", refit=None, width=2.0, progress=False)
-    for network in (zipped, pickle.loads(pickle.dumps(zipped))):
+    fxzip.save(zipped, tmp_path / "zip")
+    for network in (zipped, pickle.loads(pickle.dumps(zipped)), fxzip.load(tmp_path / "zip")):
         torch.testing.assert_close(network(x)[1], b(x))
     assert not ran
 
@@ -215,3 +218,35 @@ def test_fake_tensors_are_no_values():
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with fakes, pytest.raises(fxzip.InputError, match="must be called outside of a `FakeTensorMode`"):
         fxzip.compile_zip(*models, x, progress=False)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+
+
+def with_argument(name, body):
+    scope = {}
+    exec(f"def forward(self, x, {name}):\n    return {body}", {"torch": torch, "float": float}, scope)
+    return type("Named", (Named,), {"forward": scope["forward"], "__deepcopy__": lambda net, memo: net})().eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "value"),
+    [
+        ("inf", "self.head(self.first(x)).clamp(max=float('inf')) + inf", -torch.ones(1)),
+        ("nan", "torch.nan_to_num(self.head(self.first(x)) + nan, nan=float('nan'))", torch.ones(1)),
+        ("device", "self.head(self.first(x.to(device)))", torch.device("cpu")),
+        ("torch", "self.head(self.first(x)) + torch", torch.ones(1)),
+    ],
+)
+def test_arguments_with_words_that_code_has_for_something_else(name, body, value):
+    """What torch.fx writes would read the argument: `clamp(max = inf)`."""
+    with pytest.raises(fxzip.FxzipError, match=f"Argument `{name}` has .*rename it"):
+        trace(with_argument(name, body), (torch.randn(4, 8), value))
+
+
+def test_such_words_are_fine_where_code_has_no_use_for_them():
+    net, x = with_argument("device", "self.head(self.first(x.to(device)))"), torch.randn(4, 8)
+    torch.testing.assert_close(trace(net, (x, "cpu")).module(x, "cpu"), net(x, "cpu"))

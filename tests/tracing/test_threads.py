@@ -53,8 +53,12 @@ def jobs():
     return [(net(2).eval(), net(3).eval(), data) for net, data in made]
 
 
+def compiled(a, b, data):
+    return fxzip.compile_zip(a, b, data[:2], data=[data], progress=False)
+
+
 def outputs(a, b, data):
-    zipped = fxzip.compile_zip(a, b, data[:2], data=[data], progress=False)
+    zipped = compiled(a, b, data)
     with torch.no_grad():
         return zipped(data)
 
@@ -267,12 +271,13 @@ def test_a_compile_beside_a_thread_that_traces_by_itself(how):
     beside = threading.Thread(target=keep_tracing)
     beside.start()
     try:
-        for _ in range(2):
-            for job, found in zip(work, alone, strict=True):
-                assert same(outputs(*job), found)
+        zips = [[compiled(*job) for job in work] for _ in range(2)]
     finally:
         stop.set()
         beside.join()
+    with torch.no_grad():  # while a thread exports, PyTorch itself runs attention by another kernel in all others
+        for again in zips:
+            assert all(same(z(job[-1]), found) for z, job, found in zip(again, work, alone, strict=True))
     assert set(traced) == {True}
     assert nn.Module.__call__ is called
     assert nn.Module.__getattr__ is looked_up

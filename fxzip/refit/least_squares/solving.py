@@ -102,11 +102,12 @@ class Settings:
     def __post_init__(self) -> None:
         least = {"ridge": 0, "scarce": 0, "positions": 1, "least": 1, "rounds": 0, "turns": 0, "memory": 1}
         for name, bound in least.items():
-            if not (getattr(self, name) is None or getattr(self, name) >= bound):
+            value = getattr(self, name)
+            fits = isinstance(value, (int, float)) and value >= bound
+            if not (fits or value is None):
                 default = next(own.default for own in fields(self) if own.name == name)
                 raise OptionError(
-                    f"`LeastSquares` needs `{name}` >= {bound}; got {name}={getattr(self, name)}. "
-                    f"The default is {default}."
+                    f"`LeastSquares` needs `{name}` >= {bound}; got {name}={value!r}. The default is {default}."
                 )
 
 
