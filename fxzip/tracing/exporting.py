@@ -81,8 +81,8 @@ def _compiling_here() -> Iterator[None]:
     with ExitStack() as stack:
         for name in ("is_compiling", "is_exporting"):
             original = getattr(torch.compiler, name)
-            elsewhere = functools.wraps(original)(functools.partial(bool, original()))
-            here = only_here(inspect.unwrap(original), elsewhere)
+            others = functools.wraps(original)(functools.partial(bool, original()))
+            here = only_here(inspect.unwrap(original), others)
             stack.enter_context(mock.patch.object(torch.compiler, name, here))
         for name in ("set_current_meta", "annotate"):
             noting = getattr(fx.traceback, name, None)

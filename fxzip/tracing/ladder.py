@@ -32,6 +32,7 @@ from .symbolic import SymbolicTracer
 from .tidying import tidied
 from .training import Strays, Training
 from .unsteady import unsteady
+from .wayouts import nothing_worked
 
 RUNGS = ("symbolic", "symbolic with example values", "export")
 _FEW = 8  # inputs
@@ -120,7 +121,7 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
             program = _program(found, reference, rung, tuple(failures), persistent, strays)
             return replace(program, origins=_origins(program.module, own))
         failures.append(f"{_title(rung, kept)} gave another result than the model: {found}.")
-    raise TraceError(_nothing_worked(name, failures, paths, unsteady(own, reference.sample)))
+    raise TraceError(nothing_worked(name, failures, paths, unsteady(own, reference.sample)))
 
 
 def _rungs(call: Call) -> tuple[str, ...]:
@@ -268,37 +269,3 @@ def _place(error: BaseException) -> str:
     inside = [str(Path(root.__file__ or "").parent) for root in (torch,)] + [str(Path(__file__).parent)]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*inside, "<"))]
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-
-
-def _nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...], unsteady: str) -> str:
-    if unsteady:
-        return f"`{name}` must give the same for the same input. {unsteady}"
-    batch, shape = (any(f"but on {what} of" in failure for failure in failures) for what in ("a batch", "`data`"))
-    must = "must be traceable at every batch size; it was at that of `sample_input` only" if batch else ""
-    if shape:
-        must = "must be traceable at every shape that `data` holds; it was at that of `sample_input` only"
-    message = f"`{name}` {must or 'must be traceable; no way of tracing reproduces it'}. " + " ".join(failures)
-    if hooks:
-        places = ", ".join(f"`{path or name}`" for path in hooks[:5]) + (" ..." if len(hooks) > 5 else "")
-        return (
-            f"{message} Tracing does not always see forward hooks, found on {places}: move what a hook does to the "
-            "output into the `forward` of its module."
-        )
-    if any("Cache'" in failure for failure in failures):
-        return f"{message} Set `{name}.config.use_cache = False`: what is not a tensor cannot be an output."
-    if any("does not require grad" in failure for failure in failures):
-        return (
-            f"{message} Gradients that `forward` takes (`torch.autograd.grad`) are no part of a graph: pass the "
-            "network that is differentiated, and take the gradients of what the zipped network returns."
-        )
-    if batch:
-        return (
-            f"{message} Replace Python loops and conditions over the rows of a batch by calls on all rows at once, or "
-            "pass the part of the model that has none."
-        )
-    if shape:
-        return f"{message} Give `data` the sizes of `sample_input`, or replace what Python does with sizes by tensors."
-    return (
-        f"{message} Replace conditions on the content of tensors by tensor operations such as `torch.where`, or pass "
-        "the traceable part of the model."
-    )

@@ -21,6 +21,7 @@ from .state import python_numbers, seed_python
 from .tidying import tidied
 from .training import names_of
 
+
 @dataclass(frozen=True)
 class Reference:
     """What the eager model gives, each time from another seed: a graph that holds numbers which were drawn while it was
