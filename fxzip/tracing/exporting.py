@@ -26,7 +26,7 @@ from .containers import Part, flatten, is_plain, is_tensor
 from .guards import form_of_argument, guard_rank, is_trivial, require
 from .structure import Rebuild, Structure, notation
 from .symbolic import bind, left_out
-from .threads import alone_in, only_here, without_warnings
+from .threads import only_here, without_warnings
 
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Position of the submodule among the arguments."""
@@ -39,12 +39,10 @@ def trace_export(root: nn.Module, call: Call, dynamic: Sequence[tuple[int, ...]]
     >>> module(torch.ones(5, 3)).shape
     torch.Size([5, 4])
     """
-    from torch.export import _trace  # it takes a second to import
-
     given, arguments = flatten((call.args, call.kwargs))
     returned: list[Structure] = []
     shapes = (tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) or None for axes in dynamic),)
-    with without_warnings(), alone_in(_trace, "_export"), _compiling_here(), _flat_forward(root, arguments, returned):
+    with without_warnings(), _compiling_here(), _flat_forward(root, arguments, returned):
         exported = torch.export.export(root, tuple(given), dynamic_shapes=shapes, strict=False)
         if _transforms(exported.graph):
             exported = exported.run_decompositions({})  # `vmap` and its like become the calls that they stand for

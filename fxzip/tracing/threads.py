@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import CodeType, FrameType
 from typing import Any
 from unittest import mock
@@ -180,29 +180,45 @@ def _runs(frame: FrameType | None, code: CodeType) -> bool:
     return False
 
 
-@contextmanager
-def alone_in(owner: Any, name: str) -> Iterator[None]:
-    """To be used inside `tracing`: calls of a function by other threads wait until the lock is free, and keep it while
-    they run; those that had begun before are waited for. For functions that keep something once per process.
+def _guarded() -> list[tuple[Any, str]]:
+    """Functions of PyTorch that keep something once per process while they run."""
+    found: list[tuple[Any, str]] = [(fx.Tracer, "trace")]
+    if "torch.export._trace" in sys.modules:  # it takes a second to import
+        found.append((sys.modules["torch.export._trace"], "_export"))
+    return found
 
-    >>> import textwrap
-    >>> with tracing(), alone_in(textwrap, "dedent"):
-    ...     textwrap.dedent("  one at a time")
-    'one at a time'
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Calls of guarded functions by other threads wait until the lock is free, and keep it while they run; those that
+    had begun before are waited for.
 
     Raises:
-        TraceError: another thread does not come out of the function.
+        TraceError: another thread does not come out of one.
     """
-    original = getattr(owner, name)
+    with ExitStack() as stack:
+        originals = [getattr(owner, name) for owner, name in _guarded()]
+        for (owner, name), original in zip(_guarded(), originals, strict=True):
+            stack.enter_context(mock.patch.object(owner, name, _waiting(original)))
+        for original in originals:
+            _wait_for(original)
+        yield
+
+
+def _waiting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A guarded function for all threads; calls inside of one that is itself being waited for do not wait."""
 
     @functools.wraps(original)
-    def waiting(*args: Any, **kwargs: Any) -> Any:
-        with _TRACING:
-            return original(*args, **kwargs)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        while not any(runs_here(inspect.unwrap(getattr(owner, name)).__code__) for owner, name in _guarded()):
+            if _TRACING.acquire(timeout=0.1):
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    _TRACING.release()
+        return original(*args, **kwargs)
 
-    with mock.patch.object(owner, name, waiting):
-        _wait_for(original)
-        yield
+    return called
 
 
 @contextmanager
@@ -213,7 +229,7 @@ def tracing() -> Iterator[None]:
     >>> with tracing():
     ...     graph = fx.Tracer().trace(lambda x: x + 1)
     """
-    with traces_apart(), _TRACING, alone_in(fx.Tracer, "trace"):
+    with traces_apart(), _TRACING, _alone():
         yield
 
 
