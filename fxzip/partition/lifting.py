@@ -170,14 +170,16 @@ def _places(labelling: Labelling, node: fx.Node, behind: Mapping[str, set[str]])
         return []
     pair = [value for value in node.args[:2] if isinstance(value, fx.Node)]
     moving = [value.name for value in pair if value.name in labelling.dynamic]
-    still = [value.name for value in pair if value.name not in labelling.dynamic and behind[value.name]]
-    if len(moving) != 1 or len(still) != 1 or still[0] not in program.shapes:
+    still = [value for value in pair if value.name not in labelling.dynamic and behind[value.name]]
+    if len(moving) != 1 or len(still) != 1 or still[0].name not in program.shapes:
         return []
-    given = program.shapes[still[0]]
+    if any(source.op == "placeholder" for source in _needed(still)):  # as long as the input is, say: no constant
+        return []
+    given = program.shapes[still[0].name]
     if slope and given.numel() > 1:
         return []
     return [
-        _Place(node.name, still[0], moving[0], shape, slope)
+        _Place(node.name, still[0].name, moving[0], shape, slope)
         for shape in _shapes(labelling, moving[0], () if slope else tuple(given))
     ]
 
@@ -211,19 +213,25 @@ def _values(program: Program, wanted: set[str]) -> Mapping[str, Tensor]:
     """Values of nodes that do not depend on the input."""
     run = fx.Interpreter(program.module)
     env: dict[fx.Node, Any] = {}
-    needed: set[fx.Node] = set()
-    waiting = [node for node in program.module.graph.nodes if node.name in wanted]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
+    needed = _needed([node for node in program.module.graph.nodes if node.name in wanted])
     with quiet_execution():
         for node in program.module.graph.nodes:
             if node in needed:
                 run.env = env
                 env[node] = run.run_node(node)
     return {node.name: value for node, value in env.items() if node.name in wanted}
+
+
+def _needed(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes, with all that is computed for them."""
+    needed: set[fx.Node] = set()
+    waiting = [*nodes]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += node.all_input_nodes
+    return needed
 
 
 def _replace(graph: fx.Graph, node: fx.Node, name: str, place: _Place) -> None:

@@ -77,13 +77,15 @@ def _folded(module: nn.Module, plan: ZipPlan, k: int) -> nn.Module:
     matrices = {(s, s): plan.merges[s].entries[1][k].T for s in sorted(plan.folded[k])}
     sizes = {s: plan.merges[s].size for s in plan.folded[k]}
     for name in sorted(head_params(trunk, k) & set(spaces.labelling.params)):
-        for run in spaces.labelling.params[name].fields:
-            layout = spaces.layout(plan.reach[k][run.reshape(-1)].clamp(min=0))
+        labels = spaces.labelling.params[name]
+        for axis, run in labels.runs():
+            layout = spaces.layout(plan.reach[k][run].clamp(min=0))
             held = {pair: matrix for pair, matrix in matrices.items() if bool((layout.space == pair[0]).any())}
             if held:
-                axis = next(a for a, n in enumerate(run.shape) if n > 1)
-                value = attribute(module, name).detach()
-                set_tensor(module, name, PlaceMap.between(layout, resized(layout, sizes), held).apply(value, axis))
+                assert labels.groups == 1  # blocks have an order of their own, which is given back instead
+                kernel = labels.kernel(attribute(module, name).detach())
+                folded = PlaceMap.between(layout, resized(layout, sizes), held).apply(kernel, axis)
+                set_tensor(module, name, labels.natural(folded))
     adopt_sizes(module)
     return module
 

@@ -183,6 +183,30 @@ def test_axes_that_a_view_lays_along_one_have_features_at_once(name, behind):
     assert model.o.in_features in {space["size"] for space in zipped.report["spaces"]}
 
 
+@pytest.mark.parametrize("setting", ["the defaults", "permutations"])
+@pytest.mark.parametrize("order", ["hdc", "hcd", "dhc", "dch", "chd", "cdh"])
+def test_a_head_sums_over_several_axes_of_a_weight_at_once(order, setting):
+    """The features that it wants are given back in its weight, whatever the order of the weight's axes."""
+
+    class Summing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(HEADS, 5, 4))
+            self.o = nn.Parameter(torch.randn([{"h": HEADS, "d": 4, "c": 7}[axis] for axis in order]))
+
+        def forward(self, x):
+            return torch.einsum(f"bhd,{order}->bc", torch.tanh(torch.einsum("bc,hcd->bhd", x, self.w)), self.o)
+
+    torch.manual_seed(0)
+    model = Summing().double().eval()
+    twin = fxzip.relabel(model, X[:4])
+    assert not torch.equal(twin.o, model.o)
+    zipped = fxzip.compile_zip(model, twin, X[:4], data=[X], progress=False, **SETTINGS[setting])
+    assert [(own["size"], own["folded"]) for own in zipped.report["spaces"]] == [(HEADS * 4, [True, True])]
+    for found in zipped(X):
+        torch.testing.assert_close(found, model(X), rtol=0, atol=1e-12)
+
+
 class Crossed(nn.Module):
     """Features of two kinds, of two parameters, along one axis."""
 

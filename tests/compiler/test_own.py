@@ -146,6 +146,28 @@ def test_scalars_are_features_with_equal_entries(middle):
     assert all(space["kept"] == 2 * space["size"] for space in zipped.report["spaces"])
 
 
+def test_a_part_of_a_table_as_long_as_the_input_is_no_constant():
+    """It ends the trunk where models differ in it: lifted, it would have the length of the sample."""
+
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+            self.table = nn.Parameter(torch.randn(9, 1))
+
+        def forward(self, x):
+            h = torch.relu(self.a(x)) + self.table[: x.shape[1]]
+            return self.c(torch.relu(self.b(h)))
+
+    models = [Placed().double().eval() for _ in range(2)]
+    x = torch.randn(16, 5, 6, dtype=torch.float64)
+    zipped = fxzip.compile_zip(*models, x[:4], data=[x], width=2, **ALONE)
+    assert "`table`, which has no features that could be matched" in zipped.report["cut"]["unmatched"]["getitem_1"]
+    for length in (5, 3):
+        for found, model in zip(zipped(x[:, :length]), models, strict=True):
+            assert relative_difference(model(x[:, :length]), found) <= 1e-9
+
+
 def test_models_that_agree_to_the_bit_share_everything():
     a, _ = pair(middle=FIXED["cumsum"][0], end=lambda s, h, x: x - s.head(h), out=6)
     zipped = zipped_pair(a, a, method="zip")
