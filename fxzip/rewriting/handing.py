@@ -202,7 +202,8 @@ def _together(group: Sequence[_Run], matrices: Mapping[tuple[int, int], Tensor],
 def _codes(run: _Run, matrices: Mapping[tuple[int, int], Tensor], name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers of what lies at the merged places, of what the own places want, and of what lies at these.
 
-    What is in no space that has to be brought back stays where it is, in its order.
+    Features that need not be brought back are wanted as they are: another field may move them along the axis. What is
+    no feature stays where it is, in its order.
     """
     here = set(run.own.space.unique().tolist())
     pairs = [pair for pair in matrices if pair[1] in here]
@@ -218,9 +219,13 @@ def _codes(run: _Run, matrices: Mapping[tuple[int, int], Tensor], name: str) -> 
         target[own] = start + taken[run.own.feature[own]]
         mine[own] = start + run.own.feature[own]
         start += max(matrix.shape)
-    for code in (origin, target, mine):
+    features = 1 + max(int(layout.feature.max()) for layout in (run.merged, run.own))
+    spaces = 1 + max(int(layout.space.max()) for layout in (run.merged, run.own))
+    for code, layout in ((origin, run.merged), (target, run.own), (mine, run.own)):
+        kept = (code < 0) & (layout.space >= 0)
+        code[kept] = start + layout.space[kept] * features + layout.feature[kept]
         rest = code < 0
-        code[rest] = start + torch.arange(int(rest.sum()), device="cpu")
+        code[rest] = start + spaces * features + torch.arange(int(rest.sum()), device="cpu")
     return origin, target, mine
 
 

@@ -308,6 +308,19 @@ class Mixed(nn.Module):
         return self.o(torch.relu(y).mean(2))
 
 
+class Scales(nn.Module):
+    """Features at several scales, joined along one axis for a head, which folds one kind only."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.w, self.o = nn.Linear(5, 6), nn.Parameter(torch.randn(4, 6, 6) / 3), nn.Linear(28, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        y = torch.einsum("bpc,scd->bpsd", h, self.w)
+        return self.o(torch.cat([y.flatten(2), torch.einsum("bpsd,bpd->bps", y, h)], -1))
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(
     ("build", "shared"),
@@ -316,8 +329,9 @@ class Mixed(nn.Module):
         (lambda: PerHead(True), {("q", 8), ("back", 8)}),
         (lambda: Mixed(()), {("w", 7), ("r.weight", 4)}),
         (lambda: Mixed((3,)), {("a.weight", 6), ("r.weight", 4)}),
+        (Scales, {("w", 4)}),
     ],
-    ids=["heads", "joined heads", "mixed weights", "mixed kernels"],
+    ids=["heads", "joined heads", "mixed weights", "mixed kernels", "scales"],
 )
 def test_what_einsum_lays_along_one_axis_and_takes_apart_again(build, shared, setting):
     torch.manual_seed(0)
