@@ -244,6 +244,15 @@ def test_calls_with_hooks_stay_apart():
     torch.testing.assert_close(found(ROWS), network(ROWS))
 
 
+def test_calls_with_hooks_of_gradients_stay_apart():
+    network, called = apart(rows(), ROWS), []
+    network.get_submodule("head_1.4").register_full_backward_hook(lambda *given: called.append(given))
+    found, made = together(network, ROWS)
+    assert [node.name for node in made] == ["_0", "_1", "_2", "_3"]
+    sum(value.sum() for value in found(ROWS)).backward()
+    assert len(called) == 1
+
+
 def test_one_network_twice_stays_apart():
     """Its parameters are those of both heads."""
     network = fxzip.side_by_side([rows(), rows()], ROWS.float())

@@ -115,8 +115,9 @@ def axes_of(rule: Rule, site: Site) -> Axes:
 def why_alone(net: fx.GraphModule, node: fx.Node) -> str:
     """Why the parameters of a module may not be stacked with those of others; "" if they may."""
     module: nn.Module = attribute(net, str(node.target))
-    if vars(module).keys() & {"parametrizations", "forward"} or module._forward_pre_hooks or module._forward_hooks:
-        return "its result is changed by a hook, or its class is not PyTorch's own"
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    if vars(module).keys() & {"parametrizations", "forward"} or any(hooks):
+        return "a hook is called with what it computes, or its class is not PyTorch's own"
     return why_shared(net, module, str(node.target)) if [*module.parameters(), *module.buffers()] else ""
 
 
