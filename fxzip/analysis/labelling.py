@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from ..tracing import MathAttention, Program, flat_inputs, is_number, quiet_execution
 from ..tracing.containers import flatten, leaves
 from .dispatch import LabelMode
-from .label_state import Barrier, Entry, ParamLabels, Probed, Site, State
+from .label_state import Barrier, Entry, Probed, Site, State
+from .parameter_labels import ParamLabels
 from .rules import RULES, AxisLabels, Constraints, Rule
 from .rules.axis_labels import along
 from .rules.constraint_store import ACROSS

@@ -165,27 +165,35 @@ def compared(module: fx.GraphModule, reference: Reference) -> tuple[Record, Reco
 
 
 def without_idle_guards(module: fx.GraphModule, own: nn.Module, reference: Reference) -> None:
-    """Take out, in place, the guards that a batch of one fails, and the fresh one does not, although the graph is right
-    there: code that only asks whether it has to broadcast. A loop over rows that was unrolled is right at every batch
-    that is smaller than the sample, and wrong at larger ones: its guard fails at both and stays."""
+    """Take out, in place, the guards that a batch of one fails although the graph is right there: code that only asks
+    whether it has to broadcast, or PyTorch, which looks at a number that then goes into a call (`groups=len(x)`).
+
+    A loop over rows that was unrolled is right at every batch that is smaller than the sample, and wrong at larger
+    ones: what fails at a larger batch too is taken out only if the graph is right there.
+    """
     size = batch_size(reference.sample)
-    if not reference.other_batch or size == 1:
+    if not reference.other_batch or size is None or size == 1:
         return
-    single = with_batch(reference.sample, 1)
+    failed = _failed_where_right(module, own, with_batch(reference.sample, 1))
+    if not failed or _failed_where_right(module, own, reference.sample) != set():
+        return  # what fails on the sample, too, says that the graph is wrong
+
+    if _failed_where_right(module, own, with_batch(reference.sample, 2 * size + 1)) is None:
+        failed -= _failed_where_right(module, own, reference.fresh) or failed
+    for node in list(module.graph.nodes):
+        if node.name in failed:
+            module.graph.erase_node(node)
+    tidied(module)
+
+
+def _failed_where_right(module: fx.GraphModule, own: nn.Module, call: Call) -> set[str] | None:
+    """The guards that fail on a call; None: the model does not take it, or gives something else than the graph."""
     try:
-        expected = run_eager(own, single)
-        record = run_recorded(module, single, lenient=True)
-        wrong = run_recorded(module, reference.sample, lenient=True).failed if record.failed else set()
-        varying = run_recorded(module, reference.fresh, lenient=True).failed if record.failed else set()
-    except Exception:  # no batch of one
-        return
-    if wrong:  # what fails on the sample, too, says that the graph is wrong
-        return
-    if record.failed and difference(record.output, expected) is None:
-        for node in list(module.graph.nodes):
-            if node.name in record.failed - varying:
-                module.graph.erase_node(node)
-        tidied(module)
+        expected = run_eager(own, call)
+        record = run_recorded(module, call, lenient=True)
+    except Exception:
+        return None
+    return record.failed if difference(record.output, expected) is None else None
 
 
 def _run_watched(own: nn.Module, call: Call) -> tuple[Any, str]:

@@ -355,6 +355,28 @@ def test_a_loop_over_the_rows_of_a_batch_is_refused(step):
         trace(Rows(step).eval(), torch.randn(8, 6))
 
 
+class Mixing(nn.Module):
+    """A kernel for each input, in one grouped convolution: PyTorch looks at the number of groups before the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.w = nn.Linear(3, 2), nn.Parameter(torch.randn(2, 4, 3, 1))
+
+    def forward(self, x):
+        kernels = torch.einsum("bk,koit->boit", self.mix(x.mean(2)), self.w)
+        groups = len(x) if kernels.ndim == 4 else 1  # a condition, so that the trace needs example values
+        return F.conv1d(x.reshape(1, -1, x.shape[2]), kernels.flatten(0, 1), groups=groups).view(len(x), 4, -1)
+
+
+def test_as_many_groups_as_inputs():
+    net = Mixing().eval()
+    program = trace(net, torch.randn(4, 3, 5))
+    assert program.rung == "symbolic with example values"
+    for size in (1, 3, 9):
+        x = torch.randn(size, 3, 5)
+        torch.testing.assert_close(program.module(x), net(x))
+
+
 def test_a_number_that_is_asked_for_being_a_tensor():
     class Timed(nn.Module):
         def __init__(self):

@@ -12,8 +12,9 @@ from types import MappingProxyType
 
 from . import contraction, elementwise, joining, movement, noise, reduction, scattering
 from .axis_labels import FIXED, VOID, AxisLabels, Operand, compress, varying
-from .constraint_store import Constraints, ConstraintStore, Pin, across
+from .constraint_store import Constraints, ConstraintStore, Pin
 from .invocation import Invocation, Rule, is_pointwise, is_random
+from .label_patterns import across
 from .meeting import meet
 
 __all__ = [

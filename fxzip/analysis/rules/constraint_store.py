@@ -14,7 +14,6 @@ unlabelled values on axes S keeps its place there (`fix`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
@@ -23,13 +22,12 @@ import torch
 from torch import Tensor
 
 from .axis_labels import FIXED, VOID, AxisLabels, all_features, compress, joint, occurrences, varying
+from .label_patterns import across, same_members, scrambled, told_apart
 
 PinKind = Literal["fixed", "barrier", "output"]
 Touch = Literal["param", "written", "mix", "extremum", "dual", "bent"]
 
-_LOOKED_AT = 1 << 14
 ACROSS = "features of another kind lie along the same axis"
-_SCRAMBLE = -0x61C8864680B583EB  # an odd number without structure
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class ConstraintStore:
         void = (pairs[1] == VOID) & (pairs[0] > 0)
         if bool(void.any()):
             rank = occurrences(pairs[0])
-            self._keep_apart(pairs[0, void], _scrambled(rank[void] + 1), "padded places keep to themselves")
+            self._keep_apart(pairs[0, void], scrambled(rank[void] + 1), "padded places keep to themselves")
 
     def _keep_apart(self, labels: Tensor, marks: Tensor, reason: str) -> None:
         """Features may change places only with those of which the marks add up to the same."""
@@ -196,7 +194,7 @@ class ConstraintStore:
                 self.pin(still, ACROSS)
                 pairs = self._pairs(moving, still)
                 features = pairs[0] > 0
-                marks = _scrambled(_scrambled(occurrences(pairs[0]) + 1) + pairs[1])
+                marks = scrambled(scrambled(occurrences(pairs[0]) + 1) + pairs[1])
                 self._keep_apart(pairs[0, features], marks[features], ACROSS)
                 kept = [labels for labels in kept if labels is not still]
         return tuple(kept)
@@ -218,7 +216,7 @@ class ConstraintStore:
         inner = [axis for axis in range(labels.ndim) if axis not in axes]
         shape = [labels.shape[axis] for axis in sorted(axes)]
         rows = labels.permute(*sorted(axes), *inner).reshape(torch.Size(shape).numel(), -1)
-        first, which = _same_members(rows)
+        first, which = same_members(rows)
         blocks = self.fresh(len(first))
         self.of_blocks.append((int(blocks[0]), self.size))
         self.block(blocks[:, None], rows[first])
@@ -252,7 +250,7 @@ class ConstraintStore:
         if not axes:
             return False
 
-        if axes == varying(labels) or _told_apart(labels, axes):
+        if axes == varying(labels) or told_apart(labels, axes):
             self.pin(labels, reason)
             return True
 
@@ -272,58 +270,3 @@ class ConstraintStore:
             return labels
         self.touch("mix", labels)
         return self.project(labels, varying(labels) - axes)
-
-
-def _scrambled(numbers: Tensor) -> Tensor:
-    """Hashes, mod 2**64."""
-    marks = numbers * _SCRAMBLE
-    marks = (marks ^ (marks >> 29)) * _SCRAMBLE
-    return marks ^ (marks >> 32)
-
-
-def _same_members(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """For rows of labels [n, members] the first of each kind, in order, and for each row its kind; by hashes."""
-    if len(rows) == 1:
-        return torch.zeros(1, dtype=torch.int64, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")
-    marks = _scrambled(rows).sum(1)
-    found, which = marks.unique(return_inverse=True)
-    places = torch.arange(len(rows), device="cpu")
-    first = torch.full((len(found),), len(rows), device="cpu").scatter_reduce_(0, which, places, "amin")
-    order = first.argsort()
-    return first[order], order.argsort()[which]
-
-
-def across(f: Tensor, g: Tensor) -> bool:
-    """Whether along the axes that two fields share neither says what the other has there: (head, feature of a head)."""
-    shared = sorted(varying(f) & varying(g))
-    if not shared:
-        return False
-    kinds = []
-    for labels in (f, g):
-        inner = [axis for axis in range(labels.ndim) if axis not in shared]
-        places = math.prod(labels.shape[axis] for axis in shared)
-        kinds.append(_same_members(labels.permute(*shared, *inner).reshape(places, -1))[1])
-    first, second = kinds
-    count = int(second.max()) + 1
-    return len((first * count + second).unique()) > max(int(first.max()) + 1, count)
-
-
-def _told_apart(labels: Tensor, axes: frozenset[int]) -> bool:
-    """Whether no two features of a field lie at the same places along `axes`. Large fields are not looked at."""
-    if labels.numel() > _LOOKED_AT:
-        return False
-
-    inner = [axis for axis in range(labels.ndim) if axis not in axes]
-    count = int(torch.Size([labels.shape[axis] for axis in axes]).numel())
-    if count < 2:
-        return False
-
-    runs = labels.permute(*sorted(axes), *inner).reshape(count, -1)
-    found, which = runs.unique(return_inverse=True)
-    pairs = (which * count + torch.arange(count, device="cpu")[:, None]).unique()
-    salts = torch.randint(1 << 62, (count,), generator=torch.Generator().manual_seed(0), device="cpu")
-    marks = torch.zeros(len(found), dtype=torch.int64, device="cpu").index_add_(
-        0, pairs // count, salts[pairs % count]
-    )[found > 0]
-
-    return len(marks.unique()) == len(marks)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .axis_labels import AxisLabels, Operand, compress, varying
-from .constraint_store import ConstraintStore, across
+from .constraint_store import ConstraintStore
 from .invocation import Invocation
+from .label_patterns import across
 from .meeting import apart, meet, merged_fields, note_blocks
 
 

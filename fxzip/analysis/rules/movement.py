@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .axis_labels import FIXED, VOID, AxisLabels, Operand, compress, varying
-from .constraint_store import across
 from .invocation import Invocation, axes_of, names
+from .label_patterns import across
 
 MOVES = names(
     """view _unsafe_view reshape _reshape_alias permute transpose t expand slice select unbind split split_with_sizes
