@@ -81,10 +81,10 @@ def behind_barriers(program: Any, labelling: Any) -> float:
     """Share of FLOPs in calls without a rule and in what is computed from them."""
     import networkx as nx
 
-    from fxzip.analysis.flops import flops_by_node
+    from fxzip.analysis.flops import flops_of
     from fxzip.partition.dependencies import dependencies
 
-    graph, flops = dependencies(program), flops_by_node(program.module, program.call)
+    graph, flops = dependencies(program), flops_of(program).by_node
     nodes = {b.node for b in labelling.barriers}
     nodes |= {other for node in nodes for other in nx.descendants(graph, node)}
     return sum(flops[node] for node in nodes) / max(sum(flops.values()), 1)
@@ -137,12 +137,12 @@ def shares(program: Any, labelling: Any, found: Any) -> dict[str, Any]:
     A parameter counts by the features that it writes, a node's FLOPs by its parameters. FLOPs of nodes without
     parameters (products of activations) count by the features of their result.
     """
-    from fxzip.analysis.flops import flops_by_node
+    from fxzip.analysis.flops import flops_of
 
     tensors = {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
     kinds = {name: _kinds(found, labelling.params[name].fields, name) for name in labelling.params}
     parameters = {name: p.numel() for name, p in program.module.named_parameters()}
-    flops = {node: n for node, n in flops_by_node(program.module, program.call).items() if n}
+    flops = {node: n for node, n in flops_of(program).by_node.items() if n}
     by_params, by_flops = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
     for name, count in parameters.items():
         _add(by_params, kinds.get(name, (0, 0, 1)), count)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..tracing import quiet_execution
+from ..tracing import Program, quiet_execution
 from ..tracing.aten_calls import run
 from ..tracing.calls import Call
 from ..tracing.containers import leaves
@@ -76,9 +77,14 @@ def count_flops(module: fx.GraphModule, call: Call) -> Flops:
     return Flops(flops, unknown, shapes, frozenset(plain))
 
 
-def flops_by_node(module: fx.GraphModule, call: Call) -> Mapping[str, int]:
-    """`count_flops` without what is not known."""
-    return count_flops(module, call).by_node
+_COUNTED: WeakKeyDictionary[Program, Flops] = WeakKeyDictionary()
+
+
+def flops_of(program: Program) -> Flops:
+    """FLOPs of every node of a traced model on its sample; each program is run for that once."""
+    if program not in _COUNTED:
+        _COUNTED[program] = count_flops(program.module, program.call)
+    return _COUNTED[program]
 
 
 class _Counter(TorchDispatchMode):

@@ -198,7 +198,9 @@ class State:
     def made_equal(self) -> set[str]:
         """The parameters with features along several axes at once of which calls have made some equal."""
         several = {n: own.fields[0] for n, own in self.params.items() if own.order is not None and own.groups == 1}
-        klass = self._classes() if several else torch.empty(0)
+        if not several:
+            return set()
+        klass = self._classes()
         return {name for name, labels in several.items() if len(klass[labels].unique()) < labels.numel()}
 
     def _classes(self) -> Tensor:

@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import nn
 
 from ..analysis import Labelling, check, label
-from ..analysis.flops import flops_by_node
+from ..analysis.flops import flops_of
 from ..analysis.random_trial import Trial
 from ..errors import AlignError, BarrierError, CutError
 from ..partition.alignment import Alignment, align
@@ -57,7 +57,7 @@ class Survey:
     @cached_property
     def flops(self) -> tuple[Mapping[str, int], ...]:
         """FLOPs of every node of every model on its sample."""
-        return tuple(flops_by_node(program.module, program.call) for program in self.alignment.programs)
+        return tuple(flops_of(program).by_node for program in self.alignment.programs)
 
     @cached_property
     def shared_layers(self) -> SharedLayers | None:

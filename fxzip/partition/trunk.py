@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from ..analysis.checking import Check, check
-from ..analysis.flops import flops_by_node
+from ..analysis.flops import flops_of
 from ..analysis.labelling import Labelling
 from ..errors import AlignError, CutError
 from .alignment import Alignment
@@ -70,7 +70,7 @@ def trunk_of(
     names = search.closed(alignment.pairs.keys() - ends.keys())
     if until is not None:
         program = alignment.programs[0]
-        counted = flops_by_node(program.module, program.call) if flops is None else flops
+        counted = flops_of(program).by_node if flops is None else flops
         return _share(search, names, ends, float(until), counted)
     return search.deepest(names, ends)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..analysis.flops import Flops, count_flops
+from ..analysis.flops import Flops, count_flops, flops_of
 from ..errors import InputError
 from ..matching.moments import Moments
 from ..ops import mix
@@ -150,7 +150,7 @@ def _flops(zipped: ZippedModule, programs: tuple[Program, ...], found: Flops) ->
         part = part_of(node)
         parts[part] = parts.get(part, 0) + found.by_node[node.name]
     heads, stems = ([parts.get(f"{part} {k}", 0) for k in range(len(programs))] for part in ("head", "stem"))
-    originals = [count_flops(p.module, p.call) for p in programs]
+    originals = [flops_of(program) for program in programs]
     unknown = [f"`{name}` (node `{node}`)" for node, names in found.unknown.items() for name in names]
     known = _costs(parts.get("trunk", 0), heads, stems, [own.total for own in originals])
     return known | {"unknown": unknown}

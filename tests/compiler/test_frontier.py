@@ -14,6 +14,7 @@ from models.networks import Residual, Segmenter
 from torch import nn
 
 import fxzip
+from fxzip.analysis import flops
 from fxzip.calibration.holdout import HeldOut, hold_out
 from fxzip.calibration.sources import Calibration
 from fxzip.compiler.options import BestWithin, DeepestAgreeing, EarliestAffordable, FixedCut, cut_request
@@ -333,3 +334,12 @@ def test_goals_by_default():
     assert cut_request("auto", None, 1.3, by_need=False) == EarliestAffordable(1.3)
     assert cut_request("auto", None, 1.3, by_need=True) == BestWithin(1.3)
     assert cut_request("layer1", None, 1.3, by_need=True) == FixedCut("layer1")
+
+
+def test_flops_of_each_model_are_counted_once(pair, monkeypatch):
+    counted, original = [], flops.count_flops
+    monkeypatch.setattr(flops, "count_flops", lambda module, call: (counted.append(module), original(module, call))[1])
+    options = {"until": "auto", "width": "auto", "max_cost": 1.0, "budget": "flops"}
+    zipped = fxzip.compile_zip(*pair, X, data=DATA, progress=False, **options)
+    assert len(counted) == 2
+    assert len(zipped.report["flops"]["originals"]) == 2

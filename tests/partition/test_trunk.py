@@ -9,7 +9,7 @@ from models.networks import Mixed, Residual
 
 import fxzip
 from fxzip.analysis import relative_difference
-from fxzip.analysis.flops import flops_by_node
+from fxzip.analysis.flops import flops_of
 from fxzip.partition.dependencies import dependencies
 from fxzip.partition.trunk import trunk_of
 
@@ -44,7 +44,7 @@ def test_every_cut_is_closed_holds_what_it_names_and_pairs_all_its_spaces(pair):
 
 def test_fractions_grow_into_the_whole(pair):
     program = pair[0].programs[0]
-    flops = flops_by_node(program.module, program.call)
+    flops = flops_of(program).by_node
     trunks = [fxzip.partition.find_trunk(*pair, until=share) for share in (0.2, 0.5, 0.8, 1.0)]
     for share, trunk in zip((0.2, 0.5, 0.8, 1.0), trunks, strict=True):
         assert sum(flops[node] for node in trunk.nodes) <= share * sum(flops.values())

@@ -9,7 +9,7 @@ from models.networks import Residual
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxzip
-from fxzip.analysis.flops import flops_by_node
+from fxzip.analysis.flops import flops_of
 from fxzip.matching import Merge
 from fxzip.matching.moments import moments
 from fxzip.matching.reconstruction import unexplained_share
@@ -43,9 +43,9 @@ def test_parameters_are_those_of_the_modules(zipped):
     assert parameters["heads"] == [sum(p.numel() for p in getattr(zipped, f"head_{k}").parameters()) for k in (0, 1)]
 
 
-def test_flops_by_node_add_up():
+def test_flops_of_nodes_add_up():
     program = fxzip.tracing.trace(Residual(4), X[:2])
-    assert sum(flops_by_node(program.module, program.call).values()) == counted(Residual(4).eval(), X[:2])
+    assert sum(flops_of(program).by_node.values()) == counted(Residual(4).eval(), X[:2])
 
 
 def test_spaces_name_their_size_and_correlation(zipped):
