@@ -1,4 +1,5 @@
-"""Networks of timm and transformers come back from a folder to the bit: one of each family of the coverage."""
+"""Networks of torchvision, timm and transformers come back from a folder to the bit: those that are zipped with their
+relabelled copies in `tests/compiler/test_twins.py`, and one of each family of the coverage."""
 
 import copy
 import sys
@@ -21,6 +22,11 @@ try:
     FAMILIES = timm.list_modules()
 except ImportError:
     FAMILIES = []
+TORCHVISION = [
+    "resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_0", "resnet50", "vgg16_bn", "alexnet",
+    "densenet121", "resnext50_32x4d", "efficientnet_b0", "googlenet", "convnext_tiny", "vit_b_16", "swin_t",
+    "maxvit_t", "swin3d_t", "mvit_v1_b", "deeplabv3_resnet50",
+]  # fmt: skip
 
 
 def comes_back(model, sample, folder):
@@ -38,6 +44,13 @@ def comes_back(model, sample, folder):
 
 def _positional(sample):
     return sample if isinstance(sample, tuple) else (sample,)
+
+
+@pytest.mark.slow
+@pytest.mark.hours
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_those_of_torchvision(name, tmp_path):
+    comes_back(*ZOOS["torchvision"]()[name](), tmp_path / "zip")
 
 
 @pytest.mark.slow
