@@ -337,6 +337,7 @@ def test_classes_must_be_those_of_the_head(tmp_path):
 
 
 def test_a_network_of_timm_reads_images_as_its_package_does(tmp_path):
+    pytest.importorskip("timm")
     write_image(tmp_path / "a.png", (200, 300))
     made = network(Model(Location("timm:test_resnet"), {"num_classes": 2}, Location("random")), "models.a")
     (batch,) = preparing.sources(data(tmp_path), {"a": made}, "data", labels=False)[None].batches
