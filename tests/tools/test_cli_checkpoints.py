@@ -171,6 +171,7 @@ def test_files_that_are_no_checkpoints(model, tmp_path):
 
 
 def test_every_network_of_a_recipe_is_looked_at(model, tmp_path):
+    pytest.importorskip("timm")
     torch.save({"0.weight": torch.zeros(1)}, tmp_path / "other.pt")
     models = {
         "a": Model(Location("models.cli:small"), checkpoint=Location(str(tmp_path / "other.pt"))),
