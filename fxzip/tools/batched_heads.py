@@ -77,7 +77,7 @@ def batch_heads(network: ZippedModule, sample_input: Any = None, *, timed: bool 
     with modes_kept(network):
         network.eval()
         layouts = _LAYOUTS if timed else _LAYOUTS[:1]
-        made = _different([emitted(network, []), *(own for axes in layouts for own in _together(network, call, axes))])
+        made = _different([emitted(network, []), *_together(network, call, layouts)])
         for own in made[1:]:
             _check(network, own, call)
         seconds = fastest(made, call) if timed and len(made) > 1 else None
@@ -86,16 +86,17 @@ def batch_heads(network: ZippedModule, sample_input: Any = None, *, timed: bool 
     return made[best]
 
 
-def _together(network: ZippedModule, call: Call, axes: Sequence[int]) -> Iterator[ZippedModule]:
-    """The network with all calls made together that can be; and again with heads brought to one width first, if these
-    are more calls then."""
+def _together(network: ZippedModule, call: Call, layouts: Sequence[Sequence[int]]) -> Iterator[ZippedModule]:
+    """For each layout the network with all calls made together that can be; and again with heads brought to one width
+    first, if these are more calls then."""
     values = values_of(network, call)
-    calls = batchable(network, values, axes)
-    yield emitted(network, calls)
     wider = padded(network, values)
-    if wider is not None:
-        more = batchable(wider, values_of(wider, call), axes)
-        if len(more) > len(calls):
+    wider_values = None if wider is None else values_of(wider, call)
+    for axes in layouts:
+        calls = batchable(network, values, axes)
+        yield emitted(network, calls)
+        more = [] if wider is None or wider_values is None else batchable(wider, wider_values, axes)
+        if wider is not None and len(more) > len(calls):
             yield emitted(wider, more)
 
 

@@ -13,13 +13,13 @@ from .execution import (
     difference,
     flat_inputs,
     modes_kept,
-    plain_context,
     quiet_execution,
     run_eager,
     run_recorded,
 )
 from .guards import guards_at_entry, require
 from .ladder import RUNGS, Program, trace
+from .plain_contexts import plain_context
 from .preparation import check_model, check_placement
 from .python_numbers import is_number
 from .training import names_of

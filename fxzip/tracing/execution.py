@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import InputError, SpecializationError
+from ..errors import SpecializationError
 from .calls import Call, map_tensors
 from .containers import flatten
 from .precision import full_precision
 from .randomness import OwnRandomness, own_randomness
 from .state import restored_state, seed_python
 from .structure import Structure
-from .threads import ThreadPatch, runs_here, traces_apart, tracing
+from .threads import ThreadPatch, tracing
 
 TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4}
 """Largest difference that counts as rounding, relative to the largest magnitude; 2e-2 for the half precisions."""
 
 
-_FX_TRACE = fx.Tracer.trace.__code__
-_COMPILING = ThreadPatch(  # a `torch.export` in another thread sets it for all; for fxzip's own see `exporting.py`
-    lambda: [(torch.compiler, name, lambda: False) for name in ("is_compiling", "is_exporting")]
-)
 _FASTPATH = ThreadPatch(lambda: [(torch.backends.mha, "get_fastpath_enabled", lambda: False)])
 
 
@@ -71,46 +66,6 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def plain_context() -> Iterator[None]:
-    """Inference mode, autocast and TF32 of the caller switched off: values would be other ones, and calls other calls.
-    What another thread traces meanwhile does not reach this one. Where tensors have no values, inside of a trace or a
-    transform, nothing can be computed.
-
-    >>> with torch.inference_mode(), plain_context():
-    ...     print(torch.is_inference_mode_enabled())
-    False
-
-    Raises:
-        InputError: the caller is inside of a trace or of a transform.
-    """
-    if around := _without_values():
-        raise InputError(
-            f"fxzip computes with values, and must be called outside of {around}, where tensors have none. Make the "
-            "zip first, and trace or transform that."
-        )
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        for kind in ("cpu", "cuda", "mps", "xpu"):
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(full_precision())
-        stack.enter_context(traces_apart())
-        stack.enter_context(_COMPILING.inside())
-        yield
-
-
-def _without_values() -> str:
-    """What of PyTorch this thread is inside of, in which tensors are no numbers; "" if nothing."""
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "transforms of `torch.func`"
-    if runs_here(_FX_TRACE):
-        return "a trace of `torch.fx`"
-    if any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
-        return "a `FakeTensorMode`"
-    return ""
 
 
 def run_eager(model: nn.Module, call: Call, *, seed: int = 0) -> Any:

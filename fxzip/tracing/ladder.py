@@ -18,13 +18,14 @@ from .aliasing import Sharing, sharing
 from .calls import Call, as_call, leaves, map_tensors, select_rows
 from .containers import flatten
 from .example_values import trace_with_values
-from .execution import Record, plain_context, tracing_execution
+from .execution import Record, tracing_execution
 from .exporting import trace_export
 from .functional_to_modules import raised
 from .inplace import out_of_place
 from .kept_state import without_proxies
 from .lengths import len_recorded
 from .names import check_code, named_safely, safe_names
+from .plain_contexts import plain_context
 from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
 from .python_numbers import is_number
 from .reference import Reference, compared, reference_of, without_idle_guards

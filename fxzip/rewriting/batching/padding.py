@@ -49,16 +49,16 @@ _BY_FEATURE: frozenset[Any] = frozenset({
 def padded(net: ZippedModule, values: Values) -> ZippedModule | None:
     """The network with features of zeros where heads differ in width only; None if there is nowhere to put them."""
     groups = alike(net, values, sized=False)
-    uneven = _Uneven(net, values, groups).found()
+    finder = _Uneven(net, values, groups)
+    uneven = finder.found()
     if not uneven:
         return None
     result = emitted(net, [])
-    within = {node: twins for twins in groups for node in twins}
     for twins in groups:
         if _kind(net, twins[0]) not in (*_WRITERS, *_NORMS):
             continue
         rows = _widest(values, twins, uneven)
-        source = within.get(operands(twins[0])[0])
+        source = finder.within.get(operands(twins[0])[0])
         columns = (
             None
             if source is None or isinstance(_module(net, twins[0]), _BatchNorm)
