@@ -255,18 +255,20 @@ def test_features_of_two_parameters_along_one_axis(name):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_features_that_lie_across_others_are_observed_whatever_the_order_of_these(setting):
+@pytest.mark.parametrize("name", ["outer", "scales"])
+def test_features_that_lie_across_others_are_observed_whatever_the_order_of_these(name, setting):
     """The trunk ends where both kinds have an order of their own, along one axis."""
     torch.manual_seed(0)
-    model = Crossed(CROSSED["outer"]).double().eval()
+    model = Crossed(CROSSED[name]).double().eval()
     twin, y = copy.deepcopy(model), model(X)
-    rows, columns = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 2, 0])
+    of_a, of_other = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 2, 0])
+    orders = {"a.weight": of_a, "a.bias": of_a, "b.weight": of_other, "b.bias": of_other, "s": of_other}
     with torch.no_grad():
-        for own, order in (("a", rows), ("b", columns)):
-            for part in ("weight", "bias"):
-                value = getattr(getattr(model, own), part)
-                getattr(getattr(twin, own), part).copy_(value[order])
-        twin.o.weight.copy_(model.o.weight.unflatten(1, (4, 3))[:, rows][:, :, columns].flatten(1))
+        for path, order in orders.items():
+            twin.get_parameter(path).copy_(model.get_parameter(path)[order])
+        first, second = (of_a, of_other) if name == "outer" else (of_other, of_a)
+        grid = model.o.weight.unflatten(1, (len(first), len(second)))
+        twin.o.weight.copy_(grid[:, first][:, :, second].flatten(1))
     torch.testing.assert_close(twin(X), y, rtol=0, atol=1e-12)
     options = SETTINGS[setting] | {"until": "tanh"}
     for found in fxzip.compile_zip(model, twin, X[:4], data=[X], progress=False, **options)(X):

@@ -1,6 +1,7 @@
 """Observation: streamed moments against features caught by hooks."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -289,3 +290,15 @@ def test_channels_are_averaged_out_image_by_image():
 
 def test_of_one_model_every_channel_counts():
     assert hidden_of(randomise(TokenMixing()).double())[0].count == 16 * 5
+
+
+def test_places_of_a_feature_among_others_are_averaged_whatever_the_order_of_these():
+    """Four features of one kind and three of another along one axis, as rows and columns of a grid."""
+    grid = torch.randn(5, 4, 3, dtype=torch.float64)
+    index = torch.arange(12).reshape(4, 3).T  # [occurrences, features]
+    watch = places.Watch(0, ("a",), ("mm", 0), -1, (1,), (), ((12,),), (index,), crossed=True)
+    for columns in ([0, 1, 2], [2, 0, 1]):
+        seen = module._features(grid[:, :, columns].flatten(1), watch, 0, positions=10)
+        close(seen, grid.mean(2), rtol=0, atol=1e-15)
+    apart = module._features(grid.flatten(1), replace(watch, crossed=False), 0, positions=10)
+    close(apart, grid.movedim(2, 0).flatten(0, 1), rtol=0, atol=0)
