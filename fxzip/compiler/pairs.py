@@ -74,15 +74,19 @@ def go_together(method: Method, refit: Refit) -> bool:
 
 
 def table_of_pairs() -> str:
-    """All methods by all refits, as Markdown. Bold: what `method="auto"` is in front of the refit."""
+    """All methods by all refits, as Markdown; methods that go with the same refits share a row.
+
+    Bold: what `method="auto"` is in front of the refit.
+    """
     head = "| method | " + " | ".join("none" if name is None else f"`{name}`" for name in REFITS) + " |"
-    lines = [head, "|---" * (len(REFITS) + 1) + "|"]
+    rows: dict[tuple[str, ...], list[str]] = {}
 
     for name, entry in ENTRIES.items():
         cells = []
         for refit in REFITS.values():
             good = "yes" if go_together(entry.method(), refit) else "no"
             cells.append(f"**{good}**" if method_for(refit) == name else good)
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        rows.setdefault(tuple(cells), []).append(f"`{name}`")
 
-    return "\n".join(lines)
+    lines = [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in rows.items()]
+    return "\n".join([head, "|---" * (len(REFITS) + 1) + "|", *lines])

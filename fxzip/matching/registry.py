@@ -69,14 +69,14 @@ ENTRIES: dict[str, Entry] = {
         Energy,
         "of this project; its criterion is that of ThiNet (Luo et al., ICCV 2017)",
         "arXiv 1707.06342",
-        "results.md, all tables of several tasks: the first under least squares",
+        "results.md, All methods: the first under least squares",
         first_class=True,
     ),
     "zip": Entry(
         Zip,
         "Stoica et al., ZipIt! Merging Models from Different Tasks without Training, ICLR 2024",
         "arXiv 2305.03053",
-        "results.md, all tables of several tasks: within 0.5 points of `energy` under least squares",
+        "results.md, All methods: within 0.7 points of `energy` under least squares",
         first_class=True,
     ),
     "permute": Entry(
@@ -128,44 +128,44 @@ ENTRIES: dict[str, Entry] = {
         CycleConsistent,
         "Crisostomi et al., C²M³: Cycle-Consistent Multi-Model Merging, NeurIPS 2024",
         "arXiv 2405.17897",
-        "results.md, All methods: three tasks: 0.4 points above `weights` under least squares",
+        "results.md, All methods: VGG-11, three tasks, 0.4 points above `weights` under least squares",
     ),
     "mudsc": Entry(
         MuDSC,
         "Xu et al., Training-Free Pretrained Model Merging, CVPR 2024",
         "arXiv 2403.01753",
-        "results.md, All methods: three tasks: 0.3 points above `permute` under least squares",
+        "results.md, All methods: VGG-11, three tasks, 0.3 points above `permute` under least squares",
     ),
     "transport": Entry(
         Transport,
         "Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020",
         "arXiv 1910.05653",
-        "results.md, all tables: `permute` between equal widths; none has others",
+        "results.md, All methods: `permute` between equal widths; others were not measured",
         extra="ot",
     ),
     "optimal": Entry(
         Optimal,
         "Stoica et al., ZipIt!, ICLR 2024, ablation of matching algorithms",
         "arXiv 2305.03053",
-        "results.md, Two ResNet-20: 1.1 points above `zip` under REPAIR, 0.6 below it under least squares",
+        "results.md, All methods: VGG-11, two tasks, 0.5 points below `zip` under least squares and REPAIR",
     ),
     "kmeans": Entry(
         KMeans,
         "Lloyd, Least Squares Quantization in PCM, IEEE Trans. Inf. Theory 1982",
         "doi:10.1109/TIT.1982.1056489",
-        "results.md, All methods: two tasks: between `permute` and `zip`",
+        "results.md, All methods: VGG-11, between `permute` and `zip` under least squares",
     ),
     "agglomerative": Entry(
         Agglomerative,
         "Sokal and Michener, average linkage, Univ. Kansas Sci. Bull. 1958",
         "",
-        "results.md, all tables of several tasks: within 0.3 points of `zip` under least squares",
+        "results.md, All methods: within 0.3 points of `zip` under least squares",
     ),
     "recover": Entry(
         Recover,
         "of this project; after the lossy unmerge of ZipIt!, section 3",
         "arXiv 2305.03053",
-        "results.md, Two ResNet-20: 4.1 points above `zip` under REPAIR",
+        "results.md, All methods: VGG-11, over 3.5 points above `zip` under REPAIR",
     ),
 }
 """By name, first class first."""
@@ -192,8 +192,8 @@ FIRST_CLASS = tuple(name for name, entry in ENTRIES.items() if entry.first_class
 
 
 LEFT = {
-    "CCA": "CCA Merge has left fxzip: of all methods it alone was below averaging under least squares in every "
-    'table of docs/results.md. Use `method="permute"`, which it is compared with there.'
+    "CCA": "CCA Merge has left fxzip: of all methods it alone was below averaging under least squares on every set of "
+    'networks that was measured. Use `method="permute"`.'
 }
 """Methods that are no longer here, by class, and why."""
 
