@@ -13,14 +13,22 @@ from typing import Any
 
 from fxzip.tools.plotting import axes
 
-NAMES = {"energy": "fxzip", "zip": "ZipIt!", "alone": "each narrowed alone", "average": "average"}
-MARKS = {"fxzip": "o", "ZipIt!": "s", "each narrowed alone": "^", "average": "v", "side by side": "*"}
+NAMES = {"energy": "fxzip", "zip": "ZipIt!", "alone": "each narrowed alone", "average": "weights averaged"}
+MARKS = {"fxzip": "o", "ZipIt!": "s", "each narrowed alone": "^", "weights averaged": "v", "side by side": "*"}
 
 
 def label(row: Mapping[str, Any]) -> str:
     """What a row is called in the figure."""
     name = row["network"].partition(":")[0]
     return NAMES.get(name, name)
+
+
+def remark(row: Mapping[str, Any]) -> str:
+    """What stands beside a point: its cut, and what its widths may cost."""
+    cut = "" if row["until"] in ("", "none") else f"until {row['until']}"
+    kind, _, cost = row["width"].partition(":")
+    width = "" if row["width"] in ("", "1") else f"at most {cost}" if kind == "auto" else f"width {kind}"
+    return ", ".join(filter(None, (cut, width)))
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -32,15 +40,14 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         points = [(row["latency"], 100 * row["average"]) for row in own]
         plot.scatter(*zip(*points, strict=True), label=kind, marker=MARKS.get(kind, "o"), s=60)
         for row, point in zip(own, points, strict=True):
-            parts = [row["until"] and f"until {row['until']}", row["width"] not in ("", "1") and row["width"]]
-            text = ", ".join(part for part in parts if part and part != "until none")
-            plot.annotate(text, point, textcoords="offset points", xytext=(6, -10), fontsize=7)
+            plot.annotate(remark(row), point, textcoords="offset points", xytext=(7, -9), fontsize=7)
     whole = next((row for row in rows if row["network"] == "side by side"), None)
     if whole is not None:
         plot.axhline(100 * whole["average"], linestyle=":", color="gray", linewidth=1)
     plot.set_xlabel("latency, relative to one network")
     plot.set_ylabel("accuracy per task (%)")
     plot.set_title("Two networks in one: CIFAR-10, ResNet-20 of double width")
+    plot.margins(0.12)
     plot.legend()
     plot.figure.savefig(path, dpi=150, bbox_inches="tight")
 

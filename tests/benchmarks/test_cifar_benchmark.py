@@ -189,3 +189,18 @@ def test_the_figure_has_a_point_for_each_row_that_was_timed(tmp_path):
         (tmp_path / f"{number}.json").write_text(json.dumps({"rows": rows}))
     cifar_figure.main([*(str(tmp_path / f"{number}.json") for number in (1, 2)), str(tmp_path / "rows.png")])
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("until", "width", "text"),
+    [
+        ("none", "1", ""),
+        ("", "", ""),
+        ("layer2", "auto:0.6", "until layer2, at most 0.6"),
+        ("none", "1.25", "width 1.25"),
+    ],
+)
+def test_the_figure_names_cuts_and_budgets(until, width, text):
+    import cifar_figure
+
+    assert cifar_figure.remark({"until": until, "width": width}) == text
