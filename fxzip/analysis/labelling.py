@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..tracing import MathAttention, Program, flat_inputs, is_number, quiet_execution
+from ..tracing import InParts, Program, flat_inputs, is_number, quiet_execution
 from ..tracing.containers import flatten, leaves
 from .dispatch import LabelMode
 from .label_state import Barrier, Entry, Probed, Site, State
@@ -207,7 +207,7 @@ def _labelled(
         state.params[name] = labels
         state.held[id(tensor)] = Entry(tensor, labels.fields, True, True)
     run = _Run(program, state)
-    with quiet_execution(), LabelMode(state), MathAttention():
+    with quiet_execution(), LabelMode(state), InParts():
         run.run(*flat_inputs(program.module, program.call))
     labelling = Labelling(
         program, state.store.size, dict(state.params), run.constraints, run.fields, run.touches,

@@ -6,7 +6,6 @@ that a run is felt nowhere else; `training` looks at what is random in train mod
 `ladder` puts them together.
 """
 
-from .attention import MathAttention
 from .execution import (
     TOLERANCE,
     Record,
@@ -17,6 +16,7 @@ from .execution import (
     run_eager,
     run_recorded,
 )
+from .fused_kernels import InParts
 from .guards import guards_at_entry, require
 from .ladder import RUNGS, Program, trace
 from .plain_contexts import plain_context
@@ -27,7 +27,7 @@ from .training import names_of
 __all__ = [
     "RUNGS",
     "TOLERANCE",
-    "MathAttention",
+    "InParts",
     "Program",
     "Record",
     "check_model",

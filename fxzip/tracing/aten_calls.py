@@ -20,9 +20,9 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .attention import MathAttention
 from .calls import Call
 from .execution import flat_inputs
+from .fused_kernels import InParts
 
 
 def name_of(func: Any) -> str:
@@ -117,7 +117,7 @@ def watched(node: fx.Node, on_call: OnCall) -> Iterator[None]:
     """
     mode = _Numbered(on_call)
     mode.enter(node)
-    with mode, MathAttention():
+    with mode, InParts():
         yield
 
 
@@ -176,5 +176,5 @@ def run(
     with ExitStack() as stack:
         if on_call is not None:
             interpreter.calls = stack.enter_context(_Numbered(on_call))
-            stack.enter_context(MathAttention())
+            stack.enter_context(InParts())
         return interpreter.run(*arguments)

@@ -143,6 +143,31 @@ def test_recurrent_cells(kind):
     assert twin_error(net, x)[0] < 1e-12
 
 
+class Sentences(nn.Module):
+    """A classifier of sentences, in float32 as it is trained."""
+
+    def __init__(self, kind, classes, **options):
+        super().__init__()
+        self.table, self.layers = nn.Embedding(30, 8), kind(8, 12, batch_first=True, **options)
+        self.head = nn.Linear(12 * (1 + self.layers.bidirectional), classes)
+
+    def forward(self, ids):
+        return self.head(self.layers(self.table(ids))[0].amax(1))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"bias": False}])
+def test_recurrent_classifiers_share_all_but_their_heads(kind, options):
+    torch.manual_seed(0)
+    a, b = Sentences(kind, 3, **options).eval(), Sentences(kind, 4, **options).eval()
+    ids = torch.randint(0, 30, (64, 5))
+    zipped = fxzip.compile_zip(a, b, ids[:4], data=[ids], progress=False)
+    assert zipped.report["cut"]["after"] == ["amax"]
+    assert [(s["size"], s["legality"]) for s in zipped.report["spaces"]][:2] == [(8, "free"), (12, "free")]
+    assert zipped.report["barriers"] == []
+    assert twin_error(a, ids)[0] < 1e-6
+
+
 class Bags(nn.Module):
     def __init__(self, mode):
         super().__init__()

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import fxzip
 from fxzip.tracing import threads
-from fxzip.tracing.attention import MathAttention
+from fxzip.tracing.fused_kernels import InParts
 from fxzip.tracing.randomness import OwnRandomness, own_randomness
 from fxzip.tracing.threads import ThreadPatch, without_warnings
 
@@ -239,7 +239,7 @@ def test_fused_attention_is_the_math_backend():
         with torch.no_grad():
             with sdpa_kernel(SDPBackend.MATH):
                 expected = F.scaled_dot_product_attention(*operands, **options)
-            with MathAttention():
+            with InParts():
                 found = F.scaled_dot_product_attention(*operands, **options)
         assert torch.equal(found, expected)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...tracing import MathAttention, flat_inputs
+from ...tracing import InParts, flat_inputs
 from ...tracing.aten_calls import OnCall, watched
 from ...tracing.calls import Call, leaves, map_tensors
 from .memory import give_back
@@ -102,7 +102,7 @@ class Lockstep:
         With `on_call` that makes them, see `tracing.aten_calls`.
         """
         self._interpreter.env = env
-        with MathAttention() if on_call is None else watched(node, on_call):
+        with InParts() if on_call is None else watched(node, on_call):
             return self._interpreter.run_node(node)
 
     def value(self, env: Env, node: fx.Node) -> Any:
