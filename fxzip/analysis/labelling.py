@@ -22,6 +22,7 @@ from .parameter_labels import ParamLabels
 from .rules import RULES, AxisLabels, Constraints, Rule
 from .rules.axis_labels import along
 from .rules.constraint_store import ACROSS
+from .unread import unread
 
 __all__ = ["Barrier", "Labelling", "ParamLabels", "Probed", "Site", "label", "place_of"]
 
@@ -45,6 +46,7 @@ class Labelling:
         default_factory=dict
     )  # writer -> node -> its fields from then
     discrete: frozenset[str] = frozenset()  # nodes that give a tensor of booleans or integers
+    unread: frozenset[str] = frozenset()  # nodes of whose values nobody reads more than the shape
 
     def fields_after(self, node: str, done: Collection[str]) -> AxisLabels:
         """The fields of a node's value once the calls in `done` have written into its memory."""
@@ -61,7 +63,7 @@ class _Run(fx.Interpreter):
     def __init__(self, program: Program, state: State) -> None:
         super().__init__(program.module, garbage_collect_values=True)
         self.state = state
-        self.memory, self.mutators = program.memory, program.mutators
+        self.memory, self.mutators, self.unread = program.memory, program.mutators, unread(program)
         self.holders: Counter[int] = Counter()  # in how many live values a tensor is, by id
         self.constraints: dict[str, Constraints] = {}
         self.fields: dict[str, AxisLabels] = {}
@@ -95,10 +97,11 @@ class _Run(fx.Interpreter):
         if n.op == "placeholder":
             for tensor in leaves(value):
                 state.file(Entry(tensor, (), False, False))
-        self.constraints[n.name] = state.store.constraints
-        self.touches[n.name] = frozenset(state.touches)
-        self.seen[n.name] = tuple(state.seen.values())
-        if isinstance(value, Tensor):
+        used = n.name not in self.unread  # else what it does to features matters to nobody
+        self.constraints[n.name] = state.store.constraints if used else Constraints()
+        self.touches[n.name] = frozenset(state.touches if used else ())
+        self.seen[n.name] = tuple(state.seen.values() if used else ())
+        if isinstance(value, Tensor) and used:
             state.entry(value).used()
             self.fields[n.name] = state.entry(value).fields
             if not value.is_floating_point() and not value.is_complex():
@@ -212,6 +215,6 @@ def _labelled(
     labelling = Labelling(
         program, state.store.size, dict(state.params), run.constraints, run.fields, run.touches,
         frozenset(run.dynamic), run.seen, tuple(state.sites), tuple(state.barriers), tuple(state.probed),
-        run.rewritten, frozenset(run.discrete),
+        run.rewritten, frozenset(run.discrete), run.unread,
     )  # fmt: skip
     return labelling, state

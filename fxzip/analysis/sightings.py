@@ -29,12 +29,15 @@ _UNWRITTEN = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_st
 def watched(labelling: Labelling) -> dict[str, AxisLabels]:
     """The nodes of a program whose values are looked at, with their fields.
 
-    Left out are values without features that do not depend on the input either, and memory that nothing was written to.
+    Left out are values without features that do not depend on the input either, those that nobody reads, and memory
+    that nothing was written to.
     """
     fields = {}
     for node in labelling.program.module.graph.nodes:
         own = labelling.fields.get(node.name, ())
         name = str(getattr(node.target, "__name__", node.target))
+        if node.name in labelling.unread:
+            continue
         if node.op.startswith("call") and (own or node.name in labelling.dynamic) and name not in _UNWRITTEN:
             fields[node.name] = own
     return fields

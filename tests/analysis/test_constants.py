@@ -1,5 +1,7 @@
 """Constants and noise in the shape of features pin nothing; what does depend on the place still does."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_rules import Bench, values
@@ -93,6 +95,29 @@ def twin_error(model, x, method="permute"):
     zipped = fxzip.compile_zip(model, twin, x, data=data, method=method, refit=None, progress=False)
     with torch.no_grad(), Still():
         return max(relative_difference(model(x), output) for output in zipped(x))
+
+
+SIZES = {
+    "row of a weight": lambda m, x: x * m.b.weight[0].numel() ** -0.5,
+    "shape of a row": lambda m, x: x / m.b.weight[3].shape[0],
+    "zeros like a row": lambda m, x: x + torch.zeros_like(m.b.weight[:, 0]),
+    "size of one feature": lambda m, x: x.view(x[:, 3].size(0), -1),
+    "numbers of places": lambda m, x: x * x.sort(1).indices.shape[1],
+    "type of a row": lambda m, x: (2 * x).type_as(m.b.weight[0]),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_what_is_read_for_its_size_alone_pins_nothing(name):
+    x = torch.randn(12, 6, dtype=torch.float64)
+    model = built(None)
+    model.function = partial(SIZES[name], model)
+    assert all(space.size == 8 and space.legality == "free" for space in fxzip.inspect(model, x).spaces)
+    assert twin_error(model, x) < 1e-12
+    other = built(None, seed=1)
+    other.function = partial(SIZES[name], other)
+    found = fxzip.compile_zip(model, other, x, data=[x], refit=None, progress=False).report["cut"]
+    assert (found["unmatched"], found["after"]) == ({}, ["relu_1"])
 
 
 NOISE = {
