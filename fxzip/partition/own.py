@@ -17,6 +17,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Sequence
 
+import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,8 +48,9 @@ def weights_behind(labelling: Labelling) -> dict[str, set[str]]:
     module = labelling.program.module
     names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     result: dict[str, set[str]] = {}
+    other = labelling.dynamic | labelling.unread
     for node in module.graph.nodes:
-        static = [source.name for source in node.all_input_nodes if source.name not in labelling.dynamic]
+        static = [source.name for source in node.all_input_nodes if source.name not in other]
         result[node.name] = set(labelling.touches[node.name]).union(*(result[name] for name in static))
         if node.op == "get_attr":
             held = names.get(id(operator.attrgetter(str(node.target))(module)))
@@ -71,22 +73,39 @@ def agreeing(alignment: Alignment, labelling: Labelling, differ: Collection[str]
 def heads_begin(labelling: Labelling, differ: Collection[str] | None) -> set[str]:
     """Nodes that sum over features with weights and from which an output is reached without another such node.
 
-    `differ`: parameters in which the models do not agree; sums with others do not count. None: all count.
+    `differ`: parameters in which the models do not agree. A sum with others does not count, so that what goes into a
+    fixed code of the outputs (bins of a distribution, a basis) is each model's own, unless there is no one layer that
+    writes what it reads (see `_one_layer`). None: all sums count.
     """
-    program = labelling.program
     weights = weights_behind(labelling)
-    sums = {
-        name
-        for name, constraints in labelling.constraints.items()
-        if constraints.sums and (differ is None or weights[name] & set(differ))
-    }
-    order = list(program.module.graph.nodes)
+    sums = {name for name, constraints in labelling.constraints.items() if constraints.sums}
+    if differ is None:
+        return _last(labelling, sums, {_output(labelling)})
+    own = {name for name in sums if weights[name] & set(differ)}
+    for name in sorted(_last(labelling, sums, {_output(labelling)}) - own):
+        if not _one_layer(labelling, sums, _last(labelling, own, {name})):
+            own.add(name)
+    return _last(labelling, own, {_output(labelling)})
+
+
+def _one_layer(labelling: Labelling, sums: set[str], begin: set[str]) -> bool:
+    """Whether heads that begin with these sums are one layer deep, with something in front of them to share: what a
+    residual network adds up is written by all its blocks."""
+    graph = dependencies(labelling.program)
+    front = set().union(*(nx.ancestors(graph, name) for name in begin))
+    return not begin or (not front & begin and bool(front & sums))
+
+
+def _output(labelling: Labelling) -> str:
+    return labelling.program.module.graph.output_node().name
+
+
+def _last(labelling: Labelling, sums: set[str], readers_of: set[str]) -> set[str]:
+    """Those of the sums from which one of the nodes is reached without another such sum."""
+    program = labelling.program
     graph = dependencies(program)
-    exposed: set[str] = set()
-    for node in reversed(order):
-        if node.op == "output":
-            exposed.add(node.name)
-            continue
+    exposed = set(readers_of)
+    for node in reversed(program.module.graph.nodes):
         if node.name not in labelling.dynamic:
             continue
         readers = {user.name for user in node.users}
