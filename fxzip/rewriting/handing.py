@@ -66,15 +66,17 @@ def steps(plan: ZipPlan, k: int, name: str, first: str) -> list[Step]:
     fields = tuple(
         trunk.labellings[i].fields_after(node, set(trunk.names(i).values())) for i, node in ((k, name), (0, first))
     )
+    matrices, copies = _matrices(plan, k), _matrices(plan, k, copied=True)
+    if not any(_moves(trunk.spaces[k].layout_with_blocks(labels), matrices) for labels in fields[0]):
+        return []
     varied = {axis for own in fields for labels in own for axis in varying(labels)}
     batch = sorted(varied & {*trunk.alignment.programs[k].batch_axes.get(name, ())})
     split = _split(fields, batch[0], name) if batch else None
     if split is not None:
         fields = tuple(tuple(_apart(labels, split) for labels in own) for own in fields)
-    matrices, copies = _matrices(plan, k), _matrices(plan, k, copied=True)
     runs = [_run(plan, k, own, first) for own, first in zip(*fields, strict=True)]
     found = []
-    for group in _sharing_axes([run for run in runs if _moves(run, matrices)], runs):
+    for group in _sharing_axes([run for run in runs if _moves(run.own, matrices)], runs):
         step = _alone(group[0], matrices) if len(group) == 1 else _together(group, copies, name)
         if step is not None:
             found.append(Step(step.table, step.axes, step.sizes, split))
@@ -147,8 +149,8 @@ def _of_blocks(unmerge: Tensor, own: Tensor, merged: Tensor) -> Tensor:
     return (weight > 0).to(unmerge.dtype)
 
 
-def _moves(run: _Run, matrices: Mapping[tuple[int, int], Tensor]) -> bool:
-    here = set(run.own.space.unique().tolist())
+def _moves(layout: Layout, matrices: Mapping[tuple[int, int], Tensor]) -> bool:
+    here = set(layout.space.unique().tolist())
     return any(own in here for _, own in matrices)
 
 

@@ -176,6 +176,80 @@ def test_models_that_agree_to_the_bit_share_everything():
         assert relative_difference(a(X), found) <= 1e-9
 
 
+class Stream(nn.Module):
+    """Blocks that add to one stream of features, and a head that all such models may share."""
+
+    def __init__(self, blocks: int, head: nn.Linear):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 12), head
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 12)) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        for block in self.blocks:
+            h = h + block(h)
+        return self.head(h)
+
+
+def zeroed() -> nn.Linear:
+    head = nn.Linear(12, 3)
+    return head.requires_grad_(False).apply(lambda m: [nn.init.zeros_(p) for p in m.parameters()])
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+@pytest.mark.parametrize("head", [zeroed, lambda: nn.Linear(12, 3)])
+def test_heads_that_are_the_same_to_the_bit_are_heads_where_no_one_layer_writes_what_they_read(head, blocks):
+    """No layer is the last one in front of them: all blocks add to the stream, or there is but one."""
+    torch.manual_seed(5)
+    shared = head()
+    a, b = (Stream(blocks, shared).double().eval() for _ in range(2))
+    zipped = zipped_pair(a, b, width=2)
+    assert zipped.report["cut"]["after"] == ["add_2" if blocks else "relu"]
+    for found, model in zip(zipped(X), (a, b), strict=True):
+        torch.testing.assert_close(found, model(X), rtol=0, atol=1e-9)
+
+
+def test_what_goes_into_a_fixed_code_of_the_outputs_is_its_own():
+    """Probabilities of bins whose values all models share: the layer that gives them is the head."""
+    torch.manual_seed(5)
+    bins = nn.Linear(5, 1, bias=False)
+    a, b = pair(end=lambda s, h, x: bins(s.head(h).softmax(1)), out=5)
+    for model in (a, b):
+        model.bins = bins.double()
+    zipped = zipped_pair(a, b, width=2)
+    assert zipped.report["cut"]["after"] == ["relu_1"]
+    for found, model in zip(zipped(X), (a, b), strict=True):
+        assert relative_difference(model(X), found) <= 1e-9
+
+
+class Tags(nn.Module):
+    """Decodes a sequence of three by the greatest score of all paths."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.step = nn.Linear(6, 5), nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.score(x)
+        total, back = given[:, 0], []
+        for place in (1, 2):
+            total, best = (total[:, :, None] + self.step + given[:, place, None]).max(1)
+            back.append(best)
+        path = [total.argmax(1)]
+        for best in reversed(back):
+            path.append(best.gather(1, path[-1][:, None])[:, 0])
+        return torch.stack(path, 1)
+
+
+def test_places_that_an_input_picks_are_handed_over_as_they_are():
+    """They lie in no pattern along the batch; but none of them is a place of features that were merged."""
+    torch.manual_seed(3)
+    model, x = Tags().double().eval(), torch.randn(17, 3, 6, dtype=torch.float64)
+    zipped = fxzip.compile_zip(model, model, x, data=[x], **ALONE)
+    for found in zipped(x):
+        assert torch.equal(found, model(x))
+
+
 def test_what_is_asked_for_beyond_is_said():
     a, b = pair()
     zipped = zipped_pair(a, b, until="head")
