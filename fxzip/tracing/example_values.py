@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from .calls import Call
 from .containers import flatten, leaves
-from .guards import asked_by_model, form_of, guard_rank, place_in_source, require
+from .guards import asked_by_model, form_of, guard_rank, guard_tensor, place_in_source, require
 from .python_numbers import MATH, is_number, may_read
 from .questions import (
     DRAWS,
@@ -185,14 +185,20 @@ class ValueTracer(SymbolicTracer):
         about_shape = target in (SHAPE_METHODS if kind == "call_method" else SHAPE_FUNCTIONS)
         return any(p.tainted or (isinstance(p.value, Tensor) and not about_shape) for p in given)
 
-    def _is_tensor(self, value: Any) -> bool:
-        """`torch.is_tensor` of a value; where it is a number that may be another one, it must be a number then, too."""
-        if not is_proxy(value):
-            return isinstance(value, Tensor)
-        if value.number and not self._evaluating and (value.node.name, "number") not in self._assumed:
-            self._assumed.add((value.node.name, "number"))
-            self.create_node("call_function", require, (value.node, ("number",), value.node.name), {})
-        return isinstance(value.value, Tensor)
+    def stands_for(self, proxy: Any, kinds: Any) -> bool:
+        if proxy.node in self._given and not self._evaluating:
+            guard_tensor(self.graph, proxy.node)
+        if proxy.number and kinds is Tensor:
+            self._assume_number(proxy)
+        elif proxy.number:
+            self.assume_type(proxy)
+        return isinstance(proxy.value, kinds)
+
+    def _assume_number(self, proxy: ValueProxy) -> None:
+        """Leave a guard behind where the model asks whether a number that may be another one is a tensor."""
+        if not self._evaluating and (proxy.node.name, "number") not in self._assumed:
+            self._assumed.add((proxy.node.name, "number"))
+            self.create_node("call_function", require, (proxy.node, ("number",), proxy.node.name), {})
 
     @contextmanager
     def patched_factories(self) -> Iterator[None]:
@@ -216,7 +222,6 @@ class ValueTracer(SymbolicTracer):
             for name in MATH:
                 original = getattr(math, name)
                 stack.enter_context(mock.patch.object(math, name, only_here(recorded(original), original)))
-            stack.enter_context(mock.patch.object(torch, "is_tensor", self._is_tensor))
             for name in ("finfo", "iinfo"):
                 stack.enter_context(mock.patch.object(torch, name, type_on_value(getattr(torch, name), on_value)))
             yield

@@ -6,7 +6,8 @@ value is found, so that a graph is never silently run for what it was not made f
 data, for torch.fx to write them into its code:
 
     "*"                       a tensor, or a number that the graph reads; not None
-    ("tensor",)               a tensor, where the model could do without
+    ("tensor",)               a tensor, where the model could do without, or asked whether it is one
+    ("axes", n)               a tensor with so many axes
     ("number",)               a number, where the model asked whether it is a tensor
     ("is", value)             this value
     ("dict", keys, forms)     a mapping with these keys
@@ -37,7 +38,8 @@ from .structure import Structure
 Form = Any
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 _PROXIES = frozenset(
-    str(Path(__file__).with_name(f"{name}.py")) for name in ("example_values", "value_proxies", "symbolic", "lengths")
+    str(Path(__file__).with_name(f"{name}.py"))
+    for name in ("example_values", "value_proxies", "symbolic", "model_builtins")
 )
 _LONG = 200  # characters of an object that are compared as they are
 _OWN = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<eval_with_key", "<frozen")
@@ -155,6 +157,10 @@ def _mismatch(value: Any, form: Form, what: str) -> tuple[str, str, str] | None:
     kind, *rest = form
     if kind == "tensor":
         return None if isinstance(value, torch.Tensor) else (what, "a tensor", _brief(value))
+    if kind == "axes":
+        if not isinstance(value, torch.Tensor):
+            return what, f"{rest[0]}, of a tensor", _brief(value)
+        return None if value.ndim == rest[0] else (what, repr(rest[0]), repr(value.ndim))
     if kind == "number":
         return None if is_number(plain_number(value)) else (what, "a number", _brief(value))
     if kind == "is":
@@ -214,10 +220,15 @@ def place_in_source() -> str:
     return "an unknown line"
 
 
+def guard_tensor(graph: fx.Graph, argument: fx.Node) -> None:
+    """Leave a guard behind, where nodes are inserted now, that an argument is a tensor."""
+    if not any(user.target is require and user.args[1] == ("tensor",) for user in argument.users):
+        graph.call_function(require, (argument, ("tensor",), argument.name))
+
+
 def guard_rank(graph: fx.Graph, tensor: fx.Node, rank: int) -> None:
     """Leave a guard behind, where nodes are inserted now, for the number of axes of an argument."""
-    found = graph.call_method("dim", (tensor,))
-    graph.call_function(require, (found, ("is", rank), f"the number of axes of `{tensor.name}`", "the input"))
+    graph.call_function(require, (tensor, ("axes", rank), f"the number of axes of `{tensor.name}`", "the input"))
 
 
 def guards_at_entry(module: fx.GraphModule, computed: Mapping[str, torch.Size]) -> dict[fx.Node, list[fx.Node]]:

@@ -23,7 +23,7 @@ from .exporting import trace_export
 from .functional_to_modules import raised
 from .inplace import out_of_place
 from .kept_state import without_proxies
-from .lengths import len_recorded
+from .model_builtins import builtins_recorded
 from .names import check_code, named_safely, safe_names
 from .plain_contexts import plain_context
 from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
@@ -139,7 +139,7 @@ def _traced(own: nn.Module, rung: str, reference: Reference) -> fx.GraphModule:
             module = trace_export(own, reference.fresh, reference.dynamic_axes())
         else:
             sample = map_tensors(torch.clone, reference.sample)
-            with len_recorded(own):
+            with builtins_recorded(own):
                 graph = SymbolicTracer(sample).trace(own) if rung == "symbolic" else trace_with_values(own, sample)
             module = named_safely(own, graph, safe_names(own))
     module.eval()

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .calls import Call
 from .containers import Part, flatten, is_plain, is_written
-from .guards import asked_by_model, form_of_argument, is_trivial, require
+from .guards import asked_by_model, form_of_argument, guard_tensor, is_trivial, require
 from .names import check_arguments
 from .python_numbers import plain_number
 from .structure import Rebuild
@@ -65,6 +65,7 @@ class SymbolicTracer(fx.Tracer):
         super().__init__(param_shapes_constant=True)
         self.record_stack_traces = True
         self._call = call
+        self._given: dict[fx.Node, Tensor] = {}  # the tensors among the arguments
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = type(m).__module__
@@ -109,6 +110,8 @@ class SymbolicTracer(fx.Tracer):
     def _unpacked(self, proxy: Any, value: Any) -> Any:
         """Proxies in the structure of the argument; what the graph does not read is a constant."""
         if self.reads(value):
+            if isinstance(value, Tensor):
+                self._given[proxy.node] = value
             return proxy
         if not flatten(value, self.reads)[0]:
             return value
@@ -123,6 +126,13 @@ class SymbolicTracer(fx.Tracer):
             for place, leaf in enumerate(found)
         ]
         return structure.build(parts)
+
+    def stands_for(self, proxy: fx.Proxy, kinds: Any) -> bool:
+        """Whether the model would find that a value is of such a kind."""
+        if proxy.node not in self._given:
+            raise TypeError(f"what `{proxy.node.name}` is is not known without a value")
+        guard_tensor(self.graph, proxy.node)
+        return isinstance(self._given[proxy.node], kinds)
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):

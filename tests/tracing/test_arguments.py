@@ -21,6 +21,13 @@ class Net(nn.Module):
         return self.b(self.function(torch.relu(self.a(x)), given))
 
 
+ONE = torch.tensor(1.0)
+
+
+def _most(x):
+    return x.clamp(max=4) if isinstance(x, torch.Tensor) else x
+
+
 ASKED = {  # function, value in the trace, others of which it gives the same, others of which it does not
     "truth": (lambda h, t: h * (t or 1), 3, (5,), (0,)),
     "no truth": (lambda h, t: h if not t else -h, 0, (), (3,)),
@@ -31,6 +38,16 @@ ASKED = {  # function, value in the trace, others of which it gives the same, ot
     "a module": (lambda h, t: t(h), nn.Tanh(), (nn.Tanh(),), (nn.ReLU(),)),
     "a slice": (lambda h, t: h + h[t].mean(0), slice(0, 2), (slice(0, 2),), (slice(2, 4),)),
     "an object": (lambda h, t: h * t.stop, range(3), (range(3),), (range(4),)),
+    "a tensor": (lambda h, t: h * (t.clamp(max=4) if isinstance(t, torch.Tensor) else t), ONE, (9 * ONE,), (9.0,)),
+    "no number": (lambda h, t: h * (t if isinstance(t, (int, float)) else t.clamp(max=4)), ONE, (9 * ONE,), (9.0,)),
+    "is_tensor": (lambda h, t: h * (t.clamp(max=4) if torch.is_tensor(t) else t), ONE, (9 * ONE,), (9.0,)),
+    "axes of a tensor": (
+        lambda h, t: h * t.reshape(-1, 1) if t.dim() else h * t,
+        ONE,
+        (9 * ONE,),
+        (torch.ones(4), 9.0),
+    ),
+    "a computed tensor": (lambda h, t: _most(h * t), ONE, (9 * ONE,), ()),
 }
 
 

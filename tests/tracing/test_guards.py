@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.calibration.shapes import other_shapes
 from fxzip.tracing import difference, ladder, require, trace
-from fxzip.tracing.lengths import recorded_len
+from fxzip.tracing.model_builtins import recorded_len
 
 
 class Denoiser(nn.Module):
