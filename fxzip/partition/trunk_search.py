@@ -29,6 +29,7 @@ _WRITES_OUTPUT = "it writes features that the model returns"
 _ALIKE = "it carries no features that could be given back to each model"
 RETURNED = frozenset([_LAST_SUM, _WRITES_OUTPUT])
 """Of the reasons why a trunk ends those that say where heads begin."""
+_PACKED = "it gives several values in one, of which heads cannot be given their own"
 _DISCRETE = "it gives booleans or integers that go by features, of which heads cannot be given their own"
 _STORES = "it writes into a parameter or buffer, of which each model has its own"
 
@@ -85,6 +86,7 @@ class TrunkSearch:
             if not found:
                 kept = dict.fromkeys(self.common.in_order(self.common.alike(names, spaces)), _ALIKE)
                 kept |= dict.fromkeys(self.common.in_order(self.common.discrete(names, spaces)), _DISCRETE)
+                kept |= dict.fromkeys(self.common.in_order(self.common.packed(names)), _PACKED)
             if not found and not kept:
                 needed = self._needed(names)
                 spaces = spaces if needed == names else self.common.solved(needed)
@@ -112,6 +114,12 @@ class TrunkSearch:
         if found:
             first = next(node for node in self.order if node.name in found)
             raise CutError(beyond(until, first, self.alignment, found, self.closed(wanted - found.keys())))
+        packed = self.common.in_order(self.common.packed(wanted))
+        if packed:
+            raise CutError(
+                f"`until` must end at values that each model can be given back; at {until!r} node `{packed[0]}` hands "
+                "over several values in one. Choose the node in front of it, or one behind what reads it."
+            )
         discrete = self.common.in_order(self.common.discrete(wanted, spaces))
         if discrete:
             raise CutError(
@@ -154,7 +162,7 @@ class TrunkSearch:
         return result
 
     def _unpacked(self, names: set[str], shared: Collection[str] | None = None) -> set[str]:
-        """Items that are taken out of a tuple belong to the node that returns the tuple."""
+        """Items that are taken out of a tuple, and out of tuples in it, belong to the node that returns the tuple."""
         shared = self.alignment.pairs if shared is None else shared
         tensors = self.labellings[0].program.shapes
         items = {
@@ -162,7 +170,7 @@ class TrunkSearch:
             for n in self.order
             if n.target is operator.getitem and n.name in shared and tensors.keys().isdisjoint({str(n.args[0])})
         }
-        return self.closed(names | {name for name in items if names.issuperset(self.graph.predecessors(name))})
+        return self.closed(names | items)
 
     def _needed(self, names: set[str]) -> set[str]:
         """Without nodes that depend on no input and that only heads need: a table of classes, the norm of a weight.

@@ -155,6 +155,19 @@ class Common:
                     result.add(node.name)
         return result
 
+    def packed(self, names: set[str]) -> set[str]:
+        """Tuples and the like with tensors in them that something behind the trunk reads as they are, such as the state
+        of an `nn.LSTM`: a head is given back its own features of tensors only."""
+        label = self.labellings[0]
+        inside = names & label.dynamic - self.same - label.program.shapes.keys()
+        if self.by_position:  # what has the same place in all models is given back at that place
+            return set()
+        return {
+            node.name
+            for node in self.order
+            if node.name in inside and node.op != "placeholder" and not names.issuperset(u.name for u in node.users)
+        }
+
     def alike(self, names: set[str], spaces: Sequence[FeatureSpaces]) -> set[str]:
         """Values that something behind the trunk reads and that carry no features to be given back to each model."""
         label = self.labellings[0]

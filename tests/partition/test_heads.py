@@ -216,3 +216,39 @@ def test_a_head_that_treats_some_features_by_themselves_gets_its_own_order(way):
         for found, model in zip(zipped(x), order, strict=True):
             torch.testing.assert_close(found, model(x), rtol=1e-9, atol=1e-9)
         assert zipped.report["spaces"][0]["folded"] == [model.way is not WAYS[way] for model in order]
+
+
+class States(nn.Module):
+    """Heads that read the state of a recurrent layer, a tuple in a tuple."""
+
+    def __init__(self, classes, passed):
+        super().__init__()
+        self.first, self.layers = nn.Linear(5, 6), nn.LSTM(6, 8, batch_first=True)
+        self.second, self.head, self.passed = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, classes), passed
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        _, state = self.layers(h)
+        if self.passed:
+            return self.head(self.second(h.flip(1), state)[0])
+        return self.head(torch.tanh(state[0][0]) + state[1][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_items_of_tuples_in_tuples_are_handed_over(dtype):
+    torch.manual_seed(0)
+    net, x = States(3, False).to(dtype).eval(), torch.randn(64, 4, 5, dtype=dtype)
+    twin = fxzip.relabel(net, x, seed=1)
+    zipped = fxzip.compile_zip(net, twin, x, data=[x], method="permute", refit=None, until="layers", progress=False)
+    assert zipped.report["cut"]["after"] == ["getitem_2", "getitem_4"]
+    for output in zipped(x):
+        torch.testing.assert_close(output, net(x), atol=1e-6, rtol=1e-5)
+
+
+def test_a_tuple_that_a_head_reads_as_it_is_is_no_cut():
+    torch.manual_seed(0)
+    a, b, x = States(3, True).eval(), States(4, True).eval(), torch.randn(64, 4, 5)
+    with pytest.raises(fxzip.CutError, match=r"at 'layers' node `getitem_1` hands over several values in one\. Choose"):
+        fxzip.compile_zip(a, b, x, data=[x], until="layers", progress=False)
+    cuts = {share: fxzip.compile_zip(a, b, x, data=[x], until=share, progress=False) for share in (0.5, 1.0)}
+    assert [cuts[share].report["cut"]["after"] for share in cuts] == [["relu"], ["getitem_2"]]
