@@ -7,6 +7,7 @@ no knowledge of kernels, groups or strides goes into it. Method "average" makes 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
 import fxzip
+from fxzip.refit.least_squares import samples
 
 RIDGE = 1e-3
 FIT = fxzip.LeastSquares(ridge=RIDGE, scarce=0, least=10**9, turns=0)
@@ -326,8 +328,7 @@ class Branch(nn.Module):
         return self.head(torch.tanh(self.total(x)).mean((2, 3)))
 
 
-def test_the_target_of_a_sum_is_found_through_moves_and_scales() -> None:
-    x = random(12, 3, 4, 3)
+def branches() -> list[nn.Module]:
     nets = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -336,6 +337,33 @@ def test_the_target_of_a_sum_is_found_through_moves_and_scales() -> None:
             for param in net.parameters():
                 param.uniform_(0.2, 0.9)
         nets.append(net)
+    return nets
+
+
+def test_a_result_is_followed_to_its_sum_once_for_each_size_of_batch(monkeypatch) -> None:
+    nets, x = branches(), random(48, 3, 4, 3)
+    batches, followed, find = [*x[:40].split(10), x[40:44], x[44:]], [], samples.find_tail
+
+    def each_time(net, env, *rest):
+        found = find(net, env, *rest)
+        if found is not None:
+            followed.append(found.route.index.shape)
+        return found if known else found and replace(found, route=replace(found.route, summand=None))
+
+    monkeypatch.setattr(samples, "find_tail", each_time)
+    results, times = [], []
+    for known in (True, False):  # noqa: B007  read by `each_time`
+        followed.clear()
+        zipped = fxzip.compile_zip(*nets, x[:10], data=batches, refit=FIT, hold_out=False, progress=False)
+        results.append(zipped.state_dict())
+        shapes = [shape for shape in followed if shape[0] != 8]  # without the trial on a part of the sample
+        times.append((shapes.count((10, 4, 4, 3)), shapes.count((4, 4, 4, 3))))
+    assert times == [(2, 2), (8, 4)]  # the layer, and its scale
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_the_target_of_a_sum_is_found_through_moves_and_scales() -> None:
+    x, nets = random(12, 3, 4, 3), branches()
     zipped, after = merged_attention(nets, x, FIT)
     _, before = merged_attention(nets, x, None)
     skip, inner = after.hidden(x)

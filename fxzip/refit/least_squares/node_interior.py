@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, fx
 
 from ...rewriting.module import part_of
 from ...tracing.aten_calls import AtenCall, tensors_in
+from ..linear_calls.kernels import Places, take, unravelled
 from ..linear_calls.parameter_uses import Survey, is_move
 from ..linear_calls.units import only_user
 from ..unfit import Unfit
@@ -67,19 +70,61 @@ def result(net: Lockstep, env: Env, node: fx.Node, call: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Tail:
+class Route:
     """How a result reaches a residual sum.
 
     Attributes:
         node: the node of the sum.
         index: for every place of the sum, which place of the result comes there, counted from 1; 0: none.
         scale: what the result is multiplied by on its way, in the shape of the sum; None: nothing.
-        other: the other summand.
+        summand: the node whose value the other summand is. None: it is made inside the node of the sum, or where the
+            result goes depends on values; another batch has to be followed by itself.
     """
 
     node: fx.Node
     index: Tensor
     scale: Tensor | None
+    summand: fx.Node | None
+
+    @cached_property
+    def straight(self) -> bool:
+        """Whether every place of the sum is that of the result."""
+        places = self.index.reshape(-1)
+        return bool((places == torch.arange(1, len(places) + 1, device=places.device)).all())
+
+    def back(
+        self, there: Places, along: Sequence[int], shape: torch.Size, axes: Sequence[int]
+    ) -> tuple[Places, Places] | None:
+        """The places of the result that come to some of the sum, and those of the latter to which one comes.
+
+        None if the features do not come whole and in order.
+
+        Args:
+            there: places of the sum, over all axes but those in `along`, of its features.
+            shape, axes: of the result, and where its features lie.
+        """
+        if self.straight and self.index.shape == shape and tuple(along) == tuple(axes):
+            return there, there
+        index = take(self.index, along, there) - 1
+        kept = (index >= 0).all(1)
+        index = index[kept]
+        coordinates = unravelled(index, shape)
+        places = tuple(c[:, 0] for a, c in enumerate(coordinates) if a not in axes)
+        together = all(bool((c == c[:, :1]).all()) for a, c in enumerate(coordinates) if a not in axes)
+        feature = torch.zeros_like(index)
+        for axis in axes:
+            feature = feature * shape[axis] + coordinates[axis]
+        order = torch.arange(index.shape[1], device=index.device)
+        if not len(index) or not together or not bool((feature == order).all()):
+            return None
+        return places, tuple(place.to(kept.device)[kept] for place in there)
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """A residual sum on one batch: how a result reaches it, and the other summand."""
+
+    route: Route
     other: Tensor
 
 
@@ -125,6 +170,7 @@ class _Follow:
         self.found, self.start = found, start
         self.size = 0
         self.held: dict[int, _Moved] = {}
+        self.steady = True  # the result goes where it goes by its shape alone
 
     def hold(self, value: Tensor) -> None:
         """Follow this value, all of it as it is."""
@@ -176,6 +222,7 @@ class _Follow:
     def _move(self, call: AtenCall, out: Any) -> None:
         """A call that moves the result moves its places and scales."""
         given = self.held[id(call.args[0])]
+        self.steady = self.steady and len(call.tensors()) == 1
         index = _beside(call, given.index)
         scales = [None] * len(index) if given.scale is None else _beside(call, given.scale)
         for value, places, scale in zip(tensors_in(out), index, scales, strict=True):
@@ -222,7 +269,9 @@ def find_tail(net: Lockstep, env: Env, found: Survey, start: tuple[fx.Node, int]
         except _Sum as met:
             if found.calls[node] != met.number + 1 or follow.size != shape.numel():
                 return None
-            return Tail(node, met.moved.index, met.moved.scale, met.other)
+            summand = next((own for own in node.all_input_nodes if scratch[own] is met.other), None)
+            route = Route(node, met.moved.index, met.moved.scale, summand if follow.steady else None)
+            return Tail(route, met.other)
         except _NoSum:
             return None
         follow.start = -1

@@ -11,13 +11,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ...calibration.rejections import not_finite
-from ..linear_calls.kernels import Kernel, Places, as_rows, effective, sampled_places, take, unravelled
+from ..linear_calls.kernels import Kernel, Places, as_rows, effective, sampled_places, take
 from ..linear_calls.parameter_uses import Survey
 from ..linear_calls.units import Site, Unit, called
 from ..unfit import Unfit
 from .footprint import MOST, row_bytes
 from .lockstep import Lockstep
-from .node_interior import Tail, arguments, find_tail, result
+from .node_interior import Route, Tail, arguments, find_tail, result
 from .regression_targets import RegressionTarget, TargetValues
 from .spill_file import Page, SpillFile, fetched
 from .spilling import Env
@@ -122,7 +122,12 @@ class Sampler:
     trial: bool = False
     generator: torch.Generator = field(default_factory=torch.Generator)
     tails: dict[Site, bool] = field(default_factory=dict)
+    routes: dict[tuple[Site, torch.Size], Route] = field(default_factory=dict)
     checked: set[tuple[Site, torch.Size]] = field(default_factory=set)
+
+    def begin(self) -> None:
+        """What is drawn next is for another unit: how results reached sums is of no use any more."""
+        self.routes.clear()
 
     def seed(self, unit: int, batch: int) -> None:
         """What is drawn next is for a unit of that number, on a batch of this process: the same whoever has it."""
@@ -196,10 +201,15 @@ class Sampler:
         """The residual sum behind a call, if there is one. `shape`: of what the call gives."""
         if not self.tails.get(site, True):
             return None, None
+        route = self.routes.get((site, shape))
+        if route is not None and route.summand is not None:  # on a batch of that shape it is the same
+            return Tail(route, _tensor(self.net.value(env, route.summand))), sums(route.node)
         start = (site.output, -1) if target.readings[0].call is None else site.end
         tail = find_tail(self.net, env, self.survey, start, shape)
-        total = None if tail is None else sums(tail.node)
+        total = None if tail is None else sums(tail.route.node)
         self.tails[site] = total is not None
+        if tail is not None:
+            self.routes[site, shape] = tail.route
         return tail, total
 
     def _behind(self, tail: Tail, total: TargetValues, values: TargetValues, count: int) -> _Draw | None:
@@ -207,38 +217,30 @@ class Sampler:
 
         None if the features do not come whole and in order.
         """
-        if total.shape != tail.index.shape:
+        route = tail.route
+        if total.shape != route.index.shape:
             return None
         there = sampled_places(total.shape, total.axes, count, self.generator, total.device)
-        index = take(tail.index, total.axes, there) - 1
-        kept = (index >= 0).all(1)
-        index = index[kept]
-        coordinates = unravelled(index, values.shape)
-        places = tuple(c[:, 0] for a, c in enumerate(coordinates) if a not in values.axes)
-        together = all(bool((c == c[:, :1]).all()) for a, c in enumerate(coordinates) if a not in values.axes)
-        feature = torch.zeros_like(index)
-        for axis in values.axes:
-            feature = feature * values.shape[axis] + coordinates[axis]
-        order = torch.arange(index.shape[1], device=index.device)
-        if not len(index) or not together or not bool((feature == order).all()):
+        found = route.back(there, total.axes, values.shape, values.axes)
+        if found is None:
             return None
-        there = tuple(place.to(kept.device)[kept] for place in there)
+        places, there = found
         offset = take(tail.other, total.axes, there)
         t = total.at(there) - offset
-        if tail.scale is not None:
-            scale = take(tail.scale, total.axes, there)
+        if route.scale is not None:
+            scale = take(route.scale, total.axes, there)
             if not bool((scale.abs() > 1e-3 * scale.abs().mean()).all()):
                 return None
             t = t / scale
-        return _Draw(places, there, t, offset, total, tail.node, plain=tail.scale is None)
+        return _Draw(places, there, t, offset, total, route.node, plain=route.scale is None)
 
     def _adds(self, tail: Tail, drawn: _Draw, env: Env, values: TargetValues, seen: Tensor) -> bool:
         """Whether the sum is what the call gives at these places, scaled, and the other summand."""
         there, axes = _first(drawn.there), drawn.last.axes
         summand = take(seen, values.axes, _first(drawn.places))
-        if tail.scale is not None:
-            summand = summand * take(tail.scale, axes, there)
-        total = take(_tensor(self.net.value(dict(env), tail.node)), axes, there)
+        if tail.route.scale is not None:
+            summand = summand * take(tail.route.scale, axes, there)
+        total = take(_tensor(self.net.value(dict(env), tail.route.node)), axes, there)
         return _near(summand + take(tail.other, axes, there), total)
 
     def _meets_relus(self, node: fx.Node) -> bool:

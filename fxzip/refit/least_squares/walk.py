@@ -241,6 +241,7 @@ class Walk:
         targets = [self._target(part, unit, site) for site in unit.sites]
         networks = (self.zipped, *part.originals)
         samples: list[Sample] = []
+        self.sampler.begin()
         for batch in range(len(self.zipped)):
             self.sampler.seed(self.units, batch)
             opened = [network.open(batch) for network in networks]
