@@ -20,7 +20,7 @@ from ..widths.narrow_heads import narrowed
 from ..widths.observed import Observed
 from ..widths.ranks import as_emitted, choose_ranks
 from ..widths.requests import UNCHANGED, WHOLE, Budget
-from .memory import peak_bytes
+from .memory import peaks
 from .options import Recipe
 from .session import Session
 from .timing import as_used, fastest
@@ -170,7 +170,7 @@ def _spent_by(session: Session, network: ZippedModule, budget: Budget) -> float:
         return float(counted["total"] / max(counted["originals"][0], 1))
     both = as_used(network), as_used(first.module)
     if budget.currency == "memory":
-        taken, one = (peak_bytes([module], first.call) for module in both)
+        taken, one = peaks(both, first.call).each
         return taken / max(one, 1)
 
     seconds = fastest(both, first.call, rounds=ROUNDS, seconds=SECONDS)

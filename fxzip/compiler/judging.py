@@ -12,7 +12,7 @@ from ..errors import CalibrationWarning, FxzipWarning, TrunkWarning
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
 from ..tracing.calls import Call
-from .memory import peak_bytes
+from .memory import peaks
 from .session import Session
 from .timing import as_used, fastest
 
@@ -33,8 +33,8 @@ def judged(session: Session, zipped: ZippedModule) -> Report:
     originals, call = [as_used(program.module) for program in programs], programs[0].call
     values = {
         "agreement": _agreement(session, zipped),
+        "memory": memory(zipped, originals, call),  # first: it warms up what is timed
         "latency": latency(zipped, originals, call),
-        "memory": memory(zipped, originals, call),
     }
     warned = [*_about_data(session, report), *_about_the_trunk(session, report)]
     for kind, text in warned:
@@ -65,8 +65,8 @@ def latency(zipped: ZippedModule, originals: Sequence[nn.Module], call: Call) ->
 def memory(zipped: ZippedModule, originals: Sequence[nn.Module], call: Call) -> dict[str, Any]:
     """Peak bytes of the zipped network, of each original and of all of them on an input: parameters, and the tensors
     that live at once."""
-    each = [peak_bytes([module], call) for module in originals]
-    return {"zipped": peak_bytes([zipped], call), "originals": each, "side_by_side": peak_bytes(originals, call)}
+    own = peaks(originals, call)
+    return {"zipped": peaks([zipped], call).together, "originals": own.each, "side_by_side": own.together}
 
 
 def _about_data(session: Session, report: Mapping[str, Any]) -> list[tuple[type[FxzipWarning], str]]:

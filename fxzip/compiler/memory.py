@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +18,22 @@ from ..tracing.state import restored_state
 
 
 class _Living(TorchDispatchMode):
-    """Bytes of the storages that live, and the most that did."""
+    """Bytes of the storages that live: the most that did, in all and beyond those that did when `begin` was called."""
 
     def __init__(self, counted: set[int]) -> None:
         super().__init__()
-        self.most = 0
+        self.most = self.beyond = 0
         self._others = counted  # parameters, buffers and inputs, by storage
         self._living: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._before = 0
+
+    def begin(self) -> None:
+        """What lives now is no part of `beyond`."""
+        self._before, self.beyond = self._now(), 0
+
+    def _now(self) -> int:
+        self._living = {key: own for key, own in self._living.items() if not own[0].expired()}
+        return sum(size for _, size in self._living.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -31,8 +41,8 @@ class _Living(TorchDispatchMode):
             if isinstance(value, Tensor) and value.layout == torch.strided and storage_of(value) not in self._others:
                 storage = value.untyped_storage()
                 self._living[storage_of(value)] = StorageWeakRef(storage), storage.nbytes()
-        self._living = {key: own for key, own in self._living.items() if not own[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self._living.values()))
+        now = self._now()
+        self.most, self.beyond = max(self.most, now), max(self.beyond, now - self._before)
         return result
 
 
@@ -41,23 +51,36 @@ def _bytes(value: Tensor) -> int:
     return value.untyped_storage().nbytes() if value.layout == torch.strided else value._nnz() * value.element_size()
 
 
-def peak_bytes(networks: Sequence[nn.Module], call: Call) -> int:
-    """The most bytes at once, of networks that run one after another on one input and whose outputs are kept.
+@dataclass(frozen=True)
+class Peaks:
+    """The most bytes at once: of each network by itself, and of all that run one after another and keep their outputs.
 
-    Parameters and buffers of all of them count, the input and what a kernel needs inside itself do not.
+    Parameters and buffers count, the input and what a kernel needs inside itself do not.
+    """
 
-    >>> peak_bytes([nn.Linear(10, 10, bias=False)], Call((torch.ones(2, 10),), {}))
-    480
+    each: list[int]
+    together: int
+
+
+def peaks(networks: Sequence[nn.Module], call: Call) -> Peaks:
+    """The peaks of networks, each of which is run once.
+
+    >>> peaks([nn.Linear(10, 10, bias=False)], Call((torch.ones(2, 10),), {}))
+    Peaks(each=[480], together=480)
 
     Args:
         networks: in evaluation mode.
         call: what they are given, a copy of it.
     """
     own = map_tensors(torch.clone, call)  # some networks write into their inputs
-    tensors = [value for net in networks for value in (*net.parameters(), *net.buffers())]
-    held = {storage_of(value): _bytes(value) for value in tensors}
-    living = _Living(held.keys() | {storage_of(value) for value in leaves(own)})
+    held = [{storage_of(value): _bytes(value) for value in (*net.parameters(), *net.buffers())} for net in networks]
+    whole = {place: size for one in held for place, size in one.items()}
+    living = _Living(whole.keys() | {storage_of(value) for value in leaves(own)})
+    kept, each = list[Any](), list[int]()
     with restored_state(), torch.no_grad(), living:
-        kept = [network(*own.args, **own.kwargs) for network in networks]
+        for network, parameters in zip(networks, held, strict=True):
+            living.begin()
+            kept.append(network(*own.args, **own.kwargs))
+            each.append(sum(parameters.values()) + living.beyond)
     del kept
-    return sum(held.values()) + living.most
+    return Peaks(each, sum(whole.values()) + living.most)

@@ -20,7 +20,7 @@ from ..tracing.state import restored_state, wait_for
 ROUNDS = 40
 SECONDS = 1.0
 FEWEST = 5
-FEW, LONG = 2, 3.0
+FEW, LONG = 2, 2.0
 """Rounds that are enough where they have taken this many times the seconds: long runs even out by themselves."""
 QUIET = 0.02
 """Three times of a network that lie so close together are its least: nothing else held the machine up."""
@@ -40,10 +40,10 @@ def fastest(
     Args:
         networks: in evaluation mode.
         call: what they are given, copies of it.
-        rounds: at most; the first warms up and does not count. There are fewer where the three least times of each
-            network are the same up to 2 %.
-        seconds: no further round is begun after that, if there were five, or after three times that, if there were
-            two; None: `SECONDS`.
+        rounds: at most. There are fewer where the three least times of each network are the same up to 2 %. The first
+            one, which warms up, may be no one's least.
+        seconds: no further round is begun after that, if there were five, or after twice that, if there were two;
+            None: `SECONDS`.
     """
     return processes.of_first(lambda: _fastest(networks, call, rounds, SECONDS if seconds is None else seconds))
 
@@ -53,11 +53,11 @@ def _fastest(networks: Sequence[nn.Module], call: Call, rounds: int, seconds: fl
     order = random.Random(0)
     with restored_state(), callers_precision(), torch.no_grad(), _buffers_kept(networks):
         begin = time.perf_counter()
-        for done in range(rounds + 1):
+        for done in range(rounds):
             past = time.perf_counter() - begin
-            if done > FEWEST and (past > seconds or all(map(_quiet, taken))):
+            if done >= FEWEST and (past > seconds or all(map(_quiet, taken))):
                 break
-            if done > FEW and past > LONG * seconds:
+            if done >= FEW and past > LONG * seconds:
                 break
             # What ran before leaves its weights in the caches: no network may always come behind the same one.
             for place in order.sample(range(len(networks)), len(networks)):
@@ -66,8 +66,7 @@ def _fastest(networks: Sequence[nn.Module], call: Call, rounds: int, seconds: fl
                 start = time.perf_counter()
                 networks[place](*own.args, **own.kwargs)
                 wait_for(call.device)
-                if done:
-                    taken[place].append(time.perf_counter() - start)
+                taken[place].append(time.perf_counter() - start)
     return [min(own) for own in taken]
 
 

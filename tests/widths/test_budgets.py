@@ -13,7 +13,7 @@ import fxzip
 from fxzip.analysis.flops import count_flops
 from fxzip.compiler import affording
 from fxzip.compiler.arguments import Given
-from fxzip.compiler.memory import peak_bytes
+from fxzip.compiler.memory import peaks
 from fxzip.compiler.options import Options, Recipe
 from fxzip.compiler.progress import Display
 from fxzip.compiler.session import Session
@@ -160,11 +160,11 @@ class Steps(nn.Module):
         return self.narrow(x)
 
 
-def test_peak_bytes_by_hand():
-    weights, value = 4 * (10 * 100 + 100 * 5), 4 * 8 * 100
-    assert peak_bytes([Steps()], Call((torch.ones(8, 10),), {})) == weights + 2 * value
-    two = [Steps(), Steps()]
-    assert peak_bytes(two, Call((torch.ones(8, 10),), {})) == 2 * weights + 2 * value + 4 * 8 * 5
+def test_peaks_by_hand():
+    weights, value, output = 4 * (10 * 100 + 100 * 5), 4 * 8 * 100, 4 * 8 * 5
+    found = peaks([Steps(), Steps()], Call((torch.ones(8, 10),), {}))
+    assert found.each == [weights + 2 * value] * 2
+    assert found.together == 2 * weights + 2 * value + output
 
 
 def test_sizes_fill_vector_units():
