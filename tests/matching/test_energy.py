@@ -79,8 +79,7 @@ def test_looking_late_loses_hardly_more_than_looking_at_all(seed):
     lost = [0.0, 0.0]
     for _ in range(20):
         lost[0] += lazy.step()
-        for r in np.flatnonzero(~eager.gone):
-            eager._look(r)
+        eager._look(np.flatnonzero(~eager.gone))
         lost[1] += eager.step()
     assert lost[0] == pytest.approx(lost[1], rel=0.1)
 

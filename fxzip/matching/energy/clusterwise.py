@@ -70,16 +70,16 @@ def reconstruction_errors(moments: Moments, share: Tensor, floor: float) -> Floa
     return losses
 
 
-def pair_losses(own: float, other: Floats, inner: Floats) -> Floats:
-    """λ_r + λ_s - λ_max (see the module) of one cluster with others, at least 0.
+def pair_losses(own: float | Floats, other: Floats, inner: Floats) -> Floats:
+    """λ_r + λ_s - λ_max (see the module) of one cluster with others, or of each of some, at least 0.
 
     >>> pair_losses(1.0, np.array([1.0, 1.0, 0.5]), np.array([1.0, 0.0, -0.5]))
     array([0. , 1. , 0.5])
 
     Args:
-        own: λ_r.
+        own: λ_r; of several [rows, 1].
         other: λ_s, [N].
-        inner: <r, s>, [N].
+        inner: <r, s>, [N]; of several [rows, N].
     """
     product = np.maximum(inner, 0.0) ** 2
     losses: Floats = np.maximum((own + other) / 2 - np.sqrt(((own - other) / 2) ** 2 + product), 0.0)
