@@ -29,8 +29,8 @@ class Sums:
         exact = value.detach() if value.dtype in (torch.float32, torch.float64) else value.detach().float()
         # A value without a batch, as one computed from parameters alone, is one place; torch takes no axes for all.
         exact, axis = (exact, axis % exact.ndim) if exact.ndim > 1 else (exact[None], 1)
-        variance, mean = torch.var_mean(exact, [a for a in range(exact.ndim) if a != axis], correction=0)
-        variance, mean, count = variance.double(), mean.double(), exact.numel() / exact.shape[axis]
+        variance, mean = _variance_and_mean(exact, axis)
+        count = exact.numel() / exact.shape[axis]
         total, square = mean * count, (variance + mean.square()) * count
         self.count += count
         self.total = total if self.total is None else self.total + total
@@ -54,3 +54,15 @@ class Sums:
         assert self.square is not None
         mean = self.total / self.count
         return mean, (self.square / self.count - mean.square()).clamp(min=0).sqrt()
+
+
+def _variance_and_mean(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Per feature, float64 [n]. Sums along memory come first: that is many times faster than all axes at once."""
+    if axis == value.ndim - 1:
+        variance, mean = torch.var_mean(value, list(range(axis)), correction=0)
+        return variance.double(), mean.double()
+    runs = value.flatten(axis + 1).flatten(0, axis - 1) if axis else value.flatten(1)[None]  # [others, n, places]
+    others, _, places = runs.shape
+    mean = runs.sum(2).double().sum(0) / (others * places)
+    centred = runs - mean.to(runs)[:, None]
+    return torch.linalg.vector_norm(centred, dim=2).double().square().sum(0) / (others * places), mean

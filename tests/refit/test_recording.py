@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.refit import record_statistics
 from fxzip.refit.recording import recorded_statistics
+from fxzip.refit.spread import Sums
 from fxzip.tracing.calls import as_call
 
 close = torch.testing.assert_close
@@ -341,3 +342,17 @@ def test_trained_networks_lose_nothing_in_train_and_nothing_by_an_epoch() -> Non
             optimiser.step()
         with torch.no_grad():
             assert float(loss(zipped.eval(), whole, rules)) < evaluated
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((6, 5, 4, 3), 1), ((6, 5), 1), ((6, 4, 5), 2), ((5, 6, 4), 0), ((5, 7), 0)]
+)
+def test_mean_and_deviation_are_exact_far_from_zero(shape, axis):
+    """As a difference of mean squares in float32 nothing would be left of the variance."""
+    value = 1000 + torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    sums = Sums()
+    found = sums.add(value, axis)
+    exact = value.double().movedim(axis, 0).flatten(1)
+    for own in (found, sums.result()):
+        torch.testing.assert_close(own[0], exact.mean(1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(own[1], exact.std(1, correction=0), rtol=1e-4, atol=0)
