@@ -113,12 +113,12 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
         if not isinstance(found, str):
             found = _with_modules(found, reference)
             check_code(found.module)
-            training = Training(own, reference.sample)
+            training = Training(own, reference.fresh)
             if training.keep_dropout(found.module):
                 again = compared(found.module, reference)
                 assert not isinstance(again, str), again  # in eval mode dropout gives back its input
                 found = _Verified(found.module, *again)
-            strays = training.compared(found.module, reference.sample, reference.expected[0])
+            strays = training.compared(found.module, reference.fresh, reference.expected[1])
             program = _program(found, reference, rung, tuple(failures), persistent, strays)
             return replace(program, origins=_origins(program.module, own))
         failures.append(f"{_title(rung, kept)} gave another result than the model: {found}.")

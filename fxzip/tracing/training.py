@@ -66,7 +66,7 @@ class Strays:
 
 
 class Training:
-    """A model run in train mode, on the sample: which module makes which random calls.
+    """A model run in train mode, on a few inputs: which module makes which random calls.
 
     Where it does not run in train mode, what it did until then counts.
 
@@ -76,12 +76,12 @@ class Training:
         output: of the run; None where there is none.
     """
 
-    def __init__(self, model: nn.Module, sample: Call) -> None:
+    def __init__(self, model: nn.Module, inputs: Call) -> None:
         self.dropouts: dict[_Owned, list[tuple[float, bool]]] = defaultdict(list)
         self.random: Counter[str] = Counter()
         self.output: Any = None
         path: list[str] = [""]
-        own = map_tensors(torch.clone, sample)
+        own = map_tensors(torch.clone, inputs)
         with ExitStack() as stack:
             for context in (_training(model), _following(model, path), quiet_execution(), suppress(Exception)):
                 stack.enter_context(context)
@@ -110,14 +110,14 @@ class Training:
             module.recompile()
         return changed
 
-    def compared(self, module: fx.GraphModule, sample: Call, expected: Any) -> Strays:
+    def compared(self, module: fx.GraphModule, inputs: Call, expected: Any) -> Strays:
         """What of this a graph does not do in train mode. `expected`: what the model gives in eval mode."""
         if not self.random and (self.output is None or difference(self.output, expected) is None):
             return Strays()
         kept: Counter[str] = Counter()
         found = None
         with _training(module), quiet_execution(), suppress(Exception):
-            found = _Counting(module, kept).run(*flat_inputs(module, sample))
+            found = _Counting(module, kept).run(*flat_inputs(module, inputs))
         lost = tuple(name or "the model itself" for name, times in self.random.items() if kept[name] < times)
         both = found is not None and self.output is not None
         return Strays(lost, both and not lost and difference(found, self.output) is not None)
