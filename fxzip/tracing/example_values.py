@@ -47,14 +47,14 @@ def trace_with_values(root: nn.Module, call: Call) -> fx.Graph:
     >>> len(graph.nodes)
     3
     """
-    tracer = ValueTracer(call, placement=True)
+    tracer = ValueTracer(root, call, placement=True)
     try:
         with tracer.patched_factories():
             return tracer.trace(root)
     except DataDependentError:
         raise
     except Exception:  # compiled code that wants a real device or dtype
-        tracer = ValueTracer(call, placement=False)
+        tracer = ValueTracer(root, call, placement=False)
         with tracer.patched_factories():
             return tracer.trace(root)
 
@@ -64,8 +64,8 @@ class ValueTracer(SymbolicTracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, call: Call, *, placement: bool) -> None:
-        super().__init__(call)
+    def __init__(self, root: nn.Module, call: Call, *, placement: bool) -> None:
+        super().__init__(root, call)
         self.param_shapes_constant = False
         kinds = (Tensor, tuple, torch.device, torch.dtype) if placement else (Tensor, tuple)
         self.recorded: tuple[type, ...] = kinds

@@ -140,7 +140,7 @@ def _traced(own: nn.Module, rung: str, reference: Reference) -> fx.GraphModule:
         else:
             sample = map_tensors(torch.clone, reference.sample)
             with builtins_recorded(own):
-                graph = SymbolicTracer(sample).trace(own) if rung == "symbolic" else trace_with_values(own, sample)
+                graph = SymbolicTracer(own, sample).trace(own) if rung == "symbolic" else trace_with_values(own, sample)
             module = named_safely(own, graph, safe_names(own))
     module.eval()
     return tidied(module)

@@ -39,6 +39,10 @@ def bind(model: nn.Module, call: Call) -> tuple[inspect.BoundArguments, dict[str
     return bound, named
 
 
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+
+
 def left_out(bound: inspect.BoundArguments) -> set[str]:
     """Names of the arguments that a call may leave out: those with a default, and what goes through `*` and `**`.
 
@@ -61,19 +65,18 @@ class SymbolicTracer(fx.Tracer):
     """Modules of torch.nn are leaves, except those that only hold others; so are those that train another way than
     they run (stochastic depth). A placeholder for each argument given."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, root: nn.Module, call: Call) -> None:
         super().__init__(param_shapes_constant=True)
         self.record_stack_traces = True
         self._call = call
+        # found beforehand, since it takes traces of its own: inside this one they would record into its graph
+        self._kept = {module for module in root.modules() if not _is_torchs(module) and is_kept(module)}
         self._given: dict[fx.Node, Tensor] = {}  # the tensors among the arguments
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        kind = type(m).__module__
         if "forward" in vars(m):  # given to the instance: who knows what it does
             return False
-        if kind.startswith(("torch.nn.", "torch.ao.nn.")):
-            return not kind.startswith(_COMPOSITE)
-        return is_kept(m)
+        return not type(m).__module__.startswith(_COMPOSITE) if _is_torchs(m) else m in self._kept
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         bound, named = bind(self.root, self._call)

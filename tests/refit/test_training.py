@@ -125,6 +125,26 @@ def test_stochastic_depth_of_known_packages_stays(tmp_path):
     assert torch.equal(loaded(X)[0], zipped(X)[0])
 
 
+def test_stochastic_depth_leaves_the_trace_around_it_alone():
+    """Whether a module acts in train mode is found by a trace, whose random numbers are not the model's."""
+    swin = pytest.importorskip("transformers.models.swin.modeling_swin")
+
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.depth = nn.Linear(6, 16), swin.SwinDropPath(0.5)
+
+        def forward(self, x):
+            rows, features = self.first(x).shape
+            return x.sum() + self.depth(self.first(x)).view(rows, int(features / 4), 4)
+
+    model = Folded().eval()
+    program = fxzip.tracing.trace(model, X)
+    assert program.rung == "symbolic with example values"
+    assert not [node for node in program.module.graph.nodes if node.target is torch.rand]
+    torch.testing.assert_close(program.module(X), model(X))
+
+
 def test_tracing_leaves_state_and_modes_alone():
     class Counting(nn.Module):
         def __init__(self):
