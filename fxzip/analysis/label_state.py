@@ -94,6 +94,7 @@ class State:
     probed: list[Probed] = field(default_factory=list)
     made: list[int] = field(default_factory=list)  # ids of the entries of the node under way
     lying: dict[str, tuple[int, ...]] = field(default_factory=dict)  # parameter -> axes, see `ParamLabels.lying`
+    classes: tuple[tuple[int, int], Tensor] | None = None  # those of labels, and what they were found from
     node: str = ""
     where: str = ""
     calls: int = 0
@@ -162,7 +163,7 @@ class State:
     def _axis_of(self, labels: Tensor) -> tuple[str, int] | None:
         """The parameter, and the axis of it, that a field is the first labels of."""
         held = labels.unique()  # a view may hold them several times: one weight per head for each row of a batch
-        for name, field_ in self._single():
+        for name, _, field_ in self._single():
             if torch.equal(field_.reshape(-1), held):  # fresh labels count up
                 return name, min(varying(field_))
         return None
@@ -170,8 +171,7 @@ class State:
     def lie_at_once(self, first: Tensor, second: Tensor) -> None:
         """Note the parameters that have an axis with the features of each of two fields; a call lays both along one."""
         klass = self._classes()
-        wanted = [klass[labels[labels > 0]].unique() for labels in (first, second)]
-        held = [{n: run for n, run in self._single() if torch.equal(klass[run].unique(), own)} for own in wanted]
+        held = [self._with_classes(klass, klass[labels[labels > 0]].unique()) for labels in (first, second)]
         for name in held[0].keys() & held[1].keys():
             before = self.lying.get(name, ())
             axes = varying(held[0][name]) | varying(held[1][name])
@@ -187,7 +187,7 @@ class State:
         klass = self._classes()
         held = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *pinned])
         fixed = torch.zeros(self.store.size, dtype=torch.bool, device="cpu").index_fill_(0, klass[held], True)
-        still = {(name, min(varying(run))) for name, run in self._single() if bool(fixed[klass[run]].all())}
+        still = {(name, min(varying(run))) for name, _, run in self._single() if bool(fixed[klass[run]].all())}
         result = {}
         for name, axes in self.lying.items():
             kept = axes if len(axes) == 1 else tuple(axis for axis in axes if (name, axis) not in still)
@@ -205,14 +205,25 @@ class State:
 
     def _classes(self) -> Tensor:
         """For each label the class of those that all calls so far say are equal."""
-        stated = [torch.zeros(2, 1, dtype=torch.int64, device="cpu"), *self.store.equated]
-        return torch.from_numpy(components(torch.cat(stated, 1).numpy(), self.store.size))
+        so_far = len(self.store.equated), self.store.size
+        if self.classes is None or self.classes[0] != so_far:
+            stated = [torch.zeros(2, 1, dtype=torch.int64, device="cpu"), *self.store.equated]
+            self.classes = so_far, torch.from_numpy(components(torch.cat(stated, 1).numpy(), self.store.size))
+        return self.classes[1]
 
-    def _single(self) -> Iterator[tuple[str, Tensor]]:
-        """The fields of all parameters that have one for each axis."""
+    def _with_classes(self, klass: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+        """The fields of parameters, by name, whose features are of these classes, of all of them and of no other."""
+        among = set(wanted.tolist())
+        classes = klass.numpy()
+        # Nearly all fields are told apart by their first label. To sort every one of them for each call takes seconds.
+        near = ((name, run) for name, first, run in self._single() if classes[first] in among)
+        return {name: run for name, run in near if torch.equal(klass[run].unique(), wanted)}
+
+    def _single(self) -> Iterator[tuple[str, int, Tensor]]:
+        """The fields, and the first label of each, of all parameters that have one field for each axis."""
         for name, own in self.params.items():
-            for labels in own.fields if own.order is None and own.groups == 1 else ():
-                yield name, labels
+            if own.order is None and own.groups == 1:
+                yield from ((name, first, labels) for first, labels in zip(own.firsts, own.fields, strict=True))
 
     def restart(self, tensor: Tensor, fields: Any, groups: int) -> None:
         name = self.names.get(id(tensor))

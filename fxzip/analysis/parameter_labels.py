@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -68,6 +69,11 @@ class ParamLabels:
         others = sorted(set(range(len(shape))) - set(axes), key=lambda axis: shape[axis] == 1)
         fields = (along(store.fresh(shape[axis]), axis, len(shape)) for axis in others if shape[axis] > 1)
         return cls((several, *fields), order=(*sorted(axes), *others), joined=len(axes))
+
+    @cached_property
+    def firsts(self) -> tuple[int, ...]:
+        """The first label of each field."""
+        return tuple(int(labels.reshape(-1)[0]) for labels in self.fields)
 
     def kernel(self, value: Tensor) -> Tensor:
         """The parameter's value as a kernel."""
