@@ -8,16 +8,34 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributions import Distribution
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..errors import InputError
 from .precision import full_precision
-from .threads import ThreadPatch, runs_here, traces_apart
+from .threads import Replacement, ThreadPatch, runs_here, traces_apart
 
 _FX_TRACE = fx.Tracer.trace.__code__
+_NONE = torch.Size()
 _COMPILING = ThreadPatch(  # a `torch.export` in another thread sets it for all; for fxzip's own see `exporting.py`
     lambda: [(torch.compiler, name, lambda: False) for name in ("is_compiling", "is_exporting")]
 )
+
+
+def _unchecked() -> list[Replacement]:
+    original = Distribution.__init__
+
+    def unchecked(
+        self: Distribution, batch_shape: torch.Size = _NONE, event_shape: torch.Size = _NONE,
+        validate_args: bool | None = None,
+    ) -> None:  # fmt: skip
+        original(self, batch_shape, event_shape, bool(validate_args))
+
+    return [(Distribution, "__init__", unchecked)]
+
+
+_UNCHECKED = ThreadPatch(_unchecked)
+"""Distributions do not check their arguments unless they are told to: checks read values, and compute nothing."""
 
 
 @contextmanager
@@ -46,6 +64,7 @@ def plain_context() -> Iterator[None]:
         stack.enter_context(full_precision())
         stack.enter_context(traces_apart())
         stack.enter_context(_COMPILING.inside())
+        stack.enter_context(_UNCHECKED.inside())
         yield
 
 

@@ -26,6 +26,8 @@ def nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...], unste
             f"{message} Gradients that `forward` takes (`torch.autograd.grad`) are no part of a graph: pass the "
             "network that is differentiated, and take the gradients of what the zipped network returns."
         )
+    if any("`_is_all_true`" in failure for failure in failures):
+        return f"{message} `torch.distributions` check values where `validate_args=True`: leave that out."
     if batch:
         return (
             f"{message} Replace Python loops and conditions over the rows of a batch by calls on all rows at once, or "

@@ -1,4 +1,5 @@
-"""What no graph of calls can hold is refused with a way out: calls that are given functions, gradients taken inside."""
+"""What no graph of calls can hold is refused with a way out: calls that are given functions, gradients taken inside,
+checks of values."""
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fxzip.errors import TraceError
 
 
 class Given(nn.Module):
-    """Calls that are given functions, and gradients taken in `forward`."""
+    """Calls that are given functions, gradients taken in `forward`, checks of values."""
 
     def __init__(self, how):
         super().__init__()
@@ -37,6 +38,10 @@ GIVEN = {
         r"calls `while_loop`, which is given functions.*a loop of Python over a fixed number of steps",
     ),
     "gradients": (forces, r"pass the network that is differentiated, and take the gradients of what"),
+    "distribution": (
+        lambda net, x: torch.distributions.Categorical(logits=net.h(net.a(x)), validate_args=True).logits,
+        r"check values where `validate_args=True`",
+    ),
 }  # fmt: skip
 
 
@@ -45,3 +50,24 @@ def test_what_no_graph_of_calls_can_hold_is_refused_with_a_way_out(name):
     how, message = GIVEN[name]
     with pytest.raises(TraceError, match=message):
         fxzip.compile_zip(Given(how), Given(how), torch.randn(4, 6), progress=False)
+
+
+@pytest.fixture
+def checks():
+    """Distributions check their arguments, as in a process that has compiled nothing yet."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(True)
+    yield
+    torch.distributions.Distribution.set_default_validate_args(before)
+
+
+def entropies(net, x):
+    return torch.distributions.Categorical(logits=net.h(net.a(x))).entropy()
+
+
+def test_distributions_do_not_check_inside_and_do_afterwards(checks):
+    net, x = Given(entropies), torch.randn(64, 6)
+    zipped = fxzip.compile_zip(net, net, x, data=[x], progress=False)
+    torch.testing.assert_close(zipped(x)[0], net(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="Expected parameter logits"):
+        torch.distributions.Categorical(logits=torch.full((1, 3), torch.nan))
