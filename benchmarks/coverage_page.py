@@ -34,7 +34,7 @@ def page(rows: Sequence[Row], growth: Sequence[Row] = ()) -> str:
     """The text of docs/coverage.md; `growth`: the rows of coverage_growth.py."""
     lines = [INTRODUCTION, "## Asked and found", "", "| what | asked | found |", "|---|---|---|"]
     lines += ["| " + " | ".join(line) + " |" for line in summary(rows)]
-    lines += ["", *below(rows), "## Seconds and nodes", "", *timing(rows), *growing(growth), ""]
+    lines += ["", *below(rows), *tied_tables(rows), "## Seconds and nodes", "", *timing(rows), *growing(growth), ""]
     lines += ["## Behind barriers", "", *barriers(rows), ""]
     for zoo in dict.fromkeys(row["zoo"] for row in rows):
         own = [row for row in rows if row["zoo"] == zoo]
@@ -186,6 +186,23 @@ REASONS = {
 }
 
 
+TIED = ("GPT-2", "Mamba", "Whisper")
+
+
+def tied_tables(rows: Sequence[Row]) -> list[str]:
+    """Networks whose embedding is their last layer as well."""
+    shares = {r["name"]: f"{100 * r['flops']['zippable']:.0f} %" for r in rows if r["name"] in TIED and "flops" in r}
+    if not shares:
+        return []
+    names = ", ".join(f"`{name}` ({share})" for name, share in shares.items())
+    return [
+        "## Tied tables", "",
+        f"{names} of the FLOPs may be zipped: one table is read as an embedding and multiplied with as the last layer. "
+        "Merged features would need it merged in the one role and spread in the other. So its features, and all that "
+        "are added to them, may only be relabelled.", "",
+    ]  # fmt: skip
+
+
 def barriers(rows: Sequence[Row]) -> list[str]:
     """What could be shared if the trunk went on after a call without a rule."""
     seen = [row for row in rows if "barriers" in row]
@@ -195,8 +212,8 @@ def barriers(rows: Sequence[Row]) -> list[str]:
     mean = 100 * sum(stopped.values()) / len(seen)
     others = [f"`{name}` {100 * share:.0f} %" for name, share in stopped.items()]
     return [
-        f"A trunk ends in front of a call without a rule. Of {len(seen)} models {len(stopped)} have such a call: "
-        f"{', '.join(others) or 'none'} of their FLOPs lie in it or behind it. On average over all models that is "
+        f"A trunk ends in front of a call without a rule. Models with such a call: {len(stopped)} of {len(seen)}. "
+        f"Share of their FLOPs in it and behind it: {', '.join(others) or 'none'}. On average over all models that is "
         f"{mean:.2f} % of the FLOPs, the most that a trunk which goes on behind it could gain; fxzip leaves that out.",
     ]
 

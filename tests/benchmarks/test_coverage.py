@@ -15,7 +15,7 @@ from coverage import behind_barriers, measure, moved_off, shares
 from coverage_growth import FAMILIES
 from coverage_growth import measure as measure_growth
 from coverage_models import TRANSFORMERS, torchvision_kinds, torchvision_models
-from coverage_page import below, fit, growing, page, summary, timing
+from coverage_page import below, fit, growing, page, summary, tied_tables, timing
 
 TORCHVISION = [
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
@@ -100,6 +100,12 @@ def test_growth_and_what_is_below_the_line():
     assert "`mvit_v2_s`: 55.0 % / 35.0 % / 10.0 % of its FLOPs. No call is a barrier." in text
     assert below([row("resnet18")]) == []
     assert "Not looked into." in below([row("resnet18", flops=low)])[2]
+
+
+def test_tied_tables_are_named_with_their_share():
+    rows = [{"name": "GPT-2", "flops": {"zippable": 0.404}}, {"name": "BERT", "flops": {"zippable": 0.74}}]
+    assert tied_tables(rows)[2].startswith("`GPT-2` (40 %) of the FLOPs may be zipped")
+    assert tied_tables(rows[1:]) == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
