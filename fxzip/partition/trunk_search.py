@@ -178,6 +178,8 @@ class TrunkSearch:
         dynamic = self.labellings[0].dynamic
         needed = before(self.graph, [node for node in self.order if node.name in names & dynamic])
         odd = names - needed - self.common.same
+        packed = self.common.packed(names - odd)  # heads would read these only to ask how many items there are
+        odd = odd.difference(*(nx.descendants(self.graph.subgraph(odd | packed), name) for name in packed))
         return self.closed(names - odd) if odd else names
 
     def _not_empty(self, names: set[str], ends: Mapping[str, str], *, hint: bool = True) -> None:

@@ -252,3 +252,22 @@ def test_a_tuple_that_a_head_reads_as_it_is_is_no_cut():
         fxzip.compile_zip(a, b, x, data=[x], until="layers", progress=False)
     cuts = {share: fxzip.compile_zip(a, b, x, data=[x], until=share, progress=False) for share in (0.5, 1.0)}
     assert [cuts[share].report["cut"]["after"] for share in cuts] == [["relu"], ["getitem_2"]]
+
+
+class Asked(States):
+    """Takes the state of a recurrent layer apart, as code does that goes with several kinds of layers."""
+
+    def forward(self, x):
+        y, state = self.layers(torch.relu(self.first(x)))
+        h = state[0] if isinstance(state, tuple) else state
+        return self.head(y.amax(1) + h[0])
+
+
+def test_how_many_items_a_tuple_has_is_asked_where_it_is_made():
+    """Heads that ask would run the layer again."""
+    torch.manual_seed(0)
+    a, b, x = Asked(3, False).eval(), Asked(4, False).eval(), torch.randn(64, 4, 5)
+    zipped = fxzip.compile_zip(a, b, x, data=[x], refit=None, progress=False)
+    assert zipped.report["cut"]["after"] == ["add"]
+    called = [node.target for node in zipped.graph.nodes if node.op == "call_module"]
+    assert called == ["trunk.first", "trunk.layers", "head_0.head", "head_1.head"]
