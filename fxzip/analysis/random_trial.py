@@ -10,6 +10,7 @@ once as the program runs on them, and the latter are written over for every rela
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -203,7 +204,7 @@ def sane_values(
             if signed and name in parameters and noise.ndim:
                 noise[1::2].neg_()
         else:
-            noise.sub_(0.5).mul_(gain * (12 / max(tensor[0].numel(), 1)) ** 0.5)
+            noise.sub_(0.5).mul_(gain * (12 / max(math.prod(tensor.shape[1:]), 1)) ** 0.5)
         noise.view(torch.int32).bitwise_and_(-16)  # of 19 binary digits, so that small multiples are exact
         values[name] = (torch.view_as_complex(noise) if parts else noise).to(tensor.device)
     return values

@@ -168,6 +168,24 @@ def test_recurrent_classifiers_share_all_but_their_heads(kind, options):
     assert twin_error(a, ids)[0] < 1e-6
 
 
+class Prompts(nn.Module):
+    """Learned rows in front of its own; here there are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.prompts, self.head = nn.Linear(6, 8), nn.Parameter(torch.empty(0, 8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.prompts, torch.relu(self.first(x))]))
+
+
+def test_a_parameter_without_rows():
+    torch.manual_seed(0)
+    error, zipped = twin_error(Prompts().double().eval(), torch.randn(20, 6, dtype=torch.float64))
+    assert error < 1e-12
+    assert zipped.report["cut"]["after"] == ["cat"]
+
+
 class Bags(nn.Module):
     def __init__(self, mode):
         super().__init__()
