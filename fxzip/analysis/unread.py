@@ -6,6 +6,9 @@ not matter, so it says nothing of labels.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx
 
 from ..tracing import Program
@@ -56,6 +59,15 @@ def _asks(user: fx.Node, node: fx.Node) -> bool:
         return user.target is not getattr or user.args[1] in _ATTRIBUTES
     if user.op not in ("call_function", "call_method"):
         return False
+    if user.op == "call_function" and not _is_torchs(user.target):
+        return False
     name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
     place = 1 if name in _ITSELF else 0 if name in _LIKE else None
     return place is not None and [n for n, value in enumerate(user.args) if value is node] == [place]
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether a function is what its name says, and no other of that name."""
+    if isinstance(function, torch._ops.OpOverload):
+        return function.namespace == "aten"
+    return function is len or getattr(torch, getattr(function, "__name__", ""), None) is function

@@ -70,15 +70,15 @@ def peaks(networks: Sequence[nn.Module], call: Call) -> Peaks:
 
     Args:
         networks: in evaluation mode.
-        call: what they are given, a copy of it.
+        call: what they are given, a copy of it each.
     """
-    own = map_tensors(torch.clone, call)  # some networks write into their inputs
+    calls = [map_tensors(torch.clone, call) for _ in networks]  # some networks write into their inputs
     held = [{storage_of(value): _bytes(value) for value in (*net.parameters(), *net.buffers())} for net in networks]
     whole = {place: size for one in held for place, size in one.items()}
-    living = _Living(whole.keys() | {storage_of(value) for value in leaves(own)})
+    living = _Living(whole.keys() | {storage_of(value) for value in leaves(calls)})
     kept, each = list[Any](), list[int]()
     with restored_state(), torch.no_grad(), living:
-        for network, parameters in zip(networks, held, strict=True):
+        for network, own, parameters in zip(networks, calls, held, strict=True):
             living.begin()
             kept.append(network(*own.args, **own.kwargs))
             each.append(sum(parameters.values()) + living.beyond)

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.analysis import relative_difference
 from fxzip.analysis.stillness import Still
+from fxzip.analysis.unread import unread
+from fxzip.tracing import trace
 
 
 class Around(nn.Module):
@@ -118,6 +120,24 @@ def test_what_is_read_for_its_size_alone_pins_nothing(name):
     other.function = partial(SIZES[name], other)
     found = fxzip.compile_zip(model, other, x, data=[x], refit=None, progress=False).report["cut"]
     assert (found["unmatched"], found["after"]) == ({}, ["relu_1"])
+
+
+@torch.library.custom_op("constants::zeros_like", mutates_args=())
+def misnamed(value: torch.Tensor) -> torch.Tensor:
+    return value.cos()
+
+
+@misnamed.register_fake
+def _(value):
+    return torch.empty_like(value)
+
+
+def test_a_function_is_not_known_by_its_name_alone():
+    x = torch.randn(12, 6, dtype=torch.float64)
+    model = built(lambda x: x + misnamed(x[:, :1]))
+    assert not unread(trace(model, x)) & {"getitem"}
+    named = built(lambda x: x + torch.zeros_like(x[:, :1]))
+    assert "getitem" in unread(trace(named, x))
 
 
 NOISE = {

@@ -167,6 +167,16 @@ def test_peaks_by_hand():
     assert found.together == 2 * weights + 2 * value + output
 
 
+class Turned(Steps):
+    def forward(self, x):
+        return super().forward(x.t_().clone().T)
+
+
+def test_networks_that_turn_their_input_have_peaks():
+    found = peaks([Turned(), Turned()], Call((torch.ones(8, 10),), {}))
+    assert found.each[0] == found.each[1]
+
+
 def test_sizes_fill_vector_units():
     cpu = torch.device("cpu")
     sizes = [multiple_of(size, cpu) for size in (1, 3, 8, 16, 64, 512)]
