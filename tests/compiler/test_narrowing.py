@@ -140,7 +140,7 @@ class OneMap(nn.Module):
         return self.last(self.second(self.first(x).relu()).relu())[:, 0]
 
 
-@pytest.mark.parametrize(("kind", "within"), [(Reshaped, 1.05), (OneMap, 1.01), (Enlarging, 1.2)])
+@pytest.mark.parametrize(("kind", "within"), [(Reshaped, 1.07), (OneMap, 1.01), (Enlarging, 1.2)])
 def test_what_the_network_returns_is_fitted_too(kind, within):
     """No other weights of the last call would be nearer, on the inputs that it was fitted to; of a transposed
     convolution least squares knows no border."""
