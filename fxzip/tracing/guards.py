@@ -39,7 +39,7 @@ Form = Any
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 _PROXIES = frozenset(
     str(Path(__file__).with_name(f"{name}.py"))
-    for name in ("example_values", "value_proxies", "symbolic", "model_builtins")
+    for name in ("example_values", "value_proxies", "symbolic", "model_builtins", "questions")
 )
 _LONG = 200  # characters of an object that are compared as they are
 _OWN = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<eval_with_key", "<frozen")

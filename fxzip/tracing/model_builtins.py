@@ -1,9 +1,9 @@
-"""`len` and `isinstance` in a model's code, of values that are traced.
+"""`len`, `isinstance` and `type` in a model's code, of values that are traced.
 
 `len` of a tensor is the size of its first axis: recorded as such, it follows the input. Python turns whatever `len`
-returns into an integer, so that no proxy could answer it. `isinstance` of a proxy would be false for tensors: compiled
-code asks the same way, and must not take a proxy for one. Names beside the functions of the model can answer. They are
-there while the model is traced only, and do for all other values what the functions of Python do.
+returns into an integer, so that no proxy could answer it. `isinstance` of a proxy would be false for tensors, and its
+`type` is another: compiled code asks the same way, and must not take a proxy for one. Names beside the functions of the
+model can answer. They are there while the model is traced only, and do for all other values what Python's own do.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 
+from .questions import type_on_value
 from .threads import only_here
 
 
@@ -48,7 +49,26 @@ def _is_tensor(value: Any) -> bool:
     return recorded_isinstance(value, Tensor)
 
 
-_RECORDED = {"len": recorded_len, "isinstance": recorded_isinstance}
+def recorded_type(value: Any, *more: Any) -> Any:
+    """The type of what is traced, else what `type` gives.
+
+    >>> recorded_type([1, 2])
+    <class 'list'>
+    """
+    if more or not issubclass(builtins.type(value), fx.Proxy):
+        return builtins.type(value, *more)
+    if issubclass(builtins.type(value), fx.proxy.ParameterProxy):
+        return builtins.type(value.param)
+    if value.tracer.stands_for(value, object) and value.tracer.stands_for(value, Tensor):
+        return Tensor
+    return builtins.type(vars(value)["value"])
+
+
+_RECORDED = {
+    "len": recorded_len,
+    "isinstance": recorded_isinstance,
+    "type": type_on_value(builtins.type, lambda _: recorded_type),
+}
 
 
 @contextmanager

@@ -41,6 +41,20 @@ ASKED = {  # function, value in the trace, others of which it gives the same, ot
     "a tensor": (lambda h, t: h * (t.clamp(max=4) if isinstance(t, torch.Tensor) else t), ONE, (9 * ONE,), (9.0,)),
     "no number": (lambda h, t: h * (t if isinstance(t, (int, float)) else t.clamp(max=4)), ONE, (9 * ONE,), (9.0,)),
     "is_tensor": (lambda h, t: h * (t.clamp(max=4) if torch.is_tensor(t) else t), ONE, (9 * ONE,), (9.0,)),
+    "type of a tensor": (lambda h, t: h * (t.clamp(max=4) if type(t) is torch.Tensor else t), ONE, (9 * ONE,), (9.0,)),
+    "type among others": (
+        lambda h, t: h * (t.clamp(max=4) if type(t) in (torch.Tensor, nn.Parameter) else t),
+        ONE,
+        (9 * ONE,),
+        (9.0,),
+    ),
+    "type of a number": (lambda h, t: h * 2 if type(t) is int else h * t, 2, (5,), (2.0, 3.0)),
+    "type of what is computed": (
+        lambda h, t: (h * t).clamp(max=4) if type(h * t) is torch.Tensor else h,
+        ONE,
+        (9 * ONE,),
+        (),
+    ),
     "axes of a tensor": (
         lambda h, t: h * t.reshape(-1, 1) if t.dim() else h * t,
         ONE,
@@ -61,6 +75,16 @@ def test_what_python_asks_of_an_argument_is_checked(name):
     for given in others:
         with pytest.raises(fxzip.SpecializationError):
             module(X, given)
+
+
+def test_type_is_pythons_own_for_all_else():
+    def function(h, _):
+        made = type("Made", (), {"factor": 2})
+        plain = isinstance(made, type) and type(h.shape) is torch.Size and type([]) is list and issubclass(int, int)
+        return h * made.factor if plain else h
+
+    net = Net(function).double().eval()
+    torch.testing.assert_close(trace(net, (X, ONE)).module(9 * X, ONE), net(9 * X, ONE))
 
 
 class Scale(float):
