@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from .calls import Call
 from .containers import flatten, leaves
-from .guards import asked_by_model, form_of, guard_rank, guard_tensor, place_in_source, require
+from .guards import asked_by_model, form_of, guard_kind, guard_rank, guard_type, place_in_source, require
 from .python_numbers import MATH, is_number, may_read
 from .questions import (
     DRAWS,
@@ -186,13 +186,23 @@ class ValueTracer(SymbolicTracer):
         return any(p.tainted or (isinstance(p.value, Tensor) and not about_shape) for p in given)
 
     def stands_for(self, proxy: Any, kinds: Any) -> bool:
-        if proxy.node in self._given and not self._evaluating:
-            guard_tensor(self.graph, proxy.node)
+        if self._is_given_tensor(proxy):
+            guard_kind(self.graph, proxy.node, proxy.value, kinds)
         if proxy.number and kinds is Tensor:
             self._assume_number(proxy)
         elif proxy.number:
             self.assume_type(proxy)
         return isinstance(proxy.value, kinds)
+
+    def type_of(self, proxy: Any) -> type:
+        if self._is_given_tensor(proxy):
+            guard_type(self.graph, proxy.node, type(proxy.value))
+        if proxy.number:
+            self.assume_type(proxy)
+        return type(proxy.value)
+
+    def _is_given_tensor(self, proxy: ValueProxy) -> bool:
+        return proxy.node in self._given and not self._evaluating
 
     def _assume_number(self, proxy: ValueProxy) -> None:
         """Leave a guard behind where the model asks whether a number that may be another one is a tensor."""

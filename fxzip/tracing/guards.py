@@ -7,6 +7,7 @@ data, for torch.fx to write them into its code:
 
     "*"                       a tensor, or a number that the graph reads; not None
     ("tensor",)               a tensor, where the model could do without, or asked whether it is one
+    ("kind", names, answer)   a tensor of one of these classes or types, or (`answer`: false) of none
     ("axes", n)               a tensor with so many axes
     ("number",)               a number, where the model asked whether it is a tensor
     ("is", value)             this value
@@ -34,6 +35,7 @@ from ..errors import SpecializationError
 from .containers import flatten
 from .python_numbers import is_number, plain_number
 from .structure import Structure
+from .tensor_kinds import kinds_asked, kinds_of
 
 Form = Any
 _SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
@@ -157,6 +159,11 @@ def _mismatch(value: Any, form: Form, what: str) -> tuple[str, str, str] | None:
     kind, *rest = form
     if kind == "tensor":
         return None if isinstance(value, torch.Tensor) else (what, "a tensor", _brief(value))
+    if kind == "kind":
+        if isinstance(value, torch.Tensor) and bool(kinds_of(value) & set(rest[0])) is rest[1]:
+            return None
+        expected = " or ".join(f"`{name}`" for name in rest[0])
+        return what, f"a tensor that is {'' if rest[1] else 'no '}{expected}", _of_kind(value)
     if kind == "axes":
         if not isinstance(value, torch.Tensor):
             return what, f"{rest[0]}, of a tensor", _brief(value)
@@ -201,6 +208,10 @@ def _brief(value: Any) -> str:
     return repr(value) if isinstance(value, (*_SIMPLE, tuple)) else f"a `{type(value).__name__}`"
 
 
+def _of_kind(value: Any) -> str:
+    return f"a `{type(value).__name__}` of type `{value.type()}`" if isinstance(value, torch.Tensor) else _brief(value)
+
+
 def asked_by_model() -> bool:
     """Whether the method of a proxy that calls this was itself called by code of the model, not by PyTorch or fxzip."""
     frame = sys._getframe(1)
@@ -220,10 +231,18 @@ def place_in_source() -> str:
     return "an unknown line"
 
 
-def guard_tensor(graph: fx.Graph, argument: fx.Node) -> None:
-    """Leave a guard behind, where nodes are inserted now, that an argument is a tensor."""
-    if not any(user.target is require and user.args[1] == ("tensor",) for user in argument.users):
-        graph.call_function(require, (argument, ("tensor",), argument.name))
+def guard_kind(graph: fx.Graph, argument: fx.Node, value: torch.Tensor, kinds: Any) -> None:
+    """Leave a guard behind, where nodes are inserted now, that an argument is a tensor, and, as `value` is, of these
+    kinds or of none of them."""
+    asked = kinds_asked(value, kinds)
+    form = ("kind", asked, bool(kinds_of(value) & set(asked))) if asked else ("tensor",)
+    if not any(user.target is require and user.args[1] == form for user in argument.users):
+        graph.call_function(require, (argument, form, argument.name))
+
+
+def guard_type(graph: fx.Graph, argument: fx.Node, kind: type) -> None:
+    """Leave a guard behind, where nodes are inserted now, that an argument is of this type."""
+    graph.call_function(require, (argument, ("type", kind.__name__), argument.name, place_in_source()))
 
 
 def guard_rank(graph: fx.Graph, tensor: fx.Node, rank: int) -> None:

@@ -59,9 +59,8 @@ def recorded_type(value: Any, *more: Any) -> Any:
         return builtins.type(value, *more)
     if issubclass(builtins.type(value), fx.proxy.ParameterProxy):
         return builtins.type(value.param)
-    if value.tracer.stands_for(value, object) and value.tracer.stands_for(value, Tensor):
-        return Tensor
-    return builtins.type(vars(value)["value"])
+    kind: type = value.tracer.type_of(value)
+    return kind
 
 
 _RECORDED = {

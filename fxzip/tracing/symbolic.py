@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .calls import Call
 from .containers import Part, flatten, is_plain, is_written
-from .guards import asked_by_model, form_of_argument, guard_tensor, is_trivial, require
+from .guards import asked_by_model, form_of_argument, guard_kind, guard_type, is_trivial, require
 from .names import check_arguments
 from .python_numbers import plain_number
 from .structure import Rebuild
@@ -132,10 +132,20 @@ class SymbolicTracer(fx.Tracer):
 
     def stands_for(self, proxy: fx.Proxy, kinds: Any) -> bool:
         """Whether the model would find that a value is of such a kind."""
+        value = self._known(proxy)
+        guard_kind(self.graph, proxy.node, value, kinds)
+        return isinstance(value, kinds)
+
+    def type_of(self, proxy: fx.Proxy) -> type:
+        """The type that the model would find a value to be of."""
+        value = self._known(proxy)
+        guard_type(self.graph, proxy.node, type(value))
+        return type(value)
+
+    def _known(self, proxy: fx.Proxy) -> Tensor:
         if proxy.node not in self._given:
             raise TypeError(f"what `{proxy.node.name}` is is not known without a value")
-        guard_tensor(self.graph, proxy.node)
-        return isinstance(self._given[proxy.node], kinds)
+        return self._given[proxy.node]
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):
