@@ -59,15 +59,15 @@ def _asks(user: fx.Node, node: fx.Node) -> bool:
         return user.target is not getattr or user.args[1] in _ATTRIBUTES
     if user.op not in ("call_function", "call_method"):
         return False
-    if user.op == "call_function" and not _is_torchs(user.target):
+    if user.op == "call_function" and not _is_told_by_its_name(user.target):
         return False
     name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
     place = 1 if name in _ITSELF else 0 if name in _LIKE else None
     return place is not None and [n for n, value in enumerate(user.args) if value is node] == [place]
 
 
-def _is_torchs(function: Any) -> bool:
-    """Whether a function is what its name says, and no other of that name."""
+def _is_told_by_its_name(function: Any) -> bool:
+    """Whether a function is PyTorch's or Python's of its name, and no other that is called so."""
     if isinstance(function, torch._ops.OpOverload):
         return function.namespace == "aten"
     return function is len or getattr(torch, getattr(function, "__name__", ""), None) is function

@@ -78,7 +78,7 @@ def builtins_recorded(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             forward = vars(module).get("forward", type(module).forward)
             found = getattr(getattr(forward, "__func__", forward), "__globals__", None)
-            if found is None or _is_torchs(found):
+            if found is None or _is_namespace_of_torch(found):
                 continue
             for name in _RECORDED.keys() - found.keys():
                 found[name] = _RECORDED[name]
@@ -90,6 +90,6 @@ def builtins_recorded(model: nn.Module) -> Iterator[None]:
                 del space[name]
 
 
-def _is_torchs(space: dict[str, Any]) -> bool:
+def _is_namespace_of_torch(space: dict[str, Any]) -> bool:
     """PyTorch's own modules are leaves, or are traced as they are."""
     return str(space.get("__name__", "")).partition(".")[0] == "torch"

@@ -39,7 +39,7 @@ def bind(model: nn.Module, call: Call) -> tuple[inspect.BoundArguments, dict[str
     return bound, named
 
 
-def _is_torchs(module: nn.Module) -> bool:
+def _is_of_torch_nn(module: nn.Module) -> bool:
     return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
 
 
@@ -70,13 +70,13 @@ class SymbolicTracer(fx.Tracer):
         self.record_stack_traces = True
         self._call = call
         # found beforehand, since it takes traces of its own: inside this one they would record into its graph
-        self._kept = {module for module in root.modules() if not _is_torchs(module) and is_kept(module)}
+        self._kept = {module for module in root.modules() if not _is_of_torch_nn(module) and is_kept(module)}
         self._given: dict[fx.Node, Tensor] = {}  # the tensors among the arguments
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if "forward" in vars(m):  # given to the instance: who knows what it does
             return False
-        return not type(m).__module__.startswith(_COMPOSITE) if _is_torchs(m) else m in self._kept
+        return not type(m).__module__.startswith(_COMPOSITE) if _is_of_torch_nn(m) else m in self._kept
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         bound, named = bind(self.root, self._call)
