@@ -57,9 +57,7 @@ def _asks(user: fx.Node, node: fx.Node) -> bool:
         return user.args[:1] == (node,)
     if user.op == "call_function" and user.target in SHAPE_FUNCTIONS:
         return user.target is not getattr or user.args[1] in _ATTRIBUTES
-    if user.op not in ("call_function", "call_method"):
-        return False
-    if user.op == "call_function" and not _is_told_by_its_name(user.target):
+    if user.op != "call_method" and not (user.op == "call_function" and _is_told_by_its_name(user.target)):
         return False
     name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
     place = 1 if name in _ITSELF else 0 if name in _LIKE else None
