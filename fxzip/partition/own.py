@@ -82,9 +82,8 @@ def heads_begin(labelling: Labelling, differ: Collection[str] | None) -> set[str
     if differ is None:
         return _last(labelling, sums, {_output(labelling)})
     own = {name for name in sums if weights[name] & set(differ)}
-    for name in sorted(_last(labelling, sums, {_output(labelling)}) - own):
-        if not _one_layer(labelling, sums, _last(labelling, own, {name})):
-            own.add(name)
+    agreeing_heads = _last(labelling, sums, {_output(labelling)}) - own
+    own |= {name for name in agreeing_heads if not _one_layer(labelling, sums, _last(labelling, own, {name}))}
     return _last(labelling, own, {_output(labelling)})
 
 
