@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..tracing import Program, run_eager
 from ..tracing.calls import Call, batch_size, leaves, moved, select_rows
+from ..tracing.tensor_bytes import bytes_of
 from . import processes
 from .agreement import Comparison, HeadAgreement
 from .rejections import run_on
@@ -208,7 +209,7 @@ def checksum(call: Call) -> int:
     """
     result = 0
     for value in leaves(call):
-        result = zlib.crc32(_bytes(value), result)
+        result = zlib.crc32(bytes_of(value), result)
     return result
 
 
@@ -223,18 +224,11 @@ def checksums(call: Call) -> list[int]:
     result = [0] * size
     for value in leaves(call):
         if value.ndim and value.shape[0] == size:
-            lines = _bytes(value)
+            lines = bytes_of(value)
             step = len(lines) // size
             for row in range(size):
                 result[row] = zlib.crc32(lines[row * step : (row + 1) * step], result[row])
     return result
-
-
-def _bytes(value: Tensor) -> memoryview:
-    if value.layout != torch.strided:
-        value = value.to_dense()
-    flat = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
-    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def _chosen(call: Call, rows: Tensor) -> Call:

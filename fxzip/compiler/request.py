@@ -18,6 +18,7 @@ from ..calibration.sources import Calibration
 from ..refit import LeastSquares, fit_least_squares
 from ..tracing import Program
 from ..tracing.calls import leaves
+from ..tracing.tensor_bytes import bytes_of
 from .arguments import Given
 from .options import CutRequest, Options, Recipe
 
@@ -77,10 +78,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     result = hashlib.sha256()
     for value in tensors:
         result.update(f"{value.dtype} {tuple(value.shape)} {value.device.type}".encode())
-        dense = value.detach() if value.layout == torch.strided else value.detach().to_dense()
-        flat = dense.resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
-        if flat.numel():
-            result.update(flat.view(torch.uint8).numpy().data)
+        result.update(bytes_of(value))
     return result.hexdigest()
 
 

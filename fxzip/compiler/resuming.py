@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +35,8 @@ from ..matching.moments import Moments
 from ..refit.least_squares.solving import Solved
 from ..rewriting.factorised import LinearSize
 from ..rewriting.json_values import decoded, encoded
+from ..tracing.tensor_bytes import bytes_of
+from ..tracing.whole_files import UNFINISHED, written_whole
 from ..widths.prices import Price
 from ..widths.rank_losses import CallOutputs
 
@@ -46,7 +47,7 @@ KINDS: tuple[type, ...] = (CallOutputs, LinearSize, Moments, Price, Solved)
 
 FORMAT = 1
 
-_REQUEST, _VALUE, _UNFINISHED = "request.json", ".safetensors", ".unfinished-"
+_REQUEST, _VALUE = "request.json", ".safetensors"
 _SHOWN = 60  # letters of a fact in an error
 
 
@@ -96,7 +97,8 @@ class FolderStore(Store):
 
         value = make()
         if processes.rank() == 0:
-            _written(place, lambda beside: _write(beside, name, value))
+            with written_whole(place) as part:
+                _write(part, name, value)
         return value
 
     @contextmanager
@@ -124,13 +126,13 @@ class FolderStore(Store):
             raise OptionError(
                 f"`resume` must be a folder that can be written to; `{self.folder}` cannot: {error}. Pass another."
             ) from error
-        if there and not any(own.name == _REQUEST or own.name.startswith(_UNFINISHED) for own in there):
+        if there and not any(own.name == _REQUEST or own.name.startswith(UNFINISHED) for own in there):
             raise OptionError(
                 f"`resume` must be a folder of its own, new or of an earlier compile; `{self.folder}` holds something "
                 f"else, `{sorted(own.name for own in there)[0]}`. Pass another folder."
             )
         for own in there:
-            if own.name.startswith(_UNFINISHED):  # somebody was killed while writing it
+            if own.name.startswith(UNFINISHED):  # somebody was killed while writing it
                 own.unlink(missing_ok=True)
         self._bind({})
 
@@ -146,7 +148,8 @@ class FolderStore(Store):
                     "Pass what was passed then, or another folder."
                 )
         text = json.dumps({"format": FORMAT, "request": {**known, **facts}}, indent=1)
-        _written(place, lambda beside: beside.write_text(text))
+        with written_whole(place) as part:
+            part.write_text(text)
 
 
 def opened(folder: str | os.PathLike[str] | None) -> Store:
@@ -168,18 +171,6 @@ def _request(place: Path) -> dict[str, str]:
             f"{written}, not {FORMAT}. Pass another folder."
         )
     return {str(name): str(text) for name, text in known.items()}
-
-
-def _written(place: Path, write: Callable[[Path], Any]) -> None:
-    """A file that is whole as soon as it has its name."""
-    beside = place.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"
-    try:
-        write(beside)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(place)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _write(place: Path, name: str, value: Any) -> None:
@@ -224,8 +215,7 @@ def _read(place: Path, name: str) -> tuple[Any] | None:
 def _sum(text: str, tensors: Mapping[str, Tensor]) -> int:
     result = zlib.crc32(text.encode())
     for key in sorted(tensors):
-        flat = tensors[key].reshape(-1).view(torch.uint8)
-        result = zlib.crc32(flat.numpy().data if len(flat) else b"", result)
+        result = zlib.crc32(bytes_of(tensors[key]), result)
     return result
 
 

@@ -13,7 +13,6 @@ import os
 import shutil
 import stat
 import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, LoadError, SaveError
+from ..tracing.whole_files import beside
 from .json_graph import network_as_json, network_of_json, own_names, unlisted
 from .json_values import decoded, encoded, fields, plain
 from .model_card import card
@@ -77,18 +77,18 @@ def save(zipped: EmittedModule, folder: str | os.PathLike[str]) -> None:
     }  # fmt: skip
     _check_readable(texts, data, own)
     place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.parent / f".{place.name}.{uuid.uuid4().hex}"
-    beside.mkdir()
+    part = beside(place)
+    part.mkdir()
     try:
-        save_file(data, beside / _TENSORS, metadata={"format": "pt"})
+        save_file(data, part / _TENSORS, metadata={"format": "pt"})
         for name, text in texts.items():
-            (beside / name).write_bytes(text)
-        sums = {name: _checksum(beside / name) for name in _SUMMED}
+            (part / name).write_bytes(text)
+        sums = {name: _checksum(part / name) for name in _SUMMED}
         manifest = {"format": FORMAT, **versions, "tasks": list(tasks), "sha256": sums}
-        (beside / _MANIFEST).write_bytes(_text(manifest))
-        _put(beside, place)
+        (part / _MANIFEST).write_bytes(_text(manifest))
+        _put(part, place)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def load(folder: str | os.PathLike[str], *, trust: Iterable[Callable[..., Any]] = ()) -> EmittedModule:
@@ -197,15 +197,15 @@ def _check_place(place: Path) -> None:
         raise SaveError(f"`save` replaces an empty folder or a saved network; `{place}` holds {held}.")
 
 
-def _put(beside: Path, place: Path) -> None:
+def _put(part: Path, place: Path) -> None:
     """Rename a folder to its place; what was there comes back if that fails."""
     if not place.exists():
-        beside.rename(place)
+        part.rename(place)
         return
-    before = beside.with_name(beside.name + ".before")
+    before = part.with_name(part.name + ".before")
     place.rename(before)
     try:
-        beside.rename(place)
+        part.rename(place)
     except BaseException:
         before.rename(place)
         raise

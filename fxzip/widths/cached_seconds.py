@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from ..tracing.whole_files import written_whole
 
 MOST = 20_000
 """Entries of a file; the oldest leave."""
@@ -106,6 +107,5 @@ def _read(path: Path) -> dict[str, float]:
 def _write(path: Path, values: Mapping[str, float]) -> None:
     """Whole or not at all: other processes may read and write too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-        json.dump(values, file)
-    os.replace(file.name, path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(values))

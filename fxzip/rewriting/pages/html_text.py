@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import uuid
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...tracing.whole_files import written_whole
 from .charts import frontier, widths
 from .content import Page, TablePage
 
@@ -57,14 +56,9 @@ def table_html(page: TablePage) -> str:
 
 
 def write_html(path: str | os.PathLike[str], text: str) -> None:
-    """Write a page beside its place and rename it, so that it is never there in part."""
-    place = Path(os.path.abspath(path))
-    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-    try:
-        beside.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # names may hold halves of surrogate pairs
-        os.replace(beside, place)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write a page, which is never there in part."""
+    with written_whole(path) as part:
+        part.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))  # names may hold halves of surrogate pairs
 
 
 def graph_data(page: Page) -> dict[str, Any]:
