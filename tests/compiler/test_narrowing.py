@@ -140,12 +140,12 @@ class OneMap(nn.Module):
         return self.last(self.second(self.first(x).relu()).relu())[:, 0]
 
 
-@pytest.mark.parametrize(("kind", "within"), [(Reshaped, 1.07), (OneMap, 1.01), (Enlarging, 1.2)])
+@pytest.mark.parametrize(("kind", "within"), [(Reshaped, 1.001), (OneMap, 1.01), (Enlarging, 1.2)])
 def test_what_the_network_returns_is_fitted_too(kind, within):
     """No other weights of the last call would be nearer, on the inputs that it was fitted to; of a transposed
-    convolution least squares knows no border."""
+    convolution least squares knows no border. There are so many inputs that the ridge is the least."""
     model = randomise(kind(), 2).double()
-    x = torch.randn(400, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    x = torch.randn(64 * fxzip.LeastSquares().scarce + 1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
     options = {"verify": False, "max_cost": 0.4, "budget": "flops", "hold_out": False, "progress": False}
     narrowed = fxzip.narrow(model, x[:4], data=[x], **options)
     assert not any("left as zipped" in note for note in narrowed.report["notes"])
