@@ -1,7 +1,8 @@
 """Nodes of whose values nobody reads more than the shape, the dtype or the device.
 
 `w[0].numel()` takes one row out of a weight and looks at none of its numbers. What such a node does to features does
-not matter, so it says nothing of labels.
+not matter, so it says nothing of labels. What a layer gives is never among these nodes, nor anything in front of it: a
+network whose outputs are but zeros in the shape of its logits still has features, and they are checked.
 """
 
 from __future__ import annotations
@@ -41,14 +42,31 @@ def unread(program: Program) -> frozenset[str]:
     frozenset({'getitem'})
     """
     found: set[str] = set()
+    layers = _layers(program)
     writing = program.mutators | program.memory.writes.keys()
     for node in reversed(program.module.graph.nodes):
-        if node.op == "placeholder" or not node.users or node.name in writing:  # may be there for what it does
+        if node.op == "placeholder" or node in layers:
+            continue
+        if not node.users or node.name in writing:  # may be there for what it does
             continue
         asked = node.name in program.shapes  # else a tuple, of which items are taken
         if all(user.name in found or (asked and _asks(user, node)) for user in node.users):
             found.add(node.name)
     return frozenset(found)
+
+
+def _layers(program: Program) -> set[fx.Node]:
+    """The calls in which parameters, or what is made of them, meet what depends on the input."""
+    holding = {name.rpartition(".")[0] for name, _ in program.module.named_parameters()}
+    given, made, layers = set[fx.Node](), set[fx.Node](), set[fx.Node]()
+    for node in program.module.graph.nodes:
+        sources = set(node.all_input_nodes)
+        if node.op == "placeholder" or sources & given:
+            given.add(node)
+        own = node.op == "call_module" and any(f"{name}.".startswith(f"{node.target}.") for name in holding)
+        if node.op == "get_attr" or own or sources & made:
+            (layers if node in given else made).add(node)
+    return layers
 
 
 def _asks(user: fx.Node, node: fx.Node) -> bool:

@@ -25,6 +25,7 @@ OUTPUTS = {
     "nan": lambda y: torch.sqrt(-1 - y * y),
     "compared": lambda y: y > 1e5,
     "constant": lambda y: 0 * y,
+    "read for its shape": lambda y: torch.zeros_like(y),
 }
 
 
