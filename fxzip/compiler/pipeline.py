@@ -263,7 +263,7 @@ def _fitted(
     with stage("refitting"):
         refitted = refit_with_notes(recipe.refit, made.network, made.plan, calibration("refitting"))
     with stage("recording statistics"):
-        recorded = recorded_statistics(refitted.module, calibration("recording statistics"))
+        recorded = recorded_statistics(refitted.module, calibration("recording statistics"), refitted.readings)
     zipped = recorded.module
     reuse_memory(zipped)
 

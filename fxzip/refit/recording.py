@@ -9,15 +9,15 @@ Merging averages statistics, REPAIR corrects scales and shifts around them, leas
 identity: what is stored then is not what the BatchNorm reads. In evaluation that does not matter, but in training it
 normalises by the statistics of the batch, and the network would be another function. So after every refit μ' and σ'²
 become mean and variance of what the BatchNorm of the zipped network reads, over all calibration data, and scale and
-shift follow.
+shift follow. Least squares has seen what most of them read on its way (`readings`); a pass shows the others.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ from ..tracing import TOLERANCE, quiet_execution
 from ..tracing.aten_calls import run
 from ..tracing.calls import Call
 from .linear_calls.norms import norms_of
+from .readings import NO_READINGS, Reading, Readings
 from .refitted import Refitted
-from .spread import Sums
 
 _FEW = 16  # values of a feature, below which its variance is hardly known
 _CONSTANT = 1e-12  # a variance below this share of the mean square is rounding
@@ -44,50 +44,6 @@ _UNMEASURED = (
 _NEAR = 0.01  # share of the standard deviation, see `restate`
 
 
-@dataclass(eq=False)
-class _Seen:
-    """What a normalisation read: its names, sums over all of it, and for a test some rows with what they became."""
-
-    norm: _NormBase
-    name: str
-    sums: Sums = field(default_factory=Sums)
-    deviations: Sums = field(default_factory=Sums)  # of each instance, if it normalises instances
-    calls: int = 0
-    rows: Tensor | None = None
-    wrong: str = ""
-
-    def take(self, value: Any) -> None:
-        """The argument of one call."""
-        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != self.norm.num_features:
-            self.wrong = "it is called on something else than a batch"
-            return
-        if self.rows is None:
-            self.rows = value.detach()[:4].clone()
-        self.calls += 1
-        if isinstance(self.norm, _InstanceNorm):
-            variance, mean = torch.var_mean(value.detach().flatten(2).double(), 2)
-            self.sums.add(mean, 1)
-            self.deviations.add(variance, 1)
-        else:
-            self.sums.add(value, 1)
-
-    def join(self) -> None:
-        """Take in what the other processes have seen; rows are those of the first that has some."""
-        every = processes.everyone((self.wrong, self.calls, self.rows if processes.count() > 1 else None))
-        self.sums, self.deviations = self.sums.of_all(), self.deviations.of_all()
-        if len(every) > 1:
-            self.wrong = next((wrong for wrong, _, _ in every if wrong), "")
-            self.calls = sum(calls for _, calls, _ in every)
-            device = self.rows.device if self.rows is not None else torch.device("cpu")
-            self.rows = next((rows.to(device) for _, _, rows in every if rows is not None), None)
-
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance as the normalisation keeps them, float64."""
-        mean, deviation = self.sums.result()
-        variance = self.deviations.result()[0] if isinstance(self.norm, _InstanceNorm) else deviation.square()
-        return mean, variance
-
-
 def record_statistics(zipped: ZippedModule, data: Iterable[Call]) -> ZippedModule:
     """The same network in evaluation, whose normalisations have stored the statistics of what they read. A new module.
 
@@ -96,22 +52,22 @@ def record_statistics(zipped: ZippedModule, data: Iterable[Call]) -> ZippedModul
     return recorded_statistics(zipped, data).module
 
 
-def recorded_statistics(zipped: ZippedModule, data: Iterable[Call]) -> Refitted:
-    """`record_statistics` with notes: they name what keeps other statistics."""
+def recorded_statistics(zipped: ZippedModule, data: Iterable[Call], known: Readings = NO_READINGS) -> Refitted:
+    """`record_statistics` with notes: they name what keeps other statistics.
+
+    `known`: what normalisations read on `data`, where that was seen before; without others no pass is made.
+    """
     result = copy.deepcopy(zipped)
-    found = [_Seen(norm, name) for norm, name in norms_of(result).items()]
+    found, unseen = list[Reading](), list[Reading]()
+    for norm, name in norms_of(result).items():
+        if name in known.by_name:
+            found.append(replace(known.by_name[name], norm=norm))
+        else:
+            unseen.append(Reading(norm, name))
+            found.append(unseen[-1])
     if not found:
         return Refitted(result)
-    hooks = [own.norm.register_forward_pre_hook(_taking(own), with_kwargs=True) for own in found]
-    batches = 0
-    try:
-        with quiet_execution():
-            for call in data:
-                run(result, call)
-                batches += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
+    batches = _watched(result, data, unseen) if unseen else known.batches
     batches = processes.before([batches])[1][0]
     if not batches:
         return Refitted(result, (_UNMEASURED,))
@@ -124,7 +80,22 @@ def recorded_statistics(zipped: ZippedModule, data: Iterable[Call]) -> Refitted:
     return Refitted(result, tuple(_notes(found)))
 
 
-def _taking(own: _Seen) -> Callable[..., None]:
+def _watched(network: ZippedModule, data: Iterable[Call], unseen: Sequence[Reading]) -> int:
+    """Run the network, so that normalisations are seen; the number of batches."""
+    hooks = [own.norm.register_forward_pre_hook(_taking(own), with_kwargs=True) for own in unseen]
+    batches = 0
+    try:
+        with quiet_execution():
+            for call in data:
+                run(network, call)
+                batches += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return batches
+
+
+def _taking(own: Reading) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         own.take(args[0] if args else next(iter(kwargs.values()), None))
 
@@ -143,7 +114,7 @@ def _held_twice(network: nn.Module) -> set[int]:
     return {held for held, count in times.items() if count > 1}
 
 
-def _record(own: _Seen, shared: set[int], batches: int) -> str:
+def _record(own: Reading, shared: set[int], batches: int) -> str:
     """Store the statistics of one normalisation; why not, if that cannot be done."""
     norm = own.norm
     if not own.calls:
@@ -193,7 +164,7 @@ def _move(norm: _NormBase, mean: Tensor, variance: Tensor) -> None:
     restate(norm, mean, torch.where(constant, norm.running_var.double(), variance), near=_NEAR)
 
 
-def _notes(found: list[_Seen]) -> list[str]:
+def _notes(found: list[Reading]) -> list[str]:
     notes = []
     for why in dict.fromkeys(own.wrong for own in found if own.wrong):
         names = ", ".join(f"`{own.name}`" for own in found if own.wrong == why)

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 from ..rewriting.module import ZippedModule
 from ..rewriting.zip_plan import ZipPlan
 from ..tracing.calls import Call
+from .readings import NO_READINGS, Readings
 
 Refit = Callable[[ZippedModule, ZipPlan, Iterable[Call]], ZippedModule]
 """Any function of these three is a refit."""
@@ -22,10 +23,12 @@ class Refitted:
     Attributes:
         module: a new one.
         notes: lines for the report.
+        readings: what its normalisations read on the data, as far as the refit has seen that.
     """
 
     module: ZippedModule
     notes: tuple[str, ...] = ()
+    readings: Readings = NO_READINGS
 
 
 @runtime_checkable

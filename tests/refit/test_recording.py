@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.refit import record_statistics
+from fxzip.refit.least_squares import batches
+from fxzip.refit.readings import Readings, readings_by_node
 from fxzip.refit.recording import recorded_statistics
 from fxzip.refit.spread import Sums
 from fxzip.tracing.calls import as_call
@@ -110,6 +112,43 @@ def test_what_is_computed_in_evaluation_stays(pair, dtype: torch.dtype) -> None:
     assert not torch.equal(
         before.get_submodule("trunk.stem.1").running_var, after.get_submodule("trunk.stem.1").running_var
     )
+
+
+@pytest.mark.parametrize("room", ["memory", "file", "nowhere"])
+def test_least_squares_has_seen_what_normalisations_read(pair, room: str, monkeypatch) -> None:
+    """So no pass is made for it; the same statistics as in one, wherever activations lie meanwhile."""
+    if room == "nowhere":
+        monkeypatch.setattr(batches, "free_on_disk", lambda: 0)
+    programs = [fxzip.tracing.trace(net, DATA[0][:2]) for net in pair]
+    trunk = fxzip.partition.find_trunk(
+        fxzip.partition.align(programs), [fxzip.analysis.label(own, fxzip.RULES) for own in programs], until="stem"
+    )
+    calls = [as_call(batch) for batch in DATA]
+    plan = fxzip.rewriting.plan(trunk, fxzip.calibration.observe(trunk, calls), fxzip.matching.resolve("zip"))
+    refit = fxzip.LeastSquares(memory=None if room == "memory" else 1)
+    found = refit.refitted(fxzip.rewriting.rewrite(plan), plan, calls)
+    known, passed = recorded_statistics(found.module, [], found.readings), recorded_statistics(found.module, calls)
+    assert known.notes == passed.notes == ()
+    names = {name.split(".")[0] for name in found.readings.by_name}
+    assert names == {"trunk", "head_0", "head_1"}
+    for (path, own), same in zip(known.module.state_dict().items(), passed.module.state_dict().values(), strict=True):
+        close(own, same, rtol=1e-10, atol=1e-10, msg=path)
+
+
+def test_a_norm_inside_a_leaf_module_is_not_taken_for_seen() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())).double()
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_module("1", (graph.call_module("0", (x,)),)))
+    network = fxzip.ZippedModule(module, graph).eval()
+    (node,) = (found := readings_by_node(network))
+    assert (node.target, found[node].name) == ("0", "0")
+
+    found[node].take(DATA[0])
+    after = recorded_statistics(network, [as_call(DATA[0])], Readings({"0": found[node]}, 1)).module
+    for path, values in seen(after, [DATA[0]]).items():
+        close(after.get_submodule(path).running_mean, values.mean(0))
+        assert after.get_submodule(path).num_batches_tracked == 1
 
 
 class Normed(nn.Module):

@@ -25,6 +25,7 @@ from ...rewriting.zip_plan import ZipPlan
 from ...tracing import quiet_execution
 from ...tracing.calls import Call
 from ...tracing.precision import full_precision
+from ..readings import Readings
 from ..refitted import Refitted, noting
 from ..unfit import Unfit
 from .batches import Batches
@@ -79,7 +80,8 @@ class LeastSquares(Settings):
         factorise(result, walk.fit.take_factors())
         tell(data, f"least squares is done: {walk.fit.memory}")
         result.meta["fxzip_fit"] = walk.fit
-        return Refitted(result, tuple(walk.fit.notes()))
+        readings = Readings({own.name: own for own in walk.read.values()}, len(batches.calls))
+        return Refitted(result, tuple(walk.fit.notes()), readings)
 
 
 def _tried(

@@ -40,7 +40,8 @@ class Lockstep:
         self._waiting = {node: len(node.users) for node in module.graph.nodes}
         self._placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._there = set(self._placeholders)
-        self._steps: list[Callable[[Env], object]] = []
+        self._steps: list[Callable[[Env, int], object]] = []
+        self._looks = 0  # steps up to the last that shows a value
         self._done = [0] * len(calls)
         self._envs: list[Env | None] = [None] * len(calls)
         self._kept = len(calls) if kept is None else kept
@@ -59,7 +60,7 @@ class Lockstep:
                 env = dict(zip(self._placeholders, flat_inputs(self.module, self._calls[batch]()), strict=True))
         self._envs[batch] = env
         for step in self._steps[self._done[batch] :]:
-            step(env)
+            step(env, batch)
         self._done[batch] = len(self._steps)
         return env
 
@@ -84,7 +85,7 @@ class Lockstep:
         if node.op == "placeholder":
             return
 
-        def step(env: Env) -> None:
+        def step(env: Env, _: int) -> None:
             if node not in env:
                 env[node] = self.call(env, node)
 
@@ -94,7 +95,27 @@ class Lockstep:
     def ahead(self, node: fx.Node) -> None:
         """Compute a node, and what it needs, ahead of time."""
         self._there.update(self.missing(self._there, node))
-        self._steps.append(lambda env: self.value(env, node))
+        self._steps.append(lambda env, _: self.value(env, node))
+
+    def look(self, node: fx.Node, shown: Callable[[Any], None]) -> None:
+        """Show the value of a node, which is there, to a function: once on every batch, as it catches up."""
+        done = set[int]()
+
+        def step(env: Env, batch: int) -> None:
+            if batch not in done:  # values that are computed anew are the same
+                done.add(batch)
+                shown(env[node])
+
+        self._steps.append(step)
+        self._looks = len(self._steps)
+
+    def finish(self) -> None:
+        """Let every batch catch up as far as there is something to be shown; nothing is run behind that."""
+        del self._steps[self._looks :]
+        for batch, done in enumerate(self._done):
+            if done < self._looks:
+                self.open(batch)
+                self.close(batch)
 
     def call(self, env: Env, node: fx.Node, on_call: OnCall | None = None) -> Any:
         """What a node whose inputs are there gives, by calls as the analysis has seen them; nothing is kept.
@@ -133,7 +154,7 @@ class Lockstep:
     def forget(self, node: fx.Node) -> None:
         """A node is going to be computed anew."""
         self._there.discard(node)
-        self._steps.append(lambda env: env.pop(node, None))
+        self._steps.append(lambda env, _: env.pop(node, None))
 
     def release(self, node: fx.Node) -> None:
         """The node is done: free those of its inputs that no later node needs.

@@ -16,6 +16,7 @@ from ...tracing.calls import Call, batch_size
 from ..linear_calls.counterparts import Counterparts
 from ..linear_calls.parameter_uses import survey
 from ..linear_calls.units import Site, Unit, find_units
+from ..readings import readings_by_node
 from ..unfit import Unfit
 from .alternating import FreeTarget
 from .batches import Batches
@@ -50,6 +51,7 @@ class Walk:
         self.relied = set[tuple[fx.Node, int]]()
         self.parts = self._find_parts(batches.sources)
         self.units = 0
+        self.read = {} if trial else readings_by_node(net)
         if settings.turns and not trial:
             self.relied = self._readers(programs[0].small_call)
             for part in self.parts.values():
@@ -115,6 +117,8 @@ class Walk:
         self.trunk()
         for k in range(len(self.originals)):
             self.head(k)
+        with quiet_execution():
+            self.zipped.finish()
 
     def trunk(self) -> None:
         """Run the trunk of all networks node by node and fit each unit when the inputs of its first call are there."""
@@ -145,6 +149,8 @@ class Walk:
         for unit in starts.pop(node, ()):
             self._summand(part, unit, starts)
             self._fit(part, unit)
+        if node in self.read:
+            self.zipped.look(node.all_input_nodes[0], self.read[node].take)
         self.zipped.run(node)
         for net, twin in twins:
             net.release(twin)
