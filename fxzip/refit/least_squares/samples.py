@@ -142,7 +142,8 @@ class Sampler:
         """
         env = batch.zipped
         values = target.on(batch.source, batch.originals)
-        own = self._result(site, env, values, target)
+        scratch = dict(env)  # what is computed ahead to be looked at is forgotten
+        own = self._result(site, scratch, values, target)
         seen = None if own is None else _matching(as_rows(own) if target.flat else own, values)
         inputs = unit.kernel.flat.shape[-1] if unit.kernel is not None else 1
         groups = unit.kernel.groups if unit.kernel is not None else 1
@@ -150,11 +151,11 @@ class Sampler:
         row = row_bytes(inputs * groups, math.prod(values.shape[a] for a in values.axes), size)
         wished = min(max(self.least, self.positions * inputs), MOST / row)
         count = math.ceil(wished / (self.batches * len(unit.sites)))
-        tail, total = self._tail(site, env, values.full if own is None else own.shape, target, sums)
+        tail, total = self._tail(site, env, scratch, values.full if own is None else own.shape, target, sums)
         drawn = None
         if tail is not None and total is not None:
             drawn = self._behind(tail, total.on(batch.source, batch.originals), values, count)
-            if drawn is not None and seen is not None and not self._adds(tail, drawn, env, values, seen):
+            if drawn is not None and seen is not None and not self._adds(tail, drawn, scratch, values, seen):
                 drawn, self.tails[site] = None, False
         if drawn is None:
             places = sampled_places(values.shape, values.axes, count, self.generator, values.device)
@@ -180,13 +181,12 @@ class Sampler:
         x: Tensor = arguments(self.net, env, site.node, site.call, site.name)[site.at]
         return unit.kernel.patches(x, places)
 
-    def _result(self, site: Site, env: Env, values: TargetValues, target: RegressionTarget) -> Tensor | None:
+    def _result(self, site: Site, scratch: Env, values: TargetValues, target: RegressionTarget) -> Tensor | None:
         """What the zipped network gives at the target; None where that was looked at before."""
         inner = target.readings[0].call is not None
         if (site, values.full) in self.checked and not inner:
             return None
         self.checked.add((site, values.full))
-        scratch = dict(env)
         return result(self.net, scratch, *site.end) if inner else _tensor(self.net.value(scratch, site.output))
 
     def _check(self, unit: Unit, kernel: Kernel, x: Tensor, y: Tensor) -> None:
@@ -196,7 +196,7 @@ class Sampler:
             raise Unfit("what it returns is more than a product with its weight, or lies in another order")
 
     def _tail(
-        self, site: Site, env: Env, shape: torch.Size, target: RegressionTarget, sums: _Targets
+        self, site: Site, env: Env, scratch: Env, shape: torch.Size, target: RegressionTarget, sums: _Targets
     ) -> tuple[Tail | None, RegressionTarget | None]:
         """The residual sum behind a call, if there is one. `shape`: of what the call gives."""
         if not self.tails.get(site, True):
@@ -205,7 +205,7 @@ class Sampler:
         if route is not None and route.summand is not None:  # on a batch of that shape it is the same
             return Tail(route, _tensor(self.net.value(env, route.summand))), sums(route.node)
         start = (site.output, -1) if target.readings[0].call is None else site.end
-        tail = find_tail(self.net, env, self.survey, start, shape)
+        tail = find_tail(self.net, scratch, self.survey, start, shape)
         total = None if tail is None else sums(tail.route.node)
         self.tails[site] = total is not None
         if tail is not None:
@@ -234,13 +234,13 @@ class Sampler:
             t = t / scale
         return _Draw(places, there, t, offset, total, route.node, plain=route.scale is None)
 
-    def _adds(self, tail: Tail, drawn: _Draw, env: Env, values: TargetValues, seen: Tensor) -> bool:
+    def _adds(self, tail: Tail, drawn: _Draw, scratch: Env, values: TargetValues, seen: Tensor) -> bool:
         """Whether the sum is what the call gives at these places, scaled, and the other summand."""
         there, axes = _first(drawn.there), drawn.last.axes
         summand = take(seen, values.axes, _first(drawn.places))
         if tail.route.scale is not None:
             summand = summand * take(tail.route.scale, axes, there)
-        total = take(_tensor(self.net.value(dict(env), tail.route.node)), axes, there)
+        total = take(_tensor(self.net.value(scratch, tail.route.node)), axes, there)
         return _near(summand + take(tail.other, axes, there), total)
 
     def _meets_relus(self, node: fx.Node) -> bool:
