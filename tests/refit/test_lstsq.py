@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxzip
-from fxzip.refit.least_squares.ridge import Regression, affine_solution, best_ridge, ridge_solution
+from fxzip.refit.least_squares.ridge import Regression, _outer, affine_solution, best_ridge, ridge_solution
 from fxzip.refit.linear_calls.kernels import effective, install, sampled_places, take
 from fxzip.refit.linear_calls.parameter_uses import survey
 from fxzip.tracing.calls import Call
@@ -26,6 +26,11 @@ def test_ridge_goes_to_the_prior_where_lambda_is_large() -> None:
     x, t, prior = torch.randn(60, 5), torch.randn(60, 3), torch.randn(6, 3)
     found, *_ = ridge_solution(Regression(x, t, prior), 1e12)
     torch.testing.assert_close(found, prior.double(), atol=1e-6, rtol=1e-6)
+
+
+def test_products_of_positions_that_are_made_in_blocks_are_all_products() -> None:
+    x = torch.randn(600, 700)
+    torch.testing.assert_close(_outer(x), x.double() @ x.double().T, rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -236,15 +236,19 @@ class _Normal:
         return torch.cat([block.double().T @ found for block in self.x.split(_BLOCK, 1)])
 
 
-_BLOCK = 256  # columns of x that are multiplied at a time
+_BLOCK = 256  # columns of x, and rows of x xᵀ, that are multiplied at a time
 
 
 def _outer(x: Tensor) -> Tensor:
-    """x xᵀ in float64."""
+    """x xᵀ in float64; above the diagonal only, the rest is its mirror image."""
     outer = x.new_zeros(len(x), len(x), dtype=torch.float64)
     for block in x.split(_BLOCK, 1):
         wide = block.double()
-        outer.addmm_(wide, wide.T)
+        for start in range(0, len(x), _BLOCK):
+            outer[start : start + _BLOCK, start:].addmm_(wide[start : start + _BLOCK], wide[start:].T)
+    for start in range(0, len(x), _BLOCK):
+        stop = start + _BLOCK
+        outer[stop:, start:stop] = outer[start:stop, stop:].T
     return outer
 
 
