@@ -91,6 +91,8 @@ def evaluate_zipped(
         options["budget"] = settings.budget
     if method == "alone":
         zipped = narrowed_alone(models, sample, data, options)
+        if settings.joint:
+            zipped = fxzip.calibrate_joint(zipped, sample, data, progress=False)
     else:
         zipped = fxzip.compile_zip(
             [model.network for model in models],
@@ -188,13 +190,15 @@ def parse_rank(text: str) -> dict[str, Any]:
 def narrowed_alone(
     models: Sequence[Trained], sample: torch.Tensor, data: Any, options: Mapping[str, Any]
 ) -> torch.nn.Module:
-    """Each network narrowed by itself to its share of the cost of one, side by side."""
+    """Each network narrowed by itself to its share of the cost of one, side by side; of data per model it sees its
+    own."""
     import fxzip
 
     cost = options.get("max_cost", 1.0) / len(models)
-    given = {"data": data, "max_cost": cost, "hold_out": False, "progress": False}
+    given = {"max_cost": cost, "hold_out": False, "progress": False}
     given |= {key: options[key] for key in ("rank", "budget") if key in options}
-    apart = [fxzip.narrow(model.network, sample, **given) for model in models]
+    sources = list(data) if isinstance(data, fxzip.PerModel) else [data] * len(models)
+    apart = [fxzip.narrow(model.network, sample, data=own, **given) for model, own in zip(models, sources, strict=True)]
     return fxzip.side_by_side(apart, sample)
 
 

@@ -109,8 +109,7 @@ def hold_out(
     Raises:
         DataError: fewer than ten inputs of a source are held out, and `needed_by` says that they are needed.
     """
-    dense = all(value.layout == torch.strided for value in leaves(calibration.sample))
-    whole = not dense or any(not program.batch_axes for program in programs)
+    whole = _whole_batches(calibration, programs)
     held: list[tuple[int, Call]] = []
     places: list[int] = []
     rows, out = [Counter[int]() for _ in calibration.sources], [0] * len(calibration.sources)
@@ -119,12 +118,7 @@ def hold_out(
 
     for index, (source, call) in enumerate(calibration.unmoved("holding out").by_source()):
         size = batch_size(call) or 1
-        numbers = (
-            torch.full((size,), seen[source], device="cpu")
-            if whole
-            else torch.arange(size, device="cpu") + seen[source]
-        )
-        mine = numbers % every == every - 1
+        mine = _numbers(size, seen[source], whole=whole) % every == every - 1
         seen[source] += 1 if whole else size
         total[source] += size
         last[source] = index, call
@@ -151,6 +145,31 @@ def hold_out(
     held = [(source, moved(call, calibration.sample)) for source, call in held]
     rest = replace(calibration, without=Without(tuple(rows), whole))
     return (_kept(rest) if needed_by else rest), HeldOut.of(held, programs, places)
+
+
+def thinned(calibration: Calibration, programs: Sequence[Program], *, every: int) -> Calibration:
+    """The calibration with every n-th of its inputs only, kept in memory; where a model takes one batch size only,
+    every n-th batch of each source."""
+    whole = _whole_batches(calibration, programs)
+    seen, kept = _counted_before(calibration, whole=whole), [list[Any]() for _ in calibration.sources]
+    for source, call in calibration("thinning").by_source():
+        size = batch_size(call) or 1
+        mine = _numbers(size, seen[source], whole=whole) % every == 0
+        seen[source] += 1 if whole else size
+        if bool(mine.any()):
+            kept[source].append(as_batch(call if whole else _chosen(call, mine)))
+    return replace(calibration, sources=tuple(kept), without=None, counts=[])
+
+
+def _whole_batches(calibration: Calibration, programs: Sequence[Program]) -> bool:
+    """Whether batches have to stay whole: a model takes one size only, or rows cannot be chosen."""
+    dense = all(value.layout == torch.strided for value in leaves(calibration.sample))
+    return not dense or any(not program.batch_axes for program in programs)
+
+
+def _numbers(size: int, first: int, *, whole: bool) -> Tensor:
+    """Of the inputs of a batch, from the first on; all have that of the batch where it stays whole."""
+    return torch.full((size,), first, device="cpu") if whole else torch.arange(size, device="cpu") + first
 
 
 def _kept(calibration: Calibration) -> Calibration:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..errors import CostError
@@ -28,13 +29,16 @@ from .timing import as_used, fastest
 MEASURED = ("latency", "memory")
 """Currencies of which a sum over nodes is an estimate."""
 
-TRIES, CLOSE, SLACK = 5, 0.97, 1.01
-"""Choices of widths at most; the share of the budget that need not be improved on; what counts as keeping it."""
+CLOSE, SLACK = 0.97, 1.01
+"""The share of the budget that need not be improved on; what counts as keeping it."""
 
 _FLAT = 0.2  # what is measured hardly follows the limit: noise
 
-ROUNDS, SECONDS = 100, 6.0
-"""Timings of the network and the first model in turn: at most, and how long."""
+TRIES, ROUNDS, SECONDS = 5, 100, 6.0
+"""Choices of widths at most; timings of the network and the first model in turn: at most, and how long."""
+
+FEW_TRIES, FEW_ROUNDS, FEW_SECONDS = 3, 20, 0.5
+"""The same where zips are but compared."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,10 @@ class Affordable:
         return text if self.spent <= budget.cost * SLACK else f"{text}, and nothing cheaper was found"
 
 
-def affordable(session: Session, observed: Observed, recipe: Recipe, solo: Mapping[int, Observed]) -> Affordable:
-    """Widths, plan and network by a recipe.
+def affordable(
+    session: Session, observed: Observed, recipe: Recipe, solo: Mapping[int, Observed], *, rough: bool = False
+) -> Affordable:
+    """Widths, plan and network by a recipe. `rough`: its cost need but be comparable with that of others.
 
     Raises:
         CostError: what has to keep its size takes more than the budget. InputError: see `plan`.
@@ -84,14 +90,14 @@ def affordable(session: Session, observed: Observed, recipe: Recipe, solo: Mappi
         return _made(session, observed, recipe, solo)
 
     request, tried = budget, list[Affordable]()
-    for _ in range(TRIES):
+    for _ in range(FEW_TRIES if rough else TRIES):
         try:
             made = _made(session, observed, recipe.within(request), solo)
         except CostError:
             if not tried:
                 raise
             break
-        spent = spent_by(session, as_emitted(made.network, made.plan.ranks), budget)
+        spent = spent_by(session, as_emitted(made.network, made.plan.ranks), budget, rough=rough)
         tried.append(replace(made, spent=spent, promised=request.cost))
         if CLOSE * budget.cost <= spent <= SLACK * budget.cost:
             break
@@ -103,14 +109,14 @@ def affordable(session: Session, observed: Observed, recipe: Recipe, solo: Mappi
     return replace(best, widths=replace(best.widths, notes=notes))
 
 
-def unnarrowed(session: Session, observed: Observed, recipe: Recipe) -> Affordable | None:
+def unnarrowed(session: Session, observed: Observed, recipe: Recipe, *, rough: bool = False) -> Affordable | None:
     """The zip that keeps all features, if that keeps a measured budget, too; else None."""
     budget = recipe.budget
     if budget is None or budget.currency not in MEASURED or budget.cost * SLACK < 1:
         return None  # it computes at least what the first model does
 
     made = _made(session, observed, replace(recipe, width=UNCHANGED, rank=WHOLE), {})
-    spent = spent_by(session, made.network, budget)
+    spent = spent_by(session, made.network, budget, rough=rough)
     if spent > SLACK * budget.cost:
         return None
 
@@ -158,12 +164,13 @@ def _made(session: Session, observed: Observed, recipe: Recipe, solo: Mapping[in
         return Affordable(widths, replace(zipping, ranks=ranks.kept), merged)
 
 
-def spent_by(session: Session, network: ZippedModule, budget: Budget) -> float:
+def spent_by(session: Session, network: ZippedModule, budget: Budget, *, rough: bool = False) -> float:
     """What a network takes in the currency of a budget, measured, relative to the first model."""
-    return session.store.value(f"{budget.currency} of a network", lambda: _spent_by(session, network, budget))
+    measure = partial(_spent_by, session, network, budget, rough=rough)
+    return session.store.value(f"{budget.currency} of a network", measure)
 
 
-def _spent_by(session: Session, network: ZippedModule, budget: Budget) -> float:
+def _spent_by(session: Session, network: ZippedModule, budget: Budget, *, rough: bool) -> float:
     first = session.survey.alignment.programs[0]
     if budget.currency in ("flops", "parameters"):
         counted: Mapping[str, Any] = network.report[budget.currency]
@@ -173,5 +180,6 @@ def _spent_by(session: Session, network: ZippedModule, budget: Budget) -> float:
         taken, one = peaks(both, first.call).each
         return taken / max(one, 1)
 
-    seconds = fastest(both, first.call, rounds=ROUNDS, seconds=SECONDS)
+    rounds, longest = (FEW_ROUNDS, FEW_SECONDS) if rough else (ROUNDS, SECONDS)
+    seconds = fastest(both, first.call, rounds=rounds, seconds=longest)
     return seconds[0] / seconds[1]

@@ -1,7 +1,7 @@
 """The driver: a call per stage. Reading this file is reading the architecture.
 
 trace -> label, self-check -> align (`Session.open`) -> find_trunk -> observe (`Candidate`) -> plan -> rewrite -> refit
--> report
+-> report (`assemble`) -> judge
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
@@ -19,18 +18,15 @@ from ..calibration.data_forms import MAX_BATCHES
 from ..calibration.processes import together
 from ..errors import Interrupted
 from ..matching import Method
-from ..refit import Refit, refit_with_notes
-from ..refit.recording import recorded_statistics
-from ..rewriting.module import ZippedModule, reuse_memory
-from ..rewriting.report import Report, make_report
+from ..refit import Refit
+from ..rewriting.module import ZippedModule
 from ..tracing import plain_context
-from ..widths.choose import overspent
-from ..widths.observed import Observed
 from ..widths.requests import Currency, rank_request, width_request
-from .affording import Affordable, affordable, unnarrowed
 from .arguments import Given
+from .assembling import Assembly, assemble
+from .best_cut import best_agreeing
 from .judging import SMALL_TRUNK, judged
-from .one_base import about_base, base_tensors, check_base, for_fine_tunes, weights_by_model
+from .one_base import base_tensors, check_base, for_fine_tunes, weights_by_model
 from .options import (
     BestWithin,
     CompileOptions,
@@ -48,8 +44,8 @@ from .placement import brought_back, device_of
 from .progress import Display
 from .request import facts_of
 from .resuming import opened
-from .search import best_agreeing, deepest_agreeing, earliest_affordable, exactly_shared
-from .session import Candidate, Session
+from .search import deepest_agreeing, earliest_affordable, exactly_shared
+from .session import Session
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -134,8 +130,8 @@ def compile_zip(
         min_agreement: with `until="auto"`: the deepest cut at which every head agrees with its original on this share
             of held-out inputs, a fifth of `data`. The default, 0.98.
         max_cost: with `until="auto"`: the earliest cut at which the zip costs at most so much, relative to the first
-            model. With `width="auto"`: what the zip may cost; with both, the best of some cuts at that cost, by the
-            agreement of the heads on held-out inputs.
+            model. With `width="auto"`: what the zip may cost; with both, the best of some cuts at that cost, by how
+            close the heads' outputs are to the originals' on held-out inputs (R²).
         budget: what `max_cost` counts: "latency" (the default: seconds on the device of the sample input, with its
             batch and the threads that PyTorch has; calls are timed once and kept in the user's cache folder, and the
             result is timed, see `docs/howto/latency.md`), "flops", "memory" (bytes at the peak: parameters, and the
@@ -217,71 +213,15 @@ def _zipped(session: Session, recipe: Recipe, cut: CutRequest) -> ZippedModule:
 
     candidates = session.candidates(recipe, apart=isinstance(cut, BestWithin))
     solo = session.solo([one.observed.trunk for one in candidates], recipe)
-    build = partial(assemble, session, recipe=recipe, solo=solo)
     if isinstance(cut, BestWithin):
-        return best_agreeing(session, candidates, build, cut.max_cost)
-    return deepest_agreeing(session, candidates, build, cut.min_agreement)
+        return best_agreeing(session, candidates, recipe, solo, cut.max_cost)
+    build = partial(assemble, session, recipe=recipe, solo=solo)
+    return deepest_agreeing(session, candidates, lambda place: Assembly(build(candidates[place])), cut.min_agreement)
 
 
 def _at(session: Session, recipe: Recipe, until: str | float | None) -> ZippedModule:
     candidate = session.candidate(until, recipe)
     return assemble(session, candidate, recipe, session.solo([candidate.observed.trunk], recipe))
-
-
-def assemble(
-    session: Session, candidate: Candidate, recipe: Recipe, solo: Mapping[int, Observed] = MappingProxyType({})
-) -> ZippedModule:
-    """The stages behind the observation: plan -> rewrite -> refit -> report. `solo`: what `Session.solo` gives.
-
-    Prices are measured where a budget is of latency or memory, so that a busy machine can mislead the choice of widths.
-    If the zip that keeps all features keeps the budget, too, it is returned unless the heads of the other one agree
-    better with their originals on the held-out inputs.
-    """
-    tried = session.survey.sound(candidate.observed.trunk)
-    observed = candidate.observed
-    if tried.trunk is not observed.trunk:
-        observed = session.observed(tried.trunk, recipe)
-
-    zipped = _fitted(session, recipe, affordable(session, observed, recipe, solo), observed, tried.notes, solo)
-    if session.held is None:  # nothing could decide between them
-        return zipped
-    plain = unnarrowed(session, observed, recipe)
-    if plain is None:
-        return zipped
-
-    whole = _fitted(session, recipe, plain, observed, tried.notes)
-    best, other = (sum(session.held.agreement(one)) for one in (whole, zipped))
-    return whole if best >= other else zipped
-
-
-def _fitted(
-    session: Session, recipe: Recipe, made: Affordable, observed: Observed, notes: Sequence[str],
-    solo: Mapping[int, Observed] = MappingProxyType({}),
-) -> ZippedModule:  # fmt: skip
-    """The network of a plan, fitted, with its report. `notes`: of the check of the trunk."""
-    found, calibration, stage = session.survey, session.calibration, session.display.stage
-    with stage("refitting"):
-        refitted = refit_with_notes(recipe.refit, made.network, made.plan, calibration("refitting"))
-    with stage("recording statistics"):
-        recorded = recorded_statistics(refitted.module, calibration("recording statistics"), refitted.readings)
-    zipped = recorded.module
-    reuse_memory(zipped)
-
-    settings = {
-        "method": repr(recipe.method),
-        "refit": recipe.refit_name,
-        "data": calibration.description,
-        "budget": made.spending(recipe.budget),
-        "self_check": list(found.errors),
-        "notes": [
-            *about_base(recipe, session.options.base), *observed.trunk.notes, *found.notes, *notes,
-            *calibration.notes, *made.widths.notes, *refitted.notes, *recorded.notes,
-        ],
-    }  # fmt: skip
-    moments = {k: one.moments for k, one in solo.items()}
-    report = make_report(zipped, made.plan, settings, observed.moments, moments)
-    zipped.meta["fxzip_report"] = report.noting(*overspent(report, recipe.budget), *_saves_nothing(report))
-    return zipped
 
 
 def finished(session: Session, zipped: ZippedModule) -> ZippedModule:
@@ -290,11 +230,3 @@ def finished(session: Session, zipped: ZippedModule) -> ZippedModule:
         zipped = session.shifted(zipped)
         zipped.meta["fxzip_report"] = judged(session, zipped)
     return session.named(zipped)
-
-
-def _saves_nothing(report: Report) -> list[str]:
-    flops = report["flops"]
-    ratio = flops["total"] / max(flops["side_by_side"], 1)
-    if ratio < 1:
-        return []
-    return [f"the zip takes {ratio:.2f}x the FLOPs of the models side by side: what they can share saves none"]

@@ -1,12 +1,7 @@
-"""`until="auto"`: the deepest cut that is good enough, the earliest that is cheap enough, or the best at a cost.
+"""`until="auto"`: the deepest cut that is good enough, or the earliest that is cheap enough.
 
 Sharing more costs less and agrees less. Agreement falls nearly monotonically from cut to cut, so bisection finds where
 it crosses the bound: one evaluation of the full trunk, and if that does not do, log₂ of the number of cuts more.
-
-With widths by need every cut may cost the same: an early one keeps few features in the heads, or in the trunk where
-heads stay as they are, a late one keeps many. Agreement then has one broad maximum along the row: six cuts evenly along
-it, then those halfway between the best and its neighbours. The row begins with no trunk at all, each model narrowed by
-itself: where sharing does not pay, that is found.
 """
 
 from __future__ import annotations
@@ -17,21 +12,21 @@ from dataclasses import dataclass, field
 from math import ceil, log2
 from typing import Any
 
+from ..calibration.agreement import mean_closeness
 from ..calibration.holdout import HeldOut
-from ..errors import CostError, CutError, Interrupted
+from ..errors import CutError, Interrupted
 from ..partition.cut_points import Cut
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
 from ..widths.requests import Budget
 from .affording import MEASURED, SLACK, spent_by
+from .assembling import Assembly, Keeps
 from .options import EarliestAffordable
 from .session import Candidate, Session
 from .survey import cuts_and_trunks
 
-Build = Callable[[Candidate], ZippedModule]
-"""Zips at a cut."""
-
-_COARSE = 6
+Build = Callable[[int], Assembly]
+"""Zips at a cut, by its number."""
 
 
 def deepest(count: int, passes: Callable[[int], bool]) -> int:
@@ -54,7 +49,7 @@ def deepest(count: int, passes: Callable[[int], bool]) -> int:
 
 
 @dataclass(eq=False)
-class _Trials:
+class Trials:
     """The zips of one search, each cut tried once at most.
 
     Attributes:
@@ -62,18 +57,24 @@ class _Trials:
         candidates: in a row, from the least shared to the most.
         build: makes a zip.
         agreement: of every head, by the number of the cut; empty where no zip can be had.
+        closeness: by the number of the cut, see `calibration/agreement.py`.
         costs: by the number of the cut, relative to the first model.
         best: the number of the cut of the best zip so far.
         kept: the best zip, or the last one, by the number of its cut.
+        keeps: which features each zip keeps, by the number of the cut.
+        name: of what is tried, in a store.
     """
 
     session: Session
     candidates: Sequence[Candidate]
     build: Build
     agreement: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    closeness: dict[int, float] = field(default_factory=dict)
     costs: dict[int, float] = field(default_factory=dict)
     best: int | None = None
     kept: dict[int, ZippedModule] = field(default_factory=dict)
+    keeps: dict[int, Keeps] = field(default_factory=dict)
+    name: str = "cut"
 
     @property
     def cuts(self) -> list[Cut]:
@@ -91,16 +92,18 @@ class _Trials:
         self.session.display.about(f"cut {self.cuts[place]}, {len(self.agreement) + 1}. try")
         self.kept = {number: zipped for number, zipped in self.kept.items() if number == self.best}
 
-        def judged() -> tuple[tuple[float, ...], float]:
-            zipped = self.kept[place] = self._made(place)
-            return self.held.agreement(zipped), _cost(zipped)
+        def judged() -> tuple[tuple[float, ...], float, float, Keeps]:
+            made = self._made(place)
+            self.kept[place] = made.zipped
+            heads = self.held.compared(made.zipped)
+            return tuple(head.score for head in heads), mean_closeness(heads), cost_of(made.zipped), made.keeps
 
-        found = self.session.store.value(f"agreement at cut {place}", judged, once=True)
-        self.agreement[place], self.costs[place] = found
+        found = self.session.store.value(f"trial of {self.name} {place}", judged, once=True)
+        self.agreement[place], self.closeness[place], self.costs[place], self.keeps[place] = found
 
-    def _made(self, place: int) -> ZippedModule:
-        with self.session.store.part(f"cut {place}"):
-            return self.build(self.candidates[place])
+    def _made(self, place: int) -> Assembly:
+        with self.session.store.part(f"{self.name} {place}"):
+            return self.build(place)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -120,10 +123,10 @@ class _Trials:
         """The best zip, with what its report says of the search."""
         assert self.best is not None
         place = self.best
-        zipped = self.kept[place] if place in self.kept else self._made(place)
+        zipped = self.kept[place] if place in self.kept else self._made(place).zipped
         found = {"agreement": self.agreement[place], "held_out": self.held.size, "frontier": self.frontier}
         evaluations = {self.cuts[i].until: min(heads) for i, heads in sorted(self.agreement.items()) if heads}
-        return _noted(zipped, {**values, **found, "evaluations": evaluations}, note)
+        return noted(zipped, {**values, **found, "evaluations": evaluations}, note)
 
     @property
     def frontier(self) -> list[dict[str, Any]]:
@@ -149,7 +152,7 @@ def deepest_agreeing(session: Session, candidates: Sequence[Candidate], build: B
     Raises:
         CutError: none does. Interrupted: Ctrl-C, once one does.
     """
-    trials = _Trials(session, candidates, build)
+    trials = Trials(session, candidates, build)
     session.display.expect(1 + ceil(log2(max(len(candidates), 1))))
 
     def passes(place: int) -> bool:
@@ -199,67 +202,17 @@ def earliest_affordable(
             note = (
                 f'`until="auto"` chose {cuts[place]} of {len(cuts)} cuts: {budget.noun} {cost:.3f} of at most {limit}'
             )
-            return _noted(zipped, {"until": cuts[place].until, "cost": cost}, note)
+            return noted(zipped, {"until": cuts[place].until, "cost": cost}, note)
     raise CutError(
         f"`max_cost={limit}` must be in reach; the zip that shares most, up to the heads, has {cost:.3f} times the "
         f"{budget.noun} of the first model. Pass at least `max_cost={cost + 0.005:.2f}`."
     )
 
 
-def best_agreeing(session: Session, candidates: Sequence[Candidate], build: Build, limit: float) -> ZippedModule:
-    """The zip of the cut whose heads agree best on average, of some; every zip takes at most `limit` by its widths.
-
-    Raises:
-        CutError: at none of the cuts tried a zip can be had at that cost. Interrupted: Ctrl-C, once there is one.
-    """
-    trials = _Trials(session, candidates, build)
-    session.display.expect(_COARSE + 3)
-
-    def attempt(place: int) -> None:
-        if place in trials.agreement:
-            return
-        try:
-            trials.attempt(place)
-        except CostError:
-            trials.agreement[place] = ()
-            return
-        if trials.best is None or (_mean(trials, place), place) > (_mean(trials, trials.best), trials.best):
-            trials.best = place
-
-    last = len(candidates) - 1
-    first = min(last, int(candidates[0].cut.until == 0))  # behind the one that shares nothing
-    coarse = sorted({0, *(first + round((last - first) * i / (_COARSE - 1)) for i in range(_COARSE))})
-    with trials.interruptible():
-        for place in coarse:
-            attempt(place)
-        if trials.best is None:
-            raise CutError(
-                f"`max_cost={limit}` must be in reach; what has to keep its size takes more at each of "
-                f"{len(candidates)} cuts. Raise it."
-            )
-        middle = trials.best
-        here = coarse.index(middle)
-        for place in coarse[max(here - 1, 0) : here] + coarse[here + 1 : here + 2]:
-            attempt((place + middle) // 2)
-
-    place = trials.best
-    cut, cost = trials.cuts[place], trials.costs[place]
-    note = (
-        f'`until="auto"` chose {cut} of {len(candidates)} cuts by {len(trials.costs)} evaluations: cost '
-        f"{cost:.3f} of at most {limit}, the heads agree on {trials.agreeing}"
-    )
-    return trials.noted({"until": cut.until, "cost": cost}, note)
-
-
-def _cost(zipped: ZippedModule) -> float:
+def cost_of(zipped: ZippedModule) -> float:
     """In the currency of its budget, relative to the first model."""
     spent = (zipped.report["budget"] or {}).get("spent")
     return zipped.report.cost if spent is None else float(spent)
-
-
-def _mean(trials: _Trials, place: int) -> float:
-    heads = trials.agreement[place]
-    return sum(heads) / len(heads)
 
 
 def exactly_shared(zipped: ZippedModule, until: str) -> ZippedModule:
@@ -268,9 +221,9 @@ def exactly_shared(zipped: ZippedModule, until: str) -> ZippedModule:
         f'`until="auto"` chose {until!r}, up to where the models agree to the bit: a later cut could only be less '
         "exact; a fixed `until` or `max_cost` shares more"
     )
-    return _noted(zipped, {"until": until, "evaluations": {}}, note)
+    return noted(zipped, {"until": until, "evaluations": {}}, note)
 
 
-def _noted(zipped: ZippedModule, values: dict[str, Any], note: str) -> ZippedModule:
+def noted(zipped: ZippedModule, values: dict[str, Any], note: str) -> ZippedModule:
     zipped.meta["fxzip_report"] = Report({**zipped.report.as_dict(), "auto": values}).noting(note)
     return zipped

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from ..calibration import processes
-from ..calibration.holdout import EVERY_FIFTH, EVERY_TENTH, HeldOut, checksum, hold_out
+from ..calibration.holdout import EVERY_FIFTH, EVERY_TENTH, HeldOut, checksum, hold_out, thinned
 from ..calibration.observer import observe, observe_all
 from ..calibration.shapes import other_shapes
 from ..calibration.sources import Calibration
@@ -37,6 +37,9 @@ from .placement import at_work
 from .progress import Display
 from .request import facts_of_data, facts_of_graphs
 from .survey import Survey, cuts_and_trunks, survey
+
+SKETCHED, SKETCHED_SHARE = 200, 4
+"""Zips are compared by fits on so many inputs at least, and on one of so many."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,15 @@ class Session:
         """What the data show of the calls that may be factorised."""
         make = partial(CallOutputs.observe, self.survey.alignment, lambda: self.calibration("observing calls"))
         return self.store.value("outputs of calls", make, once=True)
+
+    @cached_property
+    def sketching(self) -> Calibration | None:
+        """Some of the inputs that are fitted on, evenly, enough to compare zips by; None: all of them are needed."""
+        every = min((self.calibration.inputs or 0) // SKETCHED, SKETCHED_SHARE)
+        if every < 2:
+            return None
+        part = thinned(self.calibration, self.survey.alignment.programs, every=every)
+        return part if all(processes.everyone(any(part.sources))) else None  # a fit needs some in every process
 
     def shifted(self, network: ZippedModule) -> ZippedModule:
         """The network with the logits of its heads moved such that they tell the tasks apart, where that is asked."""

@@ -17,8 +17,9 @@ from ..calibration.data_forms import MAX_BATCHES
 from ..calibration.processes import together
 from ..calibration.sources import as_batch
 from ..compiler.arguments import Given
+from ..compiler.assembling import assemble
 from ..compiler.options import Options, Recipe
-from ..compiler.pipeline import assemble, finished
+from ..compiler.pipeline import finished
 from ..compiler.placement import brought_back, device_of
 from ..compiler.progress import Display
 from ..compiler.session import Candidate, Session

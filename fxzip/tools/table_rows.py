@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..compiler.arguments import Given
+from ..compiler.assembling import assemble
 from ..compiler.one_base import for_fine_tunes
 from ..compiler.options import Options
-from ..compiler.pipeline import assemble
 from ..compiler.placement import device_of
 from ..compiler.progress import Display
 from ..compiler.session import Candidate, Session

@@ -15,6 +15,7 @@ from torch import nn
 
 import fxzip
 from fxzip.analysis import flops
+from fxzip.calibration.agreement import mean_closeness
 from fxzip.calibration.holdout import HeldOut, hold_out
 from fxzip.calibration.sources import Calibration
 from fxzip.compiler.options import BestWithin, DeepestAgreeing, EarliestAffordable, FixedCut, cut_request
@@ -67,6 +68,18 @@ class Shifted(nn.Module):
         return ((first, image * self.scale, count + (torch.arange(len(x)) < self.wrong)),)
 
 
+class Scaled(nn.Module):
+    """Logits smaller than those of the original, all else as it is."""
+
+    def __init__(self, model, scale):
+        super().__init__()
+        self.model, self.scale = model, scale
+
+    def forward(self, x):
+        logits, image, count = self.model(x)
+        return ((logits * self.scale, image, count),)
+
+
 class Three(nn.Module):
     def forward(self, x):
         logits = x[:, :3]
@@ -86,6 +99,21 @@ def test_agreement_of_each_kind_of_output():
     assert far == 0.0
     (broken,) = held.agreement(Shifted(model, 0, float("nan")))
     assert broken == pytest.approx(2 / 3)
+
+
+def test_closeness_tells_what_the_largest_value_does_not():
+    """Of two heads with the same classes the one whose values are nearer is closer; of numbers their share counts."""
+    model, x = Three(), torch.randn(20, 4)
+    program = trace(model, x)
+    held = HeldOut.of([(0, program.call)], [program])
+    logits = model(x)[0]
+    near, far, whole = (held.compared(Scaled(model, scale))[0] for scale in (0.9, 0.5, 1.0))
+    assert near.score == far.score > 0.99
+    assert whole.closeness == 1.0 > near.closeness > far.closeness
+    lost = 0.25 * logits.square().mean() / logits.var(correction=0)
+    assert far.closeness == pytest.approx(1 - float(lost) / 3, abs=1e-5)
+    assert held.compared(Shifted(model, 20, float("nan")))[0].closeness == 0.0
+    assert mean_closeness([near, far]) == pytest.approx((near.closeness + far.closeness) / 2)
 
 
 def test_one_source_per_model_is_compared_with_its_own_model():
@@ -241,7 +269,7 @@ def test_max_cost_takes_the_earliest_cut_in_reach(pair):
 @pytest.mark.slow
 @pytest.mark.hours
 def test_best_of_some_cuts_at_a_cost(pair):
-    """With widths by need: no cut that was tried agrees better, and the zip is that of the cut given by hand."""
+    """With widths by need: no cut that was tried is closer, and the zip is that of the cut given by hand."""
     settings = {"width": "auto", "max_cost": 1.4, "budget": "flops", "refit": "repair", "progress": False}
     zipped = fxzip.compile_zip(*pair, X, data=DATA, until="auto", **settings)
     auto, flops = zipped.report["auto"], zipped.report["flops"]
@@ -251,14 +279,15 @@ def test_best_of_some_cuts_at_a_cost(pair):
     fit, held = hold_out(Calibration.of(DATA, as_call(X), 2, False), found.alignment.programs)
     rest = [c.args[0] for c in fit("x")]
     assert 3 <= len(auto["evaluations"]) <= 8
-    mean = {}
+    closeness = {}
     for until in auto["evaluations"]:
         again = fxzip.compile_zip(*pair, X, data=rest, hold_out=False, until=until, **settings)
-        mean[until] = sum(held.agreement(again)) / 2
+        closeness[until] = mean_closeness(held.compared(again))
         if until == auto["until"]:
+            assert held.agreement(again) == auto["agreement"]
             torch.testing.assert_close(zipped(X), again(X), rtol=0, atol=0)
-    assert mean[auto["until"]] == max(mean.values()) == pytest.approx(sum(auto["agreement"]) / 2)
-    assert len(set(mean.values())) > 1
+    assert closeness[auto["until"]] == max(closeness.values())
+    assert len(set(closeness.values())) > 1
     with pytest.raises(
         fxzip.CutError, match=r"`max_cost=0\.001` must be in reach; what has to keep its size takes more"
     ):

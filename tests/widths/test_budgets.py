@@ -221,7 +221,7 @@ def test_a_choice_that_prices_misled_does_not_beat_the_whole_zip(pair, monkeypat
     def misled(observed, request, *rest, **named):
         return right(observed, Scaled(0.25) if isinstance(request, Budget) else request, *rest, **named)
 
-    def spent(session, network, budget):
+    def spent(session, network, budget, **named):
         return whole if network.get_parameter("trunk.stem.0.weight").shape == pair[0].stem[0].weight.shape else 0.9
 
     monkeypatch.setattr(affording, "choose_widths", misled)
