@@ -87,9 +87,13 @@ class _Run(fx.Interpreter):
         state.where = place_of(n)
         if n.op == "output":
             for tensor in leaves(self.map_nodes_to_values(n.args, n)):
-                state.entry(tensor).used()
-                for labels in state.entry(tensor).fields:
-                    state.store.pin(labels, "it is the model's output", "output")
+                entry = state.entry(tensor)
+                entry.used()
+                for labels in entry.fields:
+                    if entry.static:
+                        state.store.pin(labels, "the model returns parameters with it")
+                    else:
+                        state.store.pin(labels, "it is the model's output", "output")
         # a write such as `out[mask] = value` returns nothing, and does what depends on what it is given
         given = leaves(self.map_nodes_to_values((n.args, n.kwargs), n)) if n.name in self.mutators else []
         moving = any(not state.entry(t).static for t in given)

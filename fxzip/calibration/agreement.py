@@ -92,7 +92,7 @@ class _TensorSums:
 
         exact = torch.complex128 if original.is_complex() else torch.float64
         place = place_of_float64(original.device)
-        z, y = found.to(place).to(exact), original.to(place).to(exact)
+        z, y = found.detach().to(place).to(exact), original.detach().to(place).to(exact)
         self.error += float((z - y).abs().square().sum())
         self.square += float(y.abs().square().sum())
         self.total += y.sum().item()

@@ -209,7 +209,7 @@ def _pair(
     asked = _asked(nodes) | _asked(rights)
     for place, node in enumerate(rights):
         queue = waiting.get(_key(node, other.module, theirs, place), [])
-        if queue and _same_tensors(_tensors(queue[0], left), _tensors(node, right), first, other, params, back):
+        if queue and _same_tensors(queue[0], node, left, right, first, params, back):
             twin = queue.pop(0)
             theirs.known[node] = numbers.known[twin]
             pairs[twin.name] = node.name
@@ -219,7 +219,9 @@ def _pair(
     if rest is None and lone is None:
         return pairs, params, ""
     ours, own = (_tensors(n, at) if n else [] for n, at in ((lone, left), (rest, right)))
-    constants = [(a, b) for (name, a), (_, b) in zip(ours, own, strict=False) if _is_constant(name, a, first)]
+    constants = [
+        (a, b) for (name, a), (_, b) in zip(ours, own, strict=False) if lone and _is_constant(lone, name, a, first)
+    ]
     return pairs, params, parted(first, lone, other, rest, constants)
 
 
@@ -239,27 +241,32 @@ def _entry_numbers(program: Program, stem: Stem) -> dict[fx.Node, int]:
 
 
 def _same_tensors(
-    ours: list[tuple[str, Tensor]], theirs: list[tuple[str, Tensor]], first: Program, other: Program,
+    twin: fx.Node, node: fx.Node, left: _Names, right: _Names, first: Program,
     params: dict[str, str], back: dict[str, str],
 ) -> bool:  # fmt: skip
     """Whether the tensors of two nodes can stand for each other; records them if so."""
+    ours, theirs = _tensors(twin, left), _tensors(node, right)
     if len(ours) != len(theirs):
         return False
-    for (name, tensor), (twin, value) in zip(ours, theirs, strict=True):
-        if params.get(name, twin) != twin or back.get(twin, name) != name or tensor.ndim != value.ndim:
+    for (name, tensor), (other, value) in zip(ours, theirs, strict=True):
+        if params.get(name, other) != other or back.get(other, name) != name or tensor.ndim != value.ndim:
             return False
-        if _is_constant(name, tensor, first) and not same_values(tensor, value):
+        if _is_constant(twin, name, tensor, first) and not same_values(tensor, value):
             return False
-    for (name, _), (twin, _) in zip(ours, theirs, strict=True):
-        params[name], back[twin] = twin, name
+    for (name, _), (other, _) in zip(ours, theirs, strict=True):
+        params[name], back[other] = other, name
     return True
 
 
-def _is_constant(name: str, tensor: Tensor, program: Program) -> bool:
-    """Whether a tensor of a program is no weight: a buffer outside the `state_dict`, or integers or booleans."""
+def _is_constant(node: fx.Node, name: str, tensor: Tensor, program: Program) -> bool:
+    """Whether a tensor that a node holds is no weight: a buffer outside the `state_dict`, or integers or booleans.
+
+    A single integer inside a leaf module, which counts batches there, is neither.
+    """
     if name not in program.persistent and not isinstance(tensor, nn.Parameter):
         return True
-    return not (tensor.is_floating_point() or tensor.is_complex()) and tensor.ndim > 0
+    counts = node.op == "call_module" and tensor.ndim == 0
+    return not (tensor.is_floating_point() or tensor.is_complex()) and not counts
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:

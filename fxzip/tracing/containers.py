@@ -15,7 +15,7 @@ What cannot be taken apart and holds tensors is an error, never a container with
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -171,7 +171,7 @@ def _opened(value: Any, is_leaf: Callable[[Any], bool]) -> tuple[Sequence[Any], 
         own = state is value
         parts = (args, None if own else state, list(listed or ()), [item for _, item in pairs])
         return parts, tuple(key for key, _ in pairs), Recipe(create, setter, own)
-    if any(map(is_leaf, _attributes(value))):
+    if any(map(is_leaf, _attributes(value))) or not _Walk(is_leaf).structure(_items(value)).is_constant:
         raise _refused(value, "it cannot be copied by `copy.copy`")
     return None
 
@@ -180,6 +180,13 @@ def _attributes(value: Any) -> list[Any]:
     """What an object holds at first hand."""
     own = getattr(value, "__dict__", None)
     return list(own.values()) if isinstance(own, Mapping) else []
+
+
+def _items(value: Any) -> list[Any]:
+    """What a collection without a copy holds: a view of a dict, or a dict that cannot be written to."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, Collection) else []
 
 
 def _refused(value: Any, why: str) -> ContainerError:

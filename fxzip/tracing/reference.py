@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..errors import ContainerError, InputError, TraceError
 from .calls import Call, batch_size, map_tensors, with_batch
@@ -89,12 +89,9 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
             f"`{name}` must return at least one tensor; found none in the `{type(expected).__name__}` that it "
             "returned. Return the tensors that matter, in a tuple, list, dict or dataclass."
         )
-    sparse = next((leaf.layout for leaf in returned if leaf.layout != torch.strided), None)
-    if sparse is not None:  # what is returned is compared place by place
-        raise TraceError(
-            f"`{name}` must return dense tensors; found one of layout `{sparse}`. Return it by `.to_dense()`, or "
-            "what it is made of, and make it sparse of what the zip returns."
-        )
+    odd = next(filter(None, map(_no_array, returned)), None)
+    if odd is not None:  # what is returned is compared place by place
+        raise TraceError(f"`{name}` must return dense tensors; found {odd} of what the zip returns.")
     if written:
         _check_state(own, call, name, written)
     size = batch_size(call)
@@ -109,6 +106,17 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
     fresh = with_batch(call, size or 0)
     given = run_eager(own, fresh, seed=1)
     return replace(_with_others(own, (call, fresh), (expected, given), others, other_batch=False), numbers=numbers)
+
+
+def _no_array(value: Tensor) -> str | None:
+    """What a tensor is that is no array of numbers, and what to return in its place; None if it is one."""
+    if value.is_nested:
+        return "a nested one. Return its parts, padded to one length, and make it nested"
+    if value.is_quantized:
+        return "a quantized one. Return it by `.dequantize()`, and quantize it"
+    if value.layout != torch.strided:
+        return f"one of layout `{value.layout}`. Return it by `.to_dense()`, or what it is made of, and make it sparse"
+    return None
 
 
 def _check_state(own: nn.Module, call: Call, name: str, written: Sequence[str]) -> None:

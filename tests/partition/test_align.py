@@ -1,5 +1,7 @@
 """Alignment: the same computation is found whatever weights, widths, names and order; different ones are not."""
 
+import copy
+
 import pytest
 import torch
 from models import randomise
@@ -127,6 +129,29 @@ class Picked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.relu(self.first(x[:, self.order])))
+
+
+class Switched(nn.Module):
+    """Reads a single number that is no weight."""
+
+    def __init__(self, number: int | bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), nn.Linear(8, 2)
+        self.register_buffer("number", torch.tensor(number))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(torch.where(self.number > 0, h.relu(), h.tanh()) * self.number)
+
+
+@pytest.mark.parametrize("numbers", [(1, 3), (True, False)])
+def test_single_integers_are_constants_but_where_a_layer_counts_its_batches(numbers):
+    models = [Switched(number).eval() for number in numbers]
+    models[0].first[1].num_batches_tracked.fill_(7)
+    found = aligned(*models, sample=torch.randn(3, 4))
+    assert f"1 of 1 values differ, the first at []: {numbers[0]} and {numbers[1]}; integers" in found.parting[0]
+    assert "first_1" in found.pairs
+    assert aligned(models[0], copy.deepcopy(models[0]), sample=torch.randn(3, 4)).parting == ("",)
 
 
 def test_where_nothing_is_shared_the_difference_and_a_way_out_are_said():

@@ -212,6 +212,11 @@ class Loop:
         (Loop, "found some in a `Loop`, and it holds itself"),
         (lambda y: {y}, "found some in a `set`"),
         (lambda y: (row for row in [y]), "found some in a `generator`"),
+        (lambda y: (y, {"a": [y + 1]}.values()), "found some in a `dict_values`, and it cannot be copied"),
+        (lambda y: (y, {"a": y + 1}.items()), "found some in a `dict_items`, and it cannot be copied"),
+        (lambda y: (y, types.MappingProxyType({"a": y + 1})), "found some in a `mappingproxy`, and it cannot be"),
+        (lambda y: torch.nested.nested_tensor([y[0], y[1, :2]]), "found a nested one. Return its parts, padded"),
+        (lambda y: torch.quantize_per_tensor(y, 0.1, 0, torch.qint8), "found a quantized one. Return it by `.deq"),
     ],
 )
 def test_what_is_no_container_is_refused(what, message):

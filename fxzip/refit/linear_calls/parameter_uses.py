@@ -17,6 +17,7 @@ from ...analysis.rules import RULES, movement
 from ...tracing import quiet_execution
 from ...tracing.aten_calls import AtenCall, run, tensors_in
 from ...tracing.calls import Call
+from ...tracing.containers import leaves
 from .kernels import Kernel, call_kernel
 
 Extent = tuple[int, int, int]  # storage of a tensor, first and last place in it
@@ -79,7 +80,8 @@ class Use:
 
 @dataclass
 class Survey:
-    """What a run showed: `uses` in order, `calls` per node, parameters that calls without activations read, by node."""
+    """What a run showed: `uses` in order, `calls` per node, parameters that calls without activations, or the output,
+    read, by node."""
 
     uses: list[Use] = field(default_factory=list)
     calls: Counter[fx.Node] = field(default_factory=Counter)
@@ -205,8 +207,10 @@ class _Uses:
             self.made = {key: held for key, held in self.made.items() if held[1] > number - _RECENT}
             self.made[storage_of(results[0])] = results[0], number
 
-    def on_node(self, _node: fx.Node, value: Any) -> Any:
-        """The node is done and has returned this."""
+    def on_node(self, node: fx.Node, value: Any) -> Any:
+        """The node is done and has returned this. What the network returns, parameters too, is read."""
+        if node.op == "output":
+            self.found.static_reads += [(node, extent(leaf)) for leaf in leaves(value) if self.found.holds(leaf)]
         for number, result in self.results:
             if isinstance(value, Tensor) and _same_run(value, result):
                 self.found.uses[number] = replace(self.found.uses[number], returned=value.shape)
