@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import LoadError, SaveError
 from ..tracing.allowed import check_keywords, check_name, check_node
-from ..tracing.containers import Part
+from ..tracing.containers import Part, flatten
 from ..tracing.provenance import Provenance, mark, provenance_data
 from ..tracing.structure import Rebuild
 from .json_modules import modules_as_json, modules_of_json
@@ -77,6 +77,9 @@ def own_names(network: EmittedModule) -> list[Any]:
     """Functions and classes that a network calls or holds, whoever defines them."""
     called = [node.target for node in network.graph.nodes if node.op == "call_function"]
     built = [own for call in called if type(call) is Rebuild for own in classes_of(call.structure)]
+    for node in network.graph.nodes:
+        passed = flatten((node.args, node.kwargs), lambda own: isinstance(own, fx.Node))[1]
+        built += [own for own in classes_of(passed) if hasattr(own, "_fields")]  # named tuples
     called = [*built, *(own for own in called if type(own) not in (Part, Rebuild))]
     found: list[Any] = [type(module) for module in network.modules() if module is not network]
     for module in network.modules():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import SpecializationError
+from ..errors import ContainerError, SpecializationError
 from .calls import Call, map_tensors
-from .containers import flatten
+from .containers import flatten, is_written
 from .precision import full_precision
 from .randomness import OwnRandomness, own_randomness
 from .state import restored_state, seed_python
@@ -113,11 +113,12 @@ _IN_PLACE = frozenset(
 
 @dataclass
 class Record:
-    """What one run of a program showed: its output, tensor shapes by node, nodes that wrote into older tensors, guards
-    that failed."""
+    """What one run of a program showed: its output, tensor shapes by node, structures of plain containers by node,
+    nodes that wrote into older tensors, guards that failed."""
 
     output: Any = None
     shapes: dict[str, torch.Size] = field(default_factory=dict)
+    structures: dict[str, Structure] = field(default_factory=dict)
     mutators: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
 
@@ -155,6 +156,10 @@ class _Recorder(fx.Interpreter):
             self.record.mutators.add(n.name)
         if isinstance(value, Tensor):
             self.record.shapes[n.name] = value.shape
+        elif is_written(value):
+            with suppress(ContainerError):
+                found, structure = flatten(value)
+                self.record.structures |= {n.name: structure} if found else {}
         return value
 
 

@@ -32,6 +32,7 @@ from .reference import Reference, compared, reference_of, without_idle_guards
 from .symbolic import SymbolicTracer
 from .tidying import tidied
 from .training import Strays, Training
+from .unpacking import unpacked
 from .unsteady import unsteady
 from .wayouts import nothing_worked
 
@@ -111,7 +112,7 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
             without_idle_guards(traced, own, reference)
         found = _verified(traced, reference)
         if not isinstance(found, str):
-            found = _with_modules(found, reference)
+            found = _with_modules(_with_items(found, reference), reference)
             check_code(found.module)
             training = Training(own, reference.fresh)
             if training.keep_dropout(found.module):
@@ -173,6 +174,15 @@ def _verified(module: fx.GraphModule, reference: Reference) -> _Verified | str:
             leaf.inplace = True  # type: ignore[assignment]
     found = compared(module, reference)
     return found if isinstance(found, str) else _Verified(module, *found)
+
+
+def _with_items(plain: _Verified, reference: Reference) -> _Verified:
+    """The same with items of tuples as values of their own, if that is right."""
+    better = unpacked(plain.module, plain.sample.structures)
+    if better is None:
+        return plain
+    found = compared(better, reference)
+    return plain if isinstance(found, str) else _Verified(better, *found)
 
 
 def _with_modules(plain: _Verified, reference: Reference) -> _Verified:
