@@ -164,12 +164,12 @@ def test_a_search_gives_back_the_best_zip_so_far(pair):
         "budget": "flops",
         "progress": False,
     }
-    text = r"interrupted after 1 zips; 'layer1.0' is the best of them: `error.zipped` holds it"
+    text = r"interrupted after 1 zips; 'layer1_1_relu' is the best of them: `error.zipped` holds it"
     with pytest.raises(fxzip.Interrupted, match=text) as e:
         fxzip.compile_zip({"low": pair[0], "high": pair[1]}, X[:4], refit=Pressed(2), **settings)
     auto = e.value.zipped.report["auto"]
     assert auto["interrupted"]
-    assert auto["until"] == "layer1.0"
+    assert auto["until"] == "layer1_1_relu"
     assert list(e.value.zipped(X[:2])) == ["low", "high"]
     assert isinstance(e.value, KeyboardInterrupt)
 
