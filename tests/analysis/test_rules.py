@@ -323,6 +323,9 @@ CALLS = {
     "where": (lambda a, b: torch.where(torch.tensor([[True], [False]]), a, b), [(2, 4), (2, 4)], [(1,), (1,)], ()),
     "glu": (torch.nn.functional.glu, [(3, 8)], [(1,)], ()),
     "relu": (torch.relu, [(2, 5)], [(1,)], ()),
+    "clamp": (torch.clamp, [(2, 6), (6,), (6,)], [(1,), (0,), (0,)], (1, 2)),
+    "tril": (torch.tril, [(5, 5)], [(0, 1)], ()),
+    "triu of scores": (torch.triu, [(3, 4, 4)], [(0,)], ()),
     "mm": (torch.mm, [(3, 5), (5, 4)], [(1,), (0, 1)], (1,)),
     "mm_tokens": (lambda x, w: x @ w, [(2, 7, 5), (5, 4)], [(2,), (0, 1)], (1,)),
     "bmm": (torch.bmm, [(4, 3, 5), (4, 5, 6)], [(0, 2), (0, 1)], ()),
@@ -393,7 +396,7 @@ CALLS = {
     "select_scatter": (lambda x, y: torch.select_scatter(x, y, 0, 1), [(3, 6), (6,)], [(1,), (0,)], ()),
     "copy": (lambda x, y: x.clone().copy_(y), [(3, 6), (6,)], [(1,), (0,)], ()),
 }
-IMMOVABLE = {"argmax", "cumsum", "topk", "flip", "roll"}
+IMMOVABLE = {"argmax", "cumsum", "topk", "flip", "roll", "tril"}
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -48,15 +48,16 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     {
         **dict.fromkeys(movement.MOVES, movement.move),
         **_rows(movement.turn, "flip roll rot90"),
+        **_rows(movement.triangle, "tril triu"),
         "view_as_real": movement.as_pairs,
         "view_as_complex": movement.as_complex,
         **_rows(
             elementwise.first_operand,
-            """_to_copy to dropout native_dropout tril triu alpha_dropout feature_dropout relu6 relu hardtanh
-            hardswish hardsigmoid hardshrink silu mish gelu celu elu selu leaky_relu threshold softplus softshrink
-            log_sigmoid_forward clamp nan_to_num""",
+            """_to_copy to dropout native_dropout alpha_dropout feature_dropout relu6 relu hardtanh hardswish
+            hardsigmoid hardshrink silu mish gelu celu elu selu leaky_relu threshold softplus softshrink
+            log_sigmoid_forward nan_to_num""",
         ),
-        **_rows(elementwise.elementwise, "prelu _prelu_kernel where masked_fill addcmul addcdiv lerp fmod"),
+        **_rows(elementwise.elementwise, "prelu _prelu_kernel where masked_fill addcmul addcdiv lerp fmod clamp"),
         **_rows(
             elementwise.unlabelled,
             """zeros ones full empty arange zeros_like ones_like full_like empty_like new_zeros new_ones new_full

@@ -104,6 +104,17 @@ def turn(call: Invocation) -> AxisLabels | list[AxisLabels]:
     return move(call)
 
 
+def triangle(call: Invocation) -> AxisLabels:
+    """tril, triu: which places become zero depends on the order along the last two axes."""
+    x = call.operand(call.args[0])
+    axes = frozenset({x.ndim - 2, x.ndim - 1})
+    for labels in x.fields:
+        call.store.fix(labels, axes, f"`{call.name}` depends on the order of features")
+        if axes & varying(labels):
+            call.store.refuse(f"`{call.name}` depends on the order of features")
+    return x.fields
+
+
 def as_pairs(call: Invocation) -> AxisLabels:
     """view_as_real: a new last axis of real and imaginary parts."""
     return tuple(labels.unsqueeze(-1) for labels in call.operand(call.args[0]).fields)
