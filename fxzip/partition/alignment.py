@@ -209,7 +209,7 @@ def _pair(
     asked = _asked(nodes) | _asked(rights)
     for place, node in enumerate(rights):
         queue = waiting.get(_key(node, other.module, theirs, place), [])
-        if queue and _same_tensors(queue[0], node, left, right, first, params, back):
+        if queue and _same_tensors(queue[0], node, (left, right), first, params, back):
             twin = queue.pop(0)
             theirs.known[node] = numbers.known[twin]
             pairs[twin.name] = node.name
@@ -241,11 +241,11 @@ def _entry_numbers(program: Program, stem: Stem) -> dict[fx.Node, int]:
 
 
 def _same_tensors(
-    twin: fx.Node, node: fx.Node, left: _Names, right: _Names, first: Program,
+    twin: fx.Node, node: fx.Node, names: tuple[_Names, _Names], first: Program,
     params: dict[str, str], back: dict[str, str],
 ) -> bool:  # fmt: skip
-    """Whether the tensors of two nodes can stand for each other; records them if so."""
-    ours, theirs = _tensors(twin, left), _tensors(node, right)
+    """Whether the tensors of two nodes can stand for each other; records them if so. `names`: of both models."""
+    ours, theirs = _tensors(twin, names[0]), _tensors(node, names[1])
     if len(ours) != len(theirs):
         return False
     for (name, tensor), (other, value) in zip(ours, theirs, strict=True):
