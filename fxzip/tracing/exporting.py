@@ -11,12 +11,13 @@ import functools
 import inspect
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
+import torch._functorch.vmap
 import torch.fx.traceback
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
@@ -87,7 +88,22 @@ def _compiling_here() -> Iterator[None]:
             if noting is not None:
                 elsewhere = functools.wraps(noting)(lambda *_args, **_options: nullcontext())
                 stack.enter_context(mock.patch.object(fx.traceback, name, only_here(noting, elsewhere)))
+        for name, own in (("_add_batch_dim", _mapped_first), ("_remove_batch_dim", _moved_back)):
+            original = getattr(torch._functorch.vmap, name)
+            here = only_here(functools.partial(own, original), original)
+            stack.enter_context(mock.patch.object(torch._functorch.vmap, name, here))
         yield
+
+
+def _mapped_first(add: Callable[..., Tensor], value: Tensor, axis: int, level: int) -> Tensor:
+    """Enter a `vmap` with the mapped axis in front: `torch.export` loses track of most calls where it is elsewhere."""
+    return add(value.movedim(axis, 0) if axis else value, 0, level)
+
+
+def _moved_back(remove: Callable[..., Tensor], value: Tensor, level: int, size: int, axis: int) -> Tensor:
+    """Leave a `vmap` with the mapped axis in front, for the same reason, and put it where `out_dims` says."""
+    found = remove(value, level, size, 0)
+    return found.movedim(0, axis) if axis else found
 
 
 def _attribute(root: nn.Module, module: nn.Module, target: str) -> Any:

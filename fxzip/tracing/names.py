@@ -41,7 +41,7 @@ def safe_names(root: nn.Module) -> dict[str, str]:
         for name in names:
             new = _safe(name, top=not path)
             while new != name and new in used:
-                new += "_"
+                new += "_" if new.strip("_") else "0"  # two underscores in front are Python's
             used.add(new)
             paths[f"{path}.{name}".lstrip(".")] = f"{paths[path]}.{new}".lstrip(".")
     return {old: new for old, new in paths.items() if old != new}

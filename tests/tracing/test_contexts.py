@@ -83,6 +83,13 @@ def test_new_names_do_not_meet():
     assert names == {"a'": "a__", 'a"': "a___", "if": "if_", "if.weight": "if_.weight", "if.bias": "if_.bias"}
 
 
+def test_new_names_are_safe_names_however_many_fall_together():
+    given = nn.ModuleDict({"\\": nn.ReLU(), "{}": nn.ReLU(), "'": nn.ReLU(), '"': nn.ReLU()})
+    names = safe_names(given)
+    assert len(set(names.values())) == 4
+    assert safe_names(nn.ModuleDict({name: nn.ReLU() for name in names.values()})) == {}
+
+
 def test_arguments_that_are_no_names():
     class Keywords(nn.Module):
         def __init__(self):

@@ -234,6 +234,20 @@ def test_vmap_in_a_model_becomes_plain_calls():
         assert not any("_functorch" in str(node.target) for node in zipped.graph.nodes)
 
 
+@pytest.mark.parametrize("axes", [(0, 1), (1, 1), (1, -1)])
+def test_the_mapped_axis_may_come_back_anywhere(axes):
+    class Mapped(MappedBehindAttention):
+        def forward(self, x):
+            inner = torch.func.vmap(torch.tanh, in_dims=axes[0], out_dims=axes[1])
+            attended = self.attention(x, x, x, need_weights=False)[0]
+            return self.head(inner(attended).movedim(axes[1], axes[0]).mean(1))
+
+    torch.manual_seed(0)
+    model, x = Mapped().eval(), torch.randn(8, 5, 6)
+    zipped = fxzip.compile_zip(model, model, x, method="permute", refit=None, progress=False)
+    torch.testing.assert_close(zipped(x[:3])[1], model(x[:3]))
+
+
 class Gradients(nn.Module):
     """What has no counterpart without the transform."""
 
