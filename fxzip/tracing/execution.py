@@ -19,13 +19,26 @@ from .precision import full_precision
 from .randomness import OwnRandomness, own_randomness
 from .state import restored_state, seed_python
 from .structure import Structure
-from .threads import ThreadPatch, tracing
+from .threads import Replacement, ThreadPatch, tracing
 
 TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4}
 """Largest difference that counts as rounding, relative to the largest magnitude; 2e-2 for the half precisions."""
 
 
 _FASTPATH = ThreadPatch(lambda: [(torch.backends.mha, "get_fastpath_enabled", lambda: False)])
+
+
+def _mask_questions() -> list[Replacement]:
+    """What PyTorch's transformer layers ask of a mask: whether it is the causal one, for a faster kernel that gives the
+    same, and whether it is a tensor. A trace cannot tell the first, which is about values, and need not."""
+    table: list[Replacement] = [
+        (nn.modules.transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True),
+        (nn.functional, "_none_or_dtype", lambda input: None if input is None else input.dtype),
+    ]
+    return [(owner, name, own) for owner, name, own in table if hasattr(owner, name)]
+
+
+_MASKS = ThreadPatch(_mask_questions)
 
 
 @contextmanager
@@ -46,7 +59,7 @@ def quiet_execution(*, seed: int = 0) -> Iterator[OwnRandomness]:
 @contextmanager
 def tracing_execution() -> Iterator[None]:
     """`quiet_execution` for a tracer: one thread at a time."""
-    with tracing(), quiet_execution():
+    with tracing(), quiet_execution(), _MASKS.inside():
         yield
 
 
