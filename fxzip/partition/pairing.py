@@ -1,4 +1,5 @@
-"""Which feature spaces of several models stand for one another: those on the same parameters."""
+"""Which feature spaces of several models stand for one another: those on the same parameters, in the same order along
+each of their axes. In which order a model's spaces were found says nothing."""
 
 from __future__ import annotations
 
@@ -36,17 +37,19 @@ def pair_spaces(alignment: Alignment, spaces: Sequence[FeatureSpaces]) -> tuple[
 
 
 def _signatures(spaces: FeatureSpaces, names: Mapping[str, str], entering: Mapping[str, int]) -> list[tuple]:
-    """Per space: on which parameters, in which field, how often each feature occurs, and in how many blocks.
+    """Per space: on which parameters, in which field, behind how many others there, how often each feature occurs, and
+    in how many blocks.
 
     Values that enter from the stem (`entering`: their nodes and numbers) count as parameters.
     """
-    found: list[dict[tuple[str, int], int]] = [{} for _ in spaces.spaces]
+    found: list[dict[tuple[str, int], tuple[int, int]]] = [{} for _ in spaces.spaces]
 
     def count(labels: Tensor, name: str, place: int) -> None:
         layout = spaces.layout(labels)
-        for number in torch.unique(layout.space[layout.space >= 0]).tolist():
+        order = list(dict.fromkeys(layout.space[layout.space >= 0].tolist()))
+        for rank, number in enumerate(order):
             here = layout.space == number
-            found[number][name, place] = int(layout.occurrence[here].max()) + 1
+            found[number][name, place] = rank, int(layout.occurrence[here].max()) + 1
 
     for param, twin in names.items():
         if param not in spaces.labelling.params:
@@ -61,12 +64,7 @@ def _signatures(spaces: FeatureSpaces, names: Mapping[str, str], entering: Mappi
             space.legality,
             None if space.blocks is None else len(space.blocks),
             tuple(sorted(places.items())),
-            _nth(spaces, number),
+            0 if places else sum(not earlier for earlier in found[:number]),  # no parameter holds it
         )
         for number, (space, places) in enumerate(zip(spaces.spaces, found, strict=True))
     ]
-
-
-def _nth(spaces: FeatureSpaces, number: int) -> int:
-    """Spaces on the same parameters (parts of one axis) are told apart by their order."""
-    return sum(1 for other in spaces.spaces[:number] if other.name == spaces.spaces[number].name)

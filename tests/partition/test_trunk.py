@@ -99,3 +99,30 @@ def test_spaces_that_one_model_must_leave_alone_cannot_be_shared(pair):
     assert node == "layer1_0_conv1"
     assert reason == "features of `layer1.0.conv1.weight` cannot be matched: for this test"
     assert "layer1_0_conv1" not in trunk.nodes
+
+
+class UnevenGroups(torch.nn.Module):
+    """Each of three groups reads pieces of 3, 3 and 2 features of three others: three spaces along each piece of one
+    axis, which a solver may find in any order."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(5, 12), torch.nn.Conv1d(12, 24, 1, groups=3)
+        self.c, self.head = torch.nn.Conv1d(24, 12, 1, groups=3), torch.nn.Linear(12, classes)
+
+    def forward(self, x):
+        h = self.b(torch.relu(self.a(x)).unsqueeze(-1))
+        h = h.view(-1, 3, 8, 1).transpose(1, 2).reshape(-1, 24, 1)
+        return self.head(torch.relu(self.c(torch.relu(h))).flatten(1))
+
+
+def test_pieces_of_one_axis_are_paired_by_where_they_lie():
+    models = [randomise(UnevenGroups(classes), classes).double() for classes in (3, 4)]
+    trunk = fxzip.partition.find_trunk(*stages(*models, sample=torch.randn(8, 5, dtype=torch.float64)))
+    held = {space.size for space in trunk.spaces[0].spaces if space.name == "b.weight"}
+    assert held == {2, 3}
+    where = [
+        [spaces.layout(field).space.tolist() for field in spaces.labelling.params["b.weight"].fields]
+        for spaces in trunk.spaces
+    ]
+    assert where[0] == where[1]
