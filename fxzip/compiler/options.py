@@ -235,6 +235,8 @@ def cut_request(
                 f'{" and ".join(names)} must go with `until="auto"`, which looks for a cut; found `until={until!r}`, '
                 "a fixed one. Leave one of them out."
             )
+        if not (until is None or isinstance(until, (str, int, float))):
+            raise OptionError(f"`until` must be a name, a fraction or None; found a `{type(until).__name__}`.")
         return FixedCut(until)
     if len(names) == 2:
         raise OptionError(
@@ -287,3 +289,7 @@ class Options:
     data_free: bool = False
     base: Mapping[str, Tensor] | None = None
     compared_by: str = ""
+
+    def __post_init__(self) -> None:
+        if not (self.rules is None or isinstance(self.rules, Mapping)):
+            raise OptionError(f"`rules` must be a table by ATen call, `fxzip.RULES | ...`; found {self.rules!r:.80}.")

@@ -39,6 +39,8 @@ def find_stems(labellings: Sequence[Labelling], start: str | Sequence[str]) -> t
     Raises:
         CutError: a model has no such node, a stem is empty, the numbers of entries differ, or an entry is no tensor.
     """
+    if not isinstance(start, (str, list, tuple)) or not all(isinstance(name, str) for name in start):
+        raise CutError(f"`start` must be a name, or a list with one for each model; found {start!r:.80}.")
     names = [start] * len(labellings) if isinstance(start, str) else list(start)
     if len(names) != len(labellings):
         raise CutError(
@@ -80,7 +82,7 @@ def _stem(label: Labelling, start: str, k: int) -> Stem:
     if not any(label.touches[name] for name in outside):
         raise CutError(
             f"`start` must leave each model layers of its own in front; in front of {start!r} model {k} has none with "
-            "parameters. Leave `start` out to share from the input on."
+            "parameters. Start behind its first layer, or leave `start` out to share from the input on."
         )
     waiting, reads = sorted(outside), set[str]()
     while waiting:

@@ -22,6 +22,7 @@ from .own import heads_begin, output_of, weights_behind
 from .pairing import pair_spaces
 from .refusals import beyond, nothing_shared
 from .region import Trunk
+from .stems import find_stems
 from .unmatched import Common
 
 _LAST_SUM = "what it computes from features by its weights goes into what the model returns"
@@ -208,11 +209,19 @@ class TrunkSearch:
                 f" Say where the trunk ends: `until={name!r}` shares up to there, and gives each head its own "
                 "features back."
             )
-        sums = [node for node in self.order if label.constraints[node.name].sums and node.name in self.alignment.pairs]
-        behind = [user.name for node in sums[:1] for user in node.users if user.name in self.alignment.pairs]
-        if ends and behind and not self.alignment.stems:
+        sums = [node for node in self.order if label.constraints[node.name].sums]
+        behind = [user.name for node in sums[:1] for user in node.users]
+        parts = bool(ends) or any(self.alignment.parting)
+        if parts and behind and not self.alignment.stems and self._may_start(behind[0]):
             return f" Let each model compute on its own what is in front: `start={behind[0]!r}` begins to share there."
         return ""
+
+    def _may_start(self, name: str) -> bool:
+        """Whether all models have a place of this name where values that look alike enter a trunk."""
+        with suppress(CutError):
+            entries = [stem.entries for stem in find_stems(self.labellings, name)]
+            return not any(different_shapes(self.labellings, twins) for twins in zip(*entries, strict=True))
+        return False
 
     def _trunk(
         self, names: set[str], spaces: tuple[FeatureSpaces, ...], ends: Mapping[str, str], *,

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ..analysis.relabelling import dense_kernel
 from ..analysis.spaces import slots
+from ..errors import DataError
 from ..matching import Run, Weight
 from ..partition.alignment import attribute
 from ..partition.region import Trunk
@@ -51,8 +52,19 @@ def parameters(trunk: Trunk) -> Values:
         found = [own[twin].detach() for own, twin in zip(tensors, trunk.alignment.params[name], strict=True)]
         if all(value.is_floating_point() for value in found):
             values[name] = tuple(value.to(torch.promote_types(value.dtype, torch.float32)) for value in found)
+            _check_finite(name, values[name])
     _fold(trunk, values)
     return values
+
+
+def _check_finite(name: str, values: Sequence[Tensor]) -> None:
+    """Raise a `DataError` unless a parameter, by its name in model 0, is finite in all models."""
+    for k, value in enumerate(values):
+        if odd := int((~value.isfinite()).sum()):
+            raise DataError(
+                f"Weights must be finite; in model {k} `{name}` holds {odd} values that are not. Look for what "
+                "diverged in its training, or for a file that was cut off."
+            )
 
 
 def _fold(trunk: Trunk, values: Values) -> None:

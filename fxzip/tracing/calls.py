@@ -134,6 +134,11 @@ def as_call(sample_input: Any) -> Call:
     if call is not sample_input:
         kwargs = {key: plain_number(value) for key, value in call.kwargs.items()}
         call = Call(tuple(map(plain_number, call.args)), kwargs)
+    if any(value.is_nested for value in leaves(call)):
+        raise InputError(
+            "Inputs must be dense tensors; `sample_input` holds one that is nested. Pass it padded, "
+            "`to_padded_tensor(0.0)`, with a mask of what is padding."
+        )
     if not leaves(call):
         raise InputError(
             f"`sample_input` must hold at least one tensor; found a `{type(sample_input).__name__}` with none. "

@@ -135,3 +135,31 @@ def test_barrier():
     assert any("has no rule" in reason for reason in zipped.report["barriers"])
     fails(fxzip.BarrierError, "`strict=True` allows no barrier; ...has no rule...Pass `rules=fxzip.RULES | {...}`",
           model, Cumulative(), x, strict=True)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "text"),
+    [
+        ({"until": [0.5]}, fxzip.OptionError, "`until` must be a name, a fraction or None; found a `list`."),
+        ({"start": 0}, fxzip.CutError, "`start` must be a name, or a list with one for each model; found 0."),
+        ({"rules": 5}, fxzip.OptionError, "`rules` must be a table by ATen call, `fxzip.RULES | ...`; found 5."),
+    ],
+)
+def test_options_of_another_type(option, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        fxzip.compile_zip(A, B, X, progress=False, **option)
+
+
+def test_nested_tensors_are_no_inputs():
+    nested = torch.nested.nested_tensor([torch.randn(3, 8, 8), torch.randn(3, 6, 6)])
+    fails(fxzip.InputError, "Inputs must be dense tensors; `sample_input` holds one that is nested", A, B, nested)
+    fails(fxzip.DataError, "Batch 0 of `data` must hold dense tensors", A, B, X, data=[nested])
+
+
+def test_weights_that_are_not_finite_are_named_where_only_weights_are_looked_at():
+    broken = randomise(Residual(4), 1)
+    broken.layer1[0].conv1.weight.data[0, 0] = float("nan")
+    fails(
+        fxzip.DataError, "Weights must be finite; in model 1 `layer1.0.conv1.weight` holds 9 values that are not",
+        A, broken, X, method="weights",
+    )  # fmt: skip

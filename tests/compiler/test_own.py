@@ -317,6 +317,27 @@ def test_a_normalisation_of_the_input_that_differs_stays_with_its_model():
         assert relative_difference(model(X), found) <= 1e-9
 
 
+@pytest.mark.parametrize("stems", [((3, 1), (5, 2)), ((3, 1), (3, 0))])
+def test_stems_that_differ_stay_with_their_models(stems):
+    torch.manual_seed(0)
+    a, b = (
+        nn.Sequential(
+            nn.Conv1d(2, 8, *size[:1], padding=size[1]), nn.ReLU(), nn.Conv1d(8, 8, 1), nn.ReLU(), nn.Flatten(1),
+            nn.LazyLinear(2),
+        ).eval() for size in stems
+    )  # fmt: skip
+    x = torch.randn(32, 2, 5)
+    a(x), b(x)
+    alike = a[0](x).shape == b[0](x).shape
+    with pytest.raises(fxzip.AlignError, match="they part at the first node") as refused:
+        fxzip.compile_zip(a, b, x, data=[x], progress=False)
+    assert ("`start='_1'` begins to share there" in str(refused.value)) is alike
+    if alike:
+        zipped = fxzip.compile_zip(a, b, x, method="zip", refit=None, width=2, start="_1", progress=False)
+        for found, model in zip(zipped(x), (a, b), strict=True):
+            torch.testing.assert_close(found, model(x))
+
+
 def test_features_that_are_not_folded_are_read_from_all_merged_ones_where_copies_miss_much(monkeypatch):
     a, b = pair(middle=lambda s, h: h.cumsum(1))
     zipped = zipped_pair(a, b, method=fxzip.Energy())
