@@ -323,6 +323,8 @@ CALLS = {
     "where": (lambda a, b: torch.where(torch.tensor([[True], [False]]), a, b), [(2, 4), (2, 4)], [(1,), (1,)], ()),
     "glu": (torch.nn.functional.glu, [(3, 8)], [(1,)], ()),
     "relu": (torch.relu, [(2, 5)], [(1,)], ()),
+    "sort in groups": (lambda x: x.view(2, 3, 4).sort(-1).values.flatten(1), [(2, 12)], [(1,)], ()),
+    "cumsum in groups": (lambda x: x.view(2, 3, 4).cumsum(-1), [(2, 12)], [(1,)], ()),
     "clamp": (torch.clamp, [(2, 6), (6,), (6,)], [(1,), (0,), (0,)], (1, 2)),
     "tril": (torch.tril, [(5, 5)], [(0, 1)], ()),
     "triu of scores": (torch.triu, [(3, 4, 4)], [(0,)], ()),

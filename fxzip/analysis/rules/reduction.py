@@ -76,7 +76,8 @@ def ordered(call: Invocation) -> AxisLabels | list[AxisLabels]:
     names = {argument.name: place for place, argument in enumerate(call.func._schema.arguments)}
     axes = axes_of(call.arg(names["dim"], "dim", -1), x.ndim)
     _by_place(call, x, axes)
-    return _outputs(call, tuple(labels for labels in x.fields if not axes & varying(labels)))
+    left = [call.store.project(labels, varying(labels) - axes) for labels in x.fields]
+    return _outputs(call, tuple(labels for labels in left if labels is not None))
 
 
 def places_of(call: Invocation) -> AxisLabels:
