@@ -37,8 +37,8 @@ from .threads import only_here
 from .value_proxies import DataDependentError, ValueProxy, is_proxy, on_value
 
 
-def trace_with_values(root: nn.Module, call: Call) -> fx.Graph:
-    """The graph of the root on the sample.
+def trace_with_values(root: nn.Module, call: Call, *, asked: bool = False) -> fx.Graph:
+    """The graph of the root on the sample. `asked`: see `SymbolicTracer`.
 
     Devices and dtypes stay in the graph like sizes do, so that the program can be moved; where a model asks too much of
     them, they are constants.
@@ -47,14 +47,14 @@ def trace_with_values(root: nn.Module, call: Call) -> fx.Graph:
     >>> len(graph.nodes)
     3
     """
-    tracer = ValueTracer(root, call, placement=True)
+    tracer = ValueTracer(root, call, placement=True, asked=asked)
     try:
         with tracer.patched_factories():
             return tracer.trace(root)
     except DataDependentError:
         raise
     except Exception:  # compiled code that wants a real device or dtype
-        tracer = ValueTracer(root, call, placement=False)
+        tracer = ValueTracer(root, call, placement=False, asked=asked)
         with tracer.patched_factories():
             return tracer.trace(root)
 
@@ -64,8 +64,8 @@ class ValueTracer(SymbolicTracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, root: nn.Module, call: Call, *, placement: bool) -> None:
-        super().__init__(root, call)
+    def __init__(self, root: nn.Module, call: Call, *, placement: bool, asked: bool) -> None:
+        super().__init__(root, call, asked=asked)
         self.param_shapes_constant = False
         kinds = (Tensor, tuple, torch.device, torch.dtype) if placement else (Tensor, tuple)
         self.recorded: tuple[type, ...] = kinds
@@ -194,6 +194,13 @@ class ValueTracer(SymbolicTracer):
             self.assume_type(proxy)
         return isinstance(proxy.value, kinds)
 
+    def value_of(self, proxy: Any) -> Any:
+        if self._is_given_tensor(proxy):
+            guard_kind(self.graph, proxy.node, proxy.value, Tensor)
+        if proxy.number:
+            self._assume_number(proxy)
+        return proxy.value
+
     def type_of(self, proxy: Any) -> type:
         if self._is_given_tensor(proxy):
             guard_type(self.graph, proxy.node, type(proxy.value))
@@ -205,7 +212,7 @@ class ValueTracer(SymbolicTracer):
         return proxy.node in self._given and not self._evaluating
 
     def _assume_number(self, proxy: ValueProxy) -> None:
-        """Leave a guard behind where the model asks whether a number that may be another one is a tensor."""
+        """Leave a guard behind where the model asks what a number is that may be another one."""
         if not self._evaluating and (proxy.node.name, "number") not in self._assumed:
             self._assumed.add((proxy.node.name, "number"))
             self.create_node("call_function", require, (proxy.node, ("number",), proxy.node.name), {})

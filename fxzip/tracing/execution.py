@@ -20,6 +20,7 @@ from .randomness import OwnRandomness, own_randomness
 from .state import restored_state, seed_python
 from .structure import Structure
 from .threads import Replacement, ThreadPatch, tracing
+from .ways import entered
 
 TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4}
 """Largest difference that counts as rounding, relative to the largest magnitude; 2e-2 for the half precisions."""
@@ -90,7 +91,7 @@ def run_eager(model: nn.Module, call: Call, *, seed: int = 0) -> Any:
     own = map_tensors(lambda value: value.detach().clone(), call)
     with quiet_execution(seed=seed):
         seed_python(seed)
-        return model(*own.args, **own.kwargs)
+        return entered(model, *own.args, **own.kwargs)
 
 
 def flat_inputs(module: fx.GraphModule, call: Call) -> list[Any]:

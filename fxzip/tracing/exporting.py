@@ -28,6 +28,7 @@ from .guards import form_of_argument, guard_rank, is_trivial, require
 from .structure import Rebuild, Structure, notation
 from .symbolic import bind, left_out
 from .threads import only_here, without_warnings
+from .ways import entered
 
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Position of the submodule among the arguments."""
@@ -163,7 +164,7 @@ def _flat_forward(root: nn.Module, arguments: Structure, returned: list[Structur
 
     def forward(*given: Any) -> list[Any]:
         args, kwargs = arguments.build(given)
-        found, structure = flatten(inner(*args, **kwargs), _is_value)
+        found, structure = flatten(entered(inner, *args, **kwargs), _is_value)
         returned.append(structure)
         return found
 

@@ -6,10 +6,10 @@ value is found, so that a graph is never silently run for what it was not made f
 data, for torch.fx to write them into its code:
 
     "*"                       a tensor, or a number that the graph reads; not None
-    ("tensor",)               a tensor, where the model could do without, or asked whether it is one
+    ("tensor",)               a tensor, where the model could do without, or asked what it is
     ("kind", names, answer)   a tensor of one of these classes or types, or (`answer`: false) of none
     ("axes", n)               a tensor with so many axes
-    ("number",)               a number, where the model asked whether it is a tensor
+    ("number",)               a number, where the model asked what it is
     ("is", value)             this value
     ("dict", keys, forms)     a mapping with these keys
     ("list", forms)           a tuple or list of so many items
@@ -56,13 +56,15 @@ def form_of(value: Any, is_leaf: Callable[[Any], bool]) -> Form:
     return _form(*flatten(value, is_leaf)[::-1])
 
 
-def form_of_argument(value: Any, is_leaf: Callable[[Any], bool], *, optional: bool) -> Form:
-    """`form_of` an argument; `optional`: the model may be called without it.
+def form_of_argument(value: Any, is_leaf: Callable[[Any], bool], *, optional: bool, asked: bool = False) -> Form:
+    """`form_of` an argument; `optional`: the model may be called without it; `asked`: it may ask what it is.
 
     >>> form_of_argument(torch.ones(1), lambda value: isinstance(value, torch.Tensor), optional=True)
     ('tensor',)
     """
-    return ("tensor",) if optional and isinstance(value, torch.Tensor) else form_of(value, is_leaf)
+    if isinstance(value, torch.Tensor) and (optional or asked):
+        return ("tensor",)
+    return ("number",) if asked and is_number(value) and is_leaf(value) else form_of(value, is_leaf)
 
 
 def _form(structure: Structure, leaves: list[Any]) -> Form:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import InputError, TraceError
+from ..errors import FxzipWarning, InputError, TraceError
 from .aliasing import Sharing, sharing
-from .calls import Call, as_call, leaves, map_tensors, select_rows
+from .calls import Call, as_call, map_tensors, select_rows
 from .containers import flatten
 from .example_values import trace_with_values
 from .execution import Record, tracing_execution
@@ -26,15 +27,17 @@ from .kept_state import without_proxies
 from .model_builtins import builtins_recorded
 from .names import check_code, named_safely, safe_names
 from .plain_contexts import plain_context
-from .preparation import Hooks, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
+from .preparation import Hooks, check_dense, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
 from .python_numbers import is_number
 from .reference import Reference, compared, reference_of, without_idle_guards
+from .steering import asks_of_arguments, astray, name_spaces, with_gradients
 from .symbolic import SymbolicTracer
 from .tidying import tidied
 from .training import Strays, Training
 from .unpacking import unpacked
 from .unsteady import unsteady
 from .wayouts import nothing_worked
+from .ways import Way, watched
 
 RUNGS = ("symbolic", "symbolic with example values", "export")
 _FEW = 8  # inputs
@@ -92,7 +95,7 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
     """
     checked = check_model(model, name)
     call = map_tensors(lambda value: value.detach().clone(), as_call(sample_input))
-    _check_dense(call)
+    check_dense(call)
     own = copied(checked, name)
     reference = reference_of(own, call, others, name)
     hooks = hooks_of(folded(own))
@@ -102,27 +105,30 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
     failures: list[str] = []
     for kept, rung in product(([], hooks) if hooks else ([],), _rungs(call)):
         try:
-            with hooked(kept):
+            with hooked(kept), watched(any(way.calls for way in reference.ways)) as ways:
                 traced = _traced(own, rung, reference)
         except Exception as error:
             failures.append(f"{_title(rung, kept)} failed{_place(error)}: {type(error).__name__}: {first_line(error)}")
             continue
         _restore_persistence(traced, persistent)
+        found = _checked(traced, own, reference, rung, ways, kept)
+        if isinstance(found, str):
+            failures.append(f"{_title(rung, kept)} {found}")
+            continue
+        found = _with_modules(_with_items(found, reference), reference)
+        check_code(found.module)
+        training = Training(own, reference.fresh)
+        if training.keep_dropout(found.module):
+            again = compared(found.module, reference)
+            assert not isinstance(again, str), again  # in eval mode dropout gives back its input
+            found = _Verified(found.module, *again)
+        strays = training.compared(found.module, reference.fresh, reference.expected[1])
         with hooked(kept):
-            without_idle_guards(traced, own, reference)
-        found = _verified(traced, reference)
-        if not isinstance(found, str):
-            found = _with_modules(_with_items(found, reference), reference)
-            check_code(found.module)
-            training = Training(own, reference.fresh)
-            if training.keep_dropout(found.module):
-                again = compared(found.module, reference)
-                assert not isinstance(again, str), again  # in eval mode dropout gives back its input
-                found = _Verified(found.module, *again)
-            strays = training.compared(found.module, reference.fresh, reference.expected[1])
-            program = _program(found, reference, rung, tuple(failures), persistent, strays)
-            return replace(program, origins=_origins(program.module, own))
-        failures.append(f"{_title(rung, kept)} gave another result than the model: {found}.")
+            strays = replace(strays, gradients=with_gradients(own, reference))
+        if strays.gradients:
+            warnings.warn(f"`{name}`: {strays.notes[0]}.", FxzipWarning, stacklevel=2)
+        program = _program(found, reference, rung, tuple(failures), persistent, strays)
+        return replace(program, origins=_origins(program.module, own))
     raise TraceError(nothing_worked(name, failures, paths, unsteady(own, reference.sample)))
 
 
@@ -140,8 +146,12 @@ def _traced(own: nn.Module, rung: str, reference: Reference) -> fx.GraphModule:
             module = trace_export(own, reference.fresh, reference.dynamic_axes())
         else:
             sample = map_tensors(torch.clone, reference.sample)
-            with builtins_recorded(own):
-                graph = SymbolicTracer(own, sample).trace(own) if rung == "symbolic" else trace_with_values(own, sample)
+            asked = asks_of_arguments(reference)
+            with builtins_recorded(own, name_spaces(reference)):
+                if rung == "symbolic":
+                    graph = SymbolicTracer(own, sample, asked=asked).trace(own)
+                else:
+                    graph = trace_with_values(own, sample, asked=asked)
             module = named_safely(own, graph, safe_names(own))
     module.eval()
     return tidied(module)
@@ -154,6 +164,20 @@ class _Verified:
     module: fx.GraphModule
     sample: Record
     fresh: Record
+
+
+def _checked(
+    traced: fx.GraphModule, own: nn.Module, reference: Reference, rung: str, ways: Sequence[Way], kept: Hooks
+) -> _Verified | str:
+    """The program, if it is right and was traced on the way that the model goes, or what it did instead."""
+    with hooked(kept):
+        without_idle_guards(traced, own, reference)
+    found = _verified(traced, reference)
+    if isinstance(found, str):
+        return f"gave another result than the model: {found}."
+    with hooked(kept):
+        elsewhere = astray(own, reference, ways, exported=rung == "export")
+    return f"took another way than the model at {elsewhere}." if elsewhere else found
 
 
 def _verified(module: fx.GraphModule, reference: Reference) -> _Verified | str:
@@ -246,20 +270,6 @@ def _origins(module: fx.GraphModule, own: nn.Module) -> dict[str, str]:
 def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters and buffers, by each of their names."""
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-
-
-def _check_dense(call: Call) -> None:
-    """Sparse tensors have no places along which features could be followed.
-
-    Raises:
-        InputError: there is one.
-    """
-    for value in leaves(call):
-        if value.layout != torch.strided:
-            raise InputError(
-                f"Inputs must be dense tensors; `sample_input` holds one of shape {tuple(value.shape)} with layout "
-                f"`{value.layout}`. Pass its indices and values, an edge list say, or `to_dense()`."
-            )
 
 
 def _restore_persistence(module: fx.GraphModule, persistent: frozenset[str]) -> None:

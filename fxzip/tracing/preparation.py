@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import InputError, TraceError
+from .calls import Call, leaves
 from .copying import deep_copy
 from .execution import quiet_execution
 
@@ -87,6 +88,22 @@ def check_model(model: object, name: str = "model") -> nn.Module:
                     "Run the model once on `sample_input` first."
                 )
     return model
+
+
+def check_dense(call: Call) -> None:
+    """Sparse tensors have no places along which features could be followed.
+
+    >>> check_dense(Call((torch.ones(1),), {}))
+
+    Raises:
+        InputError: there is one.
+    """
+    for value in leaves(call):
+        if value.layout != torch.strided:
+            raise InputError(
+                f"Inputs must be dense tensors; `sample_input` holds one of shape {tuple(value.shape)} with layout "
+                f"`{value.layout}`. Pass its indices and values, an edge list say, or `to_dense()`."
+            )
 
 
 def check_placement(models: Sequence[nn.Module]) -> None:

@@ -20,6 +20,7 @@ from .randomness import HigherOrderCall
 from .state import python_numbers, seed_python
 from .tidying import tidied
 from .training import names_of
+from .ways import Way, entered, watched
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Reference:
         expected: the outputs, in that order.
         other_batch: whether `fresh` is of another batch size.
         numbers: what the model does with random numbers that no graph does; "" if nothing.
+        ways: those that it takes on the sample and on fresh input; none where they could not be watched.
     """
 
     sample: Call
@@ -42,6 +44,7 @@ class Reference:
     expected: tuple[Any, ...]
     other_batch: bool
     numbers: str = ""
+    ways: tuple[Way, ...] = ()
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -66,7 +69,7 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
     """
     try:
         before = marks(own)
-        with state_kept(own):
+        with state_kept(own), watched() as ways:
             expected, numbers = _run_watched(own, call)
             written = changed(before, marks(own))
         returned = leaves(expected)
@@ -98,14 +101,17 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
     if size is not None:
         fresh = with_batch(call, 3 if size != 3 else 2)
         try:
-            given = run_eager(own, fresh, seed=1)
+            with watched() as more:
+                given = run_eager(own, fresh, seed=1)
             found = _with_others(own, (call, fresh), (expected, given), others, other_batch=True)
-            return replace(found, numbers=numbers)
+            return replace(found, numbers=numbers, ways=(*ways, *more))
         except Exception:  # the model is made for one batch size
             pass
     fresh = with_batch(call, size or 0)
-    given = run_eager(own, fresh, seed=1)
-    return replace(_with_others(own, (call, fresh), (expected, given), others, other_batch=False), numbers=numbers)
+    with watched() as more:
+        given = run_eager(own, fresh, seed=1)
+    found = _with_others(own, (call, fresh), (expected, given), others, other_batch=False)
+    return replace(found, numbers=numbers, ways=(*ways, *more))
 
 
 def _no_array(value: Tensor) -> str | None:
@@ -211,7 +217,7 @@ def _run_watched(own: nn.Module, call: Call) -> tuple[Any, str]:
     with quiet_execution() as seeds:
         seed_python(0)
         before = python_numbers()
-        output = own(*given.args, **given.kwargs)
+        output = entered(own, *given.args, **given.kwargs)
         drawn = python_numbers() != before
     if seeds.seeded:
         return output, (

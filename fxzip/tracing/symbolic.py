@@ -15,6 +15,7 @@ from .names import check_arguments
 from .python_numbers import plain_number
 from .structure import Rebuild
 from .training import is_kept
+from .ways import entered
 
 _COMPOSITE = ("torch.nn.modules.container", "torch.nn.modules.transformer")
 
@@ -63,10 +64,12 @@ def left_out(bound: inspect.BoundArguments) -> set[str]:
 
 class SymbolicTracer(fx.Tracer):
     """Modules of torch.nn are leaves, except those that only hold others; so are those that train another way than
-    they run (stochastic depth). A placeholder for each argument given."""
+    they run (stochastic depth). A placeholder for each argument given. `asked`: the model may ask what its arguments
+    are in ways that leave no guard behind."""
 
-    def __init__(self, root: nn.Module, call: Call) -> None:
+    def __init__(self, root: nn.Module, call: Call, *, asked: bool = False) -> None:
         super().__init__(param_shapes_constant=True)
+        self._asked = asked
         self.record_stack_traces = True
         self._call = call
         # found beforehand, since it takes traces of its own: inside this one they would record into its graph
@@ -83,7 +86,7 @@ class SymbolicTracer(fx.Tracer):
         optional = left_out(bound)
         proxies = {name: self._placeholder(name, value) for name, value in named.items()}
         for name, value in named.items():
-            form = form_of_argument(value, self.reads, optional=name in optional)
+            form = form_of_argument(value, self.reads, optional=name in optional, asked=self._asked)
             if not is_trivial(form):
                 self.create_proxy("call_function", require, (proxies[name], form, name), {})
         given = {name: self._unpacked(proxies[name], value) for name, value in named.items()}
@@ -97,8 +100,8 @@ class SymbolicTracer(fx.Tracer):
                 bound.arguments[name] = given[name]
         own = vars(self.root).get("forward")  # given to the instance, not by its class
         if own is not None:
-            return lambda: own(*bound.args, **bound.kwargs), []
-        return lambda: root_fn(self.root, *bound.args, **bound.kwargs), []
+            return lambda: entered(own, *bound.args, **bound.kwargs), []
+        return lambda: entered(root_fn, self.root, *bound.args, **bound.kwargs), []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _UnknownProxy(node, self)
@@ -141,6 +144,12 @@ class SymbolicTracer(fx.Tracer):
         value = self._known(proxy)
         guard_type(self.graph, proxy.node, type(value))
         return type(value)
+
+    def value_of(self, proxy: fx.Proxy) -> Any:
+        """What the model asks about where it asks whether it can be called, or has an attribute."""
+        value = self._known(proxy)
+        guard_kind(self.graph, proxy.node, value, Tensor)
+        return value
 
     def _known(self, proxy: fx.Proxy) -> Tensor:
         if proxy.node not in self._given:

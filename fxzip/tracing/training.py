@@ -34,6 +34,9 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
+_ABOUT_GRADIENTS = (
+    "where gradients are enabled it takes another way at {}; the zipped network computes what it does without them"
+)
 _Owned = tuple[str, Any]  # path of a module, function
 
 
@@ -44,24 +47,29 @@ class Strays:
     Attributes:
         lost: modules with random calls that the graph does not make.
         otherwise: it makes them all, and gives something else.
+        gradients: the line at which it takes another way where gradients are enabled, in either mode; "" if none.
     """
 
     lost: tuple[str, ...] = ()
     otherwise: bool = False
+    gradients: str = ""
 
     @property
     def notes(self) -> list[str]:
         """What the report says of it."""
+        found = [_ABOUT_GRADIENTS.format(self.gradients)] if self.gradients else []
         if self.otherwise:
             return [
+                *found,
                 "in `train()` it computes something else than the zipped network does there: what its code does by "
-                "`training`, tracing has seen in eval mode only"
+                "`training`, tracing has seen in eval mode only",
             ]
         if not self.lost:
-            return []
+            return found
         return [
+            *found,
             f"in `train()` it makes random calls in {names_of(self.lost)} that the zipped network does not make: "
-            "tracing has seen them in eval mode only"
+            "tracing has seen them in eval mode only",
         ]
 
 

@@ -35,6 +35,11 @@ def nothing_worked(name: str, failures: list[str], hooks: tuple[str, ...], unste
         )
     if shape:
         return f"{message} Give `data` the sizes of `sample_input`, or replace what Python does with sizes by tensors."
+    if any("took another way than the model" in failure for failure in failures):
+        return (
+            f"{message} Python asks something of a value there that a trace answers otherwise than a tensor does: let "
+            "the code ask for sizes, dtypes or settings instead, or pass the part of the model that asks nothing."
+        )
     return (
         f"{message} Replace conditions on the content of tensors by tensor operations such as `torch.where`, or pass "
         "the traceable part of the model."
