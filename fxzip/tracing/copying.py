@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_OWN = frozenset(vars(nn.Module()))
-
 
 def deep_copy(model: nn.Module) -> nn.Module:
     """A deep copy, also of modules with the result of a computation as a plain attribute (old-style `weight_norm`).
@@ -26,33 +24,9 @@ def deep_copy(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         for key, value in list(vars(module).items()):
-            if key not in _OWN:
-                vars(module)[key] = _with_copies(value, memo)
-        for key, value in _methods(type(module)).items():
-            bound = _rebound(value, memo)
-            if bound is not value:  # the class was made where the modules are that its methods call
-                vars(module).setdefault(key, MethodType(bound, module))
+            if isinstance(value, (FunctionType, partial)):
+                vars(module)[key] = _rebound(value, memo)
     return copied
-
-
-def _methods(kind: type) -> dict[str, FunctionType]:
-    """Functions of a class that whoever uses PyTorch has written."""
-    own = [base for base in reversed(kind.__mro__) if not base.__module__.startswith(("torch.", "builtins"))]
-    found = {key: value for base in own for key, value in vars(base).items()}
-    return {key: value for key, value in found.items() if isinstance(value, FunctionType) and not _is_special(key)}
-
-
-def _is_special(name: str) -> bool:
-    return name.startswith("__") and name.endswith("__")
-
-
-def _with_copies(value: Any, memo: dict[int, Any]) -> Any:
-    """A function, or a list, tuple or dict with functions in it, rebound."""
-    if isinstance(value, (FunctionType, partial)):
-        return _rebound(value, memo)
-    if type(value) in (list, tuple):
-        return type(value)(_with_copies(own, memo) for own in value)
-    return {key: _with_copies(own, memo) for key, own in value.items()} if type(value) is dict else value
 
 
 def _rebound(value: Any, memo: dict[int, Any]) -> Any:

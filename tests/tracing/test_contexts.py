@@ -183,32 +183,7 @@ def wrapped_leaf():
     return net
 
 
-def listed():
-    net = nn.Module()
-    net.a, net.b = nn.Linear(8, 16), nn.Linear(16, 3)
-    net.steps = {"all": [lambda x: net.a(x).relu(), (lambda x: net.b(x),)]}
-    net.forward = lambda x: net.steps["all"][1][0](net.steps["all"][0](x))
-    return net
-
-
-def class_where_the_layers_are():
-    a, b = nn.Linear(8, 16), nn.Linear(16, 3)
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = a, b
-
-        def forward(self, x):
-            return b(a(x).relu())
-
-    return Net()
-
-
-@pytest.mark.parametrize(
-    "build",
-    [closure, partial_function, method, wrapped, wrapped_leaf, listed, class_where_the_layers_are],
-)
+@pytest.mark.parametrize("build", [closure, partial_function, method, wrapped, wrapped_leaf])
 def test_functions_given_to_a_module(build):
     torch.manual_seed(0)
     a, b = build().eval(), build().eval()
