@@ -21,20 +21,14 @@ from typing import Any
 import cifar
 import torch
 from cifar_data import Images, draw_calibration, holdout_split, load_cifar, normalise
+from settings import flops
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from training import with_statistics_of
 
 import fxzip
 
 SAMPLE = torch.zeros(1, 3, 32, 32)
 IMPORTANCES = {"magnitude": "GroupMagnitudeImportance", "BatchNorm scales": "BNScaleImportance"}
-
-
-def flops(network: nn.Module) -> int:
-    """Of one image."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(SAMPLE)
-    return int(counter.get_total_flops())
 
 
 def classes_of(network: nn.Module, images: Images) -> Tensor:
@@ -50,7 +44,7 @@ def pruned(network: nn.Module, cost: float, importance: Any, *, everywhere: bool
     """
     import torch_pruning
 
-    limit, low, high = cost * flops(network), 0.0, 1.0
+    limit, low, high = cost * flops(network, SAMPLE), 0.0, 1.0
     best: nn.Module | None = None
     for _ in range(12):
         ratio = (low + high) / 2
@@ -61,27 +55,13 @@ def pruned(network: nn.Module, cost: float, importance: Any, *, everywhere: bool
             ignored_layers=[last], max_pruning_ratio=0.9,
         )  # fmt: skip
         pruner.step()
-        if flops(tried) <= limit:
+        if flops(tried, SAMPLE) <= limit:
             best, high = tried, ratio
         else:
             low = ratio
     if best is None:
         raise ValueError(f"Torch-Pruning finds no network at {cost} of the FLOPs.")
     return best
-
-
-def reset(network: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
-    """The network with statistics of its BatchNorms estimated anew."""
-    result = copy.deepcopy(network)
-    norms = [module for module in result.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for batch in batches:
-            result(batch)
-    return result.eval()
 
 
 def rows(settings: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
@@ -103,7 +83,7 @@ def rows(settings: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
                 found = pruned(network, cost, importance, everywhere=everywhere)
                 where = "over all layers" if everywhere else "in each layer"
                 yield f"Torch-Pruning, {name} {where}", found
-                yield f"Torch-Pruning, {name} {where}, statistics anew", reset(found, batches)
+                yield f"Torch-Pruning, {name} {where}, statistics anew", with_statistics_of(found, batches)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -125,13 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     test = data.test.of(first.classes)
     labels = torch.tensor([first.classes.index(int(label)) for label in test.labels])
-    original, whole = classes_of(settings.network, test), flops(settings.network)
+    original, whole = classes_of(settings.network, test), flops(settings.network, SAMPLE)
     print("| network | FLOPs | accuracy | agreement |\n|---|---|---|---|")
     print(f"| as it is | 1.00 | {100 * (original == labels).double().mean():.2f} | |", flush=True)
     for name, network in rows(settings):
         found = classes_of(network, test)
         right, same = ((found == wanted).double().mean() for wanted in (labels, original))
-        print(f"| {name} | {flops(network) / whole:.2f} | {100 * right:.2f} | {100 * same:.2f} |", flush=True)
+        print(f"| {name} | {flops(network, SAMPLE) / whole:.2f} | {100 * right:.2f} | {100 * same:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

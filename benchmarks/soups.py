@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from cifar_data import DEFAULT_CACHE, Images, holdout_split, load_cifar, normalise
 from torch import nn
-from training import Recipe, load_checkpoint, save_checkpoint, train_network
+from training import Recipe, load_checkpoint, save_checkpoint, train_network, with_statistics_of
 
 import fxzip
 
@@ -69,20 +69,6 @@ def trained(
     return result.network
 
 
-def reset(network: nn.Module, batches: Sequence[torch.Tensor]) -> nn.Module:
-    """A copy whose BatchNorms have the statistics of these batches."""
-    result = fxzip.soup([network, network])
-    norms = [m for m in result.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for batch in batches:
-            result(batch)
-    return result.eval()
-
-
 def run(settings: argparse.Namespace) -> list[tuple[str, float, float]]:
     """Rows: name, accuracy on the images that serve for selection, and on the test images."""
     cifar = load_cifar(settings.data, settings.cache)
@@ -111,10 +97,10 @@ def run(settings: argparse.Namespace) -> list[tuple[str, float, float]]:
     show("uniform soup", fxzip.soup(tuned, sample))
     show("greedy soup", chosen := fxzip.soup(tuned, sample, kind="greedy", score=lambda net: accuracy(net, held)))
     print("greedy soup, in order:", ", ".join(list(RECIPES)[i] for i in chosen.fxzip_soup.models))
-    show("uniform soup, BatchNorm reset", reset(fxzip.soup(tuned, sample), drawn))
-    corrected: Callable[[nn.Module], float] = lambda net: accuracy(reset(net, drawn), held)  # noqa: E731
+    show("uniform soup, BatchNorm reset", with_statistics_of(fxzip.soup(tuned, sample), drawn))
+    corrected: Callable[[nn.Module], float] = lambda net: accuracy(with_statistics_of(net, drawn), held)  # noqa: E731
     chosen = fxzip.soup(tuned, sample, kind="greedy", score=corrected)
-    show("greedy soup, BatchNorm reset", reset(chosen, drawn))
+    show("greedy soup, BatchNorm reset", with_statistics_of(chosen, drawn))
     print("greedy soup, BatchNorm reset, in order:", ", ".join(list(RECIPES)[i] for i in chosen.fxzip_soup.models))
     return rows
 

@@ -113,6 +113,20 @@ def train_network(
     return Trained(network.eval(), tuple(classes))
 
 
+def with_statistics_of(network: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
+    """A copy whose BatchNorms have the statistics of these batches."""
+    result = copy.deepcopy(network)
+    norms = [module for module in result.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            result(batch)
+    return result.eval()
+
+
 def save_checkpoint(trained: Trained, path: Path, architecture: str, width: float) -> None:
     """Weights as safetensors, with the architecture, the width and the classes as metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -197,7 +197,7 @@ class EarliestAffordable:
 
 @dataclass(frozen=True)
 class BestWithin:
-    """Every cut costs `max_cost` by its widths; the trunk ends where the heads agree best."""
+    """Every cut costs `max_cost` by its widths; the trunk ends where the heads are closest to the originals."""
 
     max_cost: float
 

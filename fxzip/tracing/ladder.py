@@ -115,7 +115,8 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
         if isinstance(found, str):
             failures.append(f"{_title(rung, kept)} {found}")
             continue
-        found = _with_modules(_with_items(found, reference), reference)
+        found = _improved(found, unpacked(found.module, found.sample.structures), reference)
+        found = _improved(found, raised(found.module, found.sample.shapes), reference)
         check_code(found.module)
         training = Training(own, reference.fresh)
         if training.keep_dropout(found.module):
@@ -200,18 +201,8 @@ def _verified(module: fx.GraphModule, reference: Reference) -> _Verified | str:
     return found if isinstance(found, str) else _Verified(module, *found)
 
 
-def _with_items(plain: _Verified, reference: Reference) -> _Verified:
-    """The same with items of tuples as values of their own, if that is right."""
-    better = unpacked(plain.module, plain.sample.structures)
-    if better is None:
-        return plain
-    found = compared(better, reference)
-    return plain if isinstance(found, str) else _Verified(better, *found)
-
-
-def _with_modules(plain: _Verified, reference: Reference) -> _Verified:
-    """The same with modules of torch.nn for functional calls on their parameters, if that is right."""
-    better = raised(plain.module, plain.sample.shapes)
+def _improved(plain: _Verified, better: fx.GraphModule | None, reference: Reference) -> _Verified:
+    """Another module that should compute the same, if there is one and it does."""
     if better is None:
         return plain
     found = compared(better, reference)
