@@ -80,11 +80,11 @@ def heads_begin(labelling: Labelling, differ: Collection[str] | None) -> set[str
     weights = weights_behind(labelling)
     sums = {name for name, constraints in labelling.constraints.items() if constraints.sums}
     if differ is None:
-        return _last(labelling, sums, {output_of(labelling)})
+        return _last(labelling, sums, {_output(labelling)})
     own = {name for name in sums if weights[name] & set(differ)}
-    agreeing_heads = _last(labelling, sums, {output_of(labelling)}) - own
+    agreeing_heads = _last(labelling, sums, {_output(labelling)}) - own
     own |= {name for name in agreeing_heads if not _one_layer(labelling, sums, _last(labelling, own, {name}))}
-    return _last(labelling, own, {output_of(labelling)})
+    return _last(labelling, own, {_output(labelling)})
 
 
 def _one_layer(labelling: Labelling, sums: set[str], begin: set[str]) -> bool:
@@ -95,7 +95,7 @@ def _one_layer(labelling: Labelling, sums: set[str], begin: set[str]) -> bool:
     return not begin or (not front & begin and bool(front & sums))
 
 
-def output_of(labelling: Labelling) -> str:
+def _output(labelling: Labelling) -> str:
     """The node that returns."""
     return labelling.program.module.graph.output_node().name
 

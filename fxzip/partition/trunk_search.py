@@ -18,7 +18,7 @@ from ..errors import AlignError, CutError
 from .alignment import Alignment
 from .dependencies import dependencies
 from .node_names import cut_names, named
-from .own import heads_begin, output_of, weights_behind
+from .own import heads_begin, weights_behind
 from .pairing import pair_spaces
 from .refusals import beyond, nothing_shared
 from .region import Trunk
@@ -28,8 +28,7 @@ from .unmatched import Common
 _LAST_SUM = "what it computes from features by its weights goes into what the model returns"
 _WRITES_OUTPUT = "it writes features that the model returns"
 _ALIKE = "it carries no features that could be given back to each model"
-_RETURNED_PARAMETER = "it reads parameters that the model returns"
-RETURNED = frozenset([_LAST_SUM, _WRITES_OUTPUT, _RETURNED_PARAMETER])
+RETURNED = frozenset([_LAST_SUM, _WRITES_OUTPUT])
 """Of the reasons why a trunk ends those that say where heads begin."""
 _PACKED = "it gives several values in one, of which heads cannot be given their own"
 _DISCRETE = "it gives booleans or integers that go by features, of which heads cannot be given their own"
@@ -141,13 +140,12 @@ class TrunkSearch:
         ends: dict[str, str] = {}
         whole = [solve(label, pinned=pins) for label, pins in zip(self.labellings, self.common.pinned, strict=True)]
         barriers = [{b.node: b.reason for b in reversed(label.barriers)} for label in self.labellings]
-        kept = [weights_behind(label)[output_of(label)] for label in self.labellings]
         for name, twins in self.alignment.pairs.items():
             reason = different_shapes(self.labellings, twins)
             shapes = {label.program.shapes.get(own) for label, own in zip(self.labellings, twins, strict=True)}
             free = name in self.common.same or (until_given and len(shapes) == 1)
             for k, twin in enumerate(twins):
-                output = "" if free else _writes_output(self.labellings[k], whole[k], twin, kept[k])
+                output = "" if free else _writes_output(self.labellings[k], whole[k], twin)
                 stored = _STORES if self.labellings[k].program.memory.writes_state(twin) else ""
                 reason = reason or barriers[k].get(twin, "") or output or stored
             if not reason and not until_given and name in self.returned:
@@ -285,10 +283,8 @@ def different_shapes(labellings: Sequence[Labelling], twins: tuple[str, ...]) ->
     return ""
 
 
-def _writes_output(label: Labelling, spaces: FeatureSpaces, node: str, returned: Collection[str]) -> str:
-    """Whether a node's parameters write features that the model returns, or are `returned`: there heads begin."""
-    if label.touches[node] & set(returned):
-        return _RETURNED_PARAMETER
+def _writes_output(label: Labelling, spaces: FeatureSpaces, node: str) -> str:
+    """Whether a node's parameters write features that the model returns: that is where heads begin."""
     for param in label.touches[node]:
         for place, labels in enumerate(label.params[param].fields):
             if (param, place) not in spaces.consumed:

@@ -68,7 +68,15 @@ def _takes_apart(user: fx.Node, node: fx.Node) -> bool:
 def _is_plain(structure: Structure) -> bool:
     if structure.kind is None or structure.is_constant:
         return structure.kind is None or structure.constant is None
-    return structure.recipe is None and all(_is_plain(part) for part in structure.parts)
+    return structure.recipe is None and _holds_what_it_is_given(structure.kind) and all(map(_is_plain, structure.parts))
+
+
+def _holds_what_it_is_given(kind: type) -> bool:
+    """Whether making such a container asks nothing of its items: `PackedSequence`, a named tuple, asks for a device."""
+    if not issubclass(kind, tuple):
+        return True
+    made_by = next(own for own in kind.__mro__ if "__new__" in vars(own))
+    return made_by is tuple or "_fields" in vars(made_by)
 
 
 def _items(graph: fx.Graph, node: fx.Node, structure: Structure) -> list[fx.Node]:
