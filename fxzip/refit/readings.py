@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -17,10 +18,12 @@ from ..rewriting.module import ZippedModule, part_of
 from .linear_calls.norms import norms_of
 from .spread import Sums
 
+_TESTED = 16  # values of each feature at least; they are held as long as the fit lasts
+
 
 @dataclass(eq=False)
 class Reading:
-    """What a normalisation read: its names, sums over all of it, and for a test some rows with what they became."""
+    """What a normalisation read: its names, sums over all of it, and some rows for a test."""
 
     norm: _NormBase
     name: str
@@ -36,7 +39,7 @@ class Reading:
             self.wrong = "it is called on something else than a batch"
             return
         if self.rows is None:
-            self.rows = value.detach()[:4].clone()
+            self.rows = value.detach()[: math.ceil(_TESTED / max(math.prod(value.shape[2:]), 1))].clone()
         self.calls += 1
         if isinstance(self.norm, _InstanceNorm):
             variance, mean = torch.var_mean(value.detach().flatten(2).double(), 2)

@@ -157,6 +157,7 @@ class Sampler:
             drawn = self._behind(tail, total.on(batch.source, batch.originals), values, count)
             if drawn is not None and seen is not None and not self._adds(tail, drawn, scratch, values, seen):
                 drawn, self.tails[site] = None, False
+        scratch.clear()
         if drawn is None:
             places = sampled_places(values.shape, values.axes, count, self.generator, values.device)
             plain = site.returned is not None or site.norm is not None
