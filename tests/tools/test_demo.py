@@ -19,7 +19,7 @@ def finished(tmp_path_factory):
     """One run of small networks: its rows, what it wrote, in pieces, and the path of the program."""
     pieces: list[str] = []
     path = tmp_path_factory.mktemp("demo") / "deep" / "zipped.pt2"
-    rows = demo.run(epochs=2, width=WIDTH, output=path, quiet=True, write=pieces.append)
+    rows = demo.run(epochs=4, width=WIDTH, output=path, quiet=True, write=pieces.append)
     return rows, pieces, path
 
 
@@ -105,9 +105,11 @@ def test_averaging_fails_and_a_zip_does_not(finished):
     assert rows["weights averaged"].accuracy < 0.1
     assert rows["averaged, BatchNorm reset"].accuracy < 0.5 * zipped.accuracy
     assert rows["ZipIt!, BatchNorm reset"].accuracy < zipped.accuracy
-    assert zipped.accuracy > 0.75 * apart.accuracy
-    assert rows["zip, until layer1"].accuracy > zipped.accuracy
-    assert rows["zip, until layer1"].accuracy > 0.9 * apart.accuracy
+    # On seeds 0 to 3: 0.91 to 0.95 of side by side where all is shared, 0.8 to 2.8 points more until layer1. Training
+    # gives other weights on another processor; two networks judged on 2,000 images differ by chance by most of a point.
+    assert zipped.accuracy > 0.8 * apart.accuracy
+    assert rows["zip, until layer1"].accuracy > zipped.accuracy - 0.01
+    assert rows["zip, until layer1"].accuracy > 0.88 * apart.accuracy
     assert rows["a alone (numbers 00-49)"].joint is None
 
 
