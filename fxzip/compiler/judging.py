@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import CalibrationWarning, FxzipWarning, TrunkWarning
+from ..partition.masks import about_masks
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
 from ..tracing.calls import Call
@@ -88,8 +89,10 @@ def _about_data(session: Session, report: Mapping[str, Any]) -> list[tuple[type[
 
 
 def _about_the_trunk(session: Session, report: Mapping[str, Any]) -> list[tuple[type[FxzipWarning], str]]:
-    """A small trunk where the graphs diverge, and first layers that the models have in common."""
+    """A small trunk where the graphs diverge, masks that are not kept, first layers that the models have in common."""
     found: list[tuple[type[FxzipWarning], str]] = []
+    if report["cut"]["masked"]:
+        found.append((TrunkWarning, about_masks(report["cut"]["masked"])))
     parting = report["cut"]["parting"]
     one, trunk = sum(session.survey.flops[0].values()), report["flops"]["trunk"]
     if any(parting) and trunk < SMALL_TRUNK * one:

@@ -128,7 +128,7 @@ def survey(
     if options.strict:
         _no_barriers(labellings)
     alignment = align(programs, () if start is None else find_stems(labellings, start))
-    before = programs[0]
+    before = labellings[0]
     as_trained = options.by_position or options.base is not None  # merges what was trained, place by place
     found = _with_lifted(alignment, labellings, weights=not as_trained)
     if found is not None:
@@ -153,10 +153,11 @@ def survey(
     )
 
 
-def _about_weights(before: Program, after: Program) -> tuple[str, ...]:
+def _about_weights(before: Labelling, after: Program) -> tuple[str, ...]:
     """What the report says of weights that have become parameters: the nodes that computed them are gone."""
     kept = {node.name for node in after.module.graph.nodes}
-    gone = [node.name for node in before.module.graph.nodes if node.op != "get_attr" and node.name not in kept]
+    nodes = [node for node in before.program.module.graph.nodes if node.name not in before.dynamic | kept]
+    gone = [node.name for node in nodes if node.op != "get_attr"]
     if not gone:
         return ()
     where = names_of(gone)

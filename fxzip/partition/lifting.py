@@ -25,6 +25,7 @@ from ..analysis.labelling import Labelling
 from ..analysis.rules import Constraints, varying
 from ..tracing import Program, quiet_execution
 from ..tracing.aliasing import sharing
+from .masks import masked_weights
 from .own import heads_begin, weights_behind
 
 _MEET = frozenset(
@@ -49,8 +50,8 @@ def lifted(labelling: Labelling, differ: Collection[str], *, weights: bool = Fal
     behind = {name: names & set(differ) for name, names in weights_behind(labelling).items()}
     places = [place for node in program.module.graph.nodes for place in _places(labelling, node, behind)]
     if weights:
-        whole = [n for n in computed_weights(labelling, labelling.params.keys()) if not behind[n]]
-        found = [*computed_weights(labelling, differ), *whole]
+        alike = [n for n in computed_weights(labelling, labelling.params.keys()) if not behind[n]]
+        found = [*computed_weights(labelling, differ), *alike]
         places += [_Place(name, name, "", tuple(program.shapes[name])) for name in found]
     if not places:
         return None
@@ -68,9 +69,13 @@ def lifted(labelling: Labelling, differ: Collection[str], *, weights: bool = Fal
     _drop_unread(module.graph, labelling)
     module.graph.lint()
     module.recompile()
+    whole = {place.node for place in places if not place.source}
+    computed = {node.name: _needed([node]) for node in program.module.graph.nodes if node.name in whole}
+    masked = masked_weights(program, computed)
+    names = frozenset(f"lifted_{number}" for number, place in enumerate(places) if place.node in masked)
     memory = sharing(module, program.call, program.mutators) if program.mutators else program.memory
     shapes = {**program.shapes, **_new_shapes(module, program.shapes)}
-    return replace(program, module=module, shapes=shapes, memory=memory)
+    return replace(program, module=module, shapes=shapes, memory=memory, masked=names)
 
 
 def computed_weights(labelling: Labelling, differ: Collection[str]) -> list[str]:

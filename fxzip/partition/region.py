@@ -15,6 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from ..analysis.labelling import Labelling
 from ..analysis.spaces import FeatureSpaces
 from .alignment import Alignment
+from .masks import about_masks, differ_by_feature
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,21 @@ class Trunk:
         if self.alike:
             names = ", ".join(f"`{name}`" for name in self.alike)
             notes.append(f"{names} carries no features of its own for each model: all heads read the same value")
-        return notes
+        return notes + ([about_masks(self.masked)] if self.masked else [])
+
+    @cached_property
+    def masked(self) -> tuple[str, ...]:
+        """Nodes that sum over features with masked weights, of which a merge does not keep the mask."""
+        program, labelling, spaces = self.alignment.programs[0], self.labellings[0], self.spaces[0]
+        tensors = dict(program.module.named_parameters())
+        torn = {
+            name
+            for name in program.masked
+            if name in labelling.params and differ_by_feature(tensors[name] == 0, labelling.params[name].fields, spaces)
+        }
+        nodes = {node.name: node for node in program.module.graph.nodes if node.name in self.nodes}
+        read = {name: {str(source.target) for source in node.all_input_nodes} for name, node in nodes.items()}
+        return tuple(name for name in self.nodes if read[name] & torn)
 
     def names(self, k: int) -> dict[str, str]:
         """Node name in model 0 -> node name in model k, over the trunk."""

@@ -244,6 +244,7 @@ def make_report(
             "ends": dict(trunk.ends),
             "unmatched": dict(trunk.unmatched),
             "alike": list(trunk.alike),
+            "masked": list(trunk.masked),
             "merged": [list(twins) for twins in trunk.alignment.entries],
         },
         "spaces": space_facts(plan, statistics),

@@ -62,6 +62,7 @@ class Program:
         compared: the inputs on which the graph was compared with the model: the sample, a fresh one, others.
         origins: of its parameters and buffers the names in the model, parametrisations folded; what tracing has made is
             not in it.
+        masked: names of its parameters that are computed weights with zeros that no training fills.
     """
 
     module: fx.GraphModule
@@ -76,6 +77,7 @@ class Program:
     memory: Sharing = field(default_factory=Sharing)
     strays: Strays = field(default_factory=Strays)
     origins: dict[str, str] = field(default_factory=dict)
+    masked: frozenset[str] = frozenset()
 
     @cached_property
     def small_call(self) -> Call:

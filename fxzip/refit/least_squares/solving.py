@@ -149,11 +149,13 @@ class _Joined:
         rectified = all(sample.rectified for sample in samples)
         return cls(x, t, offset_of(samples), rectified, _half(samples))
 
-    def regression(self, group: int, outputs: slice, prior: Tensor) -> Regression:
-        """That of one group; without a constant if the prior has no row for it."""
+    def regression(self, group: int, outputs: slice, prior: Tensor, read: Tensor) -> Regression:
+        """That of one group, of the inputs that are read; without a constant if the prior has no row for it."""
         offset = None if self.offset is None else self.offset.map(lambda own: own[:, outputs])
-        constant = len(prior) > self.x.block(0).shape[2]
+        constant = len(prior) > int(read.sum())
         x, t = self.x.map(lambda own: own[:, group]), self.t.map(lambda own: own[:, outputs])
+        if not bool(read.all()):
+            x = x.map(lambda own: own[:, read])
         return Regression(x, t, prior, offset, constant)
 
 
@@ -247,15 +249,16 @@ def _solve_linear(net: ZippedModule, unit: Unit, joined: _Joined, settings: Sett
     assert kernel is not None
     flat, bias = effective(kernel, norm)
     groups, rows, inputs = flat.shape
+    read = kernel.read
     rounds = settings.rounds if joined.rectified else 0
     constant = kernel.bias is not None or norm is not None or unit.owner is not None
-    scarce = joined.x.rows < settings.scarce * inputs
+    scarce = joined.x.rows < settings.scarce * int(read.sum())
     result = Solved(weight=flat, bias=bias)
 
     for g in range(groups):
         mine = slice(g * rows, (g + 1) * rows)
-        prior = torch.cat([flat[g].T, bias[None, mine]]) if constant else flat[g].T
-        regression = joined.regression(g, mine, prior)
+        own = flat[g][:, read].T
+        regression = joined.regression(g, mine, torch.cat([own, bias[None, mine]]) if constant else own, read)
         given = settings.ridge
         if scarce:
             best = best_ridge(regression, [given * 10**power for power in range(5)], joined.held, rectified=rounds > 0)
@@ -267,8 +270,10 @@ def _solve_linear(net: ZippedModule, unit: Unit, joined: _Joined, settings: Sett
             rank=asked.rank,
         )  # fmt: skip
         if factors is not None:
-            result = replace(result, factors=(factors[0].T.contiguous(), factors[1].T.contiguous()))
-        flat[g] = (solution[:-1] if constant else solution).T
+            first = factors[0].new_zeros(inputs, factors[0].shape[1])
+            first[read] = factors[0]
+            result = replace(result, factors=(first.T.contiguous(), factors[1].T.contiguous()))
+        flat[g][:, read] = (solution[:-1] if constant else solution).T
         if constant:
             bias[mine] = solution[-1]
         if lost is not None:

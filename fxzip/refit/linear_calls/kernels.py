@@ -147,6 +147,15 @@ class Kernel:
         return run.clamp(0, size - 1), inside
 
     @property
+    def read(self) -> Tensor:
+        """Those of a group's inputs that lie where any weight of the kernel is not 0, bool [inputs], in the order of
+        `flat`: a masked convolution has others."""
+        if self.form != "convolution" or not bool(self.weight.any()):
+            return torch.ones(self.flat.shape[2], dtype=torch.bool, device=self.weight.device)
+        taps = (self.weight != 0).flatten(2).any(0).any(0)
+        return taps.repeat(self.flat.shape[2] // len(taps))
+
+    @property
     def flat(self) -> Tensor:
         """The weight as [groups, outputs per group, inputs per group], float64."""
         weight = self.weight.detach().double()
