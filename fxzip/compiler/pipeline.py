@@ -21,6 +21,7 @@ from ..matching import Method
 from ..refit import Refit
 from ..rewriting.module import ZippedModule
 from ..tracing import plain_context
+from ..tracing.option_values import checked
 from ..widths.requests import Currency, rank_request, width_request
 from .arguments import Given
 from .assembling import Assembly, assemble
@@ -61,6 +62,7 @@ def compile_zip(
 ) -> ZippedModule: ...
 @together()
 @plain_context()
+@checked
 def compile_zip(
     *models: Any,
     sample_input: Any = None,

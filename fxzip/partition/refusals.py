@@ -35,3 +35,12 @@ def nothing_shared(alignment: Alignment, order: Sequence[fx.Node], ends: Mapping
         why = "no node with parameters lies before the cut"
     place = "`start`" if alignment.stems else "the input"
     return f"`compile_zip` needs models that agree from {place} on; {why}."
+
+
+def too_early(until: str, order: Sequence[fx.Node], names: set[str], weighed: set[str]) -> str:
+    """What to do where the name that the user gives lies in front of all weights; `weighed`: nodes that could be shared
+    and depend on some."""
+    last = next((node.name for node in reversed(order) if node.name in names), "the input")
+    first = next((node.name for node in order if node.name in weighed), None)
+    found = "none can be shared:" if first is None else f"the first place with some is `until={first!r}`. Or"
+    return f" `until={until!r}` ends at node `{last}`; {found} share nothing at all, `until=0`."

@@ -39,7 +39,8 @@ def find_stems(labellings: Sequence[Labelling], start: str | Sequence[str]) -> t
     Raises:
         CutError: a model has no such node, a stem is empty, the numbers of entries differ, or an entry is no tensor.
     """
-    if not isinstance(start, (str, list, tuple)) or not all(isinstance(name, str) for name in start):
+    given = [start] if isinstance(start, str) else start
+    if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) and name for name in given):
         raise CutError(f"`start` must be a name, or a list with one for each model; found {start!r:.80}.")
     names = [start] * len(labellings) if isinstance(start, str) else list(start)
     if len(names) != len(labellings):

@@ -20,7 +20,7 @@ from .dependencies import dependencies
 from .node_names import cut_names, named
 from .own import heads_begin, weights_behind
 from .pairing import pair_spaces
-from .refusals import beyond, nothing_shared
+from .refusals import beyond, nothing_shared, too_early
 from .region import Trunk
 from .stems import find_stems
 from .unmatched import Common
@@ -108,7 +108,7 @@ class TrunkSearch:
         if missing:
             raise CutError(beyond(until, missing[0], self.alignment, ends, names))
         wanted = self._unpacked(wanted, names)
-        self._not_empty(wanted, ends, hint=False)
+        self._not_empty(wanted, ends, until=until)
         spaces = self.common.solved(wanted)
         found = self.common.unmatched(wanted, spaces)
         found = {name: reason for name, reason in found.items() if name not in self.returned}  # that was asked for
@@ -183,13 +183,15 @@ class TrunkSearch:
         odd = odd.difference(*(nx.descendants(self.graph.subgraph(odd | packed), name) for name in packed))
         return self.closed(names - odd) if odd else names
 
-    def _not_empty(self, names: set[str], ends: Mapping[str, str], *, hint: bool = True) -> None:
-        """Raise unless something with weights is shared; with a `hint`, which is looked for, on what to do instead."""
+    def _not_empty(self, names: set[str], ends: Mapping[str, str], *, until: str | None = None) -> None:
+        """Raise unless something with weights is shared; with what to do instead, which is looked for."""
         label = self.labellings[0]
         dynamic = [n for n in self.order if n.name in names and n.op != "placeholder" and n.name in label.dynamic]
         behind = weights_behind(label)
         if not any(behind[n.name] for n in dynamic):
-            way_out = self._way_out(ends) if hint else ""
+            free = self.closed(self.alignment.pairs.keys() - self.unsound(until_given=True).keys()) & label.dynamic
+            weighed = {name for name in free if behind[name]}
+            way_out = self._way_out(ends) if until is None else too_early(until, self.order, names, weighed)
             raise AlignError(nothing_shared(self.alignment, self.order, ends, names) + way_out)
 
     def _way_out(self, ends: Mapping[str, str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from ..errors import OptionError
 from ..rewriting.module import ZippedModule
@@ -50,6 +52,17 @@ REFITS: dict[str | None, Refit] = {
 }
 
 
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function takes so many arguments, as far as it says what it takes."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except ValueError:  # functions of C do not always say
+        return True
+    except TypeError:
+        return False
+    return True
+
+
 def refits(name: str | Refit | None) -> Refit:
     """The refit of that name; a refit itself, such as `LeastSquares(ridge=1e-3)`, is passed through.
 
@@ -57,6 +70,11 @@ def refits(name: str | Refit | None) -> Refit:
     'repair'
     """
     if callable(name):
+        if not _takes(name, 3):
+            raise OptionError(
+                f"`refit` as a function must take three arguments, the zipped network, its plan and the data; found "
+                f"`{getattr(name, '__name__', type(name).__name__)}`, which does not."
+            )
         return name
     if name not in REFITS:
         known = ", ".join([repr("auto"), *(repr(key) for key in REFITS)])

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, LoadError, SaveError
+from ..tracing.option_values import checked
 from ..tracing.whole_files import beside
 from .json_graph import network_as_json, network_of_json, own_names, unlisted
 from .json_values import decoded, encoded, fields, plain
@@ -41,6 +42,7 @@ _LIMITS = {"graph.json": 2**28, "report.json": 2**26}
 _SUMMED = (_TENSORS, *_LIMITS)
 
 
+@checked
 def save(zipped: EmittedModule, folder: str | os.PathLike[str]) -> None:
     """Write a zipped network to a folder, which `load` reads without the code of the models.
 
@@ -91,6 +93,7 @@ def save(zipped: EmittedModule, folder: str | os.PathLike[str]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@checked
 def load(folder: str | os.PathLike[str], *, trust: Iterable[Callable[..., Any]] = ()) -> EmittedModule:
     """The network that `save` wrote: the same outputs, parameters, mode and report, on the CPU.
 

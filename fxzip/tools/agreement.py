@@ -21,6 +21,7 @@ from ..errors import DataError, InputError
 from ..rewriting.module import ZippedModule
 from ..tracing import modes_kept, plain_context, run_eager
 from ..tracing.calls import Call, batch_size, leaves, moved
+from ..tracing.option_values import checked
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Agreement:
 
 
 @plain_context()
+@checked
 def agreement(
     zipped: nn.Module, models: Sequence[nn.Module] | Mapping[str, nn.Module], data: Any,
     *, max_batches: int = MAX_BATCHES,
@@ -74,6 +76,9 @@ def agreement(
     """
     network, tasks, sources = _prepared(zipped, data)
     originals = list(models.values()) if isinstance(models, Mapping) else list(models)
+    if not all(isinstance(model, nn.Module) for model in originals):
+        found = next(model for model in originals if not isinstance(model, nn.Module))
+        raise InputError(f"`models` must hold the networks that were zipped; found a `{type(found).__name__}`.")
     if len(originals) != len(network.heads):
         raise InputError(f"`models` must be one for each of the {len(network.heads)} heads; found {len(originals)}.")
     sums = [Comparison() for _ in originals]
@@ -114,6 +119,7 @@ class Evaluation:
 
 
 @plain_context()
+@checked
 def evaluate(zipped: nn.Module, data: Any, *, max_batches: int = MAX_BATCHES) -> Evaluation:
     """Accuracy of each head of classifiers on labelled inputs of its task.
 
@@ -167,7 +173,7 @@ def _prepared(zipped: nn.Module, data: Any) -> tuple[ZippedModule, tuple[str, ..
         raise InputError(f"This takes a network of `compile_zip` or `side_by_side`; found `{type(zipped).__name__}`.")
     tasks = zipped.tasks
     if isinstance(data, Mapping):
-        if set(data) != set(tasks):
+        if not tasks or set(data) != set(tasks):
             known = ", ".join(map(repr, tasks)) or "none"
             raise InputError(f"`data` by name must have the names of the tasks, {known}; found {list(data)}.")
         return zipped, tasks, [data[task] for task in tasks]

@@ -17,9 +17,10 @@ from ..rewriting.batching import PART, batchable, emitted, padded, values_of
 from ..rewriting.module import ZippedModule, part_of, sources_of
 from ..rewriting.node_facts import node_facts
 from ..rewriting.report import Report
-from ..tracing import difference, flat_inputs, modes_kept, plain_context, run_eager
-from ..tracing.calls import Call, as_call, batch_size, with_batch
-from .exporting import sample_of
+from ..tracing import difference, modes_kept, plain_context, run_eager
+from ..tracing.calls import Call, batch_size, with_batch
+from ..tracing.option_values import checked
+from .exporting import inputs_of
 
 GAIN = 0.02
 """What has to be saved at least: times that lie closer together are the same."""
@@ -28,6 +29,7 @@ _LAYOUTS = ((0, 1), (1,), (0,))
 
 
 @plain_context()
+@checked
 def batch_heads(network: ZippedModule, sample_input: Any = None, *, timed: bool = True) -> ZippedModule:
     """The same network with one call where all heads make the same one, if that is faster: convolutions become grouped
     ones, linear calls a batched product, and what is between them runs once.
@@ -72,8 +74,7 @@ def batch_heads(network: ZippedModule, sample_input: Any = None, *, timed: bool 
         )
     if any(part_of(node) == PART for node in network.graph.nodes):
         raise OptionError("The heads of this network run together already; pass the network with its heads apart.")
-    call = sample_of(network) if sample_input is None else as_call(sample_input)
-    call = Call(tuple(flat_inputs(network, call)), {})
+    call = inputs_of(network, sample_input)
     with modes_kept(network):
         network.eval()
         layouts = _LAYOUTS if timed else _LAYOUTS[:1]

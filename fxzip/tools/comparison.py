@@ -18,9 +18,11 @@ from ..compiler.one_base import base_tensors, check_base, takes_base, weights_by
 from ..compiler.options import Options, Recipe
 from ..compiler.progress import Display
 from ..compiler.survey import cuts_and_trunks
+from ..errors import OptionError
 from ..matching import FIRST_CLASS, Method
 from ..refit import Refit
 from ..tracing import plain_context
+from ..tracing.option_values import checked
 from ..widths.requests import UNCHANGED, Budget, Currency, rank_request, width_request
 from .lines import ALONE, Line, shown
 from .table import Table
@@ -31,6 +33,7 @@ SWEPT = 12
 
 @together()
 @plain_context()
+@checked
 def sweep(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],
     sample_input: Any,
@@ -83,6 +86,8 @@ def sweep(
         DataError: fewer than ten inputs can be held out. CutError: a cut names nothing that is shared. And what
         `compile_zip` raises.
     """
+    if budget is not None and max_costs is None and rank != "auto":
+        raise OptionError(f"`budget` says what `max_costs` count; found `budget={budget!r}` without them.")
     given = Given.of((models, sample_input), "sweep")
     own_weights = weights_by_model(weights, given.tasks, len(given.networks))
     recipes = []
@@ -110,6 +115,7 @@ def sweep(
 
 @together()
 @plain_context()
+@checked
 def compare(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],
     sample_input: Any,
@@ -117,7 +123,7 @@ def compare(
     data: Any = None,
     score: Score | None = None,
     methods: Sequence[Any] | None = None,
-    cuts: Sequence[str | float | None] = (None,),
+    cuts: Sequence[str | float | None] | None = (None,),
     budget: Currency | None = None,
     refit: str | Refit | None = "auto",
     held_out: Any = None,
@@ -148,7 +154,7 @@ def compare(
         methods: names, methods with their settings, or pairs (method, refit); "alone" is each network narrowed by
             itself to its share of the first one's cost (`fxzip.narrow`), and nothing shared. None: energy, zip,
             permute, weights, average and alone. One that fails is a row with its message.
-        cuts: what `until` takes, each.
+        cuts: what `until` takes, each. None: the heads.
         budget: what the cost of "alone" counts, as in `compile_zip`.
         refit: of the methods that come without one.
         held_out: as in `sweep`.
@@ -173,4 +179,4 @@ def compare(
     )  # fmt: skip
     with Display(show=progress) as display:
         table = TableRows.of(given, data, held_out, options, chosen, display)
-        return table.at(cuts, score, strict=False)
+        return table.at((None,) if cuts is None else cuts, score, strict=False)

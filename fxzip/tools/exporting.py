@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..calibration.rejections import describe
 from ..errors import FxzipError, InputError, OptionError
 from ..rewriting.module import ZippedModule
 from ..tracing import difference, flat_inputs, modes_kept, plain_context, run_eager
 from ..tracing.calls import Call, as_call, batch_size, leaves, with_batch
+from ..tracing.option_values import checked
 
 _SIZES = (1, 3, 7)
 
 
 @plain_context()
+@checked
 def export(network: fx.GraphModule, path: str | Path, sample_input: Any = None) -> Path:
     """Write a zipped network, or one task of it (`single`), as `.onnx` or `.pt2`, for any batch size.
 
@@ -54,8 +57,7 @@ def export(network: fx.GraphModule, path: str | Path, sample_input: Any = None) 
     writers: dict[str, Callable[[fx.GraphModule, Call, Path], None]] = {".onnx": _onnx, ".pt2": _program}
     if target.suffix not in writers:
         raise OptionError(f"`path` must end in {' or '.join(writers)}; found {str(target)!r}.")
-    call = sample_of(network) if sample_input is None else as_call(sample_input)
-    call = Call(tuple(flat_inputs(network, call)), {})
+    call = inputs_of(network, sample_input)
     folder = tempfile.TemporaryDirectory(dir=target.absolute().parent)
     with modes_kept(network), folder as place:
         network.eval()
@@ -86,6 +88,27 @@ def output_names(network: fx.GraphModule) -> list[str]:
         fx.node.map_arg(head, found.append)
         names += [task] if len(found) == 1 else [f"{task}_{i}" for i in range(len(found))]
     return names
+
+
+def inputs_of(network: fx.GraphModule, sample_input: Any) -> Call:
+    """A batch in the order of the network's placeholders: the one that is given, or one of the compile's shapes.
+
+    Raises:
+        InputError: the network does not take it, or none is given and no shapes are known.
+    """
+    if sample_input is None:
+        return Call(tuple(flat_inputs(network, sample_of(network))), {})
+    given = as_call(sample_input)
+    try:
+        call = Call(tuple(flat_inputs(network, given)), {})
+        with modes_kept(network):
+            run_eager(network.eval(), call)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"`sample_input` must be one batch of what the network takes; found {describe(given)}: {reason}"
+        ) from error
+    return call
 
 
 def sample_of(network: fx.GraphModule) -> Call:

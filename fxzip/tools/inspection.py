@@ -20,6 +20,7 @@ from ..partition.own import fixed_places
 from ..rewriting.pages import fragment
 from ..tracing import check_model, plain_context, trace
 from ..tracing.calls import as_call
+from ..tracing.option_values import checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,7 @@ class Inspection:
 
 
 @plain_context()
+@checked
 def inspect(
     model: nn.Module, sample_input: Any, *, verify: bool = True, rules: Mapping[str, Rule] | None = None
 ) -> Inspection:

@@ -38,6 +38,7 @@ from ..rewriting.module import set_tensor
 from ..rewriting.paired_parameters import aligned_tensors, check_paired
 from ..rewriting.zip_plan import ZipPlan, plan
 from ..tracing import plain_context
+from ..tracing.option_values import checked
 from .plotting import axes
 
 
@@ -98,6 +99,7 @@ class Barrier:
 
 @together()
 @plain_context()
+@checked
 def barrier(
     a: nn.Module,
     b: nn.Module,

@@ -23,7 +23,7 @@ from ..compiler.pipeline import finished
 from ..compiler.placement import brought_back, device_of
 from ..compiler.progress import Display
 from ..compiler.session import Candidate, Session
-from ..errors import AlignError, InputError
+from ..errors import AlignError, InputError, OptionError
 from ..matching import Method
 from ..partition.cut_points import Cut
 from ..refit import Refit
@@ -31,12 +31,14 @@ from ..rewriting.module import EmittedModule, ZippedModule
 from ..rewriting.report import Report
 from ..tracing import plain_context
 from ..tracing.calls import JointCall
+from ..tracing.option_values import checked
 from ..widths.requests import Currency, rank_request, width_request
 from .unmerged import side_by_side
 
 
 @together()
 @plain_context()
+@checked
 def narrow(
     model: nn.Module,
     sample_input: Any,
@@ -83,6 +85,8 @@ def narrow(
             raises.
     """
     given = Given.one(model, sample_input, "narrow")
+    if max_cost is None or not 0 < max_cost <= 1:
+        raise OptionError(f"`max_cost` of `narrow` must lie in (0, 1]; found {max_cost!r}. Half the cost is 0.5.")
     width = width_request("auto", max_cost, 1, budget)
     ranks = rank_request(rank, max_cost, budget)
     recipe = Recipe.of(method, refit, calibrated=data is not None, width=width, rank=ranks)

@@ -15,10 +15,12 @@ from ..analysis.rules import Rule
 from ..analysis.spaces import solve
 from ..tracing import check_model, plain_context, trace
 from ..tracing.calls import as_call
+from ..tracing.option_values import checked
 from ..tracing.preparation import copied, folded
 
 
 @plain_context()
+@checked
 def relabel(
     model: nn.Module, sample_input: Any, *, seed: int = 0, verify: bool = True, rules: Mapping[str, Rule] | None = None
 ) -> nn.Module:

@@ -21,6 +21,7 @@ from ..compiler.arguments import check_models
 from ..errors import InputError, OptionError
 from ..partition.alignment import align
 from ..tracing import plain_context, trace
+from ..tracing.option_values import checked
 from ..tracing.precision import place_of_float64
 
 KINDS = ("uniform", "greedy")
@@ -42,6 +43,7 @@ class Ingredients:
 
 
 @plain_context()
+@checked
 def soup(
     models: Sequence[nn.Module],
     sample_input: Any = None,

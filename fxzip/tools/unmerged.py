@@ -18,10 +18,12 @@ from ..rewriting.node_facts import node_facts
 from ..rewriting.report import Report, costs, described_inputs, tracing_facts, uncounted
 from ..tracing import Program, plain_context
 from ..tracing.joint_inputs import trace_all
+from ..tracing.option_values import checked
 from ..tracing.provenance import mark, provenance_of
 
 
 @plain_context()
+@checked
 def side_by_side(models: Sequence[nn.Module] | Mapping[str, nn.Module], sample_input: Any) -> ZippedModule:
     """The models behind one interface, that of `compile_zip`: a tuple with each model's output, or a dict where they
     have the names of their tasks, `.single(i)`, `.report`. The models need not have anything in common but the input.

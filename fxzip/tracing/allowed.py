@@ -30,6 +30,7 @@ import torch
 from torch import fx
 
 from ..errors import LoadError
+from .option_values import checked
 
 
 def _words(text: str) -> frozenset[str]:
@@ -93,6 +94,7 @@ _NO_METHODS = _words(
 
 
 @contextmanager
+@checked
 def trust(*functions: Callable[..., Any]) -> Iterator[None]:
     """Inside, files loaded with `torch.load(weights_only=True)` may call these functions of one's own.
 

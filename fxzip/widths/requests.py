@@ -75,7 +75,7 @@ def currency(budget: str | None) -> Currency:
     """
     if budget is None:
         return "latency"
-    if budget not in get_args(Currency):
+    if not (isinstance(budget, str) and budget in get_args(Currency)):
         known = ", ".join(map(repr, get_args(Currency)))
         raise OptionError(f"`budget` must be one of {known}, what `max_cost` counts; found {budget!r}.")
     return cast("Currency", budget)

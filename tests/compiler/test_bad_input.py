@@ -1,5 +1,6 @@
 """Each bad input gets one clear error."""
 
+import copy
 import re
 
 import pytest
@@ -49,6 +50,18 @@ def test_fraction_out_of_range(until):
 
 def test_fraction_too_small():
     fails(fxzip.AlignError, "no node with parameters lies before the cut", A, B, X, until=1e-6)
+
+
+def test_a_name_in_front_of_all_weights_says_where_the_first_ones_are():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 3))
+    models = randomise(copy.deepcopy(model), 1), randomise(model, 2)
+    text = "no node with parameters lies before the cut. `until='0'` ends at node `_0`; the first place with some is "
+    fails(fxzip.AlignError, text + "`until='_1'`. Or share nothing at all, `until=0`.", *models, X, until="0")
+    for until in ("_1", 0):
+        assert fxzip.compile_zip(*models, X, until=until, progress=False)(X)
+    bare = nn.Sequential(nn.Flatten(), nn.ReLU())
+    fails(fxzip.AlignError, "no node with parameters lies before the cut. `until='1'` ends at node `_1`; none can be "
+          "shared: share nothing at all", bare, bare, X, until="1")  # fmt: skip
 
 
 def test_fraction_too_small_says_what_is_enough():
@@ -140,9 +153,17 @@ def test_barrier():
 @pytest.mark.parametrize(
     ("option", "error", "text"),
     [
-        ({"until": [0.5]}, fxzip.OptionError, "`until` must be a name, a fraction or None; found a `list`."),
+        (
+            {"until": [0.5]},
+            fxzip.OptionError,
+            '`until` must be a name, a fraction in [0, 1], "auto" or None; found [0.5].',
+        ),
         ({"start": 0}, fxzip.CutError, "`start` must be a name, or a list with one for each model; found 0."),
-        ({"rules": 5}, fxzip.OptionError, "`rules` must be a table by ATen call, `fxzip.RULES | ...`; found 5."),
+        (
+            {"rules": 5},
+            fxzip.OptionError,
+            "`rules` must be a table by ATen call, `fxzip.RULES | ...`, or None; found 5.",
+        ),
     ],
 )
 def test_options_of_another_type(option, error, text):

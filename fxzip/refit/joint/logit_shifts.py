@@ -32,6 +32,7 @@ from ...rewriting.module import ZippedModule
 from ...rewriting.report import Report
 from ...tracing import Program, plain_context, run_eager
 from ...tracing.calls import Call, JointCall, as_call, batch_size, with_batch
+from ...tracing.option_values import checked
 from ...tracing.provenance import Provenance, mark
 from .classifier_heads import Ending, check_features, check_logits, ending
 from .logistic import Evidence, Shifts, fit_shifts
@@ -41,6 +42,7 @@ LEAST = 10  # inputs of each task
 
 @processes.together()
 @plain_context()
+@checked
 def calibrate_joint(
     network: ZippedModule,
     sample_input: Any,
