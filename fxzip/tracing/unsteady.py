@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,32 @@ def unsteady(model: nn.Module, call: Call) -> str:
         sys.setprofile(before)
     if all(difference(output, first) is None for output in later):
         return ""
+    made = next(filter(None, (_made_anew(output, first) for output in later)), "")
+    if made:
+        return (
+            f"Its `forward` returns a `{made}`, a class that it makes anew in each call. Define the class at module "
+            "level, outside of `forward`."
+        )
     named = " and ".join(f"`{name}` at {place}" for name, place in calls.items())
     return (
         "Its `forward` gives something else in each call on the same input, from the same random state"
         f"{f'; it calls {named}' if named else ''}. Make what it reads beside its arguments an argument, a tensor, of "
         "the model."
     )
+
+
+def _made_anew(a: Any, b: Any) -> str:
+    """The name of a class of which two results have one each, of the same name; "" if there is none."""
+    if type(a) is not type(b):
+        names = [(own.__module__, own.__qualname__) for own in (type(a), type(b))]
+        return names[0][1].rpartition(".")[2] if names[0] == names[1] else ""
+    if isinstance(a, Mapping):
+        pairs = [(a[key], b[key]) for key in a.keys() & b.keys()]
+    elif isinstance(a, (tuple, list)):
+        pairs = list(zip(a, b, strict=False))
+    else:
+        return ""
+    return next(filter(None, (_made_anew(*pair) for pair in pairs)), "")
 
 
 def _note(calls: dict[str, str], frame: Any, called: Any) -> None:

@@ -224,7 +224,8 @@ def _parting_calls(model: Sequence[Way], traced: Sequence[Way], above: Way, plac
     for code in dict.fromkeys(codes[0]):
         if codes[0].count(code) != codes[1].count(code):
             continue
-        pairs = zip((w for w in model if w.code is code), (w for w in traced if w.code is code), strict=True)
+        # code that a run makes itself, as `namedtuple` does, is another object each time, and equal
+        pairs = zip((w for w in model if w.code == code), (w for w in traced if w.code == code), strict=True)
         if found := next(filter(None, (parting(*pair) for pair in pairs)), ""):
             return found
     return ""
