@@ -13,7 +13,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..errors import LoadError, SaveError
 from .json_values import decoded, encoded, fields
@@ -65,6 +65,13 @@ class _Writing:
         for key in _BARE:
             if "hooks" in key and held.get(key):
                 raise SaveError(f"Module `{path or 'root'}` has hooks (`{key}`), which cannot be stored; remove them.")
+        if path and isinstance(module, fx.GraphModule):
+            raise SaveError(
+                f"Module `{path}` is a graph of its own, as calls inside `torch.autocast` are, and a folder holds one "
+                "graph only. Keep the network by `torch.save(network, file)`; a file of your own is read by "
+                "`torch.load(file, weights_only=False)`. Or cast in `forward`, by `.to(torch.bfloat16)`, in the place "
+                "of `torch.autocast`."
+            )
         children = {
             name: None if child is None else self.visit(child, f"{path}.{name}".lstrip("."))
             for name, child in module._modules.items()

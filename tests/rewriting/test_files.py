@@ -234,3 +234,26 @@ def test_functions_of_ones_own_are_for_who_names_them():
     assert all(map(torch.equal, again(x), module(x)))
     with pytest.raises((fxzip.LoadError, pickle.UnpicklingError), match="may only name functions"):
         load(file_of(module))
+
+
+class Autocast(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, outputs)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.middle(x)
+        return self.last(x.float())
+
+
+def test_a_graph_inside_a_graph_is_refused_with_a_way_out(tmp_path):
+    x = torch.randn(32, 4)
+    zipped = fxzip.compile_zip(Autocast(2), Autocast(3), x, data=[x], progress=False)
+    with pytest.raises(fxzip.SaveError, match=r"a graph of its own, as calls inside .*torch.save"):
+        fxzip.save(zipped, tmp_path / "zipped")
+    assert not list(tmp_path.iterdir())
+    torch.save(zipped, tmp_path / "zipped.pt")  # what the message says
+    again = torch.load(tmp_path / "zipped.pt", weights_only=False)
+    assert all(torch.equal(y, z) for y, z in zip(again(x), zipped(x), strict=True))
