@@ -145,3 +145,14 @@ def test_a_recurrent_trunk_is_no_free_one():
     assert flops["originals"] == [products + 2 * 4 * 32 * n for n in (3, 4)]
     assert flops["total"] == flops["trunk"] + sum(flops["heads"])
     assert flops["total"] >= max(flops["originals"])
+
+
+def test_calls_that_only_lay_out_or_compare_values_count_as_none():
+    class Laid(torch.nn.Module):
+        def forward(self, x):
+            z = torch.polar(x, x) * torch.complex(x, x)
+            return torch.block_diag(z.real, x) * torch.dist(x, x) + torch.diag_embed(x[0]).sum()
+
+    counted = count_flops(torch.fx.symbolic_trace(Laid()), as_call(torch.randn(3, 4)))
+    assert counted.total == 0
+    assert not counted.unknown
