@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxzip
+from fxzip.refit.least_squares import ridge as ridge_module
 from fxzip.refit.least_squares.ridge import Regression, _outer, affine_solution, best_ridge, ridge_solution
 from fxzip.refit.linear_calls.kernels import effective, install, sampled_places, take
 from fxzip.refit.linear_calls.parameter_uses import survey
@@ -229,6 +230,17 @@ def test_the_best_ridge_is_that_of_both_halves(seed: int, rectified: bool) -> No
     best = best_ridge(Regression(x, t, prior, offset), ridges, held, rectified=rectified)
     assert best == ridges[errors.index(min(errors))]
     assert best not in (ridges[0], ridges[-1])
+
+
+def test_no_ridge_is_tried_behind_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them takes two factorisations, which are most of the time of large systems."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 40, generator=generator, dtype=torch.float64)
+    tried, factor = list[float](), ridge_module._Normal.factor
+    monkeypatch.setattr(ridge_module._Normal, "factor", lambda self, own: (tried.append(own), factor(self, own))[1])
+    exact = Regression(x, x @ torch.ones(40, 200).double(), torch.zeros(41, 200))
+    assert best_ridge(exact, [1e-4, 1e-2, 1.0, 1e2], torch.arange(120) % 2 == 0) == 1e-4
+    assert tried == [1e-4, 1e-4, 1e-2, 1e-2]
 
 
 @pytest.mark.thinned(2)

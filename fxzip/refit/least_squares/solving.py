@@ -261,8 +261,10 @@ def _solve_linear(net: ZippedModule, unit: Unit, joined: _Joined, settings: Sett
         regression = joined.regression(g, mine, torch.cat([own, bias[None, mine]]) if constant else own, read)
         given = settings.ridge
         if scarce:
-            best = best_ridge(regression, [given * 10**power for power in range(5)], joined.held, rectified=rounds > 0)
-            # Halves want more of it than the whole, and what it holds back adds up from call to call.
+            # Halves want more of it than the whole, and what it holds back adds up from call to call: a tenth. So what
+            # is less than ten times as given need not be tried.
+            tried = [given * 10**power for power in range(1, 5)]
+            best = best_ridge(regression, tried, joined.held, rectified=rounds > 0)
             given = max(given, best / 10)
 
         solution, ridge, lost, factors = ridge_solution(
