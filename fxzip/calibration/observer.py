@@ -2,7 +2,8 @@
 
 Features are taken at the places that `places` chooses, at the ATen calls themselves, so that features inside leaf
 modules (the heads of `nn.MultiheadAttention`) are seen too. Positions are subsampled evenly, `POSITIONS` per batch and
-space, which keeps the cost of the products well below that of the forward passes.
+space, which keeps the cost of the products well below that of the forward passes. Where it is known how many inputs
+come, only every n-th of each batch is run, as many as give `ENOUGH` positions of each space.
 
 Products are taken in the features' own precision, of x - c with a fixed centre c (the first batch's mean), and summed
 in float64:  Σ x xᵀ = Σ (x - c)(x - c)ᵀ + c sᵀ + s cᵀ + n c cᵀ  with  s = Σ (x - c).
@@ -23,7 +24,7 @@ from ..matching.moments import SAMPLES, Moments
 from ..partition.region import Trunk
 from ..tracing import Program, quiet_execution
 from ..tracing.aten_calls import AtenCall, run
-from ..tracing.calls import Call
+from ..tracing.calls import Call, batch_size, leaves, select_rows
 from ..tracing.precision import full_precision
 from .hook_points import VALUE, Spot, Watch, watches
 from .moment_sums import Centres, MomentSums, moments_of_all, share_centres
@@ -32,6 +33,7 @@ from .rejections import not_finite, run_on
 POSITIONS = (192, 8192)  # per batch and space, least and most; images, pixels and places are spread evenly
 _COST = 8e8  # multiplications per batch and space that decide in between
 SAMPLES_A_BATCH = SAMPLES // 2
+ENOUGH = (20, 10_000)  # positions of a space: for each feature, and at least
 
 
 def _positions(watch: Watch) -> int:
@@ -132,19 +134,22 @@ def _unravel(places: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     return tuple(reversed(result))
 
 
-def observe(trunk: Trunk, data: Iterable[Call]) -> dict[int, Moments]:
+def observe(trunk: Trunk, data: Iterable[Call], *, inputs: int | None = None) -> dict[int, Moments]:
     """Moments of every space of the trunk, all models side by side, over calibration data.
 
-    In: a trunk and calls (see `inputs.batches`). Out: space number of model 0 -> `Moments`; spaces that no batch
+    In: a trunk and calls (see `inputs.batches`); how many inputs these hold, of all processes, where only as many are
+    to be run as it takes (`ENOUGH`). Out: space number of model 0 -> `Moments`; spaces that no batch
     reached are absent. One pass; memory is that of the statistics and one batch.
 
     Raises:
         DataError: features are not finite, or the models reject a batch.
     """
-    return observe_all([trunk], data)[0]
+    return observe_all([trunk], data, inputs=inputs)[0]
 
 
-def observe_all(trunks: Sequence[Trunk], data: Iterable[Call], *, memory: int = 4 << 30) -> list[dict[int, Moments]]:
+def observe_all(
+    trunks: Sequence[Trunk], data: Iterable[Call], *, memory: int = 4 << 30, inputs: int | None = None
+) -> list[dict[int, Moments]]:
     """`observe` for several trunks of the same models, one pass for all that fit into `memory` bytes of statistics.
 
     Spaces that are seen at the same places in several trunks are observed once, and share their moments.
@@ -166,8 +171,9 @@ def observe_all(trunks: Sequence[Trunk], data: Iterable[Call], *, memory: int = 
             own[space] = groups[key]
     if cost > memory and len(trunks) > 1:
         half = len(trunks) // 2
-        return [*observe_all(trunks[:half], data, memory=memory), *observe_all(trunks[half:], data, memory=memory)]
-    seen = _observed(trunks[0].alignment.programs, places, data)
+        parts = (trunks[:half], trunks[half:])
+        return [own for part in parts for own in observe_all(part, data, memory=memory, inputs=inputs)]
+    seen = _observed(trunks[0].alignment.programs, places, data, inputs)
     return [{space: seen[group] for space, group in own.items() if group in seen} for own in wanted]
 
 
@@ -194,20 +200,49 @@ def observe_values(
     return [seen.get(number) for number in range(len(values))]
 
 
-def _observed(programs: Sequence[Program], places: list[Watch], data: Iterable[Call]) -> dict[int, Moments]:
-    """Moments by the places' `space` number, in one pass."""
+def _observed(
+    programs: Sequence[Program], places: list[Watch], data: Iterable[Call], inputs: int | None = None
+) -> dict[int, Moments]:
+    """Moments by the places' `space` number, in one pass; `inputs`: of all batches, where not all have to be run."""
     watchers = [_Watcher(places, k) for k in range(len(programs))]
+    every = 1 if inputs is None else _spacing(programs, places, inputs)
     sums: dict[int, MomentSums] = {}
     centres: Centres | None = None
     for index, call in enumerate(data):
+        some = call if every == 1 or not _is_finite(call) else _thinned(call, every)
         for program, watcher in zip(programs, watchers, strict=True):
-            run_on(partial(watcher.run, program, call), call, index, program.call)
+            run_on(partial(watcher.run, program, some), some, index, program.call)
         _check_finite(places, watchers, index, call)
         with full_precision():
             centres = _take(sums, places, watchers, centres)
     if centres is None:  # a process all of whose inputs are held out
         centres = share_centres(sums)
     return moments_of_all({space: found for space, found in sums.items() if found.count}, centres)
+
+
+def _spacing(programs: Sequence[Program], places: list[Watch], inputs: int) -> int:
+    """n, if every n-th input of a batch gives enough positions of each space, by what the sample shows."""
+    call, (each, least) = programs[0].small_call, ENOUGH
+    dense = all(value.layout == torch.strided for value in leaves(call))
+    if not dense or not places or not all(program.batch_axes for program in programs):
+        return 1
+    watcher, rows = _Watcher(places, 0), Counter[int]()
+    watcher.run(programs[0], call)
+    for number, taken in watcher.taken.items():
+        rows[places[number].space] += 0 if places[number].sample else len(taken)
+    all_rows = {space: inputs * rows[space] / (batch_size(call) or 1) for space in {watch.space for watch in places}}
+    wanted = {watch.space: max(least, each * sum(run.shape[1] for run in watch.index)) for watch in places}
+    return max(1, int(min(all_rows[space] / wanted[space] for space in wanted)))
+
+
+def _is_finite(call: Call) -> bool:
+    """Of what is not, all is run, to be named."""
+    return all(bool(value.isfinite().all()) for value in leaves(call))
+
+
+def _thinned(call: Call, every: int) -> Call:
+    """Every n-th input of a batch, the first one at least: the same whichever process has the batch."""
+    return select_rows(call, torch.arange(0, batch_size(call) or 1, every, device="cpu"))
 
 
 def _take(

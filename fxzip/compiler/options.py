@@ -97,7 +97,12 @@ class Recipe:
     @property
     def narrows(self) -> bool:
         """Whether heads may keep fewer features: by need, and where least squares mends what that does to them."""
-        return isinstance(self.width, Budget) and is_least_squares(self.refit)
+        return isinstance(self.width, Budget) and self.mends
+
+    @property
+    def mends(self) -> bool:
+        """Whether the refit makes the best of whatever features there are: some inputs are enough to match by."""
+        return is_least_squares(self.refit)
 
     @property
     def by_position(self) -> bool:

@@ -67,6 +67,7 @@ class Session:
         calibration: the inputs that are fitted on.
         held: inputs that nothing is fitted on; None where there are none.
         store: has what was found out before, where a compile is resumed.
+        inputs: how many there are, of all processes.
     """
 
     given: Given
@@ -76,6 +77,7 @@ class Session:
     calibration: Calibration
     held: HeldOut | None
     store: Store = NOTHING
+    inputs: int | None = None
 
     @classmethod
     def open(
@@ -123,7 +125,7 @@ class Session:
                 calibration, held = hold_out(calibration, programs, every=EVERY_FIFTH, needed_by=options.compared_by)
             elif options.hold_out and data is not None:
                 calibration, held = hold_out(calibration, programs, every=EVERY_TENTH)
-        return cls(given, options, display, found, calibration, held, store)
+        return cls(given, options, display, found, calibration, held, store, calibration.inputs)
 
     def positional(self, recipe: Recipe) -> Session:
         """The session in which features that cannot be matched are averaged place by place, if the recipe does that."""
@@ -154,14 +156,16 @@ class Session:
     def _observed_all(self, cuts: Sequence[Cut], trunks: Sequence[Trunk], recipe: Recipe) -> list[Candidate]:
         with self.display.stage("observing"):
             batches = self.calibration("observing") if recipe.observes else ()
-            moments = self.store.value("moments of all cuts", lambda: observe_all(trunks, batches))
+            inputs = self.inputs if recipe.mends else None
+            moments = self.store.value("moments of all cuts", lambda: observe_all(trunks, batches, inputs=inputs))
         return [Candidate(cut, Observed(trunk, own)) for cut, trunk, own in zip(cuts, trunks, moments, strict=True)]
 
     def observed(self, trunk: Trunk, recipe: Recipe) -> Observed:
         """A trunk with what the data show of it, if the recipe asks for that."""
         with self.display.stage("observing"):
             batches = self.calibration("observing") if recipe.observes else ()
-            return Observed(trunk, self.store.value("moments", lambda: observe(trunk, batches)))
+            make = partial(observe, trunk, batches, inputs=self.inputs if recipe.mends else None)
+            return Observed(trunk, self.store.value("moments", make))
 
     def solo(self, trunks: Iterable[Trunk], recipe: Recipe) -> Mapping[int, Observed]:
         """The models by themselves, by number, if heads behind some of the trunks can be narrowed."""

@@ -58,7 +58,9 @@ class TableRows:
         """All lines at all cuts. `strict`: an error ends it, else it is a row."""
         start = time.perf_counter()
         session, recipes = self.session, [line.recipe for line in self.lines]
-        most = next((recipe for recipe in recipes if recipe.observes), recipes[0])
+        observing = [recipe for recipe in recipes if recipe.observes]
+        # Without least squares features are matched on all inputs: then all lines are.
+        most = next((recipe for recipe in observing if not recipe.mends), (observing or recipes)[0])
         candidates = session.candidates_at(cuts, most)
         narrowing = next((recipe for recipe in recipes if recipe.narrows), most)
         solo = session.solo([one.observed.trunk for one in candidates], narrowing)

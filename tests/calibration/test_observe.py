@@ -135,6 +135,34 @@ def test_positions_are_subsampled_evenly(pair, trunk, monkeypatch):
     same(found, moments([inputs_of(model, READERS[space], batches)[rows] for model in pair]))
 
 
+def test_no_more_inputs_are_run_than_give_enough_positions(pair, trunk, monkeypatch):
+    """But all of a batch with values that are not finite, so that they are found."""
+    monkeypatch.setattr(module, "ENOUGH", (2, 100))
+    steps, thinned = set(), module._thinned
+    monkeypatch.setattr(module, "_thinned", lambda call, every: (steps.add(every), thinned(call, every))[1])
+    batches = [as_call(images(16, 1)), as_call(images(16, 2))]
+    few = fxzip.calibration.observe(trunk, batches, inputs=32)
+    [step] = steps
+    assert step > 1
+    assert min(own.count for own in few.values()) >= 100
+    wanted = fxzip.calibration.observe(trunk, [as_call(call.args[0][::step]) for call in batches])
+    for space, own in few.items():
+        same(own, wanted[space])
+    batches[1].args[0][3] = torch.nan
+    with pytest.raises(fxzip.DataError, match="batch 1"):
+        fxzip.calibration.observe(trunk, batches, inputs=32)
+
+
+@pytest.mark.parametrize("refit", ["lstsq", "repair"])
+def test_all_inputs_are_run_where_no_least_squares_follow(pair, monkeypatch, refit):
+    """They make the best of whatever features there are; ZipIt! with REPAIR is worse on few inputs."""
+    monkeypatch.setattr(module, "ENOUGH", (1, 10))
+    steps, thinned = set(), module._thinned
+    monkeypatch.setattr(module, "_thinned", lambda call, every: (steps.add(every), thinned(call, every))[1])
+    fxzip.compile_zip(*pair, images(2, 0), data=[images(40, 1)], refit=refit)
+    assert bool(steps) == (refit == "lstsq")
+
+
 def test_narrow_spaces_are_seen_at_more_positions_than_wide_ones():
     def count(features):
         index = torch.arange(features)[None]
