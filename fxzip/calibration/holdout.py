@@ -1,9 +1,10 @@
 """Inputs that nothing is fitted on, and how far the heads of a zip agree with the originals on them.
 
-A share 1/n of the calibration inputs is held out: counted through all batches of a source, inputs n-1, 2n-1, … of it.
-All stages see the others only. In later passes the inputs held out are known by a checksum of their content, so that a
-loader that shuffles does not mix the two up, and nothing but them has to be kept. A search, which reads the data again
-and again, keeps all of it. Where a model takes one batch size only, whole batches are held out.
+A share 1/n of the calibration inputs is held out: counted through all batches of a source, one of every n, at a place
+that varies, for inputs of several tasks may come by turns. All stages see the others only. In later passes the inputs
+held out are known by a checksum of their content, so that a loader that shuffles does not mix the two up, and nothing
+but them has to be kept. A search, which reads the data again and again, keeps all of it. Where a model takes one batch
+size only, whole batches are held out.
 
 Head k is compared with model k (see `agreement.py`). Where there is one source of data per model, a head is compared on
 the inputs of its own model. That is what to give for models of different tasks: what a head says of inputs of another
@@ -12,12 +13,12 @@ task is nearly chance, and agrees much less.
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from ..tracing.calls import Call, batch_size, leaves, moved, select_rows
 from ..tracing.tensor_bytes import bytes_of
 from . import processes
 from .agreement import Comparison, HeadAgreement
-from .rejections import run_on
+from .rejections import not_finite, run_on
 from .sources import Calibration, as_batch
 
 EVERY_TENTH = 10
@@ -57,7 +58,7 @@ class HeldOut:
         """Run the originals on the calls of this process. `places`: the number of the batch that each is from.
 
         Raises:
-            DataError: a model does not take a call.
+            DataError: a model does not take a call, or gives NaN for the NaN that it holds.
         """
         sources = {source for own in processes.everyone({source for source, _ in calls}) for source in own}
         several = len(sources) == len(programs) > 1
@@ -68,7 +69,10 @@ class HeldOut:
             for k, program in enumerate(programs):
                 asked = not several or source == k
                 run = partial(run_eager, program.module, call)
-                outputs.append(leaves([run_on(run, call, index, program.call)]) if asked else None)
+                given = leaves([run_on(run, call, index, program.call)])
+                if lost := _nan(given) if _nan(leaves(call)) else 0:
+                    raise not_finite(lost, "output", f"model {k}", index, call)
+                outputs.append(given if asked else None)
                 inputs[k] += (batch_size(call) or 1) if asked else 0
             expected.append(tuple(outputs))
         return cls(tuple(calls), tuple(expected), tuple(processes.before(inputs)[1]))
@@ -97,7 +101,7 @@ class HeldOut:
 def hold_out(
     calibration: Calibration, programs: Sequence[Program], *, every: int = EVERY_FIFTH, needed_by: str = ""
 ) -> tuple[Calibration, HeldOut | None]:
-    """The calibration without every n-th input, and these. Whole batches where a model takes one batch size only.
+    """The calibration without one input of every n, and these. Whole batches where a model takes one batch size only.
 
     Args:
         calibration: of all inputs.
@@ -118,7 +122,7 @@ def hold_out(
 
     for index, (source, call) in enumerate(calibration.unmoved("holding out").by_source()):
         size = batch_size(call) or 1
-        mine = _numbers(size, seen[source], whole=whole) % every == every - 1
+        mine = one_of(_numbers(size, seen[source], whole=whole), every, every - 1)
         seen[source] += 1 if whole else size
         total[source] += size
         last[source] = index, call
@@ -136,7 +140,7 @@ def hold_out(
     for found, number in zip(out, total, strict=True):
         if needed_by and found < LEAST:
             raise DataError(
-                f"{needed_by} holds out every {_ORDINALS.get(every, f'{every}th')} input of `data` and measures "
+                f"{needed_by} holds out one of every {every} inputs of `data` and measures "
                 f"agreement on at least {LEAST}; found {found} of {number}{' in whole batches' if whole else ''}. Pass "
                 f"at least {every * LEAST} inputs."
             )
@@ -148,13 +152,13 @@ def hold_out(
 
 
 def thinned(calibration: Calibration, programs: Sequence[Program], *, every: int) -> Calibration:
-    """The calibration with every n-th of its inputs only, kept in memory; where a model takes one batch size only,
-    every n-th batch of each source."""
+    """The calibration with one of every n of its inputs only, kept in memory; where a model takes one batch size only,
+    one of every n batches of each source."""
     whole = _whole_batches(calibration, programs)
     seen, kept = _counted_before(calibration, whole=whole), [list[Any]() for _ in calibration.sources]
     for source, call in calibration("thinning").by_source():
         size = batch_size(call) or 1
-        mine = _numbers(size, seen[source], whole=whole) % every == 0
+        mine = one_of(_numbers(size, seen[source], whole=whole), every, 0)
         seen[source] += 1 if whole else size
         if bool(mine.any()):
             kept[source].append(as_batch(call if whole else _chosen(call, mine)))
@@ -170,6 +174,17 @@ def _whole_batches(calibration: Calibration, programs: Sequence[Program]) -> boo
 def _numbers(size: int, first: int, *, whole: bool) -> Tensor:
     """Of the inputs of a batch, from the first on; all have that of the batch where it stays whole."""
     return torch.full((size,), first, device="cpu") if whole else torch.arange(size, device="cpu") + first
+
+
+def one_of(numbers: Tensor, every: int, first: int) -> Tensor:
+    """Which numbers are chosen: one of every n, `first` among the first n, and anywhere among later ones.
+
+    >>> one_of(torch.arange(20), 5, 4).nonzero().flatten().tolist()
+    [4, 7, 11, 15]
+    """
+    groups = (numbers // every).tolist()
+    place = {group: (first + (crc32(str(group).encode()) if group else 0)) % every for group in set(groups)}
+    return numbers % every == torch.tensor([place[group] for group in groups], device="cpu")
 
 
 def _kept(calibration: Calibration) -> Calibration:
@@ -189,7 +204,8 @@ def _counted_before(calibration: Calibration, *, whole: bool) -> list[int]:
     return processes.before(counts)[0]
 
 
-_ORDINALS = {5: "fifth", 10: "tenth"}
+def _nan(values: Sequence[Tensor]) -> int:
+    return sum(int(value.isnan().sum()) for value in values)
 
 
 def _take(
@@ -228,7 +244,7 @@ def checksum(call: Call) -> int:
     """
     result = 0
     for value in leaves(call):
-        result = zlib.crc32(bytes_of(value), result)
+        result = crc32(bytes_of(value), result)
     return result
 
 
@@ -246,7 +262,7 @@ def checksums(call: Call) -> list[int]:
             lines = bytes_of(value)
             step = len(lines) // size
             for row in range(size):
-                result[row] = zlib.crc32(lines[row * step : (row + 1) * step], result[row])
+                result[row] = crc32(lines[row * step : (row + 1) * step], result[row])
     return result
 
 

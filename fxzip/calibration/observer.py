@@ -3,7 +3,7 @@
 Features are taken at the places that `places` chooses, at the ATen calls themselves, so that features inside leaf
 modules (the heads of `nn.MultiheadAttention`) are seen too. Positions are subsampled evenly, `POSITIONS` per batch and
 space, which keeps the cost of the products well below that of the forward passes. Where it is known how many inputs
-come, only every n-th of each batch is run, as many as give `ENOUGH` positions of each space.
+come, only one in n of each batch is run, as many as give `ENOUGH` positions of each space.
 
 Products are taken in the features' own precision, of x - c with a fixed centre c (the first batch's mean), and summed
 in float64:  Σ x xᵀ = Σ (x - c)(x - c)ᵀ + c sᵀ + s cᵀ + n c cᵀ  with  s = Σ (x - c).
@@ -26,6 +26,7 @@ from ..tracing import Program, quiet_execution
 from ..tracing.aten_calls import AtenCall, run
 from ..tracing.calls import Call, batch_size, leaves, select_rows
 from ..tracing.precision import full_precision
+from .holdout import checksum
 from .hook_points import VALUE, Spot, Watch, watches
 from .moment_sums import Centres, MomentSums, moments_of_all, share_centres
 from .rejections import not_finite, run_on
@@ -221,7 +222,7 @@ def _observed(
 
 
 def _spacing(programs: Sequence[Program], places: list[Watch], inputs: int) -> int:
-    """n, if every n-th input of a batch gives enough positions of each space, by what the sample shows."""
+    """n, if one in n inputs of a batch gives enough positions of each space, by what the sample shows."""
     call, (each, least) = programs[0].small_call, ENOUGH
     dense = all(value.layout == torch.strided for value in leaves(call))
     if not dense or not places or not all(program.batch_axes for program in programs):
@@ -241,8 +242,11 @@ def _is_finite(call: Call) -> bool:
 
 
 def _thinned(call: Call, every: int) -> Call:
-    """Every n-th input of a batch, the first one at least: the same whichever process has the batch."""
-    return select_rows(call, torch.arange(0, batch_size(call) or 1, every, device="cpu"))
+    """One in n inputs of a batch, one at least, drawn by its content: the same whichever process has the batch.
+
+    Not every n-th one, for inputs of several tasks may come by turns."""
+    size, generator = batch_size(call) or 1, torch.Generator().manual_seed(checksum(call))
+    return select_rows(call, torch.randperm(size, generator=generator, device="cpu")[: -(-size // every)].sort().values)
 
 
 def _take(

@@ -271,7 +271,7 @@ class Options:
     Attributes:
         start: where the trunk begins; None: at the input.
         joint: heads of classifiers are to tell their tasks apart.
-        hold_out: every tenth input of the data is kept out of all fits, for the report.
+        hold_out: a tenth of the inputs is kept out of all fits, for the report.
         verify: the analysis checks itself.
         strict: a place where features cannot be matched is an error.
         by_position: features that cannot be matched are averaged place by place.
@@ -279,7 +279,7 @@ class Options:
         rules: by ATen call; None: `fxzip.RULES`.
         data_free: nothing is read from data.
         base: parameters of the network that the models were fine-tuned from, by name; None: not given.
-        compared_by: what compares zips on held-out inputs, as errors name it; for it every fifth input of the data is
+        compared_by: what compares zips on held-out inputs, as errors name it; for it a fifth of the inputs is
             held out, and ten of each source at least. "": nothing does.
     """
 

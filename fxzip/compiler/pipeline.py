@@ -145,8 +145,8 @@ def compile_zip(
         joint: for classifiers of different tasks whose logits are compared with one another: move each head's logits,
             all of an input by the same amount, such that together the heads tell the tasks apart. Order and softmax of
             a head's own logits stay. Needs data per model.
-        hold_out: keep every tenth input of `data` out of all fits; the report says how far the heads agree with their
-            originals on these. With `until="auto"`, which compares zips on them, it is every fifth.
+        hold_out: keep a tenth of the inputs out of all fits; the report says how far the heads agree with the
+            originals on these. With `until="auto"`, which compares zips on them, it is a fifth.
         verify: check the analysis by relabelling at random.
         strict: raise `BarrierError` where a call without a rule, or features that cannot be matched, stop the sharing.
         progress: show a bar; None: on a terminal or in a notebook only. Without one each stage is a line in the log

@@ -79,7 +79,7 @@ def sweep(
         budget: what these costs count, as in `compile_zip`.
         rank: as in `compile_zip`, for all rows; "auto", with `max_costs`, shares the budget with the widths.
         score: a function of the multi-head network, say its accuracy on labelled inputs.
-        held_out: batches to measure agreement on, as `data`. None: every fifth input of `data`, which then serves for
+        held_out: batches to measure agreement on, as `data`. None: a fifth of `data`, which then serves for
             nothing else; without `data` agreement is not measured.
 
     Raises:

@@ -169,6 +169,7 @@ class Laid(nn.Module):
 
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("name", LAID)
+@pytest.mark.thinned(3)
 def test_axes_that_a_view_lays_along_one_have_features_at_once(name, behind):
     torch.manual_seed(0)
     model = Laid(name, behind).double().eval()
@@ -335,6 +336,7 @@ class Scales(nn.Module):
     ],
     ids=["heads", "joined heads", "mixed weights", "mixed kernels", "scales"],
 )
+@pytest.mark.thinned(2)
 def test_what_einsum_lays_along_one_axis_and_takes_apart_again(build, shared, setting):
     torch.manual_seed(0)
     x = X if isinstance(build(), Mixed) else torch.randn(32, 6, 5, dtype=torch.float64)

@@ -81,6 +81,7 @@ def test_right_rules_pass(output):
         ("native_layer_norm", free_norm, {"b.weight", "norm.weight"}),
     ],
 )
+@pytest.mark.thinned(2)
 def test_wrong_rules_are_caught_behind_outputs_that_say_nothing(output, name, rule, culprits):
     labelling = hidden(output, RULES | {name: rule})
     try:

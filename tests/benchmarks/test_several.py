@@ -64,7 +64,7 @@ def test_a_row_that_cannot_be_had_is_left_out_with_the_reason():
     few = Setting(few.models, few.sample, [few.data[0][:20]], few.tests, few.score)
     rows = measure(few, ["side by side", "until auto, FLOPs"], said.append)
     assert [row.name for row in rows] == ["side by side"]
-    assert any("holds out every fifth input" in line for line in said)
+    assert any("holds out one of every 5 inputs" in line for line in said)
 
 
 def test_flops_are_those_of_the_products():

@@ -145,12 +145,23 @@ def test_no_more_inputs_are_run_than_give_enough_positions(pair, trunk, monkeypa
     [step] = steps
     assert step > 1
     assert min(own.count for own in few.values()) >= 100
-    wanted = fxzip.calibration.observe(trunk, [as_call(call.args[0][::step]) for call in batches])
+    thin = [thinned(call, step) for call in batches]
+    assert [len(call.args[0]) for call in thin] == [-(-16 // step)] * 2
+    wanted = fxzip.calibration.observe(trunk, thin)
     for space, own in few.items():
         same(own, wanted[space])
     batches[1].args[0][3] = torch.nan
     with pytest.raises(fxzip.DataError, match="batch 1"):
         fxzip.calibration.observe(trunk, batches, inputs=32)
+
+
+def test_inputs_of_several_tasks_that_come_by_turns_are_observed_alike():
+    batches = [torch.arange(100 * k, 100 * k + 20)[:, None] for k in range(30)]
+    for every in (2, 4, 6):
+        found = torch.cat([module._thinned(as_call(batch), every).args[0] for batch in batches])
+        again = torch.cat([module._thinned(as_call(batch), every).args[0] for batch in batches])
+        assert torch.equal(found, again)
+        assert 0.3 < (found % 2).float().mean() < 0.7
 
 
 @pytest.mark.parametrize("refit", ["lstsq", "repair"])

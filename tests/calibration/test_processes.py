@@ -137,6 +137,7 @@ def several(rank, world, kinds=tuple(KINDS)):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.thinned(2)
 def test_all_ranks_have_the_network_of_one_process(world, results):
     kinds = tuple(KINDS) if world == 2 else ("lstsq", "repair")
     first, *others = results(functools.partial(several, kinds=kinds), world)

@@ -199,13 +199,14 @@ def test_sample_of_one(pair):
 
 
 @pytest.mark.parametrize("refit", [None, "batchnorm", "repair"])
+@pytest.mark.thinned(2)
 def test_refits(pair, refit):
     zipped = fxzip.compile_zip(*pair, X, data=iter([X, X + 1]), refit=refit, progress=False)
     assert all(bool(y.isfinite().all()) for y in zipped(X))
     assert zipped.report["refit"] == refit
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("data", [
     [X, X], [(X, torch.zeros(6))], ([X], [X + 1]), [[X], [X + 1]], fxzip.PerModel([X], [(X, 1)]), X,
     torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, torch.zeros(6)), batch_size=2),
@@ -307,7 +308,7 @@ def test_relus_write_in_place_only_where_nothing_else_reads() -> None:
     sum(y.sum() for y in fxzip.compile_zip(a, b, x)(x)).backward()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("refit", [None, "batchnorm", "repair", "lstsq"])
 def test_models_that_write_into_their_input_leave_the_data_alone(refit):
     """And each model sees the data as it is, not as another has left it."""

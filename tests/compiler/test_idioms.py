@@ -54,6 +54,7 @@ BOTH_WAYS = {
 
 
 @pytest.mark.parametrize("name", BOTH_WAYS)
+@pytest.mark.thinned(2)
 def test_a_parameter_used_both_ways_is_one_space_for_relabelling(name):
     function, parts, sizes = BOTH_WAYS[name]
     torch.manual_seed(0)
@@ -110,6 +111,7 @@ def convolutions(mode, dims):
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
 @pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.thinned(2)
 def test_padding_is_movement(mode, dims):
     torch.manual_seed(0)
     net, x = convolutions(mode, dims).double().eval(), torch.randn(8, 3, *[8] * dims, dtype=torch.float64)
@@ -134,6 +136,7 @@ class Cells(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+@pytest.mark.thinned(2)
 def test_recurrent_cells(kind):
     torch.manual_seed(0)
     net, x = Cells(kind).double().eval(), torch.randn(64, 3, 6, dtype=torch.float64)
@@ -157,6 +160,7 @@ class Sentences(nn.Module):
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"bias": False}])
+@pytest.mark.thinned(3)
 def test_recurrent_classifiers_share_all_but_their_heads(kind, options):
     torch.manual_seed(0)
     a, b = Sentences(kind, 3, **options).eval(), Sentences(kind, 4, **options).eval()

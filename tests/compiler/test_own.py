@@ -136,6 +136,7 @@ LIFTED = {
 
 
 @pytest.mark.parametrize("middle", LIFTED)
+@pytest.mark.thinned(2)
 def test_scalars_are_features_with_equal_entries(middle):
     a, b = pair(middle=LIFTED[middle])
     zipped = zipped_pair(a, b, width=2)
@@ -260,6 +261,7 @@ RETURNED = {
 
 
 @pytest.mark.parametrize("kind", RETURNED)
+@pytest.mark.thinned(2)
 def test_parameters_that_a_model_returns_are_its_own(kind):
     """Neither merged nor folded nor fitted, though the layer may be shared that they belong to."""
     after, end = RETURNED[kind]

@@ -154,6 +154,7 @@ class Pressed:
         return zipped
 
 
+@pytest.mark.slow
 def test_a_search_gives_back_the_best_zip_so_far(pair):
     settings = {
         "data": DATA,

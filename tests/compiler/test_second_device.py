@@ -130,6 +130,7 @@ def assert_zips_as_on_the_cpu(kind, count=2, sources=None, **options):
 
 
 @pytest.mark.parametrize("kind", ["images", "tokens", pytest.param("table", marks=pytest.mark.slow)])
+@pytest.mark.thinned(2)
 def test_the_default(kind):
     models, data = networks(kind)
     found, expected = zipped(on_device(models), data, verify=True), zipped(models, data)
@@ -138,7 +139,7 @@ def test_the_default(kind):
         assert own == pytest.approx(other, abs=1e-6)
 
 
-@pytest.mark.thinned(11)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("kind", ["images", "tokens"])
 @pytest.mark.parametrize("method", ENTRIES)
 def test_methods(method, kind):
@@ -388,6 +389,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.thinned(2)
 def test_planted_faults_are_seen(fault, monkeypatch):
     place, name, planted = FAULTS[fault]
     models, data = networks("table")

@@ -178,6 +178,7 @@ TEXT = {
     [("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 2, "use_cache": False}),
      ("BertConfig", "BertForSequenceClassification", {})],
 )  # fmt: skip
+@pytest.mark.slow
 def test_transformers_for_text(config, kind, more):
     transformers = pytest.importorskip("transformers")
     model = randomise(getattr(transformers, kind)(getattr(transformers, config)(**TEXT, **more)))

@@ -398,7 +398,7 @@ def test_every_name_gives_a_network_back_that_is_zipped_with_its_relabelled_copy
         close(output.detach(), net(x).detach(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_name_zips(name):
     if name == "transport":

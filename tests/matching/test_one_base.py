@@ -172,6 +172,7 @@ def test_only_ratios_of_weights_count(method):
 
 @pytest.mark.parametrize("name", ["average", *METHODS])
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=list(NETWORKS))
+@pytest.mark.thinned(2)
 def test_networks_keep_their_heads_and_what_they_agree_in_to_the_bit(make, name):
     frozen = [key for key, _ in make(2).named_parameters()][:3]
     base, tuned = family(make, frozen=frozen)

@@ -314,6 +314,7 @@ PASSED = {  # network, cut, how many values cross
 
 
 @pytest.mark.parametrize("name", PASSED)
+@pytest.mark.thinned(2)
 def test_items_of_a_tuple_that_a_head_reads_as_it_is_are_handed_over(name, tmp_path):
     build, cut, crossing = PASSED[name]
     torch.manual_seed(0)

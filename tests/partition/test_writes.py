@@ -147,7 +147,7 @@ def batch(rows):
     return torch.randn(rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("body", BODIES)
 def test_at_every_cut_writes_are_seen_by_whoever_reads_the_memory(body):
     x = batch(64)

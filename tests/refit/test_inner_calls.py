@@ -161,7 +161,7 @@ def test_regmean_fits_calls_inside_leaf_modules():
     close(found, wanted.T, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("refit", ["repair", "stored", "batchnorm", "lstsq", "regmean"])
 @pytest.mark.parametrize("kind", [Attended, Functional, Convolved, Encoded])
 def test_a_zip_with_a_relabelled_copy_stays_exact(kind, refit):

@@ -161,7 +161,7 @@ def check(zipped, before, after, nets, x, groups=1):
     assert "call" not in {name.split()[0] for name in zipped.meta["fxzip_fit"].left}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", LINEAR)
 def test_linear_calls_get_the_direct_solution(kind: str) -> None:
     call, first, x, groups = LINEAR[kind]

@@ -33,7 +33,7 @@ def observed():
     return trunk, calibration.observe(trunk, data("observing")), data
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ENTRIES)
 def test_what_goes_together_works_and_nothing_else(observed, name):
     if ENTRIES[name].extra:

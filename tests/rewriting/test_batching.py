@@ -95,6 +95,7 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize("name", ZOO)
+@pytest.mark.thinned(3)
 def test_networks_of_the_zoo(name):
     model, sample = ZOO[name]()
     call = as_call(sample)

@@ -209,7 +209,7 @@ def test_mistakes_end_a_comparison(pair):
         fxzip.compare(pair, X, data=DATA, methods=["zipp"], progress=False)
     with pytest.raises(fxzip.CutError, match="`until` must name a module"):
         fxzip.compare(pair, X, data=DATA, cuts=["layer9"], progress=False)
-    with pytest.raises(fxzip.DataError, match="`compare` holds out every fifth input"):
+    with pytest.raises(fxzip.DataError, match="`compare` holds out one of every 5 inputs"):
         fxzip.compare(pair, X, progress=False)
     with pytest.raises(fxzip.InputError, match="`compare` needs at least two models; found 1"):
         fxzip.compare(pair[:1], X, data=DATA, progress=False)

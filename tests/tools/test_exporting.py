@@ -38,6 +38,7 @@ def test_a_program_of_torch_export(tmp_path, options):
 
 
 @pytest.mark.parametrize("named", [True, False])
+@pytest.mark.thinned(2)
 def test_onnx(tmp_path, named):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -159,6 +159,7 @@ def test_every_node_is_on_the_page_as_the_graph_and_the_report_have_it(name, tmp
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thinned(2)
 def test_spaces_are_those_of_the_report(name, tmp_path):
     zipped = made(name)
     data = data_of(page(zipped, tmp_path))

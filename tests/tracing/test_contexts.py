@@ -35,6 +35,7 @@ CODE = ['a"), RUN(), getattr(self, "a', 'q"]; RUN(); ["', '" + str(RUN()) + "', 
 )
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("rung", ladder.RUNGS[:2])
+@pytest.mark.thinned(3)
 def test_names_are_data(name, within, rung, monkeypatch):
     ran = []
     monkeypatch.setattr(builtins, "RUN", lambda: ran.append(name), raising=False)

@@ -182,6 +182,7 @@ DYNAMIC = {
 
 
 @pytest.mark.parametrize("how", LOOKED_AT)
+@pytest.mark.thinned(2)
 def test_sizes_that_python_looks_at(how):
     net = Sizes(LOOKED_AT[how]).double().eval()
     x, longer = (torch.randn(2, n, 6, dtype=torch.float64) for n in (6, 13))

@@ -33,6 +33,7 @@ class Sequences(nn.Module):
 
 @pytest.mark.parametrize("decoding", [False, True])
 @pytest.mark.parametrize("mask", sorted(MASKS))
+@pytest.mark.thinned(3)
 def test_masks_of_transformer_layers_are_followed(mask, decoding):
     torch.manual_seed(0)
     model, words = Sequences(mask, decoding).eval(), torch.randint(0, 20, (8, 6))

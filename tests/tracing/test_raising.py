@@ -59,6 +59,7 @@ def test_the_trace_is_that_of_the_modules():
 
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("refit", [None, "batchnorm", "repair", "lstsq"])
+@pytest.mark.slow
 def test_the_zip_is_that_of_the_modules(refit):
     models = [randomise(Residual(n), n) for n in (3, 4)]
     data = [torch.randn(16, 3, 8, 8) for _ in range(3)]

@@ -138,6 +138,7 @@ def warm():
 
 @pytest.mark.parametrize("around", [plainly, mapped, cast, without_gradient, drawing, in_float64])
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.thinned(2)
 def test_a_compile_that_fails_anywhere_leaves_nothing(around, error):
     for at in (
         1,
@@ -235,6 +236,7 @@ def test_vmap_in_a_model_becomes_plain_calls():
 
 
 @pytest.mark.parametrize("axes", [(0, 1), (1, 1), (1, -1)])
+@pytest.mark.thinned(3)
 def test_the_mapped_axis_may_come_back_anywhere(axes):
     class Mapped(MappedBehindAttention):
         def forward(self, x):

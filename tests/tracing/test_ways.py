@@ -83,6 +83,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("question", FOLLOWED)
+@pytest.mark.thinned(2)
 def test_questions_that_are_answered_as_the_model_does(question, asked):
     net = Asks(FOLLOWED[question], asked).eval()
     program = trace(net, torch.randn(4, 8))
@@ -92,6 +93,7 @@ def test_questions_that_are_answered_as_the_model_does(question, asked):
 
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("question", REFUSED)
+@pytest.mark.thinned(2)
 def test_questions_that_no_trace_answers(question, asked):
     with pytest.raises(fxzip.TraceError, match=r"at test_ways\.py:\d+"):
         trace(Asks(REFUSED[question], asked).eval(), torch.randn(4, 8))

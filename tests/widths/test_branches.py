@@ -336,7 +336,7 @@ class Beside(nn.Module):
         return self.head(torch.cat([x, F.relu(self.third(F.relu(self.second(x))))], 1))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("until", ["first", "auto"])
 @pytest.mark.parametrize("convolutional", [False, True])
 def test_features_that_the_last_layer_reads_beside_those_of_the_trunk(convolutional, until):

@@ -214,6 +214,7 @@ def test_the_recipe_of_a_budget():
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize(("whole", "kept"), [(0.98, "all"), (1.2, "few")])
+@pytest.mark.slow
 def test_a_choice_that_prices_misled_does_not_beat_the_whole_zip(pair, monkeypatch, whole, kept):
     """Widths that are far too small stand for prices of a busy machine."""
     right = affording.choose_widths

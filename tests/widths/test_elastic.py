@@ -74,7 +74,7 @@ def relative(found, wanted):
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("method", ["zip", "energy", "permute", "agglomerative", "kmeans"])
 @pytest.mark.parametrize("family", ["residual", "perceptron", "depthwise"])
 def test_with_room_for_all_features_nothing_is_lost(family, method):
@@ -88,6 +88,7 @@ def test_with_room_for_all_features_nothing_is_lost(family, method):
 
 
 @pytest.mark.parametrize("until", ["layer1", "layer2.0.conv1"])
+@pytest.mark.thinned(2)
 def test_with_room_for_all_features_every_cut_is_exact(until):
     models = pair(Residual)
     x = X.double()
@@ -130,7 +131,7 @@ def test_a_wider_trunk_is_more_like_its_models():
     assert errors[-1] < 1e-4 < errors[0]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("cost", "until"),
     [
