@@ -18,14 +18,15 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test that is `thinned(n)` one case in n is run by default, the others are slow.
+    """Of a test that is `thinned(n)` one case in n is run by default, the others are slow. Of its slow cases the CI
+    script runs one in n.
 
     Which ones is a matter of their names, so that every value of every parameter has its turn somewhere.
     """
     families = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("thinned") and not item.get_closest_marker("slow"):
-            families[item.nodeid.partition("[")[0]].append(item)
+        if item.get_closest_marker("thinned"):
+            families[item.nodeid.partition("[")[0], bool(item.get_closest_marker("slow"))].append(item)
     for cases in families.values():
         (share,) = cases[0].get_closest_marker("thinned").args
         ordered = sorted(cases, key=lambda case: crc32(case.name.encode()))

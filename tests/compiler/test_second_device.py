@@ -182,6 +182,7 @@ WAYS = {
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_ask(way):
     try:

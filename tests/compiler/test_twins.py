@@ -204,6 +204,7 @@ CUTS = [
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("cut", CUTS)
 def test_every_node_may_be_the_cut(cut):
     check(randomise(Residual()), lambda n, s: images(n, 8, torch.float64, s), "zip", torch.float64, cut)

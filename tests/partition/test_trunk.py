@@ -83,6 +83,7 @@ def test_a_relabelled_twin_stays_exact_wherever_several_tensors_cross_the_cut(cu
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("cut", CUTS)
 def test_module_paths_are_cuts_too(pair, cut):
     inside = {name for name in fxzip.partition.find_trunk(*pair).nodes if name.startswith(cut.replace(".", "_"))}

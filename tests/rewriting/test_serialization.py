@@ -92,7 +92,12 @@ FEW = ["two_by_two", "attention_torch", "norms", "lstm", "graph", "weight_norm",
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in FEW else pytest.mark.slow) for n in ZOO if n not in ("einsum", "custom")]
+    "name",
+    [
+        pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow, pytest.mark.thinned(2)])
+        for n in ZOO
+        if n not in ("einsum", "custom")
+    ],
 )
 def test_a_network_comes_back_to_the_bit(name, tmp_path):
     a, b, given = pair(ZOO[name])

@@ -98,6 +98,7 @@ def test_with_room_for_all_features_every_cut_is_exact(until):
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("refit", [None, "repair", "lstsq"])
 @pytest.mark.parametrize("width", [0.5, 1.25, 1.5])
 @pytest.mark.parametrize("family", list(FAMILIES))
