@@ -163,5 +163,5 @@ _OPTIONS = {
     "max_batches": Allowed("a whole number of at least 1", lambda value: _whole(value) and value >= 1),
     "models": Allowed("a list of models, or a dict of them by the names of their tasks", _models),
     "functions": Allowed("functions", _functions),
-    "trust": Allowed("a list of functions", _functions),
+    "trust": Allowed("a function, or a list of them", lambda value: callable(value) or _listed(value) or value == ()),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from models.networks import Residual
 from torch import nn
 
 import fxzip
+from fxzip.calibration.holdout import one_of
 from fxzip.matching import Permute
 from fxzip.tools.table import Table
 
@@ -61,10 +62,11 @@ def test_a_row_for_each_method_and_cut(compared):
 def test_a_row_holds_what_the_zip_gives(pair, compared):
     """Row by row what `compile_zip` gives with the inputs that are not held out."""
     x = torch.cat(DATA)
-    places = torch.arange(len(x)) % 5 == 4
-    fit = [part[~(torch.arange(25 * i, 25 * i + 25) % 5 == 4)] for i, part in enumerate(DATA)]
+    places = one_of(torch.arange(len(x)), 5, 4)
+    fit = [part[~places[25 * i : 25 * i + 25]] for i, part in enumerate(DATA)]
     row = next(row for row in compared if row["method"] == "permute" and row["until"] == "layer1")
-    zipped = fxzip.compile_zip(*pair, X, data=fit, method="permute", refit=None, until="layer1", progress=False)
+    options = {"method": "permute", "refit": None, "until": "layer1"}
+    zipped = fxzip.compile_zip(*pair, X, data=fit, hold_out=False, progress=False, **options)
     flops, parameters = zipped.report["flops"], zipped.report["parameters"]
     assert row["cost"] == flops["total"] / flops["originals"][0]
     assert row["parameters"] == parameters["total"] / parameters["originals"][0]

@@ -49,7 +49,7 @@ def automatic():
     with torch.no_grad():
         for model in models:  # so that inputs differ in their class, and cuts in their agreement
             model.linear.bias.sub_(model(X).mean(0))
-    return fxzip.compile_zip(*models, X[:2], data=[X], until="auto", min_agreement=0.5, **FAST)
+    return fxzip.compile_zip(*models, X[:2], data=[X], until="auto", min_agreement=0.3, **FAST)
 
 
 def three():
