@@ -332,11 +332,11 @@ def test_resumed(tmp_path):
 # What it costs
 
 
-def waits(width=10, count=5):
+def waits(width=10, count=5, **options):
     """How often the host and the device wait for each other in a compile, by kind and line."""
     models = on_device(randomise(Perceptron(3 + k, width), k).double() for k in range(2))
     copies.clear()
-    zipped(models, batches(6, count=count))
+    zipped(models, batches(6, count=count), **options)
     return Counter(copies)
 
 
@@ -350,7 +350,7 @@ def test_how_often_the_device_is_waited_for_does_not_depend_on_the_width():
 @pytest.mark.slow
 def test_no_batch_is_copied_back():
     """A batch goes to the device once in a pass; from there come numbers only."""
-    expected, longer = waits(), waits(count=10)
+    expected, longer = waits(hold_out=False), waits(count=10, hold_out=False)
     assert not [place for place, often in longer.items() if place[0] == "to the host" and often > expected[place]]
     line = [
         place for place in longer if place[1].startswith("tracing/calls.py") and longer[place] == 2 * expected[place]

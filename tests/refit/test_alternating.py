@@ -31,26 +31,6 @@ def _same(values: Tensor) -> Tensor:
 # alternate ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_read_is_computed_once() -> None:
-    """Features once, what tells of them once for each step that is tried: mean, variance and products need no other."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 6, generator=generator)
-    features, made, acted = torch.relu(x @ torch.randn(6, 5, generator=generator)), [0, 0], [0]
-
-    def block(number: int) -> Tensor:
-        made[number] += 1
-        return features[200 * number :][:200]
-
-    def function(values: Tensor) -> Tensor:
-        acted[0] += 1
-        return torch.relu(values)
-
-    target = FreeTarget(Blocks(2, block), torch.eye(5).double(), function, None)
-    alternate(Blocks.of(x.split(200)), torch.eye(6)[:, :3].double(), target, _solver(x), 0)
-    assert made == [1, 1]
-    assert acted == [2]  # a block each
-
-
 def test_without_a_nonlinearity_it_is_reduced_rank_regression() -> None:
     """Oracle: the optimum of min ‖(F - X W U) S‖² is the truncated SVD of the fitted values in the metric S Sᵀ."""
     generator = torch.Generator().manual_seed(0)

@@ -82,14 +82,14 @@ def alternate(
         rounds: at most.
     """
     x = Blocks.of(x).map(precise)
-    features = Blocks.of(free_target.features).map(precise).kept().centred().kept()
+    features = Blocks.of(free_target.features).map(precise).centred()
     metric = free_target.metric
     whole = float((features.gram() * metric).sum())
     if not 0 < whole < math.inf:
         return weight, []
 
     def state(values: Blocks) -> _State:
-        told = values.map(free_target.function).kept().centred().kept()
+        told = values.map(free_target.function).centred()
         own, both = told.gram(), told.product(features)
         if not bool(own.isfinite().all() and both.isfinite().all()):  # a function that grows fast, a step too far
             return _State(values, told, both, math.inf)

@@ -65,10 +65,6 @@ class Blocks:
         pages = [Page.of(self.file, own) for own in self]
         return Blocks(self._count, lambda number: fetched(pages[number]), self.file)
 
-    def kept(self) -> Blocks:
-        """The same, computed once where that takes memory and no file: from there it is as quick to compute again."""
-        return self.stored() if self.file is None else self
-
     @cached_property
     def rows(self) -> int:
         """Of all blocks, of all processes."""

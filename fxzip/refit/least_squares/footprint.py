@@ -66,8 +66,7 @@ class RegressionSize:
         is chosen by trying; `on_file`: inputs are not kept in memory."""
         width, item = self.inputs + 1, self.itemsize
         kept = 0.0 if on_file else positions * width * item  # with a column of ones
-        values = (0.0 if on_file else 9.0) * positions * self.outputs * item
-        told = 0.0 if on_file else 2.0 * positions * self.features * item  # the originals' features, centred
+        values = (0.0 if on_file else 6.0) * positions * self.outputs * item
         weights = 8.0 * 8 * width * self.outputs
         square = 3.0 * 8 * min(width, positions) ** 2  # the matrix, with the ridge, and its factor
         whole = positions * width * item if positions < width else 0.0
@@ -76,7 +75,7 @@ class RegressionSize:
             half = 4.0 * 8 * min(width, positions / 2) ** 2  # the matrices of both, one with the ridge, its factor
             both = positions * width * item if positions / 2 < width else 0.0
             most = max(most, kept + half + both)  # the two halves are copies
-        return kept + values + told + weights + most
+        return kept + values + weights + most
 
     def drawing(self, positions: float, batches: int) -> float:
         """Bytes that come and go while the inputs of one call on one batch are taken out."""

@@ -86,7 +86,7 @@ class Regression:
             return own[:, ::every][chosen]
 
         x, t, base = self.inputs.map(those, rows), self.targets.map(some, rows), self.base.map(some, rows)
-        return Regression(x.stored(), t.stored(), self.prior[:, ::every], base.stored(), constant=False)
+        return Regression(x.stored(), t, self.prior[:, ::every], base, constant=False)
 
 
 class Solution(NamedTuple):
