@@ -66,14 +66,16 @@ class HeldOut:
         for place, (source, call) in enumerate(calls):
             index = place if places is None else places[place]
             outputs: list[list[Tensor] | None] = []
+            broken = _nan(leaves(call))
             for k, program in enumerate(programs):
-                asked = not several or source == k
-                run = partial(run_eager, program.module, call)
-                given = leaves([run_on(run, call, index, program.call)])
-                if lost := _nan(given) if _nan(leaves(call)) else 0:
+                if several and source != k:
+                    outputs.append(None)
+                    continue
+                given = leaves([run_on(partial(run_eager, program.module, call), call, index, program.call)])
+                if broken and (lost := _nan(given)):
                     raise not_finite(lost, "output", f"model {k}", index, call)
-                outputs.append(given if asked else None)
-                inputs[k] += (batch_size(call) or 1) if asked else 0
+                outputs.append(given)
+                inputs[k] += batch_size(call) or 1
             expected.append(tuple(outputs))
         return cls(tuple(calls), tuple(expected), tuple(processes.before(inputs)[1]))
 

@@ -189,9 +189,11 @@ class TrunkSearch:
         dynamic = [n for n in self.order if n.name in names and n.op != "placeholder" and n.name in label.dynamic]
         behind = weights_behind(label)
         if not any(behind[n.name] for n in dynamic):
-            free = self.closed(self.alignment.pairs.keys() - self.unsound(until_given=True).keys()) & label.dynamic
-            weighed = {name for name in free if behind[name]}
-            way_out = self._way_out(ends) if until is None else too_early(until, self.order, names, weighed)
+            if until is None:
+                way_out = self._way_out(ends)
+            else:
+                free = self.closed(self.alignment.pairs.keys() - self.unsound(until_given=True).keys()) & label.dynamic
+                way_out = too_early(until, self.order, names, {name for name in free if behind[name]})
             raise AlignError(nothing_shared(self.alignment, self.order, ends, names) + way_out)
 
     def _way_out(self, ends: Mapping[str, str]) -> str:

@@ -78,17 +78,17 @@ def shown(value: Any) -> str:
     return f"{value!r:.80}" if type(value) in plain else f"a `{type(value).__name__}`"
 
 
-def is_number(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether something is a real number; truth values are none.
 
-    >>> is_number(np.float32(1)), is_number(True), is_number(math.nan)
+    >>> is_finite(np.float32(1)), is_finite(True), is_finite(math.nan)
     (True, False, False)
     """
     return isinstance(value, Real) and not isinstance(value, (bool, np.bool_)) and math.isfinite(value)
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and is_number(value) and -(2**63) <= int(value) < 2**63
+    return isinstance(value, Integral) and is_finite(value) and -(2**63) <= int(value) < 2**63
 
 
 def _path(value: Any) -> bool:
@@ -102,7 +102,7 @@ def _listed(value: Any) -> bool:
 
 def _shares(value: Any) -> bool:
     by_name = isinstance(value, Mapping)
-    return is_number(value) or (by_name and all(isinstance(k, str) and is_number(v) for k, v in value.items()))
+    return is_finite(value) or (by_name and all(isinstance(k, str) and is_finite(v) for k, v in value.items()))
 
 
 def _functions(value: Any) -> bool:
@@ -130,7 +130,7 @@ _NONE = Allowed("None", lambda value: value is None)
 _FLAG = Allowed(
     "True or False", lambda value: isinstance(value, (bool, np.bool_)) or (_whole(value) and value in (0, 1))
 )
-_NUMBER = Allowed("a number", is_number)
+_NUMBER = Allowed("a number", is_finite)
 _WHOLE = Allowed("a whole number", _whole)
 _NAME = Allowed("a name", lambda value: isinstance(value, str) and bool(value))
 _PATH = Allowed("the path of a folder", _path)
@@ -143,7 +143,7 @@ _OPTIONS = {
     "progress": Allowed("True, False or None", lambda value: value is None or _FLAG.holds(value)),
     **dict.fromkeys(("points", "seed"), _WHOLE),
     **dict.fromkeys(("max_cost", "min_agreement"), _NUMBER | _NONE),
-    "max_costs": Allowed("a list of numbers", lambda value: _listed(value) and all(map(is_number, value))) | _NONE,
+    "max_costs": Allowed("a list of numbers", lambda value: _listed(value) and all(map(is_finite, value))) | _NONE,
     **dict.fromkeys(("width", "rank"), _SHARE),
     "until": Allowed(
         'a name, a fraction in [0, 1], "auto" or None',
@@ -163,5 +163,8 @@ _OPTIONS = {
     "max_batches": Allowed("a whole number of at least 1", lambda value: _whole(value) and value >= 1),
     "models": Allowed("a list of models, or a dict of them by the names of their tasks", _models),
     "functions": Allowed("functions", _functions),
-    "trust": Allowed("a function, or a list of them", lambda value: callable(value) or _listed(value) or value == ()),
+    "trust": Allowed(
+        "a function, or a list of them",
+        lambda value: callable(value) or isinstance(value, (Iterator, list, tuple, set, frozenset)),
+    ),
 }  # fmt: skip

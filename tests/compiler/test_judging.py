@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import fxzip
-from fxzip.calibration.holdout import hold_out, one_of
+from fxzip.calibration.holdout import HeldOut, hold_out, one_of
 from fxzip.calibration.sources import Calibration
 from fxzip.compiler import timing
 from fxzip.compiler.timing import fastest
@@ -88,6 +88,16 @@ def test_with_data_of_its_own_a_head_is_compared_on_that():
     found = fxzip.compile_zip(*pair(), X[:2], data=sources, method="zip", refit="repair", progress=False).report
     assert found["agreement"]["inputs"] == [6, 4]
     assert found.headline.endswith("of 6 / 4 held-out inputs")
+
+
+def test_with_data_of_its_own_a_model_is_run_on_no_inputs_of_another():
+    """They may be none that it takes: words of another vocabulary, say."""
+    tables = [nn.Sequential(nn.Embedding(size, 4), nn.Flatten(), nn.Linear(12, 3)) for size in (5, 9)]
+    words = [torch.randint(size, (40, 3), generator=torch.Generator().manual_seed(size)) for size in (5, 9)]
+    programs = [fxzip.tracing.trace(model, words[0][:2]) for model in tables]
+    held = HeldOut.of([(0, as_call(words[0])), (1, as_call(words[1]))], programs)
+    assert [[expected is not None for expected in own] for own in held.expected] == [[True, False], [False, True]]
+    assert held.inputs == (40, 40)
 
 
 def test_outputs_that_are_no_classes():
