@@ -97,8 +97,8 @@ QUICK = {"least": 1000, "positions": 5, "turns": 1, "rounds": 1}
 
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize(("make", "shape", "mebibytes", "rows", "count"), [
-    pytest.param(conv, (3, 16, 16), 4, 4, 24, marks=pytest.mark.slow), (mlp, (16,), 2, 200, 12),
-    (written, (3, 24, 24), 3, 4, 12), (transformer, (32, 8), 2, 10, 12),
+    pytest.param(conv, (3, 16, 16), 5, 4, 24, marks=pytest.mark.slow), (mlp, (16,), 2, 200, 12),
+    (written, (3, 24, 24), 4, 4, 12), (transformer, (32, 8), 3, 10, 12),
 ])  # fmt: skip
 def test_the_bound_is_kept(make, shape, mebibytes, rows, count):
     """What lives at a time is counted, tensor by tensor; without the bound it is several times as much."""

@@ -29,6 +29,7 @@ _VALUES = 0.4  # of the memory for values of nodes; the rest is for what calls i
 _AT_WORK = 2  # times its values that a batch takes while its nodes run, and its samples are drawn
 _PULSE = 0.01  # seconds
 _SAMPLES = 0.5  # of the memory for the samples of a regression
+_PLANNED = 0.9  # of the bound; the rest is for what is too small to be counted, and for a machine's own choices
 
 
 def free_memory(device: torch.device) -> int:
@@ -126,7 +127,7 @@ class Bound:
 
     def samples_on_file(self, rows: float) -> bool:
         """Whether the samples are too large for their share."""
-        return self.samples(rows) > _SAMPLES * self.limit
+        return self.samples(rows) > _SAMPLES * _PLANNED * self.limit
 
     def regression(self, rows: float, batches: int, *, on_file: bool) -> float:
         """What the largest regression takes, samples and all."""
@@ -140,9 +141,10 @@ class Bound:
 
     def rows(self, largest: int) -> int:
         """Inputs whose values may stay in memory, beside those of a batch of this size."""
-        samples = min(self.samples(), _SAMPLES * self.limit)
+        planned = _PLANNED * self.limit
+        samples = min(self.samples(), _SAMPLES * planned)
         square = max((24.0 * min(own.inputs + 1, MOST / own.itemsize) ** 2 for own in self.regressions), default=0.0)
-        room = _VALUES * (self.limit - samples - min(square, _SAMPLES * self.limit) - self.copy)
+        room = _VALUES * (planned - samples - min(square, _SAMPLES * planned) - self.copy)
         return max(int(room / max(self.per_row, 1.0)) - _AT_WORK * largest, 0)
 
     def expected(self, kept: int, largest: int, rows: int, batches: int) -> float:
