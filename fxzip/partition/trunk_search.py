@@ -202,9 +202,11 @@ class TrunkSearch:
         found: list[tuple[int, str]] = []
         for name in reversed([name for name in cut_names(self.order) if "." not in name]) if ends else ():
             with suppress(AlignError, CutError):
-                found.append((len(self.up_to(name).returned), name))
-                if not found[-1][0]:
-                    break
+                trunk = self.up_to(name)
+                if not trunk.alike:
+                    found.append((len(trunk.returned), name))
+                    if not trunk.returned:
+                        break
         if found:
             name = min(found, key=lambda pair: pair[0])[1]
             return (
@@ -212,11 +214,12 @@ class TrunkSearch:
                 "features back."
             )
         sums = [node for node in self.order if label.constraints[node.name].sums]
-        behind = [user.name for node in sums[:1] for user in node.users]
+        readers = [user.name for node in sums[:1] for user in node.users]
         parts = bool(ends) or any(self.alignment.parting)
-        if parts and behind and not self.alignment.stems and self._may_start(behind[0]):
-            return f" Let each model compute on its own what is in front: `start={behind[0]!r}` begins to share there."
-        return ""
+        weights = readers and any(label.touches[name] for name in nx.descendants(self.graph, readers[0]))
+        if parts and weights and not self.alignment.stems and self._may_start(readers[0]):
+            return f" Let each model compute on its own what is in front: `start={readers[0]!r}` begins to share there."
+        return " Run them side by side, with nothing shared: `until=0`." if not self.alignment.stems else ""
 
     def _may_start(self, name: str) -> bool:
         """Whether all models have a place of this name where values that look alike enter a trunk."""

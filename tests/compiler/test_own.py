@@ -304,6 +304,30 @@ def test_where_all_is_returned_the_message_says_what_to_do():
         assert relative_difference(model(X), found) <= 1e-9
 
 
+class Factors(nn.Module):
+    """Matrix factorisation: what users and items have in common, and a bias of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.users, self.items = nn.Embedding(20, 8), nn.Embedding(30, 8)
+        self.user_bias, self.item_bias = nn.Embedding(20, 1), nn.Embedding(30, 1)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        alike = (self.users(user) * self.items(item)).sum(-1)
+        return alike + self.user_bias(user)[:, 0] + self.item_bias(item)[:, 0]
+
+
+def test_the_way_out_names_no_place_without_features_of_their_own():
+    """A bias of one number is returned by every head as it is: sharing it would average the models."""
+    a, b = (randomise(Factors(), seed).double().eval() for seed in (1, 2))
+    x = torch.randint(0, 20, (32,)), torch.randint(0, 20, (32,))
+    with pytest.raises(fxzip.AlignError, match="`until='items'` shares up to there"):
+        fxzip.compile_zip(a, b, x, progress=False)
+    zipped = fxzip.compile_zip(a, b, x, until="items", width=2, progress=False)
+    for found, model in zip(zipped(*x), (a, b), strict=True):
+        assert relative_difference(model(*x), found) <= 1e-9
+
+
 class Normalised(Body):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x - self.mean)
