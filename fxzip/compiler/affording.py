@@ -59,12 +59,14 @@ class Affordable:
     spent: float | None = None
     promised: float | None = None
 
-    def spending(self, budget: Budget | None) -> dict[str, Any] | None:
-        """For the report: what was allowed, what prices promised, and what was measured; None without a budget."""
+    def spending(self, budget: Budget | None, report: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was allowed, what prices promised, and what was measured or by the report is taken; None without a
+        budget."""
         if budget is None:
             return None
         allowed = {"currency": budget.currency, "max_cost": budget.cost}
-        return {**allowed, "promised": self.promised, "spent": self.spent}
+        spent = budget.counted(report) if self.spent is None else self.spent
+        return {**allowed, "promised": self.promised, "spent": spent}
 
     def note(self, budget: Budget) -> str:
         """What the report says of it."""
@@ -172,9 +174,9 @@ def spent_by(session: Session, network: ZippedModule, budget: Budget, *, rough: 
 
 def _spent_by(session: Session, network: ZippedModule, budget: Budget, *, rough: bool) -> float:
     first = session.survey.alignment.programs[0]
-    if budget.currency in ("flops", "parameters"):
-        counted: Mapping[str, Any] = network.report[budget.currency]
-        return float(counted["total"] / max(counted["originals"][0], 1))
+    counted = None if budget.currency in MEASURED else budget.counted(network.report)
+    if counted is not None:
+        return counted
     both = as_used(network), as_used(first.module)
     if budget.currency == "memory":
         taken, one = peaks(both, first.call).each

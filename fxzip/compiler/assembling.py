@@ -108,7 +108,6 @@ def _fitted(
         "method": repr(recipe.method),
         "refit": recipe.refit_name,
         "data": calibration.description,
-        "budget": made.spending(recipe.budget),
         "self_check": list(found.errors),
         "notes": [
             *about_base(recipe, session.options.base), *observed.trunk.notes, *found.notes, *notes,
@@ -117,6 +116,7 @@ def _fitted(
     }  # fmt: skip
     moments = {k: one.moments for k, one in solo.items()}
     report = make_report(zipped, made.plan, settings, observed.moments, moments)
+    report = Report({**report, "budget": made.spending(recipe.budget, report)})
     zipped.meta["fxzip_report"] = report.noting(*overspent(report, recipe.budget), *_saves_nothing(report))
     return zipped
 

@@ -32,16 +32,9 @@ NOTHING: Mapping[int, Any] = MappingProxyType({})
 class Report(Mapping[str, Any]):
     """A read-only dict of plain values; `str(report)` is a text for people.
 
-    Keys: "models", "method", "refit", "data", "agreement",
-    "latency" (see `compiler/judging.py`), "cut", "spaces", "narrowed", "ranks", "flops", "parameters", "unmerges",
-    "mixed", "barriers", "self_check", "tracing", "notes", "nodes". "narrowed" holds for each head its spaces that keep
-    fewer features; "ranks" the calls that were made two (see `factorised.py`). A space has, for each model, its "sizes"
-    and its "error", the share of the features' variance that merging loses (see `space_facts.py`). "nodes" holds for
-    each node of the graph where it is, what it gives and why it is not shared (see `node_facts.py`).
-    "flops" and "parameters" hold "trunk", "heads", "total", "originals", "side_by_side"; "flops" also
-    "unknown", the calls whose FLOPs are not known and count as none. "unmerges" are the nodes that
-    give a head its own features; "mixed" those of them that take a matrix product, the others gather. "batched", where
-    heads were to run together, is what `batch_heads` says of it.
+    `docs/report.md` says what each key holds: what was asked for ("models", "method", "budget" ...), what came out
+    ("agreement", "latency", "flops" ...), what is shared and why no more ("cut", "spaces" ...), what the compiler saw
+    ("tracing", "self_check", "nodes" ...). Costs are counts, seconds and bytes; "cost" is relative to the first model.
     """
 
     values_: dict[str, Any]

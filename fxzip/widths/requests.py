@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from ..errors import OptionError
 
@@ -40,6 +40,13 @@ class Budget:
     def noun(self) -> str:
         """The currency, in a sentence."""
         return {"flops": "FLOPs", "memory": "peak memory"}.get(self.currency, self.currency)
+
+    def counted(self, report: Mapping[str, Any]) -> float | None:
+        """What a zip takes by its report, relative to the first model; None where that is measured, not counted."""
+        if self.currency not in ("flops", "parameters"):
+            return None
+        spent = report[self.currency]
+        return float(spent["total"] / max(spent["originals"][0], 1))
 
 
 WidthRequest = Scaled | ScaledSpaces | Budget
