@@ -6,9 +6,10 @@ makes legal relabellings, `random_trial` runs the program before and after one, 
 """
 
 from .checking import Check, analyse, check, relative_difference, self_check
+from .grouping import FeatureSpace
 from .labelling import Barrier, Labelling, ParamLabels, Site, label
 from .relabelling import random_relabelling, relabelled
-from .spaces import FeatureSpace, FeatureSpaces, Layout, solve
+from .spaces import FeatureSpaces, Layout, solve
 
 __all__ = [
     "Barrier",

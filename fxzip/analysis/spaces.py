@@ -14,51 +14,21 @@ Simplifications, each to a smaller set of relabellings and so never to a wrong o
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .fingerprints import Runs, fingerprints_of
+from .grouping import FeatureSpace, Grouping, families, singles
 from .labelling import Labelling
 from .roles import Roles
 from .rules import Constraints
 from .rules.axis_labels import occurrences
 from .rules.constraint_store import PinKind
 from .solver import Ints, Solver, Unit, hold_unique, units_of, untangle
-
-Legality = Literal["free", "blockwise", "relabel only", "pinned"]
-"""What may be done with the features of a space, see `FeatureSpace`."""
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureSpace:
-    """Features that may change places with one another.
-
-    Attributes:
-        name: the parameter that writes the features first.
-        classes: class numbers, shape [n]; the features' order is that of this array.
-        legality: "free", "blockwise" (whole blocks first, then inside a block), "relabel only" (averaging clusters
-            would not be exact even through linear calls: q and k of a head, a kernel and its transpose), or "pinned".
-        reason: why it is not free.
-        tie: number of the tie group whose blocks move together, or None.
-        blocks: feature numbers, shape [blocks, features per block], or None.
-    """
-
-    name: str
-    classes: Tensor
-    legality: Legality
-    reason: str = ""
-    tie: int | None = None
-    blocks: Tensor | None = None
-
-    @property
-    def size(self) -> int:
-        return len(self.classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +159,7 @@ def solve(
             break
 
     roles = Roles.of(labelling, solver, constraints, params, written)
-    return _assemble(labelling, solver, fingerprints, units, constraints, roles)
+    return _assembled(labelling, solver, fingerprints, units, constraints, roles)
 
 
 def _joined(pairs: list[Tensor]) -> Ints:
@@ -210,78 +180,30 @@ def _pins(
     return pins, [("", "fixed"), *numbers]
 
 
-def _assemble(
-    labelling: Labelling,
-    solver: Solver,
-    fingerprints: Ints,
-    units: Sequence[Unit],
-    constraints: Sequence[Constraints],
-    roles: Roles,
-) -> FeatureSpaces:
+def _assembled(
+    labelling: Labelling, solver: Solver, fingerprints: Ints, units: Sequence[Unit],
+    constraints: Sequence[Constraints], roles: Roles,
+) -> FeatureSpaces:  # fmt: skip
     """Group classes and units of one kind into spaces."""
-    dual = np.zeros(solver.count, bool)
-    for labels in (labels for stated in constraints for how, labels in stated.touched if how == "dual"):
-        dual[solver.klass[labels.numpy()]] = True
-    space_of, feature_of, tie_of = (torch.full((solver.count,), -1, device="cpu") for _ in range(3))
-    spaces: list[FeatureSpace] = []
+    made = Grouping(solver, constraints, roles)
+    for classes in singles(roles, solver, fingerprints, units):
+        made.add(classes)
+    for tie, family in enumerate(families(units, fingerprints)):
+        made.add_tied(tie, family)
 
-    def add(classes: Ints, tie: int | None = None, blocks: Tensor | None = None) -> None:
-        named = roles.name(classes)
-        if named is None:
-            return
-
-        index = torch.from_numpy(classes)
-        space_of[index], feature_of[index] = len(spaces), torch.arange(len(classes), device="cpu")
-        legality: Legality = "free" if tie is None else "blockwise"
-        reason = "" if tie is None else _TIED
-        if dual[classes].any():
-            legality, reason = "relabel only", _DUAL
-        elif roles.both[classes].any():
-            legality, reason = "relabel only", _BOTH
-        elif roles.bent[classes].any():
-            legality, reason = "relabel only", _BENT
-
-        spaces.append(FeatureSpace(named, index, legality, reason, tie, blocks))
-
-    for classes in _singles(roles, solver, fingerprints, units):
-        add(classes)
-    families: dict[tuple[object, ...], list[Unit]] = defaultdict(list)
-    for unit in units:
-        families[int(fingerprints[unit.root]), unit.kind].append(unit)
-    for tie, family in enumerate(families.values()):
-        family.sort(key=lambda unit: unit.members[0][1])
-        for cell in range(len(family[0].members)):
-            rows = np.array([unit.members[cell][1] for unit in family], np.int64)
-            order = np.argsort(rows, axis=None)
-            places = np.empty(rows.size, np.int64)
-            places[order] = np.arange(rows.size)
-            add(rows.reshape(-1)[order], tie, torch.from_numpy(places.reshape(rows.shape)))
-        roots = np.array([unit.root for unit in family])
-        add(roots, tie, torch.arange(len(family), device="cpu")[:, None])
-        if int(space_of[roots[0]]) < 0:
-            tie_of[torch.from_numpy(roots)], feature_of[torch.from_numpy(roots)] = (
-                tie,
-                torch.arange(len(family), device="cpu"),
-            )
     held = np.flatnonzero(solver.pinned)
     pins = {c: solver.reasons[why] for c, why in zip(held.tolist(), solver.pinned[held].tolist(), strict=True)}
     klass, block_of = torch.from_numpy(solver.klass), torch.full((solver.count,), -1, device="cpu")
     blocks, members = torch.from_numpy(solver.free_edges())
     block_of[members] = blocks
-    return FeatureSpaces(labelling, tuple(spaces), klass, space_of, feature_of, tie_of, pins, roles.consumed, block_of)
-
-
-def _singles(roles: Roles, solver: Solver, fingerprints: Ints, units: Sequence[Unit]) -> list[Ints]:
-    """The classes that a parameter writes and that move on their own, by kind, in order."""
-    alone = (roles.first < len(roles.names)) & (solver.pinned == 0)
-    alone[[c for unit in units for c in unit.classes]] = False
-    classes = np.flatnonzero(alone)
-    _, start, which = np.unique(fingerprints[classes], return_index=True, return_inverse=True)
-    order = np.argsort(start[which], kind="stable")
-    return np.split(classes[order], np.flatnonzero(np.diff(start[which][order])) + 1) if classes.size else []
-
-
-_DUAL = "two activations are multiplied and summed over it: both sides share one map"
-_BOTH = "one parameter writes it and is summed over along it: both at once only a relabelling can be"
-_BENT = "weights that sum over it are a function of parameters that is not linear"
-_TIED = "its features move in whole blocks"
+    return FeatureSpaces(
+        labelling,
+        tuple(made.spaces),
+        klass,
+        made.space_of,
+        made.feature_of,
+        made.tie_of,
+        pins,
+        roles.consumed,
+        block_of,
+    )

@@ -11,9 +11,10 @@ from torch import nn
 
 from ..analysis import check, label
 from ..analysis.checking import Check
+from ..analysis.grouping import FeatureSpace
 from ..analysis.labelling import Barrier, Labelling
 from ..analysis.rules import Rule
-from ..analysis.spaces import FeatureSpace, FeatureSpaces, solve
+from ..analysis.spaces import FeatureSpaces, solve
 from ..partition.dependencies import relations
 from ..partition.node_names import cut_names
 from ..partition.own import fixed_places
