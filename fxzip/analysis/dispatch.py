@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,15 +29,22 @@ class LabelMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         state = self.state
-        name = func._schema.name.split("::")[-1]
-        written = written_by(func, args, kwargs)
-        inputs = list(tensors((args, kwargs)))
-
-        for tensor in inputs:
+        for tensor in tensors((args, kwargs)):
             state.touch(tensor)
 
-        earlier = Earlier.of(state, inputs, written) if written else Earlier({}, {})
-        out = func(*args, **kwargs)
+        twin = _out_of_place(func)
+        if twin is None:
+            written, inputs = written_by(func, args, kwargs), list(tensors((args, kwargs)))
+            earlier = Earlier.of(state, inputs, written) if written else Earlier({}, {})
+            out = func(*args, **kwargs)
+        else:  # its values stay where they are, and it is a view of itself from here on
+            before = torch.ops.aten.alias.default(args[0])
+            state.file(replace(state.entry(args[0]), tensor=before))
+            out = func(*args, **kwargs)
+            func, args, written, earlier = twin, (before, *args[1:]), [], Earlier({}, {})
+            inputs = list(tensors((args, kwargs)))
+
+        name = func._schema.name.split("::")[-1]
         numbers: dict[int, Callable[[], None]] = {}
         with unwatched():
             call = Invocation(
@@ -76,6 +84,14 @@ class LabelMode(TorchDispatchMode):
         _end_at_uncertain_sizes(state, call)
         _note_sites(state, call)
         state.calls += 1
+
+
+def _out_of_place(func: Any) -> Any:
+    """The call that gives a view, for one that gives its operand another shape (`squeeze_`, `t_`); None for others."""
+    if torch.Tag.inplace_view not in getattr(func, "tags", ()):
+        return None
+    packet = getattr(torch.ops.aten, func._schema.name.split("::")[-1].rstrip("_"), None)
+    return getattr(packet, func._overloadname, None)
 
 
 def _weighs(state: State, call: Invocation) -> bool:

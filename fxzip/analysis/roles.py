@@ -60,6 +60,8 @@ class Roles:
                 unmerged[labels.numpy()] = True
             for labels in (*stated.consumed, *(labels for how, labels in stated.touched if how != "bent")):
                 used[solver.klass[labels.numpy()]] = True
+        blocks, members = solver.free_edges()
+        used[blocks[used[members]]] = True  # of a block, what uses its members may be all that uses it
 
         names = (*(name for name in labelling.params if name in params), *written)
         first, summed = np.full(solver.count, len(names)), np.full(solver.count, len(names))

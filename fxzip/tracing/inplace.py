@@ -102,8 +102,20 @@ def _is_seen_elsewhere(
         redirected.add(given)
     order = list(originals)
     later = {originals[other] for other in order[order.index(node) + 1 :]}
+    if _only_reshapes(node) and given.op != "get_attr":  # the twin is a view: it hides no write, and needs but be read
+        alike = [other for other in order if _twin(other) is not None and other not in chosen]
+        return any(_given(other) in redirected and any(node < user for user in other.users) for other in alike)
     written = originals[_given(node)]
     return any(run.seen_elsewhere(written, {originals[other] for other in redirected}, later) for run in runs)
+
+
+def _only_reshapes(node: fx.Node) -> bool:
+    """Whether the call changes the shape of its input, and none of its values (`squeeze_`, `t_`)."""
+    packet = getattr(torch.ops.aten, str(node.target), None) if node.op == "call_method" else None
+    overloads = [node.target] if packet is None else [getattr(packet, name) for name in packet.overloads()]
+    if "resize" in str(node.target):
+        return False
+    return any(torch.Tag.inplace_view in getattr(overload, "tags", ()) for overload in overloads)
 
 
 Twin = tuple[Any, tuple[Any, ...], dict[str, Any]]

@@ -360,3 +360,40 @@ def test_a_parameter_and_its_kernel(shape, blocks):
     for field, (axis, run) in zip(labels.fields, labels.runs(), strict=True):
         assert run.unique().numel() == field.numel()
         assert len(run) == (kernel.shape[0] if axis == 0 else labels.groups * kernel.shape[1])
+
+
+class Sink(nn.Module):
+    """Attention whose softmax knows a score of each head that no token has (an attention sink)."""
+
+    def __init__(self):
+        super().__init__()
+        self.i, self.o, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.sink = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        x = torch.tanh(self.i(x))
+        q, k, v = (f(x).unflatten(-1, (4, 2)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        none = self.sink[:, None, None].expand(x.shape[0], -1, x.shape[1], 1)
+        scores = torch.cat([q @ k.mT, none], -1).softmax(-1)
+        return self.c(torch.tanh(self.o((scores[..., :-1] @ v).transpose(1, 2).flatten(2))))
+
+    def counterpart(self):
+        twin, heads = copy.deepcopy(self), torch.tensor([2, 0, 3, 1])
+        places = (heads[:, None] * 2 + torch.arange(2)).flatten()
+        with torch.no_grad():
+            twin.sink.copy_(self.sink[heads])
+            for name in "qkv":
+                getattr(twin, name).weight.copy_(getattr(self, name).weight[places])
+                getattr(twin, name).bias.copy_(getattr(self, name).bias[places])
+            twin.o.weight.copy_(self.o.weight[:, places])
+        return twin
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if "until" not in SETTINGS[name]])
+def test_a_parameter_that_only_a_softmax_reads_beside_the_scores_of_heads_moves_with_these(setting):
+    x, model = torch.randn(64, 5, 6, dtype=torch.float64), Sink().double().eval()
+    zipped = fxzip.compile_zip(model, model.counterpart(), x[:4], data=[x], until="o", **SETTINGS[setting])
+    assert "sink" in {space["name"] for space in zipped.report["spaces"]}
+    for found in zipped(x):
+        torch.testing.assert_close(found, model(x), rtol=1e-6, atol=1e-6)

@@ -137,9 +137,25 @@ def reshaped(m, x):
     return _last(m, h)
 
 
+def turned(m, x):
+    """Calls that give a tensor another shape, not other values, while views of it are read."""
+    h = m.a(x)
+    view = h[:, None]
+    view.squeeze_(1).t_()
+    view.relu_()
+    view.unsqueeze_(0)
+    return m.o(torch.relu(m.b(h)) + view[0].t())
+
+
+def quantiles(m, x):
+    """Inside of these PyTorch takes an axis away in place."""
+    h = m.a(x)
+    return _last(m, h - h.quantile(0.3, 0, keepdim=True))
+
+
 BODIES = [
     part, columns, transposed, halves, pieces, copied, assembled, into_out, by_index, added, between, overlapping,
-    inputs, masked, flagged, reshaped,
+    inputs, masked, flagged, reshaped, turned, quantiles,
 ]  # fmt: skip
 
 
