@@ -82,12 +82,17 @@ def _near(products: Tensor) -> Tensor:
 
 
 def _tie_broken(alike: Tensor, samples: Tensor) -> Tensor:
-    """(1 - TIE) · alike + TIE · correlation of the samples, in place."""
+    """(1 - TIE) · alike + TIE · correlation of the samples, in place; the former alone for two that never vary there."""
     drawn = samples.double()
     drawn = drawn - drawn.mean(0)
     norm = drawn.norm(dim=0)
     drawn = torch.where(norm > 0, drawn / norm.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    return alike.mul_(1 - TIE).addmm_(drawn.T, drawn, alpha=TIE).clamp_(-1, 1).fill_diagonal_(1.0)
+    still = (norm == 0).nonzero().flatten()
+    pair = (still[:, None], still[None, :])
+    kept = alike[pair]
+    alike.mul_(1 - TIE).addmm_(drawn.T, drawn, alpha=TIE)
+    alike[pair] = kept
+    return alike.clamp_(-1, 1).fill_diagonal_(1.0)
 
 
 def model_index(sizes: Sequence[int], device: torch.device | None = None) -> Tensor:

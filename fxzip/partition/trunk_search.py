@@ -216,7 +216,8 @@ class TrunkSearch:
         sums = [node for node in self.order if label.constraints[node.name].sums]
         readers = [user.name for node in sums[:1] for user in node.users]
         parts = bool(ends) or any(self.alignment.parting)
-        weights = readers and any(label.touches[name] for name in nx.descendants(self.graph, readers[0]))
+        own = self.returned.union(*(nx.descendants(self.graph, name) for name in self.returned))
+        weights = readers and any(label.touches[name] for name in nx.descendants(self.graph, readers[0]) - own)
         if parts and weights and not self.alignment.stems and self._may_start(readers[0]):
             return f" Let each model compute on its own what is in front: `start={readers[0]!r}` begins to share there."
         return " Run them side by side, with nothing shared: `until=0`." if not self.alignment.stems else ""

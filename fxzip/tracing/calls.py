@@ -144,6 +144,11 @@ def as_call(sample_input: Any) -> Call:
             f"`sample_input` must hold at least one tensor; found a `{type(sample_input).__name__}` with none. "
             "Pass one batch of what the models take, e.g. `torch.randn(1, 3, 32, 32)`."
         )
+    if batch_size(call) == 0:
+        raise InputError(
+            "`sample_input` must hold at least one input; its batch has size 0. "
+            "Pass one batch of what the models take, e.g. `torch.randn(1, 3, 32, 32)`."
+        )
     return call
 
 

@@ -171,6 +171,10 @@ def test_options_of_another_type(option, error, text):
         fxzip.compile_zip(A, B, X, progress=False, **option)
 
 
+def test_a_sample_without_any_input():
+    fails(fxzip.InputError, "`sample_input` must hold at least one input; its batch has size 0.", A, B, X[:0], data=[X])
+
+
 def test_nested_tensors_are_no_inputs():
     nested = torch.nested.nested_tensor([torch.randn(3, 8, 8), torch.randn(3, 6, 6)])
     fails(fxzip.InputError, "Inputs must be dense tensors; `sample_input` holds one that is nested", A, B, nested)

@@ -164,6 +164,17 @@ def test_equal_constants_of_two_models_are_alike_and_no_others() -> None:
     close(alike[2, 5], torch.corrcoef(torch.stack([x[:, 2], y[:, 2]]))[0, 1])
 
 
+def test_constants_find_each_other_before_what_is_nearly_a_copy_does() -> None:
+    """A feature that is twice another of its own model is less like that than two silent ones are alike."""
+    (x,) = features(6)
+    x[:, 1], x[:, 4] = 2 * x[:, 0], 0.0
+    found = moments([x, x])
+    found = dataclasses.replace(found, samples=torch.cat([x, x], 1)[:20])
+    alike = similarity(found)
+    assert float(alike[4, 10]) > float(alike[0, 1])
+    close(Zip()(found, 6).assignment(1), torch.arange(6))
+
+
 def test_one_position_is_enough_to_match_by_value() -> None:
     x = torch.tensor([[1.0, 2.0, -3.0]])
     for method in (Permute(), Zip()):

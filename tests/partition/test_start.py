@@ -474,3 +474,20 @@ def test_trunks_that_part_at_the_start():
     b = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.ReLU())
     with pytest.raises(fxzip.AlignError, match="needs models that agree from `start` on; they part at the first node"):
         fxzip.compile_zip(a, b, torch.randn(4, 4), start="1", progress=False)
+
+
+class Coupling(nn.Module):
+    """The weights behind the first layer all write what the model returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.a, self.b = nn.Parameter(torch.rand(6) + 0.5), nn.Linear(3, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x * self.scale
+        return torch.cat([x[:, :3], x[:, 3:] + self.b(torch.relu(self.a(x[:, :3])))], 1)
+
+
+def test_start_is_not_proposed_where_nothing_behind_it_can_be_shared():
+    with pytest.raises(fxzip.AlignError, match="until=0"):
+        fxzip.compile_zip(Coupling(), Coupling(), torch.randn(4, 6), progress=False)
