@@ -82,7 +82,7 @@ def _near(products: Tensor) -> Tensor:
 
 
 def _tie_broken(alike: Tensor, samples: Tensor) -> Tensor:
-    """(1 - TIE) · alike + TIE · correlation of the samples, in place; the former alone for two that never vary there."""
+    """(1 - TIE) · alike + TIE · correlation of the samples, in place; alike itself where two never vary."""
     drawn = samples.double()
     drawn = drawn - drawn.mean(0)
     norm = drawn.norm(dim=0)

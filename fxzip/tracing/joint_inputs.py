@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
+from ..errors import InputError
 from . import Program, trace
 from .calls import Call, JointCall
 
@@ -26,10 +27,17 @@ def trace_all(networks: Sequence[nn.Module], call: Call, others: Sequence[Call] 
     (torch.Size([2, 1]), torch.Size([2, 1]))
     """
     parts = call.parts if isinstance(call, JointCall) else (call,) * len(networks)
-    programs = [
-        trace(model, part, name=f"model {k}", others=[_part(other, k) for other in others])
-        for k, (model, part) in enumerate(zip(networks, parts, strict=True))
-    ]
+    programs: list[Program] = []
+    for k, (model, part) in enumerate(zip(networks, parts, strict=True)):
+        try:
+            programs.append(trace(model, part, name=f"model {k}", others=[_part(other, k) for other in others]))
+        except InputError as error:
+            if not programs or parts[0] is not part or error.__cause__ is None:  # the model itself raised nothing
+                raise
+            raise InputError(
+                f"{error} Those in front of it do take this one: for models with inputs of their own give one for "
+                "each, `sample_input=fxzip.PerModel(...)`, and say with `start` where the trunk begins."
+            ) from error.__cause__
     return with_all_inputs(programs, call) if isinstance(call, JointCall) else programs
 
 

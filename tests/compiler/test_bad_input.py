@@ -171,6 +171,18 @@ def test_options_of_another_type(option, error, text):
         fxzip.compile_zip(A, B, X, progress=False, **option)
 
 
+def test_models_that_take_other_inputs():
+    other = randomise(Residual(5), 2)
+    other.stem[0] = nn.Conv2d(1, 8, 3, padding=1)
+    fails(
+        fxzip.InputError,
+        "`model 1` must run on `sample_input`...`sample_input=fxzip.PerModel(...)`...`start`",
+        A,
+        other,
+        X,
+    )
+
+
 def test_a_sample_without_any_input():
     fails(fxzip.InputError, "`sample_input` must hold at least one input; its batch has size 0.", A, B, X[:0], data=[X])
 
