@@ -2,7 +2,9 @@
 
     python benchmarks/scaling.py --axes images nodes models width
     python benchmarks/scaling.py --axes processes --images 2000
+    python benchmarks/scaling.py --axes forward --images 1000
 
+`forward` compares the default compile of the CIFAR-10 pair with the forward passes of both networks on its images.
 `processes` compiles the CIFAR-10 pair (see `cifar.py`) in one process of one thread, and in two of one thread each that
 have half of the images each, and compares weights. The other axes compile random residual networks of one size after
 another and fit the exponent of seconds = a · size^b. Seconds are CPU seconds of one thread, which other work on the
@@ -92,27 +94,52 @@ def grow(axis: str, sizes: Sequence[int]) -> dict[str, Any]:
     return {"sizes": list(sizes), "seconds": seconds, "exponent": exponent(sizes, seconds), "target": TARGETS[axis]}
 
 
-def compile_pair(settings: argparse.Namespace, rank: int = 0, world: int = 1) -> tuple[dict[str, float], Any]:
-    """The pair on this rank's part of the images: seconds, and the network."""
+def load_pair(settings: argparse.Namespace) -> tuple[list[nn.Module], Tensor, list[Tensor]]:
+    """The pair, a sample input, and its calibration images in batches."""
     from cifar import find_models
     from cifar import parser as cifar_parser
     from cifar_data import draw_calibration, holdout_split, load_cifar, mixed_batches
-
-    import fxzip
 
     own = cifar_parser().parse_args(["--data", settings.data, "--checkpoints", settings.checkpoints])
     models = find_models(own)
     calibration, _ = holdout_split(load_cifar(own.data, own.cache).train)
     drawn = draw_calibration(calibration, [model.classes for model in models], settings.images, 0)
-    batches = list(mixed_batches(drawn, own.batch_size, 0))
+    return [model.network for model in models], drawn[0][:2], list(mixed_batches(drawn, own.batch_size, 0))
+
+
+def compile_pair(settings: argparse.Namespace, rank: int = 0, world: int = 1) -> tuple[dict[str, float], Any]:
+    """The pair on this rank's part of the images: seconds, and the network."""
+    import fxzip
+
+    networks, sample, batches = load_pair(settings)
     part = len(batches) // world
     mine = batches[rank * part : (rank + 1) * part if rank + 1 < world else len(batches)]
-    networks = [model.network for model in models]
     if world > 1:
         torch.distributed.barrier()
     clock, start = time.perf_counter(), time.process_time()
-    zipped = fxzip.compile_zip(networks, drawn[0][:2], data=mine, hold_out=False, progress=False)
+    zipped = fxzip.compile_zip(networks, sample, data=mine, hold_out=False, progress=False)
     return {"wall": time.perf_counter() - clock, "cpu": time.process_time() - start}, zipped
+
+
+def compare_forward(settings: argparse.Namespace) -> dict[str, float]:
+    """CPU seconds of the default compile of the pair, and of the forward passes of both networks before and after."""
+    import fxzip
+
+    networks, sample, batches = load_pair(settings)
+
+    @torch.no_grad()
+    def passes() -> float:
+        start = time.process_time()
+        for batch in batches:
+            for network in networks:
+                network(batch)
+        return time.process_time() - start
+
+    passes()  # what is done once in a process does not count
+    before, start = passes(), time.process_time()
+    fxzip.compile_zip(networks, sample, data=batches, progress=False)
+    seconds, forward = time.process_time() - start, (before + passes()) / 2
+    return {"images": settings.images, "compile": seconds, "forward": forward, "ratio": seconds / forward}
 
 
 def work(settings: argparse.Namespace) -> None:
@@ -165,8 +192,8 @@ def compare_processes(settings: argparse.Namespace) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = result.add_argument
-    add("--axes", nargs="+", default=["processes", *SIZES], choices=["processes", "worker", *SIZES])
-    add("--images", type=int, default=2000, help="of the pair, for `processes`")
+    add("--axes", nargs="+", default=["processes", *SIZES], choices=["processes", "forward", "worker", *SIZES])
+    add("--images", type=int, default=2000, help="of the pair, for `processes` and `forward`")
     add("--data", default=os.environ.get("FXZIP_DATA", "../shared/data"), help="as in cifar.py")
     add("--checkpoints", default=os.environ.get("FXZIP_CHECKPOINTS", "../shared/checkpoints"), help="as in cifar.py")
     add("--largest", type=int, help="leave out sizes beyond this one")
@@ -188,6 +215,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for axis in settings.axes:
         if axis == "processes":
             found[axis] = compare_processes(settings)
+            print(json.dumps(found[axis], indent=2), flush=True)
+            continue
+        if axis == "forward":
+            found[axis] = compare_forward(settings)
             print(json.dumps(found[axis], indent=2), flush=True)
             continue
         sizes = [size for size in SIZES[axis] if settings.largest is None or size <= settings.largest]

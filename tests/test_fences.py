@@ -112,6 +112,19 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_compile_leaves_the_compiler_of_pytorch_alone():
+    """Its import takes seconds, and dispatch modes and torch.fx's own stack traces import it."""
+    code = """if True:
+        import sys, torch, fxzip
+        from torch import nn
+        a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3))
+        fxzip.compile_zip(a, b, torch.randn(16, 4), data=[torch.randn(64, 4)] * 3, progress=False)
+        print(sorted({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert done.stdout.strip() == "[]"
+
+
 PUBLIC = {  # what users call by hand may take many options, all but the first few by keyword
     "compiler.pipeline.compile_zip",
     "tools.comparison.compare",

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import RuleError
+from ..tracing.dispatch_mode import DispatchMode
 from ..tracing.randomness import unwatched
 from .inplace_writes import Earlier, write_in_place, written_by
 from .label_state import Barrier, Entry, Probed, Site, State, tensors
@@ -19,7 +19,7 @@ from .rules.probing import probe
 from .rules.uniform import FACTORIES, UNWRITTEN, uniform_axes
 
 
-class LabelMode(TorchDispatchMode):
+class LabelMode(DispatchMode):
     """Looks at every ATen call, applies its rule, and stores the result's fields."""
 
     def __init__(self, state: State) -> None:

@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -24,6 +23,7 @@ from ..tracing import Program, quiet_execution
 from ..tracing.aten_calls import run
 from ..tracing.calls import Call
 from ..tracing.containers import leaves
+from ..tracing.dispatch_mode import DispatchMode
 from .rules import RULES, is_pointwise
 
 
@@ -87,7 +87,7 @@ def flops_of(program: Program) -> Flops:
     return _COUNTED[program]
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(DispatchMode):
     """Counts the calls of a thread, as torch's `FlopCounterMode` does, which hooks the modules of all threads.
 
     Not by `run`'s numbered calls: attention counts as one kernel here, and calls of a higher order by their parts.

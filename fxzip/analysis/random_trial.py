@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..tracing import Program, flat_inputs, quiet_execution
 from ..tracing.aten_calls import run
 from ..tracing.calls import Call, batch_size, map_tensors, with_batch
 from ..tracing.containers import leaves
+from ..tracing.dispatch_mode import DispatchMode
 from .labelling import Labelling
 from .relabelling import Movement, relabelled
 from .sightings import Sightings, Watcher, departures, relative_difference, tensor_difference, unmoved, watched
@@ -253,7 +253,7 @@ _WIDER = {
 }
 
 
-class DoubleMode(TorchDispatchMode):
+class DoubleMode(DispatchMode):
     """Everything in float64, in this thread: replaces narrow floating dtypes among the arguments of every call, widens
     what comes in narrow, and lets calls without a dtype make float64. Not the default dtype: that is every thread's.
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..tracing.dispatch_mode import DispatchMode
 from .rules import is_random
 
 
-class Still(TorchDispatchMode):
+class Still(DispatchMode):
     """Replaces what calls draw at random by one value for all elements; permutations are drawn as ever.
 
     >>> with Still():

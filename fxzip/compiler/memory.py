@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..tracing.calls import Call, leaves, map_tensors
+from ..tracing.dispatch_mode import DispatchMode
 from ..tracing.execution import storage_of
 from ..tracing.state import restored_state
 
 
-class _Living(TorchDispatchMode):
+class _Living(DispatchMode):
     """Bytes of the storages that live: the most that did, in all and beyond those that did when `begin` was called."""
 
     def __init__(self, counted: set[int]) -> None:

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .calls import Call
+from .dispatch_mode import DispatchMode
 from .execution import flat_inputs
 from .fused_kernels import InParts
 
@@ -78,7 +78,7 @@ OnNode = Callable[[fx.Node, Any], Any]
 """Is told what a node returned; gives the value to go on with."""
 
 
-class _Numbered(TorchDispatchMode):
+class _Numbered(DispatchMode):
     """Hands on every call of the node under way, with its number."""
 
     def __init__(self, on_call: OnCall) -> None:

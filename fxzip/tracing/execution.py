@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ContainerError, SpecializationError
 from .calls import Call, map_tensors
 from .containers import flatten, is_written
+from .dispatch_mode import DispatchMode
 from .precision import full_precision
 from .randomness import OwnRandomness, own_randomness
 from .state import restored_state, seed_python
@@ -177,7 +177,7 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-class Writes(TorchDispatchMode):
+class Writes(DispatchMode):
     """Sees which memory is written into that was there before: before this mode was entered, or since it was asked."""
 
     def __init__(self) -> None:

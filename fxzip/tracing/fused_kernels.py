@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .dispatch_mode import DispatchMode
 from .randomness import unwatched
 from .recurrence import CELLS, gru_cell, layer, layers, lstm_cell
 
@@ -24,7 +24,7 @@ Given = Mapping[str, Any]
 """Arguments of a call by the names of its schema."""
 
 
-class InParts(TorchDispatchMode):
+class InParts(DispatchMode):
     """Fused kernels run as the calls they stand for. To be entered last: modes entered before see these.
 
     >>> q = torch.randn(1, 1, 3, 4)

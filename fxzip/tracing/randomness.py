@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+from torch.utils._python_dispatch import _pop_mode, _push_mode
 
+from .dispatch_mode import DispatchMode
 from .threads import Replacement, ThreadPatch
 
 _SWAP = threading.Lock()
@@ -28,7 +29,7 @@ class HigherOrderCall(NotImplementedError):
     """A call that takes functions of tensors, such as `torch.cond`: what they compute is not seen."""
 
 
-class OwnRandomness(TorchDispatchMode):
+class OwnRandomness(DispatchMode):
     """Inside, random calls of this thread draw from generators that start at a seed. `seeded`: someone has set another
     seed since then, or brought a generator.
 

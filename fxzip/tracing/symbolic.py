@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -17,6 +19,7 @@ from .structure import Rebuild
 from .training import is_kept
 from .ways import entered
 
+_TRACERS = (str(Path(fx.__file__).parent), str(Path(__file__).parent))
 _COMPOSITE = ("torch.nn.modules.container", "torch.nn.modules.transformer")
 
 
@@ -70,11 +73,15 @@ class SymbolicTracer(fx.Tracer):
     def __init__(self, root: nn.Module, call: Call, *, asked: bool = False) -> None:
         super().__init__(param_shapes_constant=True)
         self._asked = asked
-        self.record_stack_traces = True
         self._call = call
         # found beforehand, since it takes traces of its own: inside this one they would record into its graph
         self._kept = {module for module in root.modules() if not _is_of_torch_nn(module) and is_kept(module)}
         self._given: dict[fx.Node, Tensor] = {}  # the tensors among the arguments
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.stack_trace = node.stack_trace or _lines_of_forward()
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if "forward" in vars(m):  # given to the instance: who knows what it does
@@ -165,6 +172,15 @@ class SymbolicTracer(fx.Tracer):
             if found or isinstance(a, Enum):
                 return self.create_node("call_function", Rebuild(structure), tuple(proxy.node for proxy in found), {})
         return super().create_arg(a)
+
+
+def _lines_of_forward() -> str | None:
+    """The calls that led here, from the first `forward` on, less those of tracers. What torch.fx records itself is the
+    same, but it imports PyTorch's compiler for that, which takes seconds."""
+    frames = list(traceback.walk_stack(None))[::-1]
+    first = next((place for place, (frame, _) in enumerate(frames) if frame.f_code.co_name == "forward"), len(frames))
+    shown = [own for own in frames[first:] if not own[0].f_code.co_filename.startswith(_TRACERS)]
+    return "".join(traceback.StackSummary.extract(iter(shown)).format()).strip() or None
 
 
 class _UnknownProxy(fx.Proxy):

@@ -19,10 +19,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .allowed import is_known
 from .calls import Call, map_tensors
+from .dispatch_mode import DispatchMode
 from .execution import difference, flat_inputs, modes_kept, quiet_execution
 from .randomness import draws
 
@@ -208,7 +208,7 @@ def _following(model: nn.Module, path: list[str], prefix: str = "") -> Iterator[
             handle.remove()
 
 
-class _Draws(TorchDispatchMode):
+class _Draws(DispatchMode):
     """Counts random calls by the module that makes them."""
 
     def __init__(self, path: list[str], counts: Counter[str]) -> None:

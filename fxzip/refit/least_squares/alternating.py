@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...matching.linalg import ridged_cholesky
 from .blocks import Blocks
+from .inputs import Inputs
 
 _DAMPING = 0.1  # μ relative to the mean diagonal of Uᵀ G U
 _RIDGE = 1e-5  # of the reading of f from h
@@ -53,16 +54,17 @@ class FreeTarget:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Values before φ; h, centred, [places, n]; U [n, N]; what is lost."""
+    """Values before φ; h, [places, n], and its mean, float64 [n]; U [n, N]; what is lost."""
 
     values: Blocks
     told: Blocks
+    mean: Tensor
     reading: Tensor
     lost: float
 
 
 def alternate(
-    x: Blocks | Tensor, weight: Tensor, free_target: FreeTarget, solve: Callable[[Blocks], Tensor], rounds: int
+    x: Inputs | Tensor, weight: Tensor, free_target: FreeTarget, solve: Callable[[Blocks], Tensor], rounds: int
 ) -> tuple[Tensor, list[float]]:
     """Weights of which the wished features can be read better, and the share that is lost after every round.
 
@@ -81,26 +83,32 @@ def alternate(
         solve: the regression on x of [places, n]: float64 [d, n].
         rounds: at most.
     """
-    x = Blocks.of(x).map(precise)
+    inputs = x if isinstance(x, Inputs) else Inputs(Blocks.of(x).map(precise))
     features = Blocks.of(free_target.features).map(precise).centred()
     metric = free_target.metric
     whole = float((features.gram() * metric).sum())
     if not 0 < whole < math.inf:
         return weight, []
 
-    def state(values: Blocks) -> _State:
-        told = values.map(free_target.function).centred()
-        own, both = told.gram(), told.product(features)
-        if not bool(own.isfinite().all() and both.isfinite().all()):  # a function that grows fast, a step too far
-            return _State(values, told, both, math.inf)
-        reading = torch.cholesky_solve(both, _factor(own, _RIDGE))
-        read = (2 * both - own @ reading) @ metric  # what is lost is that of these U, whatever the ridge made of them
-        return _State(values, told, reading, max(1 - float((read * reading).sum()) / whole, 0.0))
-
-    values = _outputs(x, weight)
+    values = inputs.outputs(weight)
     if free_target.offset is not None:
         values = values.map(torch.add, Blocks.of(free_target.offset).map(precise))
-    now = state(values.stored())
+    values = values.stored()
+    slope = _slope(free_target.function, values)
+    centre = values.map(free_target.function).mean()  # near the mean of all that is tried: little is lost to rounding
+
+    def state(values: Blocks) -> _State:
+        told = values.map(lambda own: free_target.function(own) - centre.to(own))
+        total, own, both = told.moments(features)
+        mean = total / told.rows
+        own -= told.rows * torch.outer(mean, mean)
+        if not bool(own.isfinite().all() and both.isfinite().all()):  # a function that grows fast, a step too far
+            return _State(values, told, mean, both, math.inf)
+        reading = torch.cholesky_solve(both, _factor(own, _RIDGE))
+        read = (2 * both - own @ reading) @ metric  # what is lost is that of these U, whatever the ridge made of them
+        return _State(values, told, mean, reading, max(1 - float((read * reading).sum()) / whole, 0.0))
+
+    now = state(values)
     if not math.isfinite(now.lost):
         return weight, []
     losses, step = [now.lost], _STEP
@@ -108,10 +116,10 @@ def alternate(
     for _ in range(rounds):
         if now.lost < _EXACT:
             break
-        change = solve(_wanted(now, features, metric).map(torch.mul, _slope(free_target.function, now.values)))
+        change = solve(_wanted(now, features, metric).map(torch.mul, now.values.map(slope)))
         if not bool(change.isfinite().all()):
             break
-        moved = _outputs(x, change).stored()
+        moved = inputs.outputs(change).stored()
         for tried in (step, step / 2, step / 4, step / 8):
             new = state(_further(now.values, moved, tried))
             if new.lost < now.lost:
@@ -135,12 +143,8 @@ def alternate(
     return weight, losses
 
 
-def _outputs(x: Blocks, weight: Tensor) -> Blocks:
-    return x.map(lambda own: own @ weight.to(own))
-
-
 def _further(values: Blocks, moved: Blocks, step: float) -> Blocks:
-    return values.map(lambda own, change: own + step * change, moved)
+    return values.map(lambda own, change: torch.add(own, change, alpha=step), moved)
 
 
 def precise(values: Tensor) -> Tensor:
@@ -154,7 +158,12 @@ def _wanted(now: _State, features: Blocks, metric: Tensor) -> Blocks:
     seen = toward @ now.reading.T
     solved = torch.cholesky_solve(torch.cat([toward, seen], 1), _factor(seen, _DAMPING))
     from_features, from_told = solved[:, : toward.shape[1]].T, solved[:, toward.shape[1] :].T
-    return features.map(lambda f, h: f @ from_features.to(f) - h @ from_told.to(h), now.told)
+    constant = now.mean @ from_told
+
+    def wanted(f: Tensor, h: Tensor) -> Tensor:
+        return torch.addmm(constant.to(f), f, from_features.to(f)).addmm_(h, from_told.to(h), alpha=-1)
+
+    return features.map(wanted, now.told)
 
 
 def _factor(matrix: Tensor, ridge: float) -> Tensor:
@@ -163,10 +172,10 @@ def _factor(matrix: Tensor, ridge: float) -> Tensor:
     return ridged_cholesky(matrix, ridge, scale)[0]
 
 
-def _slope(function: Callable[[Tensor], Tensor], values: Blocks) -> Blocks:
-    """φ' by differences."""
+def _slope(function: Callable[[Tensor], Tensor], values: Blocks) -> Callable[[Tensor], Tensor]:
+    """φ' by differences that are small beside the spread of such values."""
     mean, rows = values.mean(), values.rows
-    variance = values.map(lambda own: (own.double() - mean).square()).sum()
+    variance = values.map(lambda own: (own - mean.to(own)).square()).sum()
     whole = variance.sum() + rows * (mean - mean.mean()).square().sum()
     least = 1e-3 * (whole / max(rows * len(mean) - 1, 1)).sqrt()
     tiny = torch.finfo(values.block(0).dtype).tiny
@@ -176,4 +185,4 @@ def _slope(function: Callable[[Tensor], Tensor], values: Blocks) -> Blocks:
         step = width.to(own)
         return (function(own + step) - function(own - step)) / (2 * step)
 
-    return values.map(slope)
+    return slope

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...calibration.processes import ExactSum, gathered, total
 from .spill_file import Page, SpillFile, fetched
 
-_WIDE = 256  # columns that are multiplied at a time
+_WIDE = 128  # columns that are multiplied at a time
 
 
 class Blocks:
@@ -29,8 +29,13 @@ class Blocks:
         file: where blocks that are kept lie; None: in memory.
     """
 
-    def __init__(self, count: int, block: Callable[[int], Tensor], file: SpillFile | None = None) -> None:
+    def __init__(
+        self, count: int, block: Callable[[int], Tensor], file: SpillFile | None = None,
+        lengths: Callable[[], Sequence[int]] | None = None,
+    ) -> None:  # fmt: skip
+        """`lengths`: gives the rows of each block without making it; None: the blocks have to be made to be counted."""
         self._count, self._block, self.file = count, block, file
+        self._given_lengths = lengths
 
     @classmethod
     def of(cls, value: Tensor | Sequence[Tensor] | Blocks, file: SpillFile | None = None) -> Blocks:
@@ -38,7 +43,7 @@ class Blocks:
         if isinstance(value, Blocks):
             return value
         parts = [value] if isinstance(value, Tensor) else value
-        return cls(len(parts), parts.__getitem__, file)
+        return cls(len(parts), parts.__getitem__, file, lambda: list(map(len, parts)))
 
     def __len__(self) -> int:
         return self._count
@@ -51,44 +56,71 @@ class Blocks:
         return self._block(number)
 
     def map(self, function: Callable[..., Tensor], *others: Blocks) -> Blocks:
-        """What a function gives for each block, and the same block of other matrices; not computed yet."""
+        """What a function gives for each block, and the same block of other matrices, row by row; not computed yet."""
+        return Blocks(self._count, self._mapped(function, others), self.file, lambda: self._lengths)
 
+    def select(self, function: Callable[..., Tensor], *others: Blocks) -> Blocks:
+        """The same where a function gives another number of rows."""
+        return Blocks(self._count, self._mapped(function, others), self.file)
+
+    def _mapped(self, function: Callable[..., Tensor], others: Sequence[Blocks]) -> Callable[[int], Tensor]:
         def block(number: int) -> Tensor:
             return function(self._block(number), *(other.block(number) for other in others))
 
-        return Blocks(self._count, block, self.file)
+        return block
 
     def stored(self) -> Blocks:
         """The same, computed once and kept: on the file, if there is one."""
         if self.file is None:
-            return Blocks(self._count, list(self).__getitem__)
+            return Blocks.of(list(self))
         pages = [Page.of(self.file, own) for own in self]
-        return Blocks(self._count, lambda number: fetched(pages[number]), self.file)
+        lengths = list(map(len, pages))
+        return Blocks(self._count, lambda number: fetched(pages[number]), self.file, lambda: lengths)
+
+    @cached_property
+    def _lengths(self) -> Sequence[int]:
+        return [len(own) for own in self] if self._given_lengths is None else self._given_lengths()
 
     @cached_property
     def rows(self) -> int:
         """Of all blocks, of all processes."""
-        return int(total(torch.tensor(sum(len(own) for own in self), dtype=torch.int64, device="cpu")))
+        return int(total(torch.tensor(sum(self._lengths), dtype=torch.int64, device="cpu")))
 
     def whole(self) -> Tensor:
         """The matrix, of all processes."""
         return gathered(torch.cat(list(self)))
 
-    def product(self, other: Blocks) -> Tensor:
-        """selfᵀ other, float64, of products in the blocks' own precision."""
+    def product(self, other: Blocks, *, constant: bool = False) -> Tensor:
+        """selfᵀ other, float64, of products in the blocks' own precision. `constant`: with a last column of ones."""
         sums = ExactSum(len(self))
         for own, theirs in zip(self, other, strict=True):
-            sums.add((own.T @ theirs).double())
+            part = (own.T @ theirs).double()
+            sums.add(torch.cat([part, theirs.sum(0, dtype=torch.float64)[None]]) if constant else part)
         return sums.total()
 
-    def gram(self) -> Tensor:
-        """selfᵀ self, float64; above the diagonal only, the rest is its mirror image."""
+    def moments(self, other: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum over the rows, selfᵀ self and selfᵀ other, in float64; each block is made once."""
+        sums = [ExactSum(len(self)) for _ in range(3)]
+        for own, theirs in zip(self, other, strict=True):
+            found = own.sum(0, dtype=torch.float64), (own.T @ own).double(), (own.T @ theirs).double()
+            for every, part in zip(sums, found, strict=True):
+                every.add(part)
+        first, gram, product = (every.total() for every in sums)
+        return first, (gram + gram.T) / 2, product
+
+    def gram(self, *, constant: bool = False) -> Tensor:
+        """selfᵀ self, float64; above the diagonal only, the rest is its mirror image. `constant`: with a last column of
+        ones."""
         sums = ExactSum(len(self))
         for own in self:
             width = own.shape[1]
-            part = own.new_zeros(width, width, dtype=torch.float64)
+            part = own.new_zeros(width + constant, width + constant, dtype=torch.float64)
+            inner = part[:width, :width]
             for start in range(0, width, _WIDE):
-                part[start : start + _WIDE, start:] = own[:, start : start + _WIDE].T @ own[:, start:]
+                inner[start : start + _WIDE, start:] = own[:, start : start + _WIDE].T @ own[:, start:]
+            if constant:
+                part[:-1, -1] = part[-1, :-1] = own.sum(0, dtype=torch.float64)
+                part[-1, -1] = len(own)
             sums.add(part)
         gram = sums.total()
         for start in range(0, len(gram), _WIDE):

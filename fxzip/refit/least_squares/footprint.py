@@ -65,7 +65,7 @@ class RegressionSize:
         """Bytes that the solution takes beside the samples. `scarce`: positions for each input, below which the ridge
         is chosen by trying; `on_file`: inputs are not kept in memory."""
         width, item = self.inputs + 1, self.itemsize
-        kept = 0.0 if on_file else positions * width * item  # with a column of ones
+        kept = 0.0 if on_file or item >= 4 else 4 * positions * width  # in float32
         values = (0.0 if on_file else 6.0) * positions * self.outputs * item
         weights = 8.0 * 8 * width * self.outputs
         square = 3.0 * 8 * min(width, positions) ** 2  # the matrix, with the ridge, and its factor

@@ -62,7 +62,7 @@ class Freedom:
         assert target.merging is not None
         sizes = [len(own.space) for own in target.merging.layouts]
         every = max(1, features.rows // (_ROWS * sum(sizes)))
-        some = features.map(lambda own: own[::every].double())
+        some = features.select(lambda own: own[::every].double())
         seen = Moments(float(some.rows), some.sum(), some.gram(), tuple(sizes))
         read = downstream_metric(seen, [self._weights(layout, k) for k, layout in enumerate(target.merging.layouts)])
         scale = seen.covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()

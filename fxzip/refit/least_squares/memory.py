@@ -25,7 +25,7 @@ SHARE, MOST_UNASKED = 1 / 3, 3 << 30
 in a file, which the system keeps in memory, too, as long as nobody else needs it."""
 
 _UNKNOWN = 4 << 30  # where the system does not say what is free
-_VALUES = 0.4  # of the memory for values of nodes; the rest is for what calls inside a node make
+_VALUES = 0.6  # of the memory for values of nodes; the rest is for what calls inside a node make
 _AT_WORK = 2  # times its values that a batch takes while its nodes run, and its samples are drawn
 _PULSE = 0.01  # seconds
 _SAMPLES = 0.5  # of the memory for the samples of a regression

@@ -46,16 +46,16 @@ class TargetValues:
     Attributes:
         axes: where the features lie along.
         shape: of the values, all places as one axis where the target is `flat`; `full` is that of the result itself.
-        at: from places to values, [places, n].
         apart: from places to the originals' own features, not merged, one [places, n_k] for each.
+        merged: from these to the values, [places, n].
         device: where they are.
     """
 
     axes: tuple[int, ...]
     shape: torch.Size
     full: torch.Size
-    at: Callable[[Places], Tensor]
     apart: Callable[[Places], list[Tensor]]
+    merged: Callable[[Sequence[Tensor]], Tensor]
     device: torch.device
 
 
@@ -89,10 +89,10 @@ class RegressionTarget:
         def apart(places: Places) -> list[Tensor]:
             return [take(value, axes, places) for value in values]
 
-        def at(places: Places) -> Tensor:
-            return apart(places)[0] if merging is None else merging.at(source, values, places)
+        def merged(features: Sequence[Tensor]) -> Tensor:
+            return features[0] if merging is None else merging.merged(source, features)
 
-        return TargetValues(axes, shape, torch.Size(full), at, apart, values[0].device)
+        return TargetValues(axes, shape, torch.Size(full), apart, merged, values[0].device)
 
 
 def _seen(unit: Unit, site: Site) -> tuple[int, tuple[int, ...], bool]:

@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...errors import DataError
 from ...matching.linalg import ridged_cholesky
 from .alternating import FreeTarget, alternate, precise
 from .blocks import Blocks
+from .inputs import Inputs
 from .reduced_rank import Cut, cut_rank
 
 
@@ -49,10 +49,11 @@ class Regression:
     constant: bool = True
 
     @cached_property
-    def inputs(self) -> Blocks:
+    def inputs(self) -> Inputs:
         """With the constant, if there is one; in float32 at least."""
-        x = Blocks.of(self.x).map(precise)
-        return x.map(lambda own: F.pad(own, (0, 1), value=1.0)).stored() if self.constant else x
+        x = Blocks.of(self.x)
+        narrow = x.block(0).dtype in (torch.float16, torch.bfloat16)
+        return Inputs(x.map(precise).stored() if narrow else x, self.constant)
 
     @cached_property
     def targets(self) -> Blocks:
@@ -69,7 +70,7 @@ class Regression:
     @cached_property
     def start(self) -> Blocks:
         """What the prior gives, [positions, n]."""
-        return _outputs(self.inputs, self.prior).stored()
+        return self.inputs.outputs(self.prior).stored()
 
     @cached_property
     def left(self) -> Blocks:
@@ -85,8 +86,8 @@ class Regression:
         def some(own: Tensor, chosen: Tensor) -> Tensor:
             return own[:, ::every][chosen]
 
-        x, t, base = self.inputs.map(those, rows), self.targets.map(some, rows), self.base.map(some, rows)
-        return Regression(x.stored(), t, self.prior[:, ::every], base, constant=False)
+        x, t, base = self.inputs.x.select(those, rows), self.targets.select(some, rows), self.base.select(some, rows)
+        return Regression(x.stored(), t, self.prior[:, ::every], base, self.constant)
 
 
 class Solution(NamedTuple):
@@ -123,21 +124,26 @@ def ridge_solution(
         W in float64, [d + 1, n]; the ridge used; with a free target the share that is lost; with a rank what W
         is made of, [d, rank] and [rank, n].
     """
-    ones, base, prior = regression.inputs, regression.base, regression.prior
-    system = _Normal(ones)
+    inputs, base, prior = regression.inputs, regression.base, regression.prior
+    system = _Normal(inputs)
     factor, ridge = system.factor(ridge)
 
+    def change(left: Blocks) -> Tensor:
+        return system.solve(factor, system.side(left))
+
     def solve(left: Blocks) -> Tensor:
-        return prior.double() + system.solve(factor, system.side(left))
+        return prior.double() + change(left)
 
     def cut(full: Tensor) -> Cut:
         if rank is None:
             return Cut(full, full, full)
-        return cut_rank(full, ones, ridge * system.scale, rank, constant=regression.constant)
+        return cut_rank(full, inputs.x, ridge * system.scale, rank, constant=regression.constant)
 
     solution, lost = solve(regression.left), None
     if free_target is not None:
-        solution, losses = alternate(ones, solution, free_target, lambda r: system.solve(factor, system.side(r)), turns)
+        solution, losses = alternate(
+            inputs, solution, free_target, lambda r: system.solve(factor, system.side(r)), turns
+        )
         lost = losses[-1] if losses else None
         if len(losses) > 1:
             found = cut(solution)
@@ -148,7 +154,7 @@ def ridge_solution(
 
     found = cut(solution)
     for _ in range(rounds):
-        present = _outputs(ones, found.weight)
+        present = inputs.outputs(found.weight)
         found = cut(solve(regression.targets.map(forgiving, regression.start, present, base)))
     return Solution(found.weight, ridge, lost, None if rank is None else (found.first, found.second))
 
@@ -186,8 +192,8 @@ def best_ridge(
         total = 0.0
         for system, side, judged in zip(systems, sides, halves[::-1], strict=True):
             weight = judged.prior.double() + system.solve(system.factor(ridge)[0], side)
-            wrong = judged.targets.map(difference, _outputs(judged.inputs, weight), judged.base)
-            total += float(wrong.map(lambda own: own.square().sum()[None, None]).sum())
+            wrong = judged.targets.map(difference, judged.inputs.outputs(weight), judged.base)
+            total += float(wrong.select(lambda own: own.square().sum()[None, None]).sum())
         return total
 
     best, least = ridges[0], error(ridges[0])
@@ -197,11 +203,6 @@ def best_ridge(
             break
         best, least = ridge, found
     return best
-
-
-def _outputs(inputs: Blocks, weight: Tensor) -> Blocks:
-    """[positions, n]."""
-    return inputs.map(lambda own: own @ weight.to(own))
 
 
 def _difference(wanted: Tensor, found: Tensor, _base: Tensor) -> Tensor:
@@ -223,9 +224,9 @@ class _Normal:
         DataError: the matrix is not finite.
     """
 
-    def __init__(self, x: Blocks) -> None:
-        width = x.block(0).shape[1]
-        self.blocks, self.dual = x, x.rows < width
+    def __init__(self, x: Inputs) -> None:
+        width = x.width
+        self.inputs, self.dual = x, x.x.rows < width
         self.x = x.whole() if self.dual else None
         self.matrix = x.gram() if self.x is None else _outer(self.x)
         diagonal = self.matrix.diagonal()
@@ -242,7 +243,7 @@ class _Normal:
 
     def side(self, residual: Blocks) -> Tensor:
         """The right-hand side that `solve` takes, float64."""
-        return residual.whole().double() if self.dual else self.blocks.product(residual)
+        return residual.whole().double() if self.dual else self.inputs.product(residual)
 
     def solve(self, factor: Tensor, side: Tensor) -> Tensor:
         """[d, n], float64."""

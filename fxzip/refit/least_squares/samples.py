@@ -15,6 +15,7 @@ from ..linear_calls.kernels import Kernel, Places, as_rows, effective, sampled_p
 from ..linear_calls.parameter_uses import Survey
 from ..linear_calls.units import Site, Unit, called
 from ..unfit import Unfit
+from .dataflow import Function
 from .footprint import MOST, row_bytes
 from .lockstep import Lockstep
 from .node_interior import Route, Tail, arguments, find_tail, result
@@ -39,7 +40,8 @@ class Sample:
         offset: what is added before the ReLU, [places, n], or None.
         rectified: nothing but ReLUs follow.
         batch: number of the batch, among those of all processes; None: there is no other.
-        apart: where other combinations of the features would do, the originals' own, one [places, n_k] for each.
+        apart: where other combinations of the features would do, the originals' own, of all models side by side and
+            behind what acts on them, [places, N].
         node: whose features these are, the residual sum's if there is one.
     """
 
@@ -48,13 +50,12 @@ class Sample:
     offset: Tensor | Page | None
     rectified: bool
     batch: int | None
-    apart: Sequence[Tensor | Page] | None
+    apart: Tensor | Page | None
     node: fx.Node
 
     def on(self, file: SpillFile) -> Sample:
         """The same on the file."""
-        offset = None if self.offset is None else Page.of(file, fetched(self.offset))
-        apart = None if self.apart is None else [Page.of(file, fetched(own)) for own in self.apart]
+        offset, apart = (None if own is None else Page.of(file, fetched(own)) for own in (self.offset, self.apart))
         x, t = (Page.of(file, fetched(own)) for own in (self.x, self.t))
         return replace(self, x=x, t=t, offset=offset, apart=apart)
 
@@ -69,6 +70,7 @@ class _Draw:
         t: what should come out, [places, n].
         offset: what a residual sum adds, or None.
         last: what should come out of the call, or of the sum behind it.
+        apart: the originals' own features there, not merged, one [places, n_k] for each.
         node: whose result that is.
         plain: whether the features are those that the call gives, scaled by nothing.
     """
@@ -78,6 +80,7 @@ class _Draw:
     t: Tensor
     offset: Tensor | None
     last: TargetValues
+    apart: Sequence[Tensor]
     node: fx.Node
     plain: bool
 
@@ -108,7 +111,8 @@ class Sampler:
         numbers: of the batches of this process, among those of all.
         batches: how many there are, of all processes.
         positions, least: see `LeastSquares`.
-        free: whether what reads the result of a node allows other combinations of its features.
+        acts: what is done to each feature of a node's result before it is read, where all that reads it allows other
+            combinations of the features; None elsewhere.
         trial: whether this is but a trial on the sample, which says nothing of the values.
     """
 
@@ -118,7 +122,7 @@ class Sampler:
     batches: int
     positions: int
     least: int
-    free: Callable[[fx.Node], bool]
+    acts: Callable[[fx.Node], Function | None]
     trial: bool = False
     generator: torch.Generator = field(default_factory=torch.Generator)
     tails: dict[Site, bool] = field(default_factory=dict)
@@ -161,7 +165,8 @@ class Sampler:
         if drawn is None:
             places = sampled_places(values.shape, values.axes, count, self.generator, values.device)
             plain = site.returned is not None or site.norm is not None
-            drawn = _Draw(places, places, values.at(places), None, values, site.output, plain)
+            apart = values.apart(places)
+            drawn = _Draw(places, places, values.merged(apart), None, values, apart, site.output, plain)
         x = self._inputs(unit, site, env, values.axes, drawn.places)
         if seen is not None and unit.kernel is not None:
             self._check(unit, unit.kernel, x[:_CHECKED], take(seen, values.axes, _first(drawn.places)))
@@ -170,11 +175,11 @@ class Sampler:
                 continue
             if bad := int((~value.flatten(1).isfinite().all(0)).sum()):
                 raise not_finite(bad, site.node.name, network, self.numbers[batch.number])
-        free = drawn.plain and unit.kernel is not None and self.free(drawn.node)
-        apart = drawn.last.apart(drawn.there) if free else None
+        act = self.acts(drawn.node) if drawn.plain and unit.kernel is not None else None
+        acted = None if act is None else act(torch.cat(list(drawn.apart), 1))
         relus = drawn.plain and self._meets_relus(drawn.node)
         number = self.numbers[batch.number] if self.batches > 1 else None
-        return Sample(x, drawn.t, drawn.offset, relus, number, apart, drawn.node)
+        return Sample(x, drawn.t, drawn.offset, relus, number, acted, drawn.node)
 
     def _inputs(self, unit: Unit, site: Site, env: Env, axes: Sequence[int], places: Places) -> Tensor:
         if unit.kernel is None:
@@ -183,11 +188,11 @@ class Sampler:
         return unit.kernel.patches(x, places)
 
     def _result(self, site: Site, scratch: Env, values: TargetValues, target: RegressionTarget) -> Tensor | None:
-        """What the zipped network gives at the target; None where that was looked at before."""
+        """What the zipped network gives at the target; None where that was looked at before, on a batch of any size."""
         inner = target.readings[0].call is not None
-        if (site, values.full) in self.checked and not inner:
+        if (site, values.full[1:]) in self.checked and not inner:
             return None
-        self.checked.add((site, values.full))
+        self.checked.add((site, values.full[1:]))
         return result(self.net, scratch, *site.end) if inner else _tensor(self.net.value(scratch, site.output))
 
     def _check(self, unit: Unit, kernel: Kernel, x: Tensor, y: Tensor) -> None:
@@ -202,7 +207,7 @@ class Sampler:
         """The residual sum behind a call, if there is one. `shape`: of what the call gives."""
         if not self.tails.get(site, True):
             return None, None
-        route = self.routes.get((site, shape))
+        route = self._route(site, shape)
         if route is not None and route.summand is not None:  # on a batch of that shape it is the same
             return Tail(route, _tensor(self.net.value(env, route.summand))), sums(route.node)
         start = (site.output, -1) if target.readings[0].call is None else site.end
@@ -212,6 +217,16 @@ class Sampler:
         if tail is not None:
             self.routes[site, shape] = tail.route
         return tail, total
+
+    def _route(self, site: Site, shape: torch.Size) -> Route | None:
+        """How a result of that shape reaches a sum, as seen on a batch; of another size if it is moved nowhere."""
+        if (site, shape) not in self.routes:
+            known = (own for (other, seen), own in self.routes.items() if other == site and seen[1:] == shape[1:])
+            straight = next((own for own in known if own.straight and own.scale is None), None)
+            if straight is not None:
+                index = torch.arange(1, shape.numel() + 1, device=straight.index.device)
+                self.routes[site, shape] = replace(straight, index=index.reshape(shape))
+        return self.routes.get((site, shape))
 
     def _behind(self, tail: Tail, total: TargetValues, values: TargetValues, count: int) -> _Draw | None:
         """Places of the call and of the sum, and what should come out there for the sum to be right.
@@ -227,13 +242,14 @@ class Sampler:
             return None
         places, there = found
         offset = take(tail.other, total.axes, there)
-        t = total.at(there) - offset
+        apart = total.apart(there)
+        t = total.merged(apart) - offset
         if route.scale is not None:
             scale = take(route.scale, total.axes, there)
             if not bool((scale.abs() > 1e-3 * scale.abs().mean()).all()):
                 return None
             t = t / scale
-        return _Draw(places, there, t, offset, total, route.node, plain=route.scale is None)
+        return _Draw(places, there, t, offset, total, apart, route.node, plain=route.scale is None)
 
     def _adds(self, tail: Tail, drawn: _Draw, scratch: Env, values: TargetValues, seen: Tensor) -> bool:
         """Whether the sum is what the call gives at these places, scaled, and the other summand."""
@@ -245,9 +261,8 @@ class Sampler:
         return _near(summand + take(tail.other, axes, there), total)
 
     def _meets_relus(self, node: fx.Node) -> bool:
-        net = self.net.module
         users = list(node.users)
-        return bool(users) and all(_is_relu(net, user) for user in users)
+        return bool(users) and all(_is_relu(self.net.module, user) for user in users)
 
 
 def _is_relu(net: fx.GraphModule, node: fx.Node) -> bool:

@@ -136,6 +136,9 @@ class Page:
         weakref.finalize(page, file.free, page.extent)
         return page
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     def read(self) -> Tensor:
         """The tensor again."""
         return self.file.read(self.extent, self.like.device).view(self.like.dtype).reshape(self.shape)

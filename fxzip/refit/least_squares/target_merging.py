@@ -13,7 +13,6 @@ from ...analysis.spaces import Layout, slots
 from ...rewriting.merged_parameters import merged_layout
 from ...rewriting.zip_plan import ZipPlan
 from ..linear_calls.counterparts import labels_at
-from ..linear_calls.kernels import Places, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +31,11 @@ class TargetMerging:
         """The number of merged features, m."""
         return len(self.matrices[0][0])
 
-    def at(self, source: int, values: Sequence[Tensor], places: Places) -> Tensor:
-        """Σ_k M_k y_k at places of the output, [places, n], for a batch of the given source."""
-        total: Tensor | None = None
-        for value, matrix in zip(values, self.matrices[source], strict=True):
-            part = take(value, self.axes, places) @ matrix.to(value).T
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+    def merged(self, source: int, features: Sequence[Tensor]) -> Tensor:
+        """Σ_k M_k y_k, [places, n], from the features y_k of each model, [places, n_k], on a batch of the given
+        source."""
+        parts = [own @ matrix.to(own).T for own, matrix in zip(features, self.matrices[source], strict=True)]
+        return sum(parts[1:], start=parts[0])
 
 
 def find_merging(plan: ZipPlan, places: Sequence[tuple[str, int | None]], sources: int) -> TargetMerging | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ...calibration import processes
 from ...rewriting.module import ZippedModule, part_of, sources_of
@@ -20,15 +19,13 @@ from ..readings import readings_by_node
 from ..unfit import Unfit
 from .alternating import FreeTarget
 from .batches import Batches
-from .blocks import Blocks
 from .dataflow import follow
 from .free_features import Freedom
 from .lockstep import Lockstep
 from .parts import Part
 from .regression_targets import HeadTargets, NarrowHeadTargets, RegressionTarget, TrunkTargets
 from .samples import Batch, Sample, Sampler
-from .solving import Asked, Fit, Settings, Solved, offset_of, solve, write
-from .spill_file import fetched
+from .solving import Asked, Fit, Settings, Solved, blocks_of, offset_of, solve, write
 
 
 class Walk:
@@ -59,7 +56,7 @@ class Walk:
                     part.freedom = Freedom(part.merged.plan, part.merged, self.flow, self.relied)
         self.sampler = Sampler(
             self.zipped, self.survey, batches.numbers, batches.all, settings.positions, settings.least,
-            free=lambda node: (part := self.parts.get(part_of(node))) is not None and part.function(node) is not None,
+            acts=lambda node: None if (part := self.parts.get(part_of(node))) is None else part.function(node),
             trial=trial,
         )  # fmt: skip
 
@@ -283,11 +280,7 @@ class Walk:
         function, target = part.function(node), part.targets.at(node)
         assert function is not None
         assert target is not None
-
-        def acted(number: int) -> Tensor:
-            return torch.cat([function(fetched(own)) for own in apart[number]], 1)
-
-        features = Blocks(len(apart), acted, self.batches.samples_file)
+        features = blocks_of(apart)
         return FreeTarget(features, part.freedom.metric(target, features), function, offset_of(samples))
 
 
