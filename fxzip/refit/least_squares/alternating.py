@@ -63,6 +63,56 @@ class _State:
     lost: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Move:
+    """A change of the weights, float64 [d, n], and what it does to the values before φ, [places, n]."""
+
+    change: Tensor
+    moved: Blocks
+
+    def times(self, step: float) -> _Move:
+        return _Move(step * self.change, self.moved.map(lambda own: step * own))
+
+
+@dataclass(frozen=True, eq=False)
+class _Loss:
+    """What is lost of the wished features.
+
+    Attributes:
+        features: f, centred, [places, N].
+        metric: G.
+        function: φ.
+        centre: near the mean of all h that are tried, so that little is lost to rounding; float64 [n].
+        whole: what there is to lose.
+    """
+
+    features: Blocks
+    metric: Tensor
+    function: Callable[[Tensor], Tensor]
+    centre: Tensor
+    whole: float
+
+    @classmethod
+    def of(cls, free_target: FreeTarget, values: Blocks) -> _Loss:
+        """`values`: those before φ to begin with."""
+        features = Blocks.of(free_target.features).map(precise).centred()
+        whole = float((features.gram() * free_target.metric).sum())
+        centre = values.map(free_target.function).mean()
+        return cls(features, free_target.metric, free_target.function, centre, whole)
+
+    def state(self, values: Blocks) -> _State:
+        """The best reading from features of these values."""
+        told = values.map(lambda own: self.function(own) - self.centre.to(own))
+        total, own, both = told.moments(self.features)
+        mean = total / told.rows
+        own -= told.rows * torch.outer(mean, mean)
+        if not bool(own.isfinite().all() and both.isfinite().all()):  # a function that grows fast, a step too far
+            return _State(values, told, mean, both, math.inf)
+        reading = torch.cholesky_solve(both, _factor(own, _RIDGE))
+        read = (2 * both - own @ reading) @ self.metric  # by these U, whatever the ridge made of them
+        return _State(values, told, mean, reading, max(1 - float((read * reading).sum()) / self.whole, 0.0))
+
+
 def alternate(
     x: Inputs | Tensor, weight: Tensor, free_target: FreeTarget, solve: Callable[[Blocks], Tensor], rounds: int
 ) -> tuple[Tensor, list[float]]:
@@ -84,63 +134,53 @@ def alternate(
         rounds: at most.
     """
     inputs = x if isinstance(x, Inputs) else Inputs(Blocks.of(x).map(precise))
-    features = Blocks.of(free_target.features).map(precise).centred()
-    metric = free_target.metric
-    whole = float((features.gram() * metric).sum())
-    if not 0 < whole < math.inf:
-        return weight, []
-
     values = inputs.outputs(weight)
     if free_target.offset is not None:
         values = values.map(torch.add, Blocks.of(free_target.offset).map(precise))
-    values = values.stored()
-    slope = _slope(free_target.function, values)
-    centre = values.map(free_target.function).mean()  # near the mean of all that is tried: little is lost to rounding
-
-    def state(values: Blocks) -> _State:
-        told = values.map(lambda own: free_target.function(own) - centre.to(own))
-        total, own, both = told.moments(features)
-        mean = total / told.rows
-        own -= told.rows * torch.outer(mean, mean)
-        if not bool(own.isfinite().all() and both.isfinite().all()):  # a function that grows fast, a step too far
-            return _State(values, told, mean, both, math.inf)
-        reading = torch.cholesky_solve(both, _factor(own, _RIDGE))
-        read = (2 * both - own @ reading) @ metric  # what is lost is that of these U, whatever the ridge made of them
-        return _State(values, told, mean, reading, max(1 - float((read * reading).sum()) / whole, 0.0))
-
-    now = state(values)
-    if not math.isfinite(now.lost):
+    loss = _Loss.of(free_target, values := values.stored())
+    now = loss.state(values) if 0 < loss.whole < math.inf else None
+    if now is None or not math.isfinite(now.lost):
         return weight, []
-    losses, step = [now.lost], _STEP
-    last: tuple[Tensor, Blocks] | None = None
-    for _ in range(rounds):
-        if now.lost < _EXACT:
-            break
-        change = solve(_wanted(now, features, metric).map(torch.mul, now.values.map(slope)))
+
+    slope, losses, step = _slope(free_target.function, values), [now.lost], _STEP
+    last: _Move | None = None
+    while len(losses) <= rounds and now.lost >= _EXACT:
+        change = solve(_wanted(now, loss.features, loss.metric).map(torch.mul, now.values.map(slope)))
         if not bool(change.isfinite().all()):
             break
-        moved = inputs.outputs(change).stored()
-        for tried in (step, step / 2, step / 4, step / 8):
-            new = state(_further(now.values, moved, tried))
-            if new.lost < now.lost:
-                break
-        else:
+        move = _Move(change, inputs.outputs(change).stored())
+        found = _shortened(loss, now, move, step)
+        if found is None:
             break
-        change, step = tried * change, tried
-        moved = moved.map(lambda own, times=tried: times * own)
+        step, new = found
+        move = move.times(step)
         if last is not None:
-            for more in (1.0, 0.5):
-                further = state(_further(new.values, last[1], more))
-                if further.lost < new.lost:
-                    new, change, moved = further, change + more * last[0], _further(moved, last[1], more)
-                    break
-        last = change, moved.stored()
-        weight, gain = weight + change, now.lost - new.lost
+            move, new = _beyond(loss, move, new, last)
+        last = _Move(move.change, move.moved.stored())
+        weight, gain = weight + move.change, now.lost - new.lost
         now = replace(new, values=new.values.stored())
         losses.append(now.lost)
         if gain < _GAIN * now.lost:
             break
     return weight, losses
+
+
+def _shortened(loss: _Loss, now: _State, move: _Move, first: float) -> tuple[float, _State] | None:
+    """The longest of some steps by which less is lost, and what it leads to; None: there is none."""
+    for step in (first, first / 2, first / 4, first / 8):
+        new = loss.state(_further(now.values, move.moved, step))
+        if new.lost < now.lost:
+            return step, new
+    return None
+
+
+def _beyond(loss: _Loss, move: _Move, new: _State, last: _Move) -> tuple[_Move, _State]:
+    """The same move, and the one before once more if that loses less, as momentum has it."""
+    for more in (1.0, 0.5):
+        further = loss.state(_further(new.values, last.moved, more))
+        if further.lost < new.lost:
+            return _Move(move.change + more * last.change, _further(move.moved, last.moved, more)), further
+    return move, new
 
 
 def _further(values: Blocks, moved: Blocks, step: float) -> Blocks:
