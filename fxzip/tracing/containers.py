@@ -18,7 +18,8 @@ import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,7 +92,24 @@ def is_written(value: Any) -> bool:
     >>> is_written({"a": 1}), is_written({Key.A: 1})
     (True, False)
     """
-    return is_plain(value) and not (isinstance(value, dict) and any(isinstance(key, Enum) for key in value))
+    if isinstance(value, dict) and any(isinstance(key, Enum) for key in value):
+        return False
+    return is_plain(value) and (not hasattr(value, "_fields") or _named_tuples_are_written())
+
+
+class _Named(NamedTuple):
+    item: Any
+
+
+@cache
+def _named_tuples_are_written() -> bool:
+    """Whether a graph may return a named tuple: its code in older versions of PyTorch does not know the class."""
+    graph = fx.Graph()
+    graph.output(_Named(graph.placeholder("x")))
+    try:
+        return bool(fx.GraphModule(nn.Module(), graph).forward(0) == _Named(0))
+    except NameError:
+        return False
 
 
 def _kind(value: Any) -> type:
