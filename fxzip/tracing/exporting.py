@@ -224,11 +224,16 @@ def _guard_sizes(
                 size = graph.call_method("size", (leaf, axis))
                 what = f"the size of axis {axis} of `{leaf.name}`"
                 graph.call_function(require, (size, ("is", value.shape[axis]), what, "the input"))
-        for guard in guards:
-            held = _expression(graph, leaves, ast.parse(guard, mode="eval").body)
+        for guard in (part for text in guards for part in _conjuncts(ast.parse(text, mode="eval").body)):
+            held = _expression(graph, leaves, guard)
             if isinstance(held, fx.Node):
-                graph.call_function(require, (held, ("is", True), f"`{_readable(guard)}`", "the input"))
+                graph.call_function(require, (held, ("is", True), f"`{_readable(ast.unparse(guard))}`", "the input"))
     graph.erase_node(end)
+
+
+def _conjuncts(tree: ast.expr) -> list[ast.expr]:
+    """What is joined by `and`, as PyTorch 2.10 writes a range."""
+    return tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
 
 
 _OPERATORS: dict[type[ast.AST], Any] = {
@@ -256,8 +261,11 @@ def _expression(graph: fx.Graph, leaves: Sequence[fx.Node], tree: ast.expr) -> A
             sides = (_expression(graph, leaves, left), _expression(graph, leaves, right))
             if type(op) in _OPERATORS:
                 return graph.call_function(_OPERATORS[type(op)], sides)
-        case ast.Call(func=ast.Attribute(attr="sym_max" | "sym_min" as name), args=[*given]):
-            return graph.call_function(getattr(torch, name), tuple(_expression(graph, leaves, one) for one in given))
+        case ast.Call(
+            func=ast.Attribute(attr="sym_max" | "sym_min" as name) | ast.Name(id="max" | "min" as name), args=[*given]
+        ):
+            own, call = (_expression(graph, leaves, one) for one in given), f"sym_{name.removeprefix('sym_')}"
+            return graph.call_function(getattr(torch, call), tuple(own))
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return graph.call_function(operator.neg, (_expression(graph, leaves, operand),))
     raise NotImplementedError(f"`{_readable(ast.unparse(tree))}` of the sizes of the input is needed")
