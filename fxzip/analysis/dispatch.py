@@ -29,12 +29,13 @@ class LabelMode(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         state = self.state
-        for tensor in tensors((args, kwargs)):
+        inputs = list(tensors((args, kwargs)))
+        for tensor in inputs:
             state.touch(tensor)
 
         twin = _out_of_place(func)
         if twin is None:
-            written, inputs = written_by(func, args, kwargs), list(tensors((args, kwargs)))
+            written = written_by(func, args, kwargs)
             earlier = Earlier.of(state, inputs, written) if written else Earlier({}, {})
             out = func(*args, **kwargs)
         else:  # its values stay where they are, and it is a view of itself from here on

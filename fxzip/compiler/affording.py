@@ -26,9 +26,6 @@ from .options import Recipe
 from .session import Session
 from .timing import as_used, fastest
 
-MEASURED = ("latency", "memory")
-"""Currencies of which a sum over nodes is an estimate."""
-
 CLOSE, SLACK = 0.97, 1.01
 """The share of the budget that need not be improved on; what counts as keeping it."""
 
@@ -60,12 +57,11 @@ class Affordable:
     promised: float | None = None
 
     def spending(self, budget: Budget | None, report: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was allowed, what prices promised, and what was measured or by the report is taken; None without a
-        budget."""
+        """What was allowed, what prices promised, and what is spent, as measured or counted; None without a budget."""
         if budget is None:
             return None
         allowed = {"currency": budget.currency, "max_cost": budget.cost}
-        spent = budget.counted(report) if self.spent is None else self.spent
+        spent = self.spent if budget.is_measured else budget.counted(report)
         return {**allowed, "promised": self.promised, "spent": spent}
 
     def note(self, budget: Budget) -> str:
@@ -88,7 +84,7 @@ def affordable(
         CostError: what has to keep its size takes more than the budget. InputError: see `plan`.
     """
     budget = recipe.budget
-    if budget is None or budget.currency not in MEASURED:
+    if budget is None or not budget.is_measured:
         return _made(session, observed, recipe, solo)
 
     request, tried = budget, list[Affordable]()
@@ -114,7 +110,7 @@ def affordable(
 def unnarrowed(session: Session, observed: Observed, recipe: Recipe, *, rough: bool = False) -> Affordable | None:
     """The zip that keeps all features, if that keeps a measured budget, too; else None."""
     budget = recipe.budget
-    if budget is None or budget.currency not in MEASURED or budget.cost * SLACK < 1:
+    if budget is None or not budget.is_measured or budget.cost * SLACK < 1:
         return None  # it computes at least what the first model does
 
     made = _made(session, observed, replace(recipe, width=UNCHANGED, rank=WHOLE), {})
@@ -174,9 +170,8 @@ def spent_by(session: Session, network: ZippedModule, budget: Budget, *, rough: 
 
 def _spent_by(session: Session, network: ZippedModule, budget: Budget, *, rough: bool) -> float:
     first = session.survey.alignment.programs[0]
-    counted = None if budget.currency in MEASURED else budget.counted(network.report)
-    if counted is not None:
-        return counted
+    if not budget.is_measured:
+        return budget.counted(network.report)
     both = as_used(network), as_used(first.module)
     if budget.currency == "memory":
         taken, one = peaks(both, first.call).each

@@ -19,7 +19,7 @@ from ..partition.cut_points import Cut
 from ..rewriting.module import ZippedModule
 from ..rewriting.report import Report
 from ..widths.requests import Budget
-from .affording import MEASURED, SLACK, spent_by
+from .affording import SLACK, spent_by
 from .assembling import Assembly, Keeps
 from .options import EarliestAffordable
 from .session import Candidate, Session
@@ -192,7 +192,7 @@ def earliest_affordable(
     """
     limit, budget = asked.max_cost, Budget(asked.max_cost, asked.currency)
     cuts, _ = cuts_and_trunks(session.survey, prices=session.prices(asked.currency))
-    slack = SLACK if asked.currency in MEASURED else 1.0
+    slack = SLACK if budget.is_measured else 1.0
     first = next((i for i, cut in enumerate(cuts) if cut.cost <= limit), len(cuts) - 1)
     for place in range(first, len(cuts)):  # unmerging may cost a little more than a cut lets expect
         session.display.about(f"cut {cuts[place]}")

@@ -109,8 +109,11 @@ def _notes(trunk: Trunk, reasons: Mapping[int, str], where: str = "") -> list[st
 
 def overspent(report: Mapping[str, Any], request: Budget | None) -> tuple[str, ...]:
     """A note if a zip by need takes more than it may: what heads spend on reading features through a matrix."""
-    cost = None if request is None else request.counted(report)
-    if request is None or cost is None or cost <= request.cost * (1 + 1e-9):
+    if request is None or request.is_measured:
+        return ()
+
+    cost = request.counted(report)
+    if cost <= request.cost * (1 + 1e-9):
         return ()
 
     return (

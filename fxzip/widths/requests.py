@@ -41,10 +41,14 @@ class Budget:
         """The currency, in a sentence."""
         return {"flops": "FLOPs", "memory": "peak memory"}.get(self.currency, self.currency)
 
-    def counted(self, report: Mapping[str, Any]) -> float | None:
-        """What a zip takes by its report, relative to the first model; None where that is measured, not counted."""
-        if self.currency not in ("flops", "parameters"):
-            return None
+    @property
+    def is_measured(self) -> bool:
+        """Whether a sum over nodes is but an estimate, so that what a network takes is measured; else its report has
+        it."""
+        return self.currency in ("latency", "memory")
+
+    def counted(self, report: Mapping[str, Any]) -> float:
+        """What a zip takes by its report, relative to the first model, in a currency that is counted."""
         spent = report[self.currency]
         return float(spent["total"] / max(spent["originals"][0], 1))
 

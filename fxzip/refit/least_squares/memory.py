@@ -28,7 +28,7 @@ _UNKNOWN = 4 << 30  # where the system does not say what is free
 _VALUES = 0.6  # of the memory for values of nodes; the rest is for what calls inside a node make
 _AT_WORK = 2  # times its values that a batch takes while its nodes run, and its samples are drawn
 _PULSE = 0.01  # seconds
-_SAMPLES = 0.5  # of the memory for the samples of a regression
+_SAMPLES = 0.5  # of what is planned for, for the samples of a regression
 _PLANNED = 0.9  # of the bound; the rest is for what is too small to be counted, and for a machine's own choices
 
 
@@ -121,13 +121,17 @@ class Bound:
     wished: tuple[int, int] = (1, 1)
     scarce: float = 0.0
 
+    @property
+    def _for_samples(self) -> float:
+        return _SAMPLES * (_PLANNED * self.limit)
+
     def samples(self, rows: float = math.inf) -> float:
         """What the samples of the largest regression on so many inputs take."""
         return max((own.drawn(own.positions(self.wished, rows)) for own in self.regressions), default=0.0)
 
     def samples_on_file(self, rows: float) -> bool:
         """Whether the samples are too large for their share."""
-        return self.samples(rows) > _SAMPLES * _PLANNED * self.limit
+        return self.samples(rows) > self._for_samples
 
     def regression(self, rows: float, batches: int, *, on_file: bool) -> float:
         """What the largest regression takes, samples and all."""
@@ -141,10 +145,9 @@ class Bound:
 
     def rows(self, largest: int) -> int:
         """Inputs whose values may stay in memory, beside those of a batch of this size."""
-        planned = _PLANNED * self.limit
-        samples = min(self.samples(), _SAMPLES * planned)
+        samples = min(self.samples(), self._for_samples)
         square = max((24.0 * min(own.inputs + 1, MOST / own.itemsize) ** 2 for own in self.regressions), default=0.0)
-        room = _VALUES * (planned - samples - min(square, _SAMPLES * planned) - self.copy)
+        room = _VALUES * (_PLANNED * self.limit - samples - min(square, self._for_samples) - self.copy)
         return max(int(room / max(self.per_row, 1.0)) - _AT_WORK * largest, 0)
 
     def expected(self, kept: int, largest: int, rows: int, batches: int) -> float:
