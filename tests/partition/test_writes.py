@@ -155,7 +155,7 @@ def quantiles(m, x):
 
 BODIES = [
     part, columns, transposed, halves, pieces, copied, assembled, into_out, by_index, added, between, overlapping,
-    inputs, masked, flagged, reshaped, turned, quantiles,
+    inputs, masked, flagged, reshaped,
 ]  # fmt: skip
 
 
@@ -166,6 +166,15 @@ def batch(rows):
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("body", BODIES)
 def test_at_every_cut_writes_are_seen_by_whoever_reads_the_memory(body):
+    check_at_every_cut(body)
+
+
+@pytest.mark.parametrize("body", [turned, quantiles])
+def test_calls_that_reshape_in_place_are_views(body):
+    check_at_every_cut(body)
+
+
+def check_at_every_cut(body):
     x = batch(64)
     model = randomise(Writing(body), 1).double()
     twin = fxzip.relabel(model, x[:4], seed=3, verify=False)
