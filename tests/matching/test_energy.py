@@ -1,6 +1,7 @@
 """Clusters by lost energy: against the direct computation, by hand, and what a user gets by default."""
 
 import re
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from models.networks import Residual
 from torch import nn
 
 import fxzip
+from fxzip.matching.energy import merge_order
 from fxzip.matching.energy.clusterwise import Clusters, reconstruction_errors, variance_shares
 from fxzip.matching.energy.elimination import Elimination
 from fxzip.matching.energy.energy import Energy, downstream_metric, energy_merge, unexplained_variance
@@ -125,6 +127,49 @@ def test_rows_that_are_gone_may_be_dropped(n, monkeypatch):
     np.testing.assert_array_equal(found[0][0], found[1][0])
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
     np.testing.assert_allclose(found[0][2], found[1][2], rtol=1e-6)
+
+
+@pytest.fixture
+def eliminations(monkeypatch):
+    """The numbers of features of the eliminations that were run."""
+    run = []
+
+    class Counted(Elimination):
+        def __init__(self, alike, P, Q):
+            run.append(len(alike))
+            super().__init__(alike, P, Q)
+
+    monkeypatch.setattr(merge_order, "Elimination", Counted)
+    monkeypatch.setattr(merge_order, "_known", OrderedDict())
+    return run
+
+
+def test_one_elimination_serves_all_widths(eliminations):
+    features = torch.from_numpy(correlated(3, 24)).split(12, dim=1)
+    seen = moments(list(features))
+    metric = downstream_metric(seen, [])
+    fresh = {}
+    for size in (12, 6, 3):  # each asks for more steps than are known
+        fresh[size] = energy_merge(seen, metric, size, 0.01)
+    losses = unexplained_variance(seen, metric, 0.01)
+    assert eliminations == [24] * 4
+    for size, merge in fresh.items():
+        again = energy_merge(moments(list(features)), metric.clone(), size, 0.01)
+        assert torch.equal(again.merge, merge.merge)
+        assert all(torch.equal(again.assignment(k), merge.assignment(k)) for k in range(2))
+    assert np.array_equal(unexplained_variance(seen, metric, 0.01), losses)
+    assert eliminations == [24] * 4
+    energy_merge(seen, 2 * metric + torch.eye(24), 12, 0.01)  # other readers, another order
+    assert eliminations == [24] * 5
+
+
+def test_widths_by_need_merge_each_space_once(eliminations):
+    torch.manual_seed(0)
+    models = [randomise(nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 14), nn.ReLU(), nn.Linear(14, 3)))
+              for _ in range(2)]  # fmt: skip
+    x = torch.randn(400, 6)
+    fxzip.compile_zip(*models, x, data=x, width="auto", max_cost=0.8, budget="flops", progress=False)
+    assert sorted(eliminations) == [6, 28, 40], "the curves, and the merges of some widths: one run for each space"
 
 
 def test_what_others_tell_together_may_go():

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from .clusterwise import Floats, Ints, pair_losses
+
+
+class Step(NamedTuple):
+    """One cluster becomes a part of another.
+
+    Attributes:
+        gone, into: the two.
+        share: of the one that is gone in the other, per unit of it.
+        size: of what comes of both, by which coefficients are divided.
+        lost: the variance of the outputs that this leaves unexplained.
+    """
+
+    gone: int
+    into: int
+    share: float
+    size: float
+    lost: float
+
+    def apply(self, cluster: Ints, coefficients: Floats) -> None:
+        """Bring the cluster of each feature, and its coefficient there, up to date, in place; [features] both."""
+        mine, theirs = cluster == self.gone, cluster == self.into
+        coefficients[mine] *= self.share
+        coefficients[theirs] /= self.size
+        cluster[mine] = self.into
 
 
 class Elimination:
@@ -29,6 +55,7 @@ class Elimination:
     Attributes:
         cluster: the cluster of each feature, [N].
         coefficients: of each feature in its cluster, ≥ 0, [N].
+        done: the steps so far.
     """
 
     _TOGETHER = 32
@@ -41,6 +68,7 @@ class Elimination:
         n = len(alike)
         self.cluster: Ints = np.arange(n)
         self.coefficients = np.ones(n)
+        self.done: list[Step] = []
         self.ids: Ints = np.arange(n)  # the cluster that a row stands for
         self.alike, self.P, self.Q = _odd_rows(alike), P.copy(), Q.copy()
         self.dP, self.dQ, self.scale = P.diagonal().copy(), Q.diagonal().copy(), np.ones(n)
@@ -65,9 +93,9 @@ class Elimination:
             if self.loss[r] <= (1 + self._SLACK) * self.loss.min():
                 break
             r = int(self.loss.argmin())
-        lost = float(self.lost[r])
-        self._merge(r, int(np.searchsorted(self.ids, self.partner[r])), -float(self.slope[r]))
-        return max(lost, 0.0)
+        lost = max(float(self.lost[r]), 0.0)
+        self._merge(r, int(np.searchsorted(self.ids, self.partner[r])), -float(self.slope[r]), lost)
+        return lost
 
     def _next(self) -> Ints:
         """The rows that come first in line and are to be looked up anew."""
@@ -125,7 +153,7 @@ class Elimination:
         kept = self.kept[rows, None]
         return pair_losses(kept, self.kept, np.sqrt(kept * self.kept) * self.alike[rows])
 
-    def _merge(self, r: int, s: int, p: float) -> None:
+    def _merge(self, r: int, s: int, p: float, lost: float) -> None:
         """Row r joins row s, as p times itself; or s joins r, as 1/p: the greater part stays, so that no row's scale
         grows by more than a factor of two, and with it the rounding of what is left of P and Q."""
         if p > 1 + 1e-6:
@@ -147,10 +175,8 @@ class Elimination:
         row = (p * A[r] + A[s]) / size
         A[s], A[:, s], A[s, s] = row, row, 1.0
         self.scale[s] *= size
-        mine, theirs = self.cluster == self.ids[r], self.cluster == self.ids[s]
-        self.coefficients[mine] *= p / size
-        self.coefficients[theirs] /= size
-        self.cluster[mine] = self.ids[s]
+        self.done.append(Step(int(self.ids[r]), int(self.ids[s]), float(p / size), float(size), lost))
+        self.done[-1].apply(self.cluster, self.coefficients)
         self.gone[r], self.loss[r] = True, np.inf
         self.steps += 1
         id_s = self.ids[s]

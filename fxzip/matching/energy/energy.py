@@ -43,7 +43,7 @@ from ..moments import Moments
 from ..problem import Evidence, Problem
 from ..similarities import similarity
 from .clusterwise import Floats
-from .elimination import Elimination
+from .merge_order import MergeOrder, merge_order
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,11 @@ def downstream_metric(moments: Moments, downstream: Sequence[Sequence[Tensor]]) 
 def energy_merge(moments: Moments, metric: Tensor, size: int, floor: float, ridge: float = 1e-5) -> Merge:
     """The merge of N features to `size` that leaves little variance of the outputs unexplained (see the module)."""
     alike = similarity(moments)
-    found = _eliminated(moments, alike, metric, floor, ridge)
-
-    for _ in range(len(metric) - size):
-        found.step()
-
-    labels = in_first_layout(torch.as_tensor(found.cluster, device=alike.device), moments.sizes)
+    cluster, coefficients = _order(moments, alike, metric, floor, ridge, size).clusters(size)
+    labels = in_first_layout(torch.as_tensor(cluster, device=alike.device), moments.sizes)
     merge = cluster_merge(labels, moments.sizes, alike)
     std = moments.covariance.diagonal().clamp(min=0).sqrt()
-    weight = torch.as_tensor(found.coefficients, device=alike.device)
+    weight = torch.as_tensor(coefficients, device=alike.device)
     weight = weight / torch.where(moments.alive, std, torch.inf)
     total = torch.zeros(size, dtype=torch.float64, device=alike.device).index_add_(0, labels, weight)
     own = torch.where(total[labels] > 0, weight / total[labels].clamp(min=torch.finfo(torch.float64).tiny), 0.0)
@@ -166,18 +162,28 @@ def unexplained_variance(moments: Moments, metric: Tensor, floor: float, ridge: 
     >>> unexplained_variance(moments([x, x]), torch.eye(4) / 2, 0.0, 1e-9).round(6).tolist()  # two pairs, uncorrelated
     [2.0, 1.0, 0.0, 0.0, 0.0]
     """
-    found = _eliminated(moments, similarity(moments), metric, floor, ridge)
+    steps = _order(moments, similarity(moments), metric, floor, ridge, 1).steps
     losses = np.zeros(len(metric) + 1)
-    for size in range(len(metric) - 1, 0, -1):
-        losses[size] = losses[size + 1] + found.step()
+    for size, step in zip(range(len(metric) - 1, 0, -1), steps, strict=True):
+        losses[size] = losses[size + 1] + step.lost
     with_floor = metric.diagonal() + floor * float(metric.diagonal().mean())
     whole = (metric * moments.correlation).sum() - metric.diagonal().sum() + with_floor.sum()
     losses[0] = max(float(whole), losses[1])
     return losses
 
 
-def _eliminated(moments: Moments, alike: Tensor, metric: Tensor, floor: float, ridge: float) -> Elimination:
+def _order(moments: Moments, alike: Tensor, metric: Tensor, floor: float, ridge: float, size: int) -> MergeOrder:
+    """The order in which features are merged until `size` are left, or fewer."""
+    correlation = moments.correlation
     one = torch.eye(len(metric), dtype=torch.float64, device=metric.device)
-    factor, _ = ridged_cholesky(moments.correlation, ridge)
     G = metric.double() + floor * float(metric.diagonal().mean()) * one
-    return Elimination(*(value.cpu().numpy() for value in (alike.double(), torch.cholesky_inverse(factor), G)))
+
+    def precision() -> Floats:
+        return _numpy(torch.cholesky_inverse(ridged_cholesky(correlation, ridge)[0]))
+
+    return merge_order(_numpy(alike.double()), _numpy(correlation), _numpy(G), ridge, size, precision)
+
+
+def _numpy(value: Tensor) -> Floats:
+    result: Floats = value.cpu().numpy()
+    return result

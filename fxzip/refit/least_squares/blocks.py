@@ -102,31 +102,23 @@ class Blocks:
         """The sum over the rows, selfᵀ self and selfᵀ other, in float64; each block is made once."""
         sums = [ExactSum(len(self)) for _ in range(3)]
         for own, theirs in zip(self, other, strict=True):
-            found = own.sum(0, dtype=torch.float64), (own.T @ own).double(), (own.T @ theirs).double()
+            found = own.sum(0, dtype=torch.float64), _upper(own), (own.T @ theirs).double()
             for every, part in zip(sums, found, strict=True):
                 every.add(part)
         first, gram, product = (every.total() for every in sums)
-        return first, (gram + gram.T) / 2, product
+        return first, _mirrored(gram), product
 
     def gram(self, *, constant: bool = False) -> Tensor:
         """selfᵀ self, float64; above the diagonal only, the rest is its mirror image. `constant`: with a last column of
         ones."""
         sums = ExactSum(len(self))
         for own in self:
-            width = own.shape[1]
-            part = own.new_zeros(width + constant, width + constant, dtype=torch.float64)
-            inner = part[:width, :width]
-            for start in range(0, width, _WIDE):
-                inner[start : start + _WIDE, start:] = own[:, start : start + _WIDE].T @ own[:, start:]
+            part = _upper(own, constant)
             if constant:
                 part[:-1, -1] = part[-1, :-1] = own.sum(0, dtype=torch.float64)
                 part[-1, -1] = len(own)
             sums.add(part)
-        gram = sums.total()
-        for start in range(0, len(gram), _WIDE):
-            stop = start + _WIDE
-            gram[stop:, start:stop] = gram[start:stop, stop:].T
-        return gram
+        return _mirrored(sums.total())
 
     def sum(self) -> Tensor:
         """Over the rows, float64 [n]."""
@@ -143,3 +135,22 @@ class Blocks:
         """Less the mean."""
         mean = self.mean()
         return self.map(lambda own: own - mean.to(own))
+
+
+def _upper(own: Tensor, more: int = 0) -> Tensor:
+    """ownᵀ own in float64, above the diagonal only (below it in its blocks), with so many more rows and columns of
+    zeros."""
+    width = own.shape[1]
+    part = own.new_zeros(width + more, width + more, dtype=torch.float64)
+    inner = part[:width, :width]
+    for start in range(0, width, _WIDE):
+        inner[start : start + _WIDE, start:] = own[:, start : start + _WIDE].T @ own[:, start:]
+    return part
+
+
+def _mirrored(gram: Tensor) -> Tensor:
+    """The same, below the diagonal the mirror image of what is above it; in place."""
+    for start in range(0, len(gram), _WIDE):
+        stop = start + _WIDE
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
