@@ -83,7 +83,7 @@ _COUNTED: WeakKeyDictionary[Program, Flops] = WeakKeyDictionary()
 def flops_of(program: Program) -> Flops:
     """FLOPs of every node of a traced model on its sample; each program is run for that once."""
     if program not in _COUNTED:
-        _COUNTED[program] = count_flops(program.module, program.call)
+        _COUNTED[program] = count_flops(program.module, program.sample)
     return _COUNTED[program]
 
 

@@ -242,11 +242,13 @@ def _is_finite(call: Call) -> bool:
 
 
 def _thinned(call: Call, every: int) -> Call:
-    """One in n inputs of a batch, one at least, drawn by its content: the same whichever process has the batch.
+    """One in n inputs of a batch, two at least (see `joining.py`), drawn by its content: the same whichever process has
+    the batch.
 
     Not every n-th one, for inputs of several tasks may come by turns."""
     size, generator = batch_size(call) or 1, torch.Generator().manual_seed(checksum(call))
-    return select_rows(call, torch.randperm(size, generator=generator, device="cpu")[: -(-size // every)].sort().values)
+    count = max(-(-size // every), 2)
+    return select_rows(call, torch.randperm(size, generator=generator, device="cpu")[:count].sort().values)
 
 
 def _take(

@@ -15,6 +15,7 @@ from ..tracing.calls import Call, JointCall, batch_size, moved
 from . import processes
 from .batches import batches
 from .data_forms import MAX_BATCHES, PerModel, Source, sources_of
+from .joining import joined
 from .store import NOTHING, Store
 
 logger = logging.getLogger("fxzip")
@@ -49,6 +50,7 @@ class Calibration:
         counts: how many inputs and batches each pass gave that went to its end.
         say: shows a sentence; None: it goes to the log `fxzip`.
         store: has what was found out of the batches before.
+        several: whether batches of a single input are put together with others (see `joining.py`).
     """
 
     sources: tuple[Iterable[Any], ...]
@@ -62,6 +64,7 @@ class Calibration:
     counts: list[tuple[int, int]] = field(default_factory=list)
     say: Callable[[str], None] | None = None
     store: Store = NOTHING
+    several: bool = False
 
     @classmethod
     def of(
@@ -128,7 +131,9 @@ class Calibration:
     def _counted(self, stage: str) -> Iterator[tuple[int, Call]]:
         inputs = passed = 0
         calls = self._shown(stage)
-        for number, call in calls if self.without is None else self.without(calls):
+        if self.without is not None:
+            calls = self.without(calls)
+        for number, call in joined(calls) if self.several else calls:
             inputs += batch_size(call) or 1
             passed += 1
             yield number, call

@@ -174,9 +174,9 @@ def _spent_by(session: Session, network: ZippedModule, budget: Budget, *, rough:
         return budget.counted(network.report)
     both = as_used(network), as_used(first.module)
     if budget.currency == "memory":
-        taken, one = peaks(both, first.call).each
+        taken, one = peaks(both, first.sample).each
         return taken / max(one, 1)
 
     rounds, longest = (FEW_ROUNDS, FEW_SECONDS) if rough else (ROUNDS, SECONDS)
-    seconds = fastest(both, first.call, rounds=rounds, seconds=longest)
+    seconds = fastest(both, first.sample, rounds=rounds, seconds=longest)
     return seconds[0] / seconds[1]

@@ -31,7 +31,7 @@ def judged(session: Session, zipped: ZippedModule) -> Report:
     """
     report = zipped.report
     programs = session.survey.alignment.programs
-    originals, call = [as_used(program.module) for program in programs], programs[0].call
+    originals, call = [as_used(program.module) for program in programs], programs[0].sample
     values = {
         "agreement": _agreement(session, zipped),
         "memory": memory(zipped, originals, call),  # first: it warms up what is timed

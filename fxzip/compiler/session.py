@@ -125,6 +125,7 @@ class Session:
                 calibration, held = hold_out(calibration, programs, every=EVERY_FIFTH, needed_by=options.compared_by)
             elif options.hold_out and data is not None:
                 calibration, held = hold_out(calibration, programs, every=EVERY_TENTH)
+        calibration = replace(calibration, several=all(program.batch_axes for program in programs))
         return cls(given, options, display, found, calibration, held, store, calibration.inputs)
 
     def positional(self, recipe: Recipe) -> Session:

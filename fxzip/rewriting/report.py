@@ -222,14 +222,14 @@ def make_report(
         and computed
     ]
     left = [node for node in zipped.graph.nodes if is_unmerge(node)]
-    counted = count_flops(zipped, programs[0].call)
+    counted = count_flops(zipped, programs[0].sample)
     spent = costs(zipped, programs, counted)
     values = {
         "models": len(programs),
         **settings,
         "notes": [*settings.get("notes", []), *uncounted(spent)],
         "checked_shapes": checked_shapes(programs),
-        "inputs": described_inputs(zipped, programs[0].call),
+        "inputs": described_inputs(zipped, programs[0].sample),
         "cut": {
             "after": [node.name for node in edge],
             "modules": [module_path(node) for node in edge],

@@ -128,7 +128,7 @@ class TableRows:
             for name, key in (("cost", "flops"), ("parameters", "parameters"))
         }
         programs = self.session.survey.alignment.programs
-        taken = fastest([network, as_used(programs[0].module)], programs[0].call)
+        taken = fastest([network, as_used(programs[0].module)], programs[0].sample)
         costs["latency"] = taken[0] / taken[1]
         held = self.session.held
         agreement: dict[str, float] = {}

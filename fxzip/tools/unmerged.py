@@ -104,12 +104,12 @@ def _placeholders_first(graph: fx.Graph) -> None:
 
 def _report(result: ZippedModule, programs: tuple[Program, ...]) -> Report:
     cut: Mapping[str, Any] = {"after": [], "modules": [], "parting": [], "ends": {}}
-    counted = count_flops(result, programs[0].call)
+    counted = count_flops(result, programs[0].sample)
     spent = costs(result, programs, counted)
     values = {
         "models": len(programs), "method": "side by side", "refit": None, "data": "no data needed",
         "self_check": [None] * len(programs), "notes": ["nothing is merged", *uncounted(spent)], "cut": cut,
-        "spaces": [], **spent, "inputs": described_inputs(result, programs[0].call), "unmerges": [], "barriers": [],
+        "spaces": [], **spent, "inputs": described_inputs(result, programs[0].sample), "unmerges": [], "barriers": [],
         "probed": [],
         "tracing": [tracing_facts(program) for program in programs],
         "nodes": node_facts(result, counted),

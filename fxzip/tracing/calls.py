@@ -108,6 +108,26 @@ def select_rows(call: Call, chosen: Tensor | slice) -> Call:
     return map_tensors(taken, call)
 
 
+def twice(call: Call) -> Call:
+    """A call of a single input with that input twice, in memory as it was.
+
+    >>> twice(Call((torch.ones(3, 1).T, torch.ones(3)), {})).args[0].stride()
+    (1, 2)
+    """
+    if isinstance(call, JointCall):
+        return JointCall.of(map(twice, call.parts))
+
+    def doubled(value: Tensor) -> Tensor:
+        if not value.ndim or len(value) != 1 or value.layout != torch.strided:
+            return value
+        order = sorted(range(value.ndim), key=lambda axis: (-value.stride()[axis], axis))
+        moved = value.permute(order)
+        both = torch.cat([moved, moved], order.index(0)).contiguous()
+        return both.permute([order.index(axis) for axis in range(value.ndim)])
+
+    return map_tensors(doubled, call)
+
+
 def as_call(sample_input: Any) -> Call:
     """The call that a sample input stands for: a tensor is the only argument, a tuple or list the positional ones, a
     dict the keyword arguments.

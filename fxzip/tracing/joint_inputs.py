@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from ..errors import InputError
 from . import Program, trace
-from .calls import Call, JointCall
+from .calls import Call, JointCall, batch_size
 
 
 def trace_all(networks: Sequence[nn.Module], call: Call, others: Sequence[Call] = ()) -> list[Program]:
@@ -26,11 +26,24 @@ def trace_all(networks: Sequence[nn.Module], call: Call, others: Sequence[Call] 
     >>> a.module(*call.args).shape, b.module(*call.args).shape
     (torch.Size([2, 1]), torch.Size([2, 1]))
     """
+    programs = _traced(networks, call, others)
+    if len({batch_size(program.call) for program in programs}) > 1:  # some take a single input only
+        programs = _traced(networks, call, others, as_given=True)
+    if not isinstance(call, JointCall):
+        return programs
+    return with_all_inputs(programs, JointCall.of(program.call for program in programs))
+
+
+def _traced(
+    networks: Sequence[nn.Module], call: Call, others: Sequence[Call], *, as_given: bool = False
+) -> list[Program]:
+    """Each model with its part of the call."""
     parts = call.parts if isinstance(call, JointCall) else (call,) * len(networks)
     programs: list[Program] = []
     for k, (model, part) in enumerate(zip(networks, parts, strict=True)):
         try:
-            programs.append(trace(model, part, name=f"model {k}", others=[_part(other, k) for other in others]))
+            own = [_part(other, k) for other in others]
+            programs.append(trace(model, part, name=f"model {k}", others=own, as_given=as_given))
         except InputError as error:
             if not programs or parts[0] is not part or error.__cause__ is None:  # the model itself raised nothing
                 raise
@@ -38,7 +51,7 @@ def trace_all(networks: Sequence[nn.Module], call: Call, others: Sequence[Call] 
                 f"{error} Those in front of it do take this one: for models with inputs of their own give one for "
                 "each, `sample_input=fxzip.PerModel(...)`, and say with `start` where the trunk begins."
             ) from error.__cause__
-    return with_all_inputs(programs, call) if isinstance(call, JointCall) else programs
+    return programs
 
 
 def _part(call: Call, k: int) -> Call:
@@ -84,7 +97,8 @@ def _widened(programs: Sequence[Program], call: JointCall, k: int) -> Program:
             first.prepend(node)
     graph.lint()
     module = fx.GraphModule(own.module, graph, "GraphModule")
-    return replace(own, module=module, call=Call(call.args, {}), batch_axes=axes, shapes=shapes)
+    sample = Call(JointCall.of(program.sample for program in programs).args, {})
+    return replace(own, module=module, call=Call(call.args, {}), sample=sample, batch_axes=axes, shapes=shapes)
 
 
 def _placeholders(graph: fx.Graph, part: Call) -> list[fx.Node]:

@@ -29,7 +29,7 @@ from .names import check_code, named_safely, safe_names
 from .plain_contexts import plain_context
 from .preparation import Hooks, check_dense, check_model, copied, first_line, folded, hooked, hooks_of, without_hooks
 from .python_numbers import is_number
-from .reference import Reference, compared, reference_of, without_idle_guards
+from .reference import Reference, compared, reference_of, with_several, without_idle_guards
 from .steering import asks_of_arguments, astray, name_spaces, with_gradients
 from .symbolic import SymbolicTracer
 from .tidying import tidied
@@ -49,7 +49,9 @@ class Program:
 
     Attributes:
         module: the graph, on an own copy of the parameters: eval mode, no hooks, parametrisations folded.
-        call: the sample, detached.
+        call: the sample, detached; a single input twice, where the model runs at every batch size: which ATen calls a
+            module makes can depend on whether there are several.
+        sample: the sample as it was given, detached.
         rung: "symbolic", "symbolic with example values" or "export".
         failures: why the earlier rungs failed, one sentence each.
         persistent: names of the buffers that are in the state dict.
@@ -67,6 +69,7 @@ class Program:
 
     module: fx.GraphModule
     call: Call
+    sample: Call
     rung: str
     failures: tuple[str, ...] = ()
     persistent: frozenset[str] = frozenset()
@@ -86,8 +89,13 @@ class Program:
 
 
 @plain_context()
-def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: Sequence[Call] = ()) -> Program:
-    """Trace a model, which is left as it was. `others`: inputs of other shapes that the graph has to be right on, too.
+def trace(
+    model: nn.Module, sample_input: Any, *, name: str = "model", others: Sequence[Call] = (), as_given: bool = False
+) -> Program:
+    """Trace a model, which is left as it was.
+
+    `others`: inputs of other shapes that the graph has to be right on, too. `as_given`: a single input is not looked at
+    twice, see `Program.call`.
 
     Raises TraceError when no rung reproduces the model, InputError when it cannot be run.
 
@@ -100,6 +108,8 @@ def trace(model: nn.Module, sample_input: Any, *, name: str = "model", others: S
     check_dense(call)
     own = copied(checked, name)
     reference = reference_of(own, call, others, name)
+    if not as_given:
+        reference = with_several(own, reference)
     hooks = hooks_of(folded(own))
     paths = without_hooks(own)
     paths_of = safe_names(own)
@@ -233,6 +243,7 @@ def _program(
     return Program(
         module,
         reference.sample,
+        reference.given,
         rung,
         failures,
         buffers,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ContainerError, InputError, TraceError
-from .calls import Call, batch_size, map_tensors, with_batch
+from .calls import Call, batch_size, map_tensors, twice, with_batch
 from .containers import leaves
 from .execution import Record, difference, quiet_execution, run_eager, run_recorded
 from .kept_state import changed, marks, state_kept
@@ -29,13 +29,14 @@ class Reference:
     made, or that is not seeded as the model seeds itself, gives something else.
 
     Attributes:
-        sample: the sample input.
+        sample: the sample input; see `with_several`.
         fresh: input like it, of another batch size where the model runs at one.
         others: inputs of other shapes.
         expected: the outputs, in that order.
         other_batch: whether `fresh` is of another batch size.
         numbers: what the model does with random numbers that no graph does; "" if nothing.
         ways: those that it takes on the sample and on fresh input; none where they could not be watched.
+        alone: the sample as it was given, if `sample` has its only input twice.
     """
 
     sample: Call
@@ -45,6 +46,12 @@ class Reference:
     other_batch: bool
     numbers: str = ""
     ways: tuple[Way, ...] = ()
+    alone: Call | None = None
+
+    @property
+    def given(self) -> Call:
+        """The sample as it was given."""
+        return self.sample if self.alone is None else self.alone
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -114,6 +121,24 @@ def reference_of(own: nn.Module, call: Call, others: Sequence[Call], name: str) 
     return replace(found, numbers=numbers, ways=(*ways, *more))
 
 
+def with_several(own: nn.Module, reference: Reference) -> Reference:
+    """The reference with a sample of two equal inputs for one of a single input, if the model runs at any batch size;
+    the single one is among the others."""
+    if not reference.other_batch or batch_size(reference.sample) != 1:
+        return reference
+    both, alone = twice(reference.sample), reference.sample
+    try:
+        with watched() as more:
+            given = run_eager(own, both)
+        calls, expected = (both, reference.fresh), (given, reference.expected[1])
+        found = _with_others(own, calls, expected, (alone, *reference.others), other_batch=True)
+    except Exception:  # two do not go together with what else it is given
+        return reference
+    if not found.others or found.others[0] is not alone:
+        return reference
+    return replace(found, numbers=reference.numbers, ways=(*reference.ways, *more), alone=alone)
+
+
 def _no_array(value: Tensor) -> str | None:
     """What a tensor is that is no array of numbers, and what to return in its place; None if it is one."""
     if value.is_nested:
@@ -165,7 +190,8 @@ def compared(module: fx.GraphModule, reference: Reference) -> tuple[Record, Reco
     records: list[Record] = []
     size = batch_size(reference.sample)
     fresh = f"a batch of {batch_size(reference.fresh)}" if reference.other_batch else "fresh input"
-    names = ("`sample_input`", fresh, *(f"`data` of shape {_shapes(call)}" for call in reference.others))
+    others = ["`sample_input`" if c is reference.alone else f"`data` of shape {_shapes(c)}" for c in reference.others]
+    names = ("`sample_input`" if reference.alone is None else "`sample_input`, twice", fresh, *others)
     for seed, (call, expected, what) in enumerate(zip(reference.calls, reference.expected, names, strict=True)):
         but = f"it reproduces `sample_input`, with its batch of {size}, but on {what} " if records else f"on {what} "
         try:

@@ -79,7 +79,7 @@ def latency_prices(
         trunk, elastic = alone.get(k, (None, None))
         for share in SHARES if elastic is not None and elastic.spaces else (1.0,):
             network, ratio = (program.module, {}) if trunk is None or elastic is None else _at(trunk, elastic, share)
-            for node, seconds in _by_node(network, program.call, known, timer or _clocked).items():
+            for node, seconds in _by_node(network, program.sample, known, timer or _clocked).items():
                 work = 1.0 if trunk is None else _work(trunk, node, ratio)
                 own = points.setdefault(node, {})
                 own[work] = min(seconds, own.get(work, seconds))

@@ -116,7 +116,7 @@ class _Sizes(fx.Interpreter):
 def _living_at_the_peak(program: Program) -> dict[str, int]:
     """Nodes whose values live at the moment at which the most bytes do, with their bytes."""
     sized = _Sizes(program.module)
-    own = map_tensors(torch.clone, program.call)
+    own = map_tensors(torch.clone, program.sample)
     with quiet_execution():
         sized.run(*flat_inputs(program.module, own), enable_io_processing=False)
 

@@ -28,11 +28,11 @@ class _Stop(BaseException):
         self.call = call
 
 
-def _reach(net: Lockstep, env: Env, node: fx.Node, number: int) -> AtenCall:
+def _reach(net: Lockstep, env: Env, node: fx.Node, number: int, name: str) -> AtenCall:
     """Run a node as far as its call of that number, which is not made.
 
     Raises:
-        Unfit: on these inputs the node makes fewer calls.
+        Unfit: on these inputs the node makes fewer calls, or this one has another name.
     """
 
     def on_call(call: AtenCall) -> Any:
@@ -44,7 +44,9 @@ def _reach(net: Lockstep, env: Env, node: fx.Node, number: int) -> AtenCall:
     try:
         net.call(env, node, on_call)
     except _Stop as stop:
-        return stop.call
+        if stop.call.name == name:
+            return stop.call
+        raise Unfit("it is made of other calls on other inputs") from None
     raise Unfit("it is made of fewer calls on other inputs")
 
 
@@ -54,19 +56,16 @@ def arguments(net: Lockstep, env: Env, node: fx.Node, call: int, name: str) -> A
     Raises:
         Unfit: on these inputs the node makes other calls.
     """
-    found = _reach(net, env, node, call)
-    if found.name != name:
-        raise Unfit("it is made of other calls on other inputs")
-    return found.args
+    return _reach(net, env, node, call, name).args
 
 
-def result(net: Lockstep, env: Env, node: fx.Node, call: int) -> Tensor:
-    """The result of an ATen call inside a node; the first one if it has several.
+def result(net: Lockstep, env: Env, node: fx.Node, call: int, name: str) -> Tensor:
+    """The result of an ATen call of that name inside a node; the first one if it has several.
 
     Raises:
-        Unfit: on these inputs the node makes fewer calls.
+        Unfit: on these inputs the node makes other calls.
     """
-    return tensors_in(_reach(net, env, node, call).make())[0]
+    return tensors_in(_reach(net, env, node, call, name).make())[0]
 
 
 @dataclass(frozen=True, eq=False)

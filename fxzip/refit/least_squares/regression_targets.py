@@ -26,15 +26,18 @@ from .target_merging import TargetMerging, find_merging
 
 @dataclass(frozen=True, eq=False)
 class ReadAt:
-    """Where a value of an original is read: what a node returns, or the result of one of its ATen calls."""
+    """Where a value of an original is read: what a node returns, or the result of an ATen call of that name in it."""
 
     net: Lockstep
     node: fx.Node
-    call: int | None
+    call: int | None = None
+    name: str = ""
 
     def value(self, env: Env) -> Tensor:
         found: Tensor = (
-            self.net.value(env, self.node) if self.call is None else result(self.net, env, self.node, self.call)
+            self.net.value(env, self.node)
+            if self.call is None
+            else result(self.net, env, self.node, self.call, self.name)
         )
         return found
 
@@ -145,7 +148,7 @@ class TrunkTargets:
             merging = find_merging(self.plan, [(call.start[0].name, call.start[1]) for call in calls], self.sources)
         if merging is None or (merging.axes != unit.kernel.axes and not flat):
             return None
-        readings = [ReadAt(net, *call.end) for net, call in zip(self.originals, calls, strict=True)]
+        readings = [ReadAt(net, *call.end, call.name) for net, call in zip(self.originals, calls, strict=True)]
         return RegressionTarget(axes, tuple(readings), replace(merging, axes=axes), flat)
 
     def at(self, node: fx.Node) -> RegressionTarget | None:
@@ -153,7 +156,7 @@ class TrunkTargets:
         twins = self.plan.trunk.alignment.pairs[sources_of(node)[0]]
         with unwatched():
             merging = find_merging(self.plan, [(twin, None) for twin in twins], self.sources)
-        readings = [ReadAt(net, net.nodes[twin], None) for net, twin in zip(self.originals, twins, strict=True)]
+        readings = [ReadAt(net, net.nodes[twin]) for net, twin in zip(self.originals, twins, strict=True)]
         return None if merging is None else RegressionTarget(merging.axes, tuple(readings), merging)
 
 
@@ -188,14 +191,14 @@ class HeadTargets:
             return self.at(site.output)
         if site.norm is not None:
             self._in_order(self.labelling.fields.get(self._twin(site.norm).name, ()))
-            return RegressionTarget(unit.kernel.axes, (ReadAt(self.original, self._twin(site.norm), None),), None)
+            return RegressionTarget(unit.kernel.axes, (ReadAt(self.original, self._twin(site.norm)),), None)
         _, axes, flat = _seen(unit, site)
         if site.returned is not None:
             self._in_order(self.labelling.fields.get(self._twin(site.output).name, ()))
-            return RegressionTarget(axes, (ReadAt(self.original, self._twin(site.output), None),), None, flat)
+            return RegressionTarget(axes, (ReadAt(self.original, self._twin(site.output)),), None, flat)
         call = self.counterparts.of(site, self._twin(site.node).name, biased=unit.kernel.bias is not None)
         self._in_order(labels_at(self.labelling, call.start[0].name, call.start[1]))
-        return RegressionTarget(axes, (ReadAt(self.original, *call.end),), None, flat)
+        return RegressionTarget(axes, (ReadAt(self.original, *call.end, call.name),), None, flat)
 
     def at(self, node: fx.Node) -> RegressionTarget | None:
         """For what a node returns; None where its features do not lie in one order."""
@@ -204,7 +207,7 @@ class HeadTargets:
         if len(fields) != 1 or self._of_the_trunk(fields):
             return None
         axes = tuple(sorted(varying(fields[0])))
-        return RegressionTarget(axes, (ReadAt(self.original, twin, None),), None) if axes else None
+        return RegressionTarget(axes, (ReadAt(self.original, twin),), None) if axes else None
 
     def _in_order(self, fields: Sequence[Tensor]) -> None:
         if self._of_the_trunk(fields):

@@ -193,7 +193,11 @@ class Sampler:
         if (site, values.full[1:]) in self.checked and not inner:
             return None
         self.checked.add((site, values.full[1:]))
-        return result(self.net, scratch, *site.end) if inner else _tensor(self.net.value(scratch, site.output))
+        return (
+            result(self.net, scratch, *site.end, site.end_name)
+            if inner
+            else _tensor(self.net.value(scratch, site.output))
+        )
 
     def _check(self, unit: Unit, kernel: Kernel, x: Tensor, y: Tensor) -> None:
         """Whether the call computes what its kernel says."""

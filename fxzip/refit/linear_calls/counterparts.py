@@ -23,10 +23,11 @@ from .units import Site, biases_apart
 
 @dataclass(frozen=True)
 class LinearCall:
-    """Where a linear call begins and, with its bias, ends: node and number of the ATen call."""
+    """Where a linear call begins and, with its bias, ends: node and number of the ATen call; `name`: of the last."""
 
     start: tuple[fx.Node, int]
     end: tuple[fx.Node, int]
+    name: str
     biased: bool
 
 
@@ -46,7 +47,7 @@ def linear_calls(found: Survey) -> Mapping[str, Sequence[LinearCall]]:
         if use.kernel is not None:
             last = uses[biases_apart(uses, [number]).get(number, number)]
             biased = use.kernel.bias is not None or last is not use
-            call = LinearCall((use.node, use.call), (last.node, last.call), biased)
+            call = LinearCall((use.node, use.call), (last.node, last.call), last.name, biased)
             result.setdefault(use.node.name, []).append(call)
     return result
 

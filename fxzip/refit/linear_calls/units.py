@@ -31,7 +31,8 @@ class Site:
 
     Attributes:
         node, call, at: the ATen call, and the place of the activations among its arguments.
-        end: node and number of the call that gives the result: `call`, or the one that adds the bias.
+        end: node and number of the call that gives the result: `call`, or the one that adds the bias; `end_name`: its
+            name.
         norm: the BatchNorm right behind a linear call, which takes part.
         name: of the call.
         shape: of its result.
@@ -42,6 +43,7 @@ class Site:
     call: int
     at: int
     end: tuple[fx.Node, int]
+    end_name: str
     norm: fx.Node | None
     name: str
     shape: torch.Size
@@ -248,6 +250,7 @@ def _unit(
                 use.call,
                 use.at,
                 (last.node, last.call),
+                last.name,
                 norms.get(number),
                 use.name,
                 use.shape,
