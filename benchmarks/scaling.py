@@ -3,8 +3,10 @@
     python benchmarks/scaling.py --axes images nodes models width
     python benchmarks/scaling.py --axes processes --images 2000
     python benchmarks/scaling.py --axes forward --images 1000
+    python benchmarks/scaling.py --axes forward --images 128 --network resnet50
 
-`forward` compares the default compile of the CIFAR-10 pair with the forward passes of both networks on its images.
+`forward` compares the default compile of the CIFAR-10 pair, or of two ResNet-50 with random weights and images of
+224×224, with the forward passes of both networks on their images, and says how much memory the process took at most.
 `processes` compiles the CIFAR-10 pair (see `cifar.py`) in one process of one thread, and in two of one thread each that
 have half of the images each, and compares weights. The other axes compile random residual networks of one size after
 another and fit the exponent of seconds = a · size^b. Seconds are CPU seconds of one thread, which other work on the
@@ -17,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -107,6 +110,14 @@ def load_pair(settings: argparse.Namespace) -> tuple[list[nn.Module], Tensor, li
     return [model.network for model in models], drawn[0][:2], list(mixed_batches(drawn, own.batch_size, 0))
 
 
+def random_pair(images: int) -> tuple[list[nn.Module], Tensor, list[Tensor]]:
+    """Two ResNet-50, a sample input, and random images in batches of 16."""
+    from test_bench_pipeline import build
+
+    data = torch.randn(images, 3, 224, 224, generator=torch.Generator().manual_seed(0)).split(16)
+    return [build("resnet50", seed, "cpu") for seed in (0, 1)], data[0], list(data)
+
+
 def compile_pair(settings: argparse.Namespace, rank: int = 0, world: int = 1) -> tuple[dict[str, float], Any]:
     """The pair on this rank's part of the images: seconds, and the network."""
     import fxzip
@@ -122,10 +133,10 @@ def compile_pair(settings: argparse.Namespace, rank: int = 0, world: int = 1) ->
 
 
 def compare_forward(settings: argparse.Namespace) -> dict[str, float]:
-    """CPU seconds of the default compile of the pair, and of the forward passes of both networks before and after."""
+    """CPU seconds of the default compile of a pair, and of the forward passes of both networks before and after."""
     import fxzip
 
-    networks, sample, batches = load_pair(settings)
+    networks, sample, batches = random_pair(settings.images) if settings.network == "resnet50" else load_pair(settings)
 
     @torch.no_grad()
     def passes() -> float:
@@ -139,7 +150,9 @@ def compare_forward(settings: argparse.Namespace) -> dict[str, float]:
     before, start = passes(), time.process_time()
     fxzip.compile_zip(networks, sample, data=batches, progress=False)
     seconds, forward = time.process_time() - start, (before + passes()) / 2
-    return {"images": settings.images, "compile": seconds, "forward": forward, "ratio": seconds / forward}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts it in KiB
+    found = {"images": settings.images, "compile": seconds, "forward": forward, "ratio": seconds / forward}
+    return {**found, "peak memory of the process, GiB": peak}
 
 
 def work(settings: argparse.Namespace) -> None:
@@ -196,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=2000, help="of the pair, for `processes` and `forward`")
     add("--data", default=os.environ.get("FXZIP_DATA", "../shared/data"), help="as in cifar.py")
     add("--checkpoints", default=os.environ.get("FXZIP_CHECKPOINTS", "../shared/checkpoints"), help="as in cifar.py")
+    add("--network", default="resnet20x2", choices=["resnet20x2", "resnet50"], help="of the pair, for `forward`")
     add("--largest", type=int, help="leave out sizes beyond this one")
     add("--json", type=Path, help="also write what was measured to this file")
     for name in ("rank", "world", "port"):

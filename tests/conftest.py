@@ -1,6 +1,7 @@
 """Every test starts from the same seed; one thread, since the networks are small and machines are shared."""
 
 import os
+import time
 from collections import defaultdict
 from zlib import crc32
 
@@ -33,6 +34,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for case in ordered[max(1, round(len(cases) / share)) :]:
             case.add_marker(pytest.mark.slow)
             case.add_marker(pytest.mark.hours)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--minutes`: tests that have not begun by then are skipped, so that sweeps fit on a slow machine, too."""
+    parser.addoption("--minutes", type=float, default=float("inf"), help="skip tests that have not begun by then")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[_END] = time.monotonic() + 60 * session.config.getoption("--minutes")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() > item.config.stash[_END]:
+        pytest.skip("the time that `--minutes` gives is up")
+
+
+_END = pytest.StashKey[float]()
 
 
 @pytest.fixture(autouse=True)

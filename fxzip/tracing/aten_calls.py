@@ -1,6 +1,7 @@
 """The one runner of graphs: it shows what each node returns, and the ATen calls inside nodes, numbered.
 
-A call has the same number in every run of one graph: numbers start anew at each node, attention is run as its matrix
+A call has the same number in every run of one graph on several inputs, of any number (on a single one tensors lie in
+memory otherwise, see `calibration/joining.py`): numbers start anew at each node, attention is run as its matrix
 products, and results are held on to until their node is done, since some calls cost one more where their input is
 still needed.
 
