@@ -8,6 +8,7 @@ in one run, and a product with its bias is then one call where it is two otherwi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -15,38 +16,58 @@ from torch import Tensor
 from ..tracing.calls import Call, JointCall, batch_size, leaves, map_tensors, twice
 
 _ENOUGH = 16
-"""Inputs in a batch that was put together; a single one behind them begins another."""
+"""Inputs in a batch that was put together; further single ones make another."""
 
 
-def joined(calls: Iterable[tuple[int, Call]]) -> Iterator[tuple[int, Call]]:
-    """The same inputs, each call with the number of its source, in batches of two at least. What is alone among inputs
-    of other shapes comes twice.
+def joined(calls: Iterable[tuple[int, Call]], sources: int = 1) -> Iterator[tuple[int, Call]]:
+    """The same inputs, each call with the number of its source, in batches of two at least.
+
+    What is alone among inputs of other shapes comes twice. The only input of one of several sources stays alone: twice,
+    it would count for more beside those of the others.
 
     >>> from torch import ones
     >>> calls = [(0, Call((ones(n, 4),), {})) for n in (3, 2, 1)] + [(1, Call((ones(1, 4),), {}))]
     >>> [(source, len(call.args[0])) for source, call in joined(calls)]
     [(0, 3), (0, 3), (1, 2)]
     """
-    waiting: tuple[int, Call] | None = None
-    for source, call in calls:
-        if waiting is not None and waiting[0] == source and 1 in (own := _sizes(waiting[1], call)):
-            both = _together(waiting[1], call) if max(own) < _ENOUGH or own[0] == 1 else None
-            if both is not None:
-                waiting = source, both
-                continue
-        if waiting is not None:
-            yield waiting[0], _several(waiting[1])
-        waiting = source, call
+    for source, own in groupby(calls, key=lambda numbered: numbered[0]):
+        found = _in_company(call for _, call in own)
+        first, second = next(found), next(found, None)
+        only = second is None and sources > 1
+        for call in chain([first], [] if second is None else [second], found):
+            yield source, call if only or batch_size(call) != 1 else twice(call)
+
+
+def _in_company(calls: Iterable[Call]) -> Iterator[Call]:
+    """The same inputs; a batch of one joins those next to it where they are of its shape."""
+    waiting: Call | None = None
+    single: Call | None = None  # behind a batch that is large enough: it joins the next, or that batch if there is none
+    for call in calls:
+        if waiting is None:
+            waiting = call
+        elif single is not None:
+            both = _together(single, call)
+            yield waiting if both is not None else _of_both(waiting, single)
+            waiting, single = both or call, None
+        elif 1 not in (sizes := _sizes(waiting, call)) or (both := _together(waiting, call)) is None:
+            yield waiting
+            waiting = call
+        elif sizes[1] == 1 and sizes[0] >= _ENOUGH:
+            single = call
+        else:
+            waiting = both
     if waiting is not None:
-        yield waiting[0], _several(waiting[1])
+        yield waiting if single is None else _of_both(waiting, single)
+
+
+def _of_both(first: Call, second: Call) -> Call:
+    result = _together(first, second)
+    assert result is not None, "they were of one shape before"
+    return result
 
 
 def _sizes(*calls: Call) -> tuple[int, ...]:
     return tuple(batch_size(call) or 0 for call in calls)
-
-
-def _several(call: Call) -> Call:
-    return twice(call) if batch_size(call) == 1 else call
 
 
 def _together(first: Call, second: Call) -> Call | None:

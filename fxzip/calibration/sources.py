@@ -133,7 +133,7 @@ class Calibration:
         calls = self._shown(stage)
         if self.without is not None:
             calls = self.without(calls)
-        for number, call in joined(calls) if self.several else calls:
+        for number, call in joined(calls, len(self.sources)) if self.several else calls:
             inputs += batch_size(call) or 1
             passed += 1
             yield number, call

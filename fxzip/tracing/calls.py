@@ -111,8 +111,9 @@ def select_rows(call: Call, chosen: Tensor | slice) -> Call:
 def twice(call: Call) -> Call:
     """A call of a single input with that input twice, in memory as it was.
 
-    >>> twice(Call((torch.ones(3, 1).T, torch.ones(3)), {})).args[0].stride()
-    (1, 2)
+    >>> found = twice(Call((torch.ones(4, 3, 1).permute(2, 1, 0), torch.ones(3)), {}))
+    >>> [value.shape for value in found.args], found.args[0].stride()
+    ([torch.Size([2, 3, 4]), torch.Size([3])], (3, 1, 6))
     """
     if isinstance(call, JointCall):
         return JointCall.of(map(twice, call.parts))

@@ -106,8 +106,9 @@ def calls_of(*sizes, shape=(4,)):
         ((1, 1, 1), [3]),
         ((3, 2), [3, 2]),
         ((1,), [2]),
-        ((20, 1), [20, 2]),
+        ((20, 1), [21]),
         ((20, 1, 5), [20, 6]),
+        ((20, 1, 1, 1), [20, 3]),
     ],
 )
 def test_batches_of_one_join_their_neighbours(sizes, found):
@@ -127,6 +128,18 @@ def test_batches_do_not_grow_without_end():
 def test_inputs_of_other_shapes_and_sources_are_not_joined():
     calls = calls_of(1, shape=(4,)) + calls_of(1, shape=(5,)) + [(1, as_call(torch.ones(1, 5)))]
     assert [(source, *call.args[0].shape) for source, call in joined(calls)] == [(0, 2, 4), (0, 2, 5), (1, 2, 5)]
+
+
+def test_the_only_input_of_a_source_counts_once():
+    calls = calls_of(1) + [(1, call) for _, call in calls_of(2, 1)]
+    assert [(source, len(call.args[0])) for source, call in joined(calls, sources=2)] == [(0, 1), (1, 3)]
+    odd = calls_of(1, shape=(4,)) + calls_of(1, shape=(5,))
+    assert [len(call.args[0]) for _, call in joined(odd, sources=2)] == [2, 2]
+
+
+def test_a_batch_behind_a_held_one_of_another_shape():
+    calls = calls_of(20, 1) + calls_of(7, shape=(5,))
+    assert [tuple(call.args[0].shape) for _, call in joined(calls)] == [(21, 4), (7, 5)]
 
 
 def test_what_is_no_input_stays():
