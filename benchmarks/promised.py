@@ -46,8 +46,8 @@ def promised_and_timed(name: str, batch: int, cost: float, until: str | None, ro
     torch.manual_seed(0)
     make, side = NETWORKS[name]
     models = [make().eval() for _ in range(2)]
+    images = [torch.randn(8, 3, side, side)]  # the same in all rows of a network
     x = torch.randn(batch, 3, side, side)
-    images = [torch.randn(8, 3, side, side)]
     with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few images and small trunks
         os.environ["FXZIP_CACHE"] = cache
