@@ -11,6 +11,7 @@ that neither the training nor the calibration has seen. Last, heads are made to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,19 @@ def format_row(row: Row | None = None) -> str:
     return "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, PyTorch has one thread: networks so small gain nothing by more, and where other programs keep a core busy
+    threads that wait for one another take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def run(
     *,
     seed: int = 0,
