@@ -15,6 +15,7 @@ from fxzip.compiler import affording, timing
 from fxzip.widths import latency
 
 torch.set_num_threads(1)
+_END = pytest.StashKey[float]()  # the time after which no test begins
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -48,9 +49,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.monotonic() > item.config.stash[_END]:
         pytest.skip("the time that `--minutes` gives is up")
-
-
-_END = pytest.StashKey[float]()
 
 
 @pytest.fixture(autouse=True)

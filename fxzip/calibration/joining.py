@@ -42,28 +42,23 @@ def _in_company(calls: Iterable[Call]) -> Iterator[Call]:
     """The same inputs; a batch of one joins those next to it where they are of its shape."""
     waiting: Call | None = None
     single: Call | None = None  # behind a batch that is large enough: it joins the next, or that batch if there is none
+    with_single: Call | None = None  # that batch then
     for call in calls:
         if waiting is None:
             waiting = call
         elif single is not None:
             both = _together(single, call)
-            yield waiting if both is not None else _of_both(waiting, single)
-            waiting, single = both or call, None
+            yield waiting if both is not None else with_single or waiting
+            waiting, single, with_single = both or call, None, None
         elif 1 not in (sizes := _sizes(waiting, call)) or (both := _together(waiting, call)) is None:
             yield waiting
             waiting = call
         elif sizes[1] == 1 and sizes[0] >= _ENOUGH:
-            single = call
+            single, with_single = call, both
         else:
             waiting = both
     if waiting is not None:
-        yield waiting if single is None else _of_both(waiting, single)
-
-
-def _of_both(first: Call, second: Call) -> Call:
-    result = _together(first, second)
-    assert result is not None, "they were of one shape before"
-    return result
+        yield with_single or waiting
 
 
 def _sizes(*calls: Call) -> tuple[int, ...]:

@@ -121,12 +121,19 @@ def twice(call: Call) -> Call:
     def doubled(value: Tensor) -> Tensor:
         if not value.ndim or len(value) != 1 or value.layout != torch.strided:
             return value
-        order = sorted(range(value.ndim), key=lambda axis: (-value.stride()[axis], axis))
-        moved = value.permute(order)
-        both = torch.cat([moved, moved], order.index(0)).contiguous()
-        return both.permute([order.index(axis) for axis in range(value.ndim)])
+        return in_memory_as(torch.cat([value, value]), value)
 
     return map_tensors(doubled, call)
+
+
+def in_memory_as(value: Tensor, like: Tensor) -> Tensor:
+    """The value with its axes in the order in which another one's lie in memory.
+
+    >>> in_memory_as(torch.ones(5, 4), torch.ones(2, 3).T).stride()
+    (1, 5)
+    """
+    order = sorted(range(like.ndim), key=lambda axis: (-like.stride()[axis], axis))
+    return value.permute(order).contiguous().permute([order.index(axis) for axis in range(like.ndim)])
 
 
 def as_call(sample_input: Any) -> Call:

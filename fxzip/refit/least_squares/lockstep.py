@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ...tracing import InParts, flat_inputs
 from ...tracing.aten_calls import OnCall, watched
-from ...tracing.calls import Call, leaves, map_tensors
+from ...tracing.calls import Call, in_memory_as, leaves, map_tensors
 from .memory import give_back
 from .spill_file import SpillFile
 from .spilling import Env, Shelf
@@ -180,9 +180,6 @@ def laid_out(call: Call, sample: Call) -> Call:
         like = next(likes)
         if value.ndim != like.ndim or value.layout != torch.strided or like.layout != torch.strided:
             return value
-        order = sorted(range(like.ndim), key=lambda axis: (-like.stride()[axis], axis))
-        if order == list(range(like.ndim)) and value.is_contiguous():  # it lies so already
-            return value
-        return value.permute(order).contiguous().permute([order.index(axis) for axis in range(like.ndim)])
+        return in_memory_as(value, like)
 
     return map_tensors(moved, call)
